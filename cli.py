@@ -1,0 +1,291 @@
+"""The command line: parses, calls the pipelines and the report, prints."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+PRESET_HELP = "Named experiment (see `gross presets`)."
+SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
+
+
+class _Group(click.Group):
+    """Ends with status 2 and one line for a user's mistake, with 1 where units of work did not end."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from gross_ray.errors import DivergedError, GrossRayError, UnitsFailedError
+
+        try:
+            return super().invoke(ctx)
+        except (UnitsFailedError, DivergedError) as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except GrossRayError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the stages
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="gross-ray")
+def main() -> None:
+    """Find the grouped-convolution version of a convnet that is most accurate within your budget.
+
+    \b
+    Example:
+      gross run --preset quickstart --out runs/quickstart
+      gross report runs/quickstart
+    """
+
+
+def _experiment_options(command: Callable[..., None]) -> Callable[..., None]:
+    for decorate in (
+        click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP),
+        click.option("--preset", "preset_name", help=PRESET_HELP),
+    ):
+        command = decorate(command)
+    return command
+
+
+def _work_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say where the work is done, and hand them over as one Resources and one DataSource."""
+
+    @functools.wraps(command)
+    def wrapped(
+        address: str | None,
+        num_cpus: int | None,
+        device: str,
+        gpus_per_unit: float,
+        data_root: str | None,
+        download: bool,
+        **rest: Any,
+    ) -> None:
+        from pipelines.cluster import Resources
+        from pipelines.session import DataSource
+
+        resources = Resources(address=address, num_cpus=num_cpus, device=device, gpus_per_unit=gpus_per_unit)
+        command(resources=resources, source=DataSource(root=data_root, download=download), **rest)
+
+    for decorate in (
+        click.option("--download", is_flag=True, help="Fetch a dataset that is missing."),
+        click.option("--data-root", metavar="FOLDER", help="Where the dataset's files are [~/.cache/gross_ray]."),
+        click.option(
+            "--gpus-per-unit", type=float, default=0.25, show_default=True, help="GPUs for each unit of work on cuda."
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="auto: cuda where the cluster has a GPU.",
+        ),
+        click.option("--num-cpus", type=int, help="CPU cores of this machine to use [all]."),
+        click.option("--address", help="Join the Ray cluster at this address [RAY_ADDRESS, else start Ray here]."),
+    ):
+        wrapped = decorate(wrapped)
+    return wrapped
+
+
+def _experiment(preset_name: str, settings: tuple[str, ...]) -> Any:
+    from gross_ray.data.images import check_dataset_name
+    from gross_ray.models import check_model_name
+    from gross_ray.presets import preset
+
+    experiment = preset(preset_name).override(list(settings))
+    check_model_name(experiment.model)
+    check_dataset_name(experiment.data.name)
+    return experiment
+
+
+def _run_folder(run: Path, preset_name: str | None, settings: tuple[str, ...]) -> Any:
+    """Open a run folder, or create it where an experiment is given; both must agree."""
+    from gross_ray.errors import InvalidValueError
+    from gross_ray.results.store import RunStore
+
+    if preset_name is not None:
+        return RunStore.create(run, _experiment(preset_name, settings))
+    if settings:
+        raise InvalidValueError(f"--set {settings[0]} without --preset: name the preset that it changes")
+    return RunStore.open(run)
+
+
+def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None]) -> None:
+    from pipelines.progress import Reporter
+    from pipelines.session import Session
+
+    with Session.opened(store, resources, source, Reporter()) as session:
+        do(session)
+
+
+@main.command()
+@click.option("--preset", "preset_name", required=True, help=PRESET_HELP)
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Run folder.")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP)
+@_work_options
+def run(preset_name: str, out: Path, settings: tuple[str, ...], resources: Any, source: Any) -> None:
+    """Do every stage, from training to the table of results; the same command again continues.
+
+    \b
+    Example:
+      gross run --preset quickstart --out runs/quickstart
+      gross run --preset fashion --out runs/short --set training.epochs=3 --set training.seeds=1
+    """
+    from gross_ray.report.terminal import results
+    from pipelines.run import run_all
+
+    store = _run_folder(out, preset_name, settings)
+    _work(store, resources, source, run_all)
+    click.echo(results(store))
+
+
+def _stage_command(name: str, description: str) -> click.Command:
+    @click.command(
+        name,
+        help=f"{description}\n\n\b\nExample:\n  gross {name} runs/quickstart",
+    )
+    @click.argument("run", metavar="RUN", type=click.Path(file_okay=False, path_type=Path))
+    @_experiment_options
+    @_work_options
+    def command(run: Path, preset_name: str | None, settings: tuple[str, ...], resources: Any, source: Any) -> None:
+        from gross_ray.report.terminal import stage_results
+        from pipelines.run import STAGES
+
+        store = _run_folder(run, preset_name, settings)
+        _work(store, resources, source, STAGES[name].run)
+        click.echo(stage_results(store, name))
+
+    return command
+
+
+for _name, _description in {
+    "train": "Train the base networks (with --preset where RUN is new).",
+    "decompose": "Decompose every layer at every group-size.",
+    "reconstruct": "Reconstruct the responses of the full network in the supernet.",
+    "finetune": "Fine-tune the supernet, group-sizes sampled at each step.",
+    "search": "Evaluate every configuration and select under the budgets.",
+    "validate": "Train the fixed and the selected configurations on their own.",
+    "sweep-alpha": "Train supernets over the sampling temperature alpha and compare them.",
+}.items():
+    main.add_command(_stage_command(_name, _description))
+
+
+@main.command()
+@click.argument("name", required=False)
+def presets(name: str | None) -> None:
+    """List the named experiments and their cost, or print every field of the one called NAME.
+
+    \b
+    Example:
+      gross presets
+      gross presets quickstart
+    """
+    from gross_ray.presets import PRESETS, preset
+
+    if name is not None:
+        for field, value in preset(name).fields().items():
+            click.echo(f"{field}={_as_setting(value)}")
+        return
+    for each, entry in PRESETS.items():
+        click.echo(f"{each:<12} {entry.description}\n{'':<12} Cost: {entry.cost}.")
+
+
+def _as_setting(value: Any) -> str:
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@main.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+def status(run: Path) -> None:
+    """Show how far each stage of RUN is.
+
+    \b
+    Example:
+      gross status runs/quickstart
+    """
+    from gross_ray.results.store import RunStore
+    from pipelines.run import status as stages
+
+    store = RunStore.open(run)
+    click.echo(f"{store.path}: {store.experiment.name}, experiment {store.experiment.fingerprint()}")
+    for name, done, planned in stages(store):
+        count = "waits for an earlier stage" if planned is None else f"{done} of {planned} units"
+        click.echo(f"  {name:<12} {count}")
+
+
+@main.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("table", metavar="TABLE")
+@click.option("--rows", default=20, show_default=True, help="Rows to print; 0: all.")
+@click.option("--csv", is_flag=True, help="Print all rows as CSV.")
+def show(run: Path, table: str, rows: int, csv: bool) -> None:
+    """Print a table of RUN (docs/tables.md describes them).
+
+    \b
+    Example:
+      gross show runs/quickstart selections
+      gross show runs/quickstart configurations --csv > configurations.csv
+    """
+    from gross_ray.results.store import read_table
+
+    frame = read_table(run, table)
+    if csv:
+        click.echo(frame.to_csv(index=False), nl=False)
+        return
+    shown = frame.head(rows) if rows else frame
+    click.echo(shown.to_string(index=False) if len(frame) else f"{table}: no rows yet")
+    if len(shown) < len(frame):
+        click.echo(f"... {len(frame) - len(shown)} more rows (--rows 0 for all)")
+
+
+@main.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
+def report(run: Path, markdown: bool) -> None:
+    """Print the results of RUN: the paper's Tables 2 and 3, and the sweep over alpha; says what is missing.
+
+    \b
+    Example:
+      gross report runs/quickstart
+    """
+    from gross_ray.report.terminal import results
+    from gross_ray.results.store import RunStore
+
+    click.echo(results(RunStore.open(run), markdown=markdown))
+
+
+@main.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--configuration", required=True, help="Group-sizes in layer order, like 8-16-64.")
+@click.option("--to", "target", required=True, type=click.Path(dir_okay=False, path_type=Path), help="FILE.onnx")
+@click.option("--seed", default=0, show_default=True, help="Which repeat of the validated configuration.")
+def export(run: Path, configuration: str, target: Path, seed: int) -> None:
+    """Write a validated configuration of RUN as a plain network in ONNX.
+
+    \b
+    Example:
+      gross export runs/quickstart --configuration 16-16-16 --to model.onnx
+    """
+    from gross_ray.export import export_onnx
+    from gross_ray.results.store import RunStore
+    from pipelines.networks import load_validated
+
+    store = RunStore.open(run)
+    network, input_shape = load_validated(store, configuration, seed)
+    export_onnx(network, target, input_shape)
+    click.echo(f"{configuration} (seed {seed}) written to {target}")
+
+
+if __name__ == "__main__":
+    # Ray's workers of a source checkout find the packages beside this file.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    main()

@@ -1,0 +1,1 @@
+"""Images: datasets as tensors that can stay on a device, and their augmentation."""

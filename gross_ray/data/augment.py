@@ -1,0 +1,40 @@
+"""Augmentation and normalisation of a whole batch at once, on the device where the images are.
+
+Shapes: N images, H height, W width; images are (N, 3, H, W).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MEAN = 0.5
+DEVIATION = 0.225
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Return the images as a network takes them: (x / 255 - 0.5) / 0.225.
+
+    `images` is (N, 3, H, W), uint8; the result has the same shape, float32, on the same device.
+
+    The paper (section 4.2) gives a mean of 0.5 and a "variance" of 0.225 for every channel. The latter is read as the
+    standard deviation, as in common use: ImageNet's are 0.229, 0.224 and 0.225.
+    """
+    return images.to(torch.float32).div_(255).sub_(MEAN).div_(DEVIATION)
+
+
+def augment(images: Tensor, generator: torch.Generator, *, padding: int = 2) -> Tensor:
+    """Return a random crop of each zero-padded image, flipped from left to right with probability 0.5.
+
+    `images` is (N, 3, H, W), uint8, on any device; the result has the same shape, type and device. Each image is
+    padded by `padding` on every side, and all of its (2 padding + 1)^2 crops of HxW are equally likely. `generator`,
+    the source of all randomness, is on the CPU, so that every device sees the same crops. The paper's section 4.2.
+    """
+    num_images, _, height, width = images.shape
+    num_offsets = 2 * padding + 1
+    highs = (num_offsets, num_offsets, 2)
+    draws = torch.stack([torch.randint(high, (num_images,), generator=generator) for high in highs])
+    top_N, left_N, flip_N = draws.to(images.device)
+    padded = functional.pad(images, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (N, 3, offset, offset, H, W): nothing is copied
+    crops = windows[torch.arange(num_images, device=images.device), :, top_N, left_N]
+    return torch.where(flip_N.bool()[:, None, None, None], crops.flip(3), crops)

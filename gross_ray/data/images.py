@@ -1,0 +1,357 @@
+"""Datasets as uint8 tensors: the embedded sample, Fashion-MNIST, CIFAR-10 and folders of images.
+
+Shapes: N images, H height, W width; images are (N, 3, H, W). Every split is shuffled once, in a way that never
+changes, with the classes interleaved: its first n images are balanced by class as far as its classes allow.
+"""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import json
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from torchvision.datasets import CIFAR10, FashionMNIST
+from torchvision.datasets.utils import check_integrity
+
+from gross_ray.errors import DatasetError, InvalidValueError
+
+if TYPE_CHECKING:
+    from gross_ray.experiment import DataOptions
+
+SPLITS = ("train", "validation", "test")
+SAMPLE_FILE = Path(__file__).with_name("sample.parquet")
+SAMPLE_SCHEMA = pa.schema([("split", pa.string()), ("label", pa.int8()), ("png", pa.binary())])
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FASHION_SIZE = 28
+FASHION_PADDING = 2  # to 32x32, as CIFAR-10
+FASHION_FILES = tuple(
+    f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+DOWNLOAD_ERRORS = (RuntimeError, OSError, http.client.HTTPException)
+# Found by feeding PIL with damaged files: not all that it raises for them is an OSError.
+PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images and their classes, on one device."""
+
+    images: Tensor
+    """(N, 3, H, W), uint8."""
+    labels: Tensor
+    """(N,), int64: positions in `Splits.classes`."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """Return the same set on another device."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def first(self, n: int) -> ImageSet:
+        """Return the first `n` images, or all for 0; raises InvalidValueError where there are fewer than `n`."""
+        if not 0 <= n <= len(self):
+            raise InvalidValueError(f"n = {n}: must be 0 (all) to {len(self)}, the number of images there are")
+        return ImageSet(self.images[:n], self.labels[:n]) if n else self
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """A dataset in its three disjoint splits. Validation selects, test is only reported."""
+
+    name: str
+    """The dataset's name, as in `DataOptions.name`."""
+    train: ImageSet
+    """Images to learn from."""
+    validation: ImageSet
+    """Images to select by."""
+    test: ImageSet
+    """Images that choose nothing."""
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of the labels."""
+
+
+def check_dataset_name(name: str) -> None:
+    """Raise InvalidValueError unless `name` is sample, fashion-mnist, cifar10 or folder:PATH."""
+    if name not in ("sample", "fashion-mnist", "cifar10") and not (name.startswith("folder:") and name != "folder:"):
+        rule = "must be sample, fashion-mnist, cifar10 or folder:PATH, like folder:/data/flowers"
+        raise InvalidValueError(f"data.name = {name!r}: {rule}")
+
+
+def load_dataset(options: DataOptions, *, root: str | Path | None = None, download: bool = False) -> Splits:
+    """Load a dataset onto the CPU, cut to the limits of `options`; the same images in the same order every time.
+
+    Images are (N, 3, H, W), uint8. fashion-mnist and its sample are zero-padded from 28x28 to 32x32 and their grey
+    channel is repeated. `root` is the folder of fashion-mnist's and cifar10's files, ~/.cache/gross_ray unless given;
+    only with `download` is anything fetched into it.
+
+    Raises InvalidValueError where the name is unknown or a limit exceeds its split, and DatasetError where a file is
+    missing, damaged or of another kind than it should be; it says which, and the remedy.
+    """
+    check_dataset_name(options.name)
+    folder = Path("~/.cache/gross_ray" if root is None else root).expanduser()
+    if options.name == "sample":
+        splits = read_sample(SAMPLE_FILE)
+    elif options.name == "fashion-mnist":
+        splits = _load_fashion_mnist(folder, download)
+    elif options.name == "cifar10":
+        splits = _load_cifar10(folder, download)
+    else:
+        splits = _load_folder(options.name, Path(options.name.removeprefix("folder:")).expanduser())
+    limits = (options.limit_train, options.limit_validation, options.limit_test)
+    train, validation, test = (_limited(splits, split, limit) for split, limit in zip(SPLITS, limits, strict=True))
+    return Splits(options.name, train, validation, test, splits.classes)
+
+
+def balanced_split(labels: Tensor, proportions: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
+    """Share images out at random in disjoint parts, each with every class in proportion.
+
+    `labels` is (N,), int64. `proportions` are the relative sizes of the parts: (4, 1) makes parts of 80 % and 20 %,
+    to the nearest whole number. Returns for each part the positions of its images in `labels`, (N_part,), int64.
+    Within a part the classes take turns, in a random order each turn, for as long as they have images.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    classes = labels[shuffled]
+    progress = (_ranks(classes) + 0.5) / torch.bincount(classes)[classes]  # of each image within its class, 0 to 1
+    by_share = shuffled[torch.argsort(progress, stable=True)]
+    ends = [round(len(labels) * sum(proportions[: i + 1]) / sum(proportions)) for i in range(len(proportions))]
+    parts = [by_share[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return [part[torch.argsort(_ranks(labels[part]), stable=True)] for part in parts]
+
+
+def read_sample(path: Path) -> Splits:
+    """Read a file that scripts/make_sample.py wrote; raises DatasetError where it is damaged."""
+    remedy = "install gross_ray anew, or make the file with scripts/make_sample.py"
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"sample: {path} cannot be read ({_reason(error)}); {remedy}") from error
+    metadata = table.schema.metadata or {}
+    if table.schema.remove_metadata() != SAMPLE_SCHEMA or b"classes" not in metadata:
+        expected = ", ".join(f"{field.name} {field.type}" for field in SAMPLE_SCHEMA)
+        found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
+        raise DatasetError(f"sample: {path} has the columns {found}, not {expected} and class names; {remedy}")
+    names, labels, pngs = (table[column].to_pylist() for column in SAMPLE_SCHEMA.names)
+    try:
+        classes = tuple(json.loads(metadata[b"classes"]))
+        images = [_pixels(BytesIO(png), "L") for png in pngs]
+    except PIL_ERRORS as error:
+        wrong = f"holds an unreadable image or class names ({_reason(error)})"
+        raise DatasetError(f"sample: {path} {wrong}; {remedy}") from error
+    size = (FASHION_SIZE, FASHION_SIZE)
+    strange = {*names} - {*SPLITS} | {*labels} - {*range(len(classes))} | {image.shape for image in images} - {size}
+    if strange or not images:
+        wrong = f"has {len(images)} images and the unknown splits, labels or image sizes {strange or 'none'}"
+        raise DatasetError(f"sample: {path} {wrong}; {remedy}")
+    pool = ImageSet(_fashion_images(torch.from_numpy(np.stack(images))), torch.tensor(labels))
+    rows = [torch.tensor([row for row, name in enumerate(names) if name == split]).long() for split in SPLITS]
+    train, validation, test = (ImageSet(pool.images[part], pool.labels[part]) for part in rows)
+    return Splits("sample", train, validation, test, classes)
+
+
+def _ranks(classes: Tensor) -> Tensor:
+    """Return for each position how many of its class stand before it."""
+    order = torch.argsort(classes, stable=True)
+    counts = torch.bincount(classes)
+    ranks = torch.empty_like(classes)
+    ranks[order] = torch.arange(len(classes)) - (counts.cumsum(0) - counts)[classes[order]]
+    return ranks
+
+
+def _split(pool: ImageSet, proportions: tuple[int, ...]) -> list[ImageSet]:
+    generator = torch.Generator().manual_seed(0)  # which image is in which split is part of the dataset, not of a run
+    return [
+        ImageSet(pool.images[part], pool.labels[part]) for part in balanced_split(pool.labels, proportions, generator)
+    ]
+
+
+def _limited(splits: Splits, split: str, limit: int) -> ImageSet:
+    images: ImageSet = getattr(splits, split)
+    size = len(images)
+    if size == 0:
+        raise DatasetError(f"{splits.name}: too few images, none is left for the {split} split; add images")
+    if limit > size:
+        rule = f"the {split} split of {splits.name} has {size} images; use at most {size}, or 0 for all"
+        raise InvalidValueError(f"data.limit_{split} = {limit}: {rule}")
+    return images.first(limit)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _pixels(source: Path | BytesIO, mode: str) -> np.ndarray:
+    """Return (H, W) or (H, W, 3) uint8 for the mode L or RGB; raises one of PIL_ERRORS."""
+    with Image.open(source) as image:
+        if image.mode.startswith(("I", "F")):  # PIL would clip them to 255 without a word
+            raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
+        return np.asarray(image.convert(mode))
+
+
+def _fashion_images(grey: Tensor) -> Tensor:
+    """Return (N, 3, 32, 32) for (N, 28, 28)."""
+    padded = functional.pad(grey, (FASHION_PADDING,) * 4)
+    return padded.unsqueeze(1).repeat(1, 3, 1, 1)
+
+
+def _load_fashion_mnist(root: Path, download: bool) -> Splits:
+    folder = _fashion_folder(root, download)
+    train_images, train_labels, test_images, test_labels = (folder / file for file in FASHION_FILES)
+    # 40,000 and 10,000 of the 60,000, the paper's sizes for CIFAR-10; the last 10,000 stay unused.
+    train, validation, _ = _split(_read_idx_pair(train_images, train_labels), (4, 1, 1))
+    (test,) = _split(_read_idx_pair(test_images, test_labels), (1,))
+    train, validation, test = (ImageSet(_fashion_images(x.images), x.labels) for x in (train, validation, test))
+    return Splits("fashion-mnist", train, validation, test, tuple(FashionMNIST.classes))
+
+
+def _fashion_folder(root: Path, download: bool) -> Path:
+    torchvision_folder = root / "FashionMNIST" / "raw"
+    places = (root, torchvision_folder, DEBIAN_FOLDER)
+    # The first place with any of the files counts, so that an incomplete set is reported and not passed over.
+    folder = next((place for place in places if any((place / file).is_file() for file in FASHION_FILES)), None)
+    missing = [file for file in FASHION_FILES if folder is None or not (folder / file).is_file()]
+    if folder is not None and not missing:
+        return folder
+    if not download:
+        where = " or ".join(str(place) for place in ([folder] if folder else (root, DEBIAN_FOLDER)))
+        remedy = "install Debian's dataset-fashion-mnist, or add --download"
+        raise DatasetError(f"fashion-mnist: no {missing[0]} in {where}; {remedy}")
+    try:
+        FashionMNIST(str(root), download=True)
+    except DOWNLOAD_ERRORS as error:
+        remedy = f"check the network, or copy the four files into {root}"
+        raise DatasetError(f"fashion-mnist: download into {root} failed ({_reason(error)}); {remedy}") from error
+    return torchvision_folder
+
+
+def _read_idx_pair(images_path: Path, labels_path: Path) -> ImageSet:
+    images = _read_idx(images_path, (FASHION_SIZE, FASHION_SIZE))
+    labels = _read_idx(labels_path, ()).to(torch.int64)
+    if len(images) != len(labels):
+        counts = f"{labels_path} has {len(labels)} labels for the {len(images)} images of {images_path.name}"
+        raise DatasetError(f"fashion-mnist: {counts}; {_fashion_remedy(labels_path)}")
+    num_classes = len(FashionMNIST.classes)
+    if labels.max() >= num_classes:
+        wrong = f"{labels_path} has the label {int(labels.max())}, above {num_classes - 1}"
+        raise DatasetError(f"fashion-mnist: {wrong}; {_fashion_remedy(labels_path)}")
+    return ImageSet(images, labels)
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Return the uint8 tensor (N, *shape) of a gzipped IDX file."""
+    try:
+        content = bytearray(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(
+            f"fashion-mnist: {path} cannot be read ({_reason(error)}); {_fashion_remedy(path)}"
+        ) from error
+    num_dimensions = 1 + len(shape)
+    magic = bytes((0, 0, 8, num_dimensions))  # 8: uint8
+    header = struct.Struct(f">4s{num_dimensions}I")
+    if len(content) <= header.size or content[:4] != magic:
+        wrong = f"is no IDX file of uint8 in {num_dimensions} dimensions"
+        raise DatasetError(f"fashion-mnist: {path} {wrong}; {_fashion_remedy(path)}")
+    _, *sizes = header.unpack_from(content)
+    if tuple(sizes[1:]) != shape or header.size + math.prod(sizes) != len(content):
+        wrong = f"says it holds {tuple(sizes)} values, and holds {len(content) - header.size} for (N, *{shape})"
+        raise DatasetError(f"fashion-mnist: {path} {wrong}; {_fashion_remedy(path)}")
+    return torch.frombuffer(content, dtype=torch.uint8, offset=header.size).reshape(sizes)
+
+
+def _fashion_remedy(path: Path) -> str:
+    if path.parent == DEBIAN_FOLDER:
+        return "reinstall Debian's dataset-fashion-mnist"
+    return "replace it by the file of https://github.com/zalandoresearch/fashion-mnist"
+
+
+def _load_cifar10(root: Path, download: bool) -> Splits:
+    folder = root / CIFAR10.base_folder
+    remedy = f"unpack {CIFAR10.url} in {root}, or add --download"
+    try:
+        if not download:
+            for file, md5 in (*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])):
+                if not (folder / file).is_file():
+                    raise DatasetError(f"cifar10: no {file} in {folder}; {remedy}")
+                if not check_integrity(str(folder / file), md5):
+                    raise DatasetError(f"cifar10: {folder / file} is damaged, its MD5 is not {md5}; {remedy}")
+        learn, report = (CIFAR10(str(root), train=part, download=download) for part in (True, False))
+    except DOWNLOAD_ERRORS as error:
+        remedy = f"check the network, or unpack {CIFAR10.url} in {root}"
+        raise DatasetError(f"cifar10: cannot be loaded into {root} ({_reason(error)}); {remedy}") from error
+    pools = [
+        ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in (learn, report)
+    ]
+    train, validation = _split(pools[0], (4, 1))
+    (test,) = _split(pools[1], (1,))
+    return Splits("cifar10", train, validation, test, tuple(learn.classes))
+
+
+def _load_folder(name: str, path: Path) -> Splits:
+    layout = "make one folder of images a class, like train/cat, validation/cat and test/cat, or only cat"
+    if not path.is_dir():
+        raise DatasetError(f"{name}: there is no folder {path}; {layout}")
+    if not (path / "train").is_dir() or not any((path / other).is_dir() for other in ("validation", "val", "test")):
+        files = _class_files(name, path, layout)
+        train, validation, test = _split(_read_images(name, files, None), (3, 1, 1))
+        return Splits(name, train, validation, test, tuple(files))
+    sets: list[ImageSet] = []
+    classes: tuple[str, ...] = ()
+    for folder in (path / "train", path / ("val" if (path / "val").is_dir() else "validation"), path / "test"):
+        if not folder.is_dir():
+            raise DatasetError(f"{name}: there is no folder {folder}; {layout}")
+        files = _class_files(name, folder, layout)
+        classes = classes or tuple(files)
+        if tuple(files) != classes:
+            differing = f"{folder} has the classes {', '.join(files)}, and train has {', '.join(classes)}"
+            raise DatasetError(f"{name}: {differing}; give all splits the same class folders")
+        sets += _split(_read_images(name, files, sets[0].images.shape if sets else None), (1,))
+    train, validation, test = sets
+    return Splits(name, train, validation, test, classes)
+
+
+def _class_files(name: str, folder: Path, layout: str) -> dict[str, list[Path]]:
+    """Return each class's images, classes and images sorted by name."""
+    classes = sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
+    if not classes:
+        raise DatasetError(f"{name}: {folder} has no class folders; {layout}")
+    files = {}
+    for place in classes:
+        files[place.name] = sorted(file for file in place.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not files[place.name]:
+            raise DatasetError(f"{name}: {place} has no {', '.join(IMAGE_SUFFIXES)} images; add some, or remove it")
+    return files
+
+
+def _read_images(name: str, files: dict[str, list[Path]], expected: torch.Size | None) -> ImageSet:
+    """Read all images, which must have the size of `expected` (N, 3, H, W), or of the first of them."""
+    shape = (*expected[2:], 3) if expected else None
+    images: list[np.ndarray] = []
+    for file in (file for members in files.values() for file in members):
+        try:
+            image = _pixels(file, "RGB")
+        except PIL_ERRORS as error:
+            remedy = "replace it by an 8-bit PNG or JPEG, or remove it"
+            raise DatasetError(f"{name}: {file} cannot be read ({_reason(error)}); {remedy}") from error
+        shape = shape or image.shape
+        if image.shape != shape:
+            sizes = f"{file} is {image.shape[1]}x{image.shape[0]} pixels, the images before it {shape[1]}x{shape[0]}"
+            raise DatasetError(f"{name}: {sizes}; resize all images to one size")
+        images.append(image)
+    labels = [label for label, members in enumerate(files.values()) for _ in members]
+    return ImageSet(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))

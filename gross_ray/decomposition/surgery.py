@@ -1,0 +1,154 @@
+"""Operations on whole networks: find the layers, put series in their place, choose a configuration, take it out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from gross_ray.decomposition.bottleneck import Bottleneck
+from gross_ray.decomposition.btd import BTDOptions, block_term_decomposition
+from gross_ray.decomposition.series import SeriesConv2d
+from gross_ray.errors import InvalidValueError
+from gross_ray.space import Configuration, SearchSpace
+
+
+def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the network's first convolution."""
+    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return {name: conv for name, conv in convs[1:] if conv.groups == 1 and max(conv.kernel_size) > 1}
+
+
+def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Conv2d]:
+    """Return the named layers in layer order (all `decomposable_layers` where no names are given).
+
+    Raises InvalidValueError for a name that is not a dense convolution of `model`, and if nothing is left.
+    """
+    if not names:
+        chosen = decomposable_layers(model)
+        if not chosen:
+            raise InvalidValueError("this network has no dense convolution with a kernel above 1x1 after its first one")
+        return chosen
+    dense = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == 1
+    }
+    for name in names:
+        if name not in dense:
+            raise InvalidValueError(f"{name!r} is not a dense convolution of this network; there are: {', '.join(dense)}")
+    return {name: conv for name, conv in dense.items() if name in names}
+
+
+def default_group_sizes(in_channels: int) -> tuple[int, ...]:
+    """Return the powers of two that divide `in_channels` (section 4.2: all that do not exceed them)."""
+    return tuple(2**power for power in range(in_channels.bit_length()) if in_channels % 2**power == 0)
+
+
+def layer_group_sizes(
+    layers: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the group-sizes of each layer: those given for it, or `default_group_sizes`."""
+    unknown = [name for name in group_sizes or {} if name not in layers]
+    if unknown:
+        raise InvalidValueError(f"group-sizes for {unknown[0]!r}, which is not decomposed; there are: {', '.join(layers)}")
+    return {
+        name: tuple(sorted((group_sizes or {}).get(name) or default_group_sizes(conv.in_channels)))
+        for name, conv in layers.items()
+    }
+
+
+def decompose_model(
+    model: nn.Module,
+    *,
+    layers: Sequence[str] | None = None,
+    group_sizes: Mapping[str, Sequence[int]] | None = None,
+    options: BTDOptions = BTDOptions(),  # noqa: B008 (frozen)
+    nested: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a copy of `model` with a SeriesConv2d in place of each chosen convolution: the supernet.
+
+    `layers` are names (default: `decomposable_layers`), `group_sizes` the sizes for each name (default: the powers of
+    two that divide its input channels). With `nested`, each group-size starts from the expansion of the next smaller
+    one. Raises InvalidValueError for a layer or a group-size that does not fit.
+    """
+    chosen = choose_layers(model, layers)
+    sizes = layer_group_sizes(chosen, group_sizes)
+    return build_supernet(
+        model,
+        {
+            name: decompose_layer(conv, sizes[name], options=options, nested=nested, seed=seed)
+            for name, conv in chosen.items()
+        },
+    )
+
+
+def decompose_layer(
+    conv: nn.Conv2d, group_sizes: Sequence[int], *, options: BTDOptions, nested: bool = False, seed: int = 0
+) -> list[Bottleneck]:
+    """Return one bottleneck for each group-size of `conv`, in ascending order."""
+    bottlenecks = []
+    start = None
+    for size in sorted(group_sizes):
+        terms = block_term_decomposition(conv.weight, size, options=options, start=start, seed=seed)
+        start = terms if nested else None
+        bottlenecks.append(terms.to_bottleneck())
+    return bottlenecks
+
+
+def build_supernet(model: nn.Module, bottlenecks: Mapping[str, Sequence[Bottleneck]]) -> nn.Module:
+    """Return a copy of `model` whose named convolutions are the series of the given bottlenecks."""
+    convs = choose_layers(model, list(bottlenecks))
+    return _replaced(model, {name: SeriesConv2d.from_bottlenecks(convs[name], bottlenecks[name]) for name in convs})
+
+
+def empty_supernet(model: nn.Module, group_sizes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """Return a copy of `model` with series of zeros, to load a checkpoint into."""
+    convs = choose_layers(model, list(group_sizes))
+    return _replaced(model, {name: SeriesConv2d(convs[name], group_sizes[name]) for name in convs})
+
+
+def series_layers(supernet: nn.Module) -> dict[str, SeriesConv2d]:
+    """Return the SeriesConv2d of a supernet by name, in layer order; raises InvalidValueError if there are none."""
+    found = {name: module for name, module in supernet.named_modules() if isinstance(module, SeriesConv2d)}
+    if not found:
+        raise InvalidValueError("this network has no decomposed layer; make one with decompose_model")
+    return found
+
+
+def set_configuration(supernet: nn.Module, configuration: Sequence[int]) -> None:
+    """Make `configuration` the active one; raises InvalidValueError (and changes nothing) if it is not in the space."""
+    checked = SearchSpace.of(supernet).check(configuration)
+    for layer, group_size in zip(series_layers(supernet).values(), checked, strict=True):
+        layer.group_size = group_size
+
+
+def get_configuration(supernet: nn.Module) -> Configuration:
+    """Return the active configuration."""
+    return Configuration([layer.group_size for layer in series_layers(supernet).values()])
+
+
+def extract(supernet: nn.Module, configuration: Sequence[int]) -> nn.Module:
+    """Return the network of one configuration, made of plain torch.nn modules only (a copy)."""
+    checked = SearchSpace.of(supernet).check(configuration)
+    layers = series_layers(supernet)
+    return _replaced(
+        supernet, {name: layers[name].to_modules(size) for name, size in zip(layers, checked, strict=True)}
+    )
+
+
+def _replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a deep copy of `model` with modules replaced wherever they are used, so that sharing is kept."""
+    copied = copy.deepcopy(model)
+    new = {id(copied.get_submodule(name)): module for name, module in replacements.items()}
+    if id(copied) in new:
+        return new[id(copied)]
+    for parent in list(copied.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if id(child) in new:
+                replacement = new[id(child)]
+                replacement.train(copied.training)
+                setattr(parent, attribute, replacement)
+    return copied

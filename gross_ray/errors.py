@@ -1,0 +1,36 @@
+"""The errors of gross_ray. Every message names the value, the rule and the remedy.
+
+Each kind takes one message and nothing else, so that it survives pickling on its way back from a worker.
+"""
+
+
+class GrossRayError(Exception):
+    """Base of all errors that gross_ray raises on purpose."""
+
+
+class InvalidValueError(GrossRayError, ValueError):
+    """A value that a user gave breaks a rule (a `ValueError` too)."""
+
+
+class DatasetError(GrossRayError):
+    """A dataset is missing, truncated or not what its name says."""
+
+
+class RunFolderError(GrossRayError):
+    """A run folder belongs to another experiment, is in use, or holds a damaged file."""
+
+
+class MissingStageError(GrossRayError):
+    """A stage was asked for whose input an earlier stage has not stored yet."""
+
+
+class DivergedError(GrossRayError):
+    """Training reached a loss that is not finite."""
+
+
+class ResourcesError(GrossRayError):
+    """An experiment asks for resources that the cluster does not have."""
+
+
+class UnitsFailedError(GrossRayError):
+    """Some units of work did not end; all others are stored."""

@@ -1,0 +1,381 @@
+"""A whole experiment as frozen dataclasses: what is done, never where (workers, devices and folders are not in it)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import typing
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from gross_ray.decomposition.btd import BTDOptions
+from gross_ray.errors import InvalidValueError
+from gross_ray.models import check_model_name
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise InvalidValueError(f"{name} = {value!r}: {rule}")
+
+
+def _require_group_sizes(name: str, sizes: tuple[int, ...]) -> None:
+    lawful = all(size >= 1 for size in sizes) and len(set(sizes)) == len(sizes)
+    _require(lawful, name, sizes, "must be group-sizes of 1 or more, each named once")
+
+
+def _settle(options: Any, prefix: str) -> None:
+    """Bring every field to its type (1 to 1.0, a list to a tuple), so that what is equal has one fingerprint."""
+    for name, hint in typing.get_type_hints(type(options)).items():
+        object.__setattr__(options, name, _convert(hint, getattr(options, name), prefix + name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which images, and how many of them."""
+
+    name: str = "sample"
+    """Dataset: sample, fashion-mnist, cifar10 or folder:PATH."""
+    limit_train: int = 0
+    """Use only the first so many training images (0: all)."""
+    limit_validation: int = 0
+    """Use only the first so many validation images (0: all)."""
+    limit_test: int = 0
+    """Use only the first so many test images (0: all)."""
+
+    def __post_init__(self) -> None:
+        from gross_ray.data.images import check_dataset_name
+
+        _settle(self, "data.")
+        check_dataset_name(self.name)
+        for name in ("limit_train", "limit_validation", "limit_test"):
+            _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "must be 0 (all images) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One run of stochastic gradient descent with step decay."""
+
+    epochs: int
+    """Passes over the training split."""
+    lr: float
+    """Learning rate of the first epoch."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which the learning rate is multiplied by `gamma`."""
+    gamma: float = 0.1
+    """Factor of the learning rate at a milestone."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-3
+    """Weight decay (L2) of SGD."""
+    batch_size: int = 256
+    """Images a step."""
+    augment: bool = True
+    """Random crop from a 2-pixel padding and horizontal flip."""
+
+    def __post_init__(self) -> None:
+        _settle(self, "")
+        _require(self.epochs >= 1, "epochs", self.epochs, "must be 1 or more")
+        _require(self.lr > 0, "lr", self.lr, "must be above 0")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be 1 or more")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
+        _require(0 < self.gamma <= 1, "gamma", self.gamma, "must be in (0, 1]")
+        ordered = all(earlier < later for earlier, later in pairwise((0, *self.milestones)))
+        _require(ordered, "milestones", self.milestones, "must be positive and ascending")
+
+    def lr_at(self, epoch: int) -> float:
+        """Return the learning rate of `epoch` (0 is the first)."""
+        return self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Schedule):
+    """The base network (section 4.2 of the paper)."""
+
+    epochs: int = 100
+    lr: float = 0.1
+    milestones: tuple[int, ...] = (50, 75)
+    seeds: int = 5
+    """How many networks are trained; the one of median validation accuracy is decomposed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.seeds >= 1, "training.seeds", self.seeds, "must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecompositionOptions(BTDOptions):
+    """The block term decomposition of each layer at each group-size (section 3)."""
+
+    layers: tuple[str, ...] = ()
+    """Names of the layers to decompose; empty: every dense convolution with a kernel above 1x1 but the first."""
+    group_sizes: tuple[int, ...] = ()
+    """Group-sizes to try where they divide a layer's input channels; empty: the powers of two up to them."""
+    nested: bool = False
+    """Start each group-size from the expansion of the next smaller one (a chain), not by itself (parallel)."""
+
+    def __post_init__(self) -> None:
+        _settle(self, "decomposition.")
+        super().__post_init__()
+        named = all(self.layers) and len(set(self.layers)) == len(self.layers)
+        _require(named, "decomposition.layers", self.layers, "must be names of layers, each named once")
+        _require_group_sizes("decomposition.group_sizes", self.group_sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionOptions(Schedule):
+    """Response reconstruction of the supernet (section 4.3)."""
+
+    epochs: int = 30
+    lr: float = 1e-4
+    milestones: tuple[int, ...] = (20,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningOptions(Schedule):
+    """Fine-tuning of the supernet (section 4.4)."""
+
+    epochs: int = 150
+    lr: float = 1e-4
+    milestones: tuple[int, ...] = (80, 120)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupernetOptions:
+    """The supernet whose configurations are searched."""
+
+    seeds: int = 5
+    """How many supernets are trained; a configuration's accuracy is their median."""
+    alpha: float = 4.0
+    """Temperature of the sampling of group-sizes (Eq. 8); 0 is uniform."""
+    scaling: str = "normalised"
+    """"index" samples with exp(-alpha i), Eq. 8 as printed; "normalised" with exp(-alpha i / N)."""
+
+    def __post_init__(self) -> None:
+        _settle(self, "supernet.")
+        _require(self.seeds >= 1, "supernet.seeds", self.seeds, "must be 1 or more")
+        _require(self.alpha >= 0, "supernet.alpha", self.alpha, "must be 0 or more")
+        _require(self.scaling in SCALINGS, "supernet.scaling", self.scaling, f"must be one of {', '.join(SCALINGS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """The exhaustive search and the selection (section 5.1)."""
+
+    budgets: tuple[int, ...] = (16, 4)
+    """Each names a fixed configuration (this group-size in every layer) whose MACs are a budget."""
+    top: int = 2
+    """How many configurations are selected under each budget."""
+    shard_size: int = 42
+    """Configurations a unit of work, stored together."""
+
+    def __post_init__(self) -> None:
+        _settle(self, "search.")
+        _require(self.top >= 1, "search.top", self.top, "must be 1 or more")
+        _require(self.shard_size >= 1, "search.shard_size", self.shard_size, "must be 1 or more")
+        _require(bool(self.budgets), "search.budgets", self.budgets, "must name a group-size or more, like [16, 4]")
+        _require_group_sizes("search.budgets", self.budgets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """The sweep over sampling temperatures (section 5.2, Figure 1)."""
+
+    alphas: tuple[float, ...] = (0.0, 2.0, 4.0, 8.0)
+    """Temperatures to train a supernet with."""
+    scalings: tuple[str, ...] = ("index", "normalised")
+    """Ways to read Eq. 8 (see `supernet.scaling`)."""
+    seeds: int = 5
+    """Supernets for each temperature and scaling."""
+
+    def __post_init__(self) -> None:
+        _settle(self, "sweep.")
+        _require(self.seeds >= 1, "sweep.seeds", self.seeds, "must be 1 or more")
+        lawful = all(alpha >= 0 for alpha in self.alphas) and len(set(self.alphas)) == len(self.alphas)
+        _require(lawful, "sweep.alphas", self.alphas, "must be 0 or more, each named once")
+        known = set(self.scalings) <= set(SCALINGS) and len(set(self.scalings)) == len(self.scalings)
+        _require(known, "sweep.scalings", self.scalings, f"must be among {', '.join(SCALINGS)}, each named once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Fixed and selected configurations, decomposed and trained on their own (sections 4.5 and 5.1)."""
+
+    fixed: tuple[int, ...] = (32, 16, 4, 1)
+    """Group-sizes of the fixed configurations; those of the budgets are always added."""
+    seeds: int = 5
+    """Repeats of each configuration."""
+    reconstruction: Schedule = field(default_factory=lambda: Schedule(epochs=30, lr=0.01, milestones=(20,)))
+    """Response reconstruction of one configuration."""
+    finetuning: Schedule = field(default_factory=lambda: Schedule(epochs=100, lr=0.001, milestones=(80,)))
+    """Fine-tuning of one configuration."""
+
+    def __post_init__(self) -> None:
+        _settle(self, "validation.")
+        _require(self.seeds >= 1, "validation.seeds", self.seeds, "must be 1 or more")
+        _require(bool(self.fixed), "validation.fixed", self.fixed, "must name a group-size or more, like [16, 4]")
+        _require_group_sizes("validation.fixed", self.fixed)
+
+
+SCALINGS = ("index", "normalised")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A whole experiment: every number that decides a result is in here."""
+
+    name: str = "custom"
+    """Name shown in reports, usually the preset's."""
+    seed: int = 0
+    """Root of every random number of the experiment."""
+    model: str = "four-conv"
+    """Network: four-conv (the paper's), vgg16 or resnet18."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """The images."""
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    """The base network."""
+    decomposition: DecompositionOptions = field(default_factory=DecompositionOptions)
+    """Block term decomposition."""
+    supernet: SupernetOptions = field(default_factory=SupernetOptions)
+    """The supernet."""
+    reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)
+    """Response reconstruction of the supernet."""
+    finetuning: FinetuningOptions = field(default_factory=FinetuningOptions)
+    """Fine-tuning of the supernet."""
+    search: SearchOptions = field(default_factory=SearchOptions)
+    """Evaluation and selection of configurations."""
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    """The sweep over alpha."""
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    """Fixed and selected configurations on their own."""
+
+    def __post_init__(self) -> None:
+        _settle(self, "")
+        _require(bool(self.name), "name", self.name, "must not be empty")
+        _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        check_model_name(self.model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain values, ready for JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_json(self) -> str:
+        """Return the experiment as JSON text; `from_json` reads it back to an equal experiment."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Experiment:
+        """Read what `to_json` wrote; raises InvalidValueError for anything else."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise InvalidValueError(f"this is not the JSON of an experiment: {error}") from None
+        if not isinstance(values, dict):
+            raise InvalidValueError(f"an experiment is a JSON object of fields, not {values!r}")
+        return _build(cls, values, "")
+
+    def fields(self) -> dict[str, Any]:
+        """Return every field by its dotted name, as `--set` writes it: ``training.epochs`` -> 100."""
+        return dict(_flatten(self.to_dict(), ""))
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that are equal for equal experiments."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def override(self, settings: list[str]) -> Experiment:
+        """Return a copy with settings like ``training.epochs=3`` applied.
+
+        Values are JSON (``[16, 4]``, ``0.1``, ``true``), or plain text for text fields. Raises InvalidValueError for
+        an unknown field (the error lists what there is), a wrong type or a value out of range.
+        """
+        nested = self.to_dict()
+        known = self.fields()
+        for setting in settings:
+            name, separator, text = setting.partition("=")
+            name = name.strip()
+            if not separator:
+                raise InvalidValueError(f"setting {setting!r}: write FIELD=VALUE, like training.epochs=3")
+            if name not in known:
+                raise InvalidValueError(f"unknown field {name!r}; there are: {', '.join(known)}")
+            *path, last = name.split(".")
+            place = nested
+            for part in path:
+                place = place[part]
+            place[last] = _parse(text.strip(), is_text=isinstance(known[name], str))
+        return _build(type(self), nested, "")
+
+    def first_difference(self, other: Experiment) -> str | None:
+        """Return ``"training.epochs (5, not 3)"`` for the first field that differs from `other`, or None."""
+        theirs = other.fields()
+        for name, value in self.fields().items():
+            if value != theirs.get(name):
+                return f"{name} ({value!r}, not {theirs.get(name)!r})"
+        return None
+
+
+def _parse(text: str, *, is_text: bool) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:  # no JSON, or a whole number of thousands of digits
+        return text
+    return text if is_text and not isinstance(value, str) else value
+
+
+def _flatten(value: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, Any]]:
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flatten(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", inner
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = [name for name in values if name not in hints]
+    if unknown:
+        known = ", ".join(prefix + name for name in hints)
+        raise InvalidValueError(f"unknown field {prefix + unknown[0]!r}; there are: {known}")
+    required = [one.name for one in dataclasses.fields(cls) if _has_no_default(one)]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise InvalidValueError(f"{prefix}{missing[0]} is missing and has no default: give it a value")
+    converted = {name: _convert(hints[name], value, prefix + name) for name, value in values.items()}
+    try:
+        return cls(**converted)
+    except InvalidValueError as error:
+        message = str(error)
+        owned = message.startswith(prefix) or "." in message.split(" = ")[0]
+        raise InvalidValueError(message if owned else prefix + message) from None
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if type(value) is hint:
+            return value
+        if not isinstance(value, dict):
+            raise InvalidValueError(
+                f"{name} = {value!r}: is a group of fields; set one of them, like {name}.{_first(hint)}"
+            )
+        return _build(typing.cast(type, hint), value, f"{name}.")
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(typing.get_args(hint)[0], item, name) for item in items)
+    accepted = int | float if hint is float else hint
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise InvalidValueError(f"{name} = {value!r}: must be of type {hint.__name__}")
+    if hint is not float:
+        return value
+    _require(abs(value) <= sys.float_info.max, name, value, "must be a finite number")
+    return float(value) + 0.0  # -0.0 becomes 0.0, to which it is equal
+
+
+def _has_no_default(one: dataclasses.Field[Any]) -> bool:
+    return one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+
+
+def _first(hint: Any) -> str:
+    return dataclasses.fields(hint)[0].name

@@ -1,0 +1,95 @@
+"""The networks we train: the paper's four-conv network, and torchvision's VGG-16 and ResNet-18 for small images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gross_ray.errors import InvalidValueError
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
+"""Networks by name: a function of (number of classes, image size in pixels) that returns an nn.Module."""
+
+
+def build_model(name: str, *, num_classes: int, image_size: int = 32, generator: torch.Generator) -> nn.Module:
+    """Return a freshly initialised network, its random weights drawn from `generator` alone.
+
+    Raises InvalidValueError for an unknown name, listing those there are.
+    """
+    check_model_name(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return MODELS[name](num_classes, image_size)
+
+
+def check_model_name(name: str) -> None:
+    """Raise InvalidValueError for an unknown network, listing those there are."""
+    if name not in MODELS:
+        raise InvalidValueError(f"unknown model {name!r}; there are: {', '.join(MODELS)}")
+
+
+def four_conv(num_classes: int = 10, image_size: int = 32) -> nn.Sequential:
+    """Return the paper's network (section 4.2): four 3x3 convolutions of 32, 32, 64, 64 channels, two linear layers.
+
+    Input (N, 3, image_size, image_size); a ReLU and a 2x2 max-pooling follow each convolution. Raises
+    InvalidValueError for images under 16 pixels, which four poolings would reduce to nothing.
+    """
+    if image_size < 16:
+        raise InvalidValueError(f"image_size = {image_size}: four poolings need 16 pixels or more")
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = [3, 32, 32, 64, 64]
+    for number in range(1, 5):
+        layers[f"conv{number}"] = nn.Conv2d(channels[number - 1], channels[number], 3, padding=1)
+        layers[f"relu{number}"] = nn.ReLU()
+        layers[f"pool{number}"] = nn.MaxPool2d(2)
+    layers["flatten"] = nn.Flatten()
+    layers["fc1"] = nn.Linear(channels[-1] * (image_size // 16) ** 2, 256)
+    layers["relu5"] = nn.ReLU()
+    layers["dropout"] = nn.Dropout(0.5)
+    layers["fc2"] = nn.Linear(256, num_classes)
+    network = nn.Sequential(layers)
+    initialise(network)
+    return network
+
+
+def initialise(network: nn.Module) -> None:
+    """Initialise as section 4.2 says: He fan-out for convolutions, N(0, variance 0.01) for linear layers, biases 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.1)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def vgg16(num_classes: int = 10, image_size: int = 32) -> nn.Module:
+    """Return torchvision's VGG-16 with batch-norm, its classifier one linear layer, for 32 pixels and more."""
+    from torchvision.models import vgg16_bn
+
+    network = vgg16_bn(num_classes=num_classes)
+    network.avgpool = nn.AdaptiveAvgPool2d(1)
+    network.classifier = nn.Linear(512, num_classes)
+    return network
+
+
+def resnet18(num_classes: int = 10, image_size: int = 32) -> nn.Module:
+    """Return torchvision's ResNet-18; below 64 pixels with a 3x3 stem of stride 1 and no first pooling."""
+    from torchvision.models import resnet18 as torchvision_resnet18
+
+    network = torchvision_resnet18(num_classes=num_classes)
+    if image_size < 64:
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    return network
+
+
+def predict(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the class of the largest logit for each image, (N,) int64."""
+    return network(images).argmax(dim=1)
+
+
+MODELS.update({"four-conv": four_conv, "vgg16": vgg16, "resnet18": resnet18})

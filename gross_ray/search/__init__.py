@@ -1,0 +1,1 @@
+"""Search: what a configuration costs, how accurate it is, and which one to choose."""

@@ -1,0 +1,182 @@
+"""What a configuration costs: multiply-accumulates (MACs) and parameters, in closed form from per-layer tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gross_ray.decomposition.series import SeriesConv2d
+from gross_ray.decomposition.surgery import series_layers
+from gross_ray.errors import InvalidValueError
+from gross_ray.space import SearchSpace
+
+CONVENTIONS = ("actual", "paper")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer in a forward pass of one image."""
+
+    module: nn.Module
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
+
+
+def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Return the MACs of every convolution and linear layer as `model` runs one image of `input_shape` (C, H, W).
+
+    A SeriesConv2d counts as the bottleneck of its active group-size.
+    """
+    return sum(
+        _series_macs(call, call.module.group_size) if isinstance(call.module, SeriesConv2d) else _plain_macs(call)
+        for call in _calls(model, input_shape)
+    )
+
+
+def configuration_macs(
+    supernet: nn.Module,
+    configuration: Sequence[int],
+    input_shape: Sequence[int],
+    *,
+    convention: str = "actual",
+) -> int:
+    """Return the MACs of one configuration for one image of `input_shape` (C, H, W).
+
+    "actual" counts every convolution and linear layer of the extracted network. "paper" counts as the paper's tables
+    do: the bottlenecks of the decomposed layers only, with stride and padding on the first 1x1 (its Table 1).
+    """
+    return CostTable.of(supernet, input_shape, convention=convention).macs(configuration)
+
+
+class CostTable:
+    """MACs and parameters of every layer at every group-size, so that a configuration's cost is a sum."""
+
+    def __init__(
+        self, space: SearchSpace, macs: tuple[int, list[dict[int, int]]], parameters: tuple[int, list[dict[int, int]]]
+    ) -> None:
+        """Take, for each cost, what all configurations share and each layer's part by group-size."""
+        self._space, self._macs, self._parameters = space, macs, parameters
+
+    @classmethod
+    def of(cls, supernet: nn.Module, input_shape: Sequence[int], *, convention: str = "actual") -> CostTable:
+        """Measure `supernet` with one forward pass of an image of `input_shape` (C, H, W)."""
+        if convention not in CONVENTIONS:
+            raise InvalidValueError(f"convention = {convention!r}: must be one of {', '.join(CONVENTIONS)}")
+        layers = series_layers(supernet)
+        count = _series_macs if convention == "actual" else _series_macs_paper
+        shared_macs = 0
+        layer_macs: dict[int, dict[int, int]] = {
+            id(layer): dict.fromkeys(layer.group_sizes, 0) for layer in layers.values()
+        }
+        for call in _calls(supernet, input_shape):
+            if isinstance(call.module, SeriesConv2d):
+                for size in call.module.group_sizes:
+                    layer_macs[id(call.module)][size] += count(call, size)
+            elif convention == "actual":
+                shared_macs += _plain_macs(call)
+        series = {id(p) for layer in layers.values() for p in layer.series_parameters()}
+        shared_parameters = sum(p.numel() for p in supernet.parameters() if id(p) not in series)
+        return cls(
+            SearchSpace.of(supernet),
+            (shared_macs, list(layer_macs.values())),
+            (shared_parameters, [{s: _series_parameters(layer, s) for s in layer.group_sizes} for layer in layers.values()]),
+        )
+
+    def macs(self, configuration: Sequence[int]) -> int:
+        """Return the MACs of `configuration` for one image."""
+        return self._sum(configuration, self._macs)
+
+    def parameters(self, configuration: Sequence[int]) -> int:
+        """Return the number of parameters of `configuration`, biases and all other layers included."""
+        return self._sum(configuration, self._parameters)
+
+    def _sum(self, configuration: Sequence[int], costs: tuple[int, list[dict[int, int]]]) -> int:
+        shared, by_layer = costs
+        checked = self._space.check(configuration)
+        return shared + sum(layer[size] for layer, size in zip(by_layer, checked, strict=True))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of `model`."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _calls(model: nn.Module, input_shape: Sequence[int]) -> list[_Call]:
+    calls: list[_Call] = []
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append(_Call(module, tuple(inputs[0].shape), tuple(output.shape)))
+
+    counted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | SeriesConv2d)]
+    handles = [module.register_forward_hook(hook) for module in counted]
+    modes = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters())
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return calls
+
+
+def _plain_macs(call: _Call) -> int:
+    module = call.module
+    if isinstance(module, nn.Conv2d):
+        places = _product(call.output_size[1:])
+        return places * module.in_channels // module.groups * _product(module.kernel_size)
+    assert isinstance(module, nn.Linear)
+    return _product(call.output_size[1:]) * module.in_features
+
+
+def _series_macs(call: _Call, group_size: int) -> int:
+    layer = call.module
+    assert isinstance(layer, SeriesConv2d)
+    before, after = _product(call.input_size[2:]), _product(call.output_size[2:])
+    return _bottleneck_macs(layer, group_size, before, after)
+
+
+def _series_macs_paper(call: _Call, group_size: int) -> int:
+    """Count with stride and padding on the first 1x1, as Table 1 of the paper has them."""
+    layer = call.module
+    assert isinstance(layer, SeriesConv2d)
+    padding = layer._padding_both_sides  # left, right, top, bottom
+    before = [
+        (size + padding[place] + padding[place + 1] - 1) // stride + 1
+        for size, stride, place in zip(call.input_size[2:], layer.stride, (2, 0), strict=True)
+    ]
+    after = [
+        size - dilation * (kernel - 1)
+        for size, dilation, kernel in zip(before, layer.dilation, layer.kernel_size, strict=True)
+    ]
+    if min(after) < 1:
+        raise InvalidValueError(
+            f"convention='paper' puts the stride {tuple(layer.stride)} on the first 1x1, which leaves nothing of an "
+            f"input of {tuple(call.input_size[2:])} pixels; count with convention='actual'"
+        )
+    return _bottleneck_macs(layer, group_size, _product(before), _product(after))
+
+
+def _bottleneck_macs(layer: SeriesConv2d, group_size: int, places_before: int, places_after: int) -> int:
+    channels = layer.in_channels
+    pointwise_in = places_before * channels * channels
+    grouped = places_after * channels * group_size * _product(layer.kernel_size)
+    return pointwise_in + grouped + places_after * channels * layer.out_channels
+
+
+def _series_parameters(layer: SeriesConv2d, group_size: int) -> int:
+    channels = layer.in_channels
+    return channels * (channels + group_size * _product(layer.kernel_size) + layer.out_channels)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= int(size)
+    return total

@@ -1,0 +1,130 @@
+"""The vocabulary shared by every stage: a configuration of group-sizes, and the space of all of them."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from gross_ray.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Configuration(tuple[int, ...]):
+    """One group-size for each decomposed layer, in layer order: immutable, hashable, printed as ``2-32-64``."""
+
+    __slots__ = ()
+
+    def __new__(cls, group_sizes: Sequence[int]) -> Configuration:
+        """Make a configuration; raises InvalidValueError unless there is at least one size and all are positive."""
+        rule = "needs one positive whole group-size for each decomposed layer, like (2, 32, 64)"
+        try:
+            sizes = tuple(operator.index(size) for size in group_sizes)
+        except TypeError:
+            raise InvalidValueError(f"configuration {group_sizes!r}: {rule}") from None
+        if not sizes or min(sizes) < 1:
+            raise InvalidValueError(f"configuration {sizes}: {rule}")
+        return super().__new__(cls, sizes)
+
+    def __getnewargs__(self) -> tuple[tuple[int, ...]]:
+        return (tuple(self),)
+
+    def __str__(self) -> str:
+        return "-".join(str(size) for size in self)
+
+    def __repr__(self) -> str:
+        return f"Configuration('{self}')"
+
+    @classmethod
+    def parse(cls, text: str) -> Configuration:
+        """Read ``"2-32-64"``; raises InvalidValueError for anything else."""
+        if not re.fullmatch("[1-9][0-9]*(-[1-9][0-9]*)*", text.strip()):
+            raise InvalidValueError(
+                f"configuration {text!r}: write the group-sizes in layer order with a dash between, like 2-32-64"
+            )
+        return cls([int(part) for part in text.strip().split("-")])
+
+
+class SearchSpace(Sequence[Configuration]):
+    """Every combination of the layers' group-sizes, in lexicographic order (the last layer changes fastest).
+
+    It never lists itself in memory: a member is computed from its index and the other way round, so that spaces
+    of 10^7 members and more cost nothing.
+    """
+
+    def __init__(self, group_sizes: Mapping[str, Sequence[int]]) -> None:
+        """Take the group-sizes of each layer, in layer order; they are sorted in ascending order."""
+        self.group_sizes: dict[str, tuple[int, ...]] = {}
+        for layer, sizes in group_sizes.items():
+            try:
+                self.group_sizes[layer] = tuple(sorted({operator.index(size) for size in sizes}))
+            except TypeError:
+                self.group_sizes[layer] = ()
+        if not group_sizes or not all(sizes and sizes[0] >= 1 for sizes in self.group_sizes.values()):
+            raise InvalidValueError(
+                f"search space {dict(group_sizes)}: needs a layer, and positive whole group-sizes for each layer"
+            )
+
+    @classmethod
+    def of(cls, supernet: nn.Module) -> SearchSpace:
+        """Return the space that `supernet` (from `decompose_model`) spans."""
+        from gross_ray.decomposition.surgery import series_layers
+
+        return cls({name: layer.group_sizes for name, layer in series_layers(supernet).items()})
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the decomposed layers, in layer order."""
+        return tuple(self.group_sizes)
+
+    def __len__(self) -> int:
+        return prod(len(sizes) for sizes in self.group_sizes.values())
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+        """Return the configuration at `index`, or the list of those in a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"configuration {index} of a space of {len(self)}")
+        rest = index % len(self)
+        chosen = []
+        for sizes in reversed(self.group_sizes.values()):
+            rest, place = divmod(rest, len(sizes))
+            chosen.append(sizes[place])
+        return Configuration(chosen[::-1])
+
+    def __iter__(self) -> Iterator[Configuration]:
+        return (self[index] for index in range(len(self)))
+
+    def __contains__(self, configuration: object) -> bool:
+        if not isinstance(configuration, tuple) or len(configuration) != len(self.group_sizes):
+            return False
+        return all(size in sizes for size, sizes in zip(configuration, self.group_sizes.values(), strict=True))
+
+    def index(self, configuration: Sequence[int]) -> int:  # type: ignore[override]
+        """Return the place of `configuration`; raises InvalidValueError, with the choices, if it is not in here."""
+        self.check(configuration)
+        place = 0
+        for size, sizes in zip(configuration, self.group_sizes.values(), strict=True):
+            place = place * len(sizes) + sizes.index(size)
+        return place
+
+    def check(self, configuration: Sequence[int]) -> Configuration:
+        """Return `configuration` as a Configuration; raises InvalidValueError that names the layer and its choices."""
+        configuration = Configuration(configuration)
+        if len(configuration) != len(self.group_sizes):
+            raise InvalidValueError(
+                f"configuration {configuration} has {len(configuration)} group-sizes; "
+                f"this space has {len(self.group_sizes)} layers: {', '.join(self.layers)}"
+            )
+        for size, (layer, sizes) in zip(configuration, self.group_sizes.items(), strict=True):
+            if size not in sizes:
+                raise InvalidValueError(
+                    f"configuration {configuration}: group-size {size} is not among those of {layer}: "
+                    + ", ".join(map(str, sizes))
+                )
+        return configuration

@@ -1,0 +1,169 @@
+"""The stages of the paper that train: base network, response reconstruction (Eq. 9), fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gross_ray.data.images import Splits
+from gross_ray.decomposition.surgery import series_layers, set_configuration
+from gross_ray.experiment import Schedule
+from gross_ray.training.loop import CheckpointSlot, EpochRecord, accuracy, train
+from gross_ray.training.sampling import ConfigurationSampler
+
+OnEpoch = Callable[[EpochRecord], object]
+
+
+def train_network(
+    network: nn.Module,
+    splits: Splits,
+    schedule: Schedule,
+    *,
+    seed: int,
+    checkpoint: CheckpointSlot | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> list[EpochRecord]:
+    """Train every parameter of `network` in place on the classification task (section 4.2)."""
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return train(
+        network,
+        splits.train,
+        schedule,
+        parameters=dict(network.named_parameters()),
+        loss=lambda inputs, labels: F.cross_entropy(network(inputs), labels),
+        seed=seed,
+        set_mode=network.train,
+        measure=lambda: accuracy(network, splits.validation),
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+    )
+
+
+def response_error(response: Tensor, target: Tensor) -> Tensor:
+    """Return ||response - target|| / ||target||, Frobenius norms over all elements, a scalar (Eq. 9)."""
+    return torch.linalg.vector_norm(response - target) / torch.linalg.vector_norm(target)
+
+
+def reconstruct(
+    supernet: nn.Module,
+    original: nn.Module,
+    splits: Splits,
+    schedule: Schedule,
+    *,
+    seed: int,
+    sampler: ConfigurationSampler | None = None,
+    checkpoint: CheckpointSlot | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> list[EpochRecord]:
+    """Train the series of `supernet` in place to give the responses of `original` (section 3.3.2, 4.3).
+
+    All decomposed layers at once: the loss is the sum over them of Eq. 9, each layer's input being what the decomposed
+    network gives it, its target the response of the full network to the same images. With `sampler`, a configuration
+    is drawn each step; without, the active one is trained. Everything but the series is frozen.
+    """
+    parameters = freeze_all_but_series(supernet)
+    names = list(series_layers(supernet))
+    original.eval()
+    original.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with _Responses(supernet, names) as ours, _Responses(original, names) as theirs:
+
+        def loss(inputs: Tensor, _: Tensor) -> Tensor:
+            with torch.no_grad():
+                original(inputs)
+            supernet(inputs)
+            return torch.stack([response_error(ours.of[name], theirs.of[name]) for name in names]).sum()
+
+        return train(
+            supernet,
+            splits.train,
+            schedule,
+            parameters=parameters,
+            loss=loss,
+            seed=seed,
+            set_mode=supernet.eval,
+            before_step=None if sampler is None else lambda g: set_configuration(supernet, sampler.draw(g)),
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+        )
+
+
+def finetune(
+    supernet: nn.Module,
+    splits: Splits,
+    schedule: Schedule,
+    *,
+    seed: int,
+    sampler: ConfigurationSampler | None = None,
+    checkpoint: CheckpointSlot | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> list[EpochRecord]:
+    """Train the series of `supernet` in place on the classification task (section 4.4).
+
+    With `sampler`, a configuration is drawn each step; without, the active one is trained. Everything but the series
+    is frozen, the statistics of batch-norm too. The validation accuracy of each record is that of the active
+    configuration, with `sampler` that of the largest group-sizes.
+    """
+    parameters = freeze_all_but_series(supernet)
+    largest = [layer.group_sizes[-1] for layer in series_layers(supernet).values()]
+
+    def measure() -> float:
+        if sampler is not None:
+            set_configuration(supernet, largest)
+        return accuracy(supernet, splits.validation)
+
+    def train_mode() -> None:
+        supernet.train()
+        for module in supernet.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+    return train(
+        supernet,
+        splits.train,
+        schedule,
+        parameters=parameters,
+        loss=lambda inputs, labels: F.cross_entropy(supernet(inputs), labels),
+        seed=seed,
+        set_mode=train_mode,
+        before_step=None if sampler is None else lambda g: set_configuration(supernet, sampler.draw(g)),
+        measure=measure,
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+    )
+
+
+def freeze_all_but_series(supernet: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Leave only the series' terms trainable (biases frozen, section 4.3) and return them by name."""
+    trainable = {id(p) for layer in series_layers(supernet).values() for p in layer.series_parameters()}
+    for parameter in supernet.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
+    return {name: parameter for name, parameter in supernet.named_parameters() if parameter.requires_grad}
+
+
+class _Responses:
+    """Keeps the latest output of each named layer while it is open."""
+
+    def __init__(self, network: nn.Module, names: list[str]) -> None:
+        self.of: dict[str, Tensor] = {}
+        self._network, self._names = network, names
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> _Responses:
+        for name in self._names:
+            layer = self._network.get_submodule(name)
+            self._handles.append(layer.register_forward_hook(self._keep(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.of.clear()
+
+    def _keep(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.of[name] = output
+
+        return hook

@@ -1,0 +1,123 @@
+"""Ray: joined at an address or started on this machine, quietly, and left as it was found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# Before Ray is imported: no usage statistics, no boxes from Tune, its token authentication explicitly on.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray  # noqa: E402
+
+from gross_ray.errors import InvalidValueError, ResourcesError  # noqa: E402
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Where the work is done; nothing in here changes what an experiment means."""
+
+    address: str | None = None
+    """Address of a running cluster; None: RAY_ADDRESS, or start Ray on this machine."""
+    num_cpus: int | None = None
+    """CPU cores to use of this machine; None: all. Refused together with an address."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where the cluster has a GPU."""
+    gpus_per_unit: float = 0.25
+    """GPUs for each unit of work on cuda; below 1, units share one."""
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise InvalidValueError(f"device = {self.device!r}: must be one of {', '.join(DEVICES)}")
+        if self.num_cpus is not None and self.num_cpus < 1:
+            raise InvalidValueError(f"num_cpus = {self.num_cpus}: must be 1 or more")
+        if self.gpus_per_unit <= 0:
+            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0")
+        if self.num_cpus is not None and self.joined_address is not None:
+            raise InvalidValueError(
+                f"num_cpus = {self.num_cpus} with the running cluster {self.joined_address}: "
+                "it has the cores it was started with; leave one of the two out"
+            )
+
+    @property
+    def joined_address(self) -> str | None:
+        """The running cluster to join, if one is named."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the connected cluster has, and how units of work are placed on it."""
+
+    num_cpus: int
+    num_gpus: float
+    device: str
+    gpus_per_unit: float
+
+    def slots(self) -> int:
+        """Return how many units of work run at the same time at most."""
+        if self.device == "cuda":
+            return max(1, min(self.num_cpus, int(self.num_gpus / self.gpus_per_unit)))
+        return self.num_cpus
+
+    def threads(self, num_units: int) -> int:
+        """Return the CPU threads of each of `num_units` units.
+
+        It depends on all units of a stage, not on those still to do, so that a resumed run rounds the same.
+        """
+        return max(1, self.num_cpus // max(1, min(self.slots(), num_units)))
+
+
+@contextmanager
+def connected(resources: Resources) -> Iterator[Cluster]:
+    """Connect to Ray while the block runs.
+
+    Raises ResourcesError if the cluster cannot be reached or lacks what was asked for.
+    """
+    started_here = not ray.is_initialized()
+    if started_here:
+        _connect(resources)
+    try:
+        yield _describe(resources)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _connect(resources: Resources) -> None:
+    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    address = resources.joined_address
+    try:
+        if address is not None:
+            ray.init(address=address, **quiet)
+        else:
+            cores = resources.num_cpus or os.cpu_count() or 1
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the cluster at {address}" if address else "Ray on this machine"
+        reason = str(error).splitlines()[0]
+        raise ResourcesError(f"cannot reach {where}: {reason}; check --address and that it runs") from None
+
+
+def _describe(resources: Resources) -> Cluster:
+    there = ray.cluster_resources()
+    num_cpus, num_gpus = int(there.get("CPU", 0)), float(there.get("GPU", 0))
+    if num_cpus < 1:
+        raise ResourcesError("the cluster has no CPU core to work on; start it with num_cpus of 1 or more")
+    device = resources.device
+    if device == "auto":
+        device = "cuda" if num_gpus > 0 else "cpu"
+    if device == "cuda" and num_gpus < resources.gpus_per_unit:
+        raise ResourcesError(
+            f"a unit of work asks for {resources.gpus_per_unit:g} GPU, the cluster has {num_gpus:g}; "
+            "use --device cpu, or a cluster with GPUs"
+        )
+    return Cluster(num_cpus, num_gpus, device, resources.gpus_per_unit)

@@ -1,0 +1,110 @@
+"""Networks of a run, built again from what its stages stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gross_ray.decomposition.surgery import choose_layers, default_group_sizes, empty_supernet, extract
+from gross_ray.errors import InvalidValueError, MissingStageError
+from gross_ray.models import build_model
+from gross_ray.results.store import RunStore
+from gross_ray.space import Configuration, SearchSpace
+from gross_ray.training.loop import EpochRecord
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base network that is decomposed: the one of median validation accuracy."""
+
+    network: nn.Module
+    seed: int
+    input_shape: tuple[int, int, int]
+    space: SearchSpace
+
+    @property
+    def convs(self) -> dict[str, nn.Conv2d]:
+        """The convolutions that are decomposed, by name."""
+        return choose_layers(self.network, self.space.layers)
+
+
+def median_seed(store: RunStore) -> int:
+    """Return the seed of the base network of median validation accuracy (the lower one of an even number).
+
+    Raises MissingStageError unless all base networks are stored.
+    """
+    networks = store.read_table("networks")
+    wanted = store.experiment.training.seeds
+    if len(networks) < wanted:
+        raise MissingStageError(
+            f"{len(networks)} of {wanted} base networks are stored in {store.path}: run `gross train` on it first"
+        )
+    ordered = networks.sort_values(["val_accuracy", "seed"], kind="stable")
+    return int(ordered["seed"].iloc[(len(ordered) - 1) // 2])
+
+
+def load_base(store: RunStore) -> Base:
+    """Return the base network that is decomposed, on the CPU; raises MissingStageError before `train` is done."""
+    seed = median_seed(store)
+    tensors, about = store.load_checkpoint("train", f"seed={seed}")
+    network = new_network(store, about["num_classes"], about["image_size"], torch.Generator())
+    network.load_state_dict(tensors)
+    options = store.experiment.decomposition
+    convs = choose_layers(network, options.layers)
+    sizes = {name: _group_sizes(name, conv, options.group_sizes) for name, conv in convs.items()}
+    shape = (3, about["image_size"], about["image_size"])
+    return Base(network, seed, shape, SearchSpace(sizes))
+
+
+def _group_sizes(name: str, conv: nn.Conv2d, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    if not wanted:
+        return default_group_sizes(conv.in_channels)
+    fitting = tuple(size for size in wanted if conv.in_channels % size == 0)
+    if not fitting:
+        raise InvalidValueError(
+            f"decomposition.group_sizes = {list(wanted)}: none divides the {conv.in_channels} input channels of {name}"
+        )
+    return fitting
+
+
+def new_network(store: RunStore, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
+    """Return a freshly initialised network of the experiment's kind."""
+    return build_model(store.experiment.model, num_classes=num_classes, image_size=image_size, generator=generator)
+
+
+def load_supernet(store: RunStore, stage: str, unit: str, base: Base | None = None) -> nn.Module:
+    """Return the network that `stage` stored for `unit`, on the CPU, with a series in each decomposed layer."""
+    base = base or load_base(store)
+    tensors, about = store.load_checkpoint(stage, unit)
+    supernet = empty_supernet(base.network, {name: tuple(sizes) for name, sizes in about["group_sizes"].items()})
+    supernet.load_state_dict(tensors)
+    return supernet
+
+
+def save_supernet(store: RunStore, stage: str, unit: str, supernet: nn.Module, about: dict[str, Any]) -> None:
+    """Store a network with a series in each decomposed layer, so that `load_supernet` can build it again."""
+    sizes = {name: list(sizes) for name, sizes in SearchSpace.of(supernet).group_sizes.items()}
+    tensors: dict[str, Tensor] = supernet.state_dict()
+    store.save_checkpoint(stage, unit, tensors, {"group_sizes": sizes, **about})
+
+
+def history_rows(stage: str, unit: str, seed: int, records: list[EpochRecord]) -> list[dict[str, Any]]:
+    """Return the rows of the `history` table for one training."""
+    return [{"stage": stage, "unit": unit, "seed": seed, **vars(record)} for record in records]
+
+
+def load_validated(store: RunStore, configuration: str, seed: int) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return a validated configuration as a plain network on the CPU, and its input shape.
+
+    Raises MissingStageError if it was not validated, naming those that were.
+    """
+    base = load_base(store)
+    chosen = base.space.check(Configuration.parse(configuration))
+    unit = f"{chosen},seed={seed}"
+    if not store.has_checkpoint("validate", unit):
+        there = ", ".join(sorted(store.finished_units("validations"))) or "none"
+        raise MissingStageError(f"{unit} is not validated in {store.path}; there are: {there}")
+    return extract(load_supernet(store, "validate", unit, base), chosen), base.input_shape

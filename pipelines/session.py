@@ -1,0 +1,141 @@
+"""One driver's work on one run folder: planned units, those still to do, and the cluster, joined only when needed."""
+
+from __future__ import annotations
+
+import platform
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import ray
+
+from gross_ray.data.images import load_dataset
+from gross_ray.errors import UnitsFailedError
+from gross_ray.results.store import RunStore
+from pipelines.cluster import Cluster, Resources, connected
+from pipelines.progress import Reporter
+from pipelines.trials import run_trials
+from pipelines.units import Unit, Work, pack_splits
+from pipelines.workers import WorkerPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Where the images are found on this machine."""
+
+    root: str | None = None
+    """Folder of the dataset's files; None: ~/.cache/gross_ray."""
+    download: bool = False
+    """Fetch what is missing."""
+
+
+class Session:
+    """Joins Ray and loads the images when the first unit has to be done, and not before."""
+
+    def __init__(self, store: RunStore, resources: Resources, source: DataSource, reporter: Reporter) -> None:
+        """Use `opened`, which also closes the session."""
+        self.store, self.reporter = store, reporter
+        self._resources, self._source = resources, source
+        self._stack = ExitStack()
+        self._cluster: Cluster | None = None
+        self._packed: ray.ObjectRef | None = None
+        self._pool: WorkerPool | None = None
+
+    @classmethod
+    @contextmanager
+    def opened(
+        cls, store: RunStore, resources: Resources, source: DataSource, reporter: Reporter
+    ) -> Iterator[Session]:
+        """Hold the run folder's lock, and close everything at the end."""
+        with store.lock():
+            store.remove_leftovers()
+            session = cls(store, resources, source, reporter)
+            try:
+                yield session
+            finally:
+                session._close()
+
+    def run(
+        self, stage: str, units: Sequence[Unit], work: Work, finished: Callable[[], set[str]], *, tune: bool = False
+    ) -> None:
+        """Do those of a stage's `units` that `finished` does not name, on actors or as trials of Ray Tune.
+
+        Raises UnitsFailedError, naming them, unless every unit is finished afterwards.
+        """
+        names = [unit.name for unit in units]
+        done = finished() & set(names)
+        self._tell_of_damage()
+        todo = [unit for unit in units if unit.name not in done]
+        with self.reporter.stage(stage, len(units), len(done)) as progress:
+            if not todo:
+                return
+            cluster = self._join()
+            assert self._packed is not None
+            threads = cluster.threads(len(units))
+            if tune:
+                self._release_workers()
+                failed = run_trials(
+                    stage,
+                    work,
+                    self.store,
+                    todo,
+                    cluster=cluster,
+                    packed_splits=self._packed,
+                    threads=threads,
+                    progress=progress,
+                )
+            else:
+                if self._pool is None:
+                    self._pool = WorkerPool(cluster, self._packed)
+                failed = self._pool.run(work, self.store, todo, threads=threads, progress=progress)
+        missing = [name for name in names if name not in finished()]
+        if missing:
+            first = failed.get(missing[0], "it was interrupted")
+            raise UnitsFailedError(
+                f"{stage}: {len(missing)} of {len(names)} units did not end: {', '.join(missing[:8])}"
+                f"{', ...' if len(missing) > 8 else ''} ({missing[0]}: {first}). "
+                "All others are stored; the same command again does only what is missing"
+            )
+
+    def _tell_of_damage(self) -> None:
+        for file in self.store.damaged:
+            self.reporter.note(f"damaged file {file}: deleted; its unit is done again")
+        self.store.damaged.clear()
+
+    def _join(self) -> Cluster:
+        if self._cluster is None:
+            splits = load_dataset(self.store.experiment.data, root=self._source.root, download=self._source.download)
+            self._cluster = self._stack.enter_context(connected(self._resources))
+            self._packed = ray.put(pack_splits(splits))
+            self._record_start(self._cluster)
+        return self._cluster
+
+    def _record_start(self, cluster: Cluster) -> None:
+        started = datetime.now(UTC)
+        experiment = self.store.experiment
+        row = {
+            "started": started.isoformat(timespec="milliseconds"),
+            **{package: version(package) for package in ("torch", "torchvision", "ray")},
+            "gross_ray": version("gross-ray"),
+            "python": platform.python_version(),
+            "host": socket.gethostname(),
+            "device": cluster.device,
+            "num_cpus": cluster.num_cpus,
+            "preset": experiment.name,
+            "experiment": experiment.to_json(),
+            "fingerprint": experiment.fingerprint(),
+        }
+        self.store.write_table("runs", started.strftime("%Y%m%dT%H%M%S.%f"), [row])
+
+    def _release_workers(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _close(self) -> None:
+        self._release_workers()
+        self._packed = None
+        self._stack.close()

@@ -1,0 +1,64 @@
+"""Stage `train`: the base networks, one unit a seed (section 4.2)."""
+
+from __future__ import annotations
+
+from gross_ray.results.store import RunStore
+from gross_ray.search.cost import count_macs, count_parameters
+from gross_ray.seeds import derive_seed, derived_generator
+from gross_ray.training.loop import count_correct
+from gross_ray.training.stages import train_network
+from pipelines.networks import history_rows, new_network
+from pipelines.session import Session
+from pipelines.units import Context, EpochSlot, Unit
+
+STAGE = "train"
+
+
+def plan(store: RunStore) -> list[Unit]:
+    """Return one unit for each seed of the base network."""
+    return [Unit(f"seed={seed}", {"seed": seed}) for seed in range(store.experiment.training.seeds)]
+
+
+def finished(store: RunStore) -> set[str]:
+    """Return the units that are stored."""
+    return {unit for unit in store.finished_units("networks") if store.has_checkpoint(STAGE, unit)}
+
+
+def run(session: Session) -> None:
+    """Train the base networks that are missing."""
+    session.run(STAGE, plan(session.store), work, lambda: finished(session.store))
+
+
+def work(context: Context, unit: Unit) -> str:
+    """Train one base network."""
+    store, splits, seed = context.store, context.splits, unit.arguments["seed"]
+    schedule = store.experiment.training
+    image_size = splits.train.images.shape[-1]
+    about = {"num_classes": len(splits.classes), "image_size": image_size, "classes": list(splits.classes)}
+    generator = derived_generator(context.seed, STAGE, unit.name, "weights")
+    network = new_network(store, len(splits.classes), image_size, generator).to(context.device)
+    slot = EpochSlot(store, STAGE, unit.name)
+    history = train_network(
+        network,
+        splits,
+        schedule,
+        seed=derive_seed(context.seed, STAGE, unit.name, "epochs"),
+        checkpoint=slot,
+        on_epoch=lambda record: context.report(record.epoch / schedule.epochs, f"epoch {record.epoch}"),
+    )
+    correct, total = count_correct(network, splits.validation), len(splits.validation)
+    test_accuracy = count_correct(network, splits.test) / len(splits.test)
+    store.save_checkpoint(STAGE, unit.name, network.state_dict(), about)
+    store.write_table("history", f"{STAGE},{unit.name}", history_rows(STAGE, unit.name, seed, history))
+    row = {
+        "seed": seed,
+        "val_correct": correct,
+        "val_total": total,
+        "val_accuracy": correct / total,
+        "test_accuracy": test_accuracy,
+        "macs": count_macs(network, splits.train.images.shape[1:]),
+        "parameters": count_parameters(network),
+    }
+    store.write_table("networks", unit.name, [row])
+    slot.clear()
+    return f"validation accuracy {correct / total:.4f}"

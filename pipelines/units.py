@@ -1,0 +1,98 @@
+"""A unit of work, the context in which a worker does it, and where its state is kept between epochs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gross_ray.data.images import ImageSet, Splits
+from gross_ray.results.store import RunStore
+
+Report = Callable[[float, str], object]
+"""Told the share of a unit that is done (0 to 1) and its state in a few words."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest piece of work that is stored, retried and resumed by itself."""
+
+    name: str
+    """Its name in tables and checkpoints, like ``conv2,g=16,seed=0``."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What the stage's function needs to know; plain values."""
+    cost: float = 1.0
+    """About how much work it is, in any unit: the longest are started first."""
+
+
+@dataclass
+class Context:
+    """What a worker has at hand: the run folder, the images on its device, and a way to report."""
+
+    store: RunStore
+    splits: Splits
+    device: str
+    report: Report
+
+    @property
+    def seed(self) -> int:
+        """The experiment's root seed."""
+        return self.store.experiment.seed
+
+
+Work = Callable[[Context, Unit], str]
+"""Does one unit, stores its result, and returns a few words about it."""
+
+
+@dataclass(frozen=True)
+class EpochSlot:
+    """Keeps one unit's state between epochs in the run folder (a `CheckpointSlot`)."""
+
+    store: RunStore
+    stage: str
+    unit: str
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return what was saved last, or None."""
+        if not self.store.has_checkpoint(self._stage, self.unit):
+            return None
+        return self.store.load_checkpoint(self._stage, self.unit)
+
+    def save(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+        """Replace what was saved, atomically."""
+        self.store.save_checkpoint(self._stage, self.unit, tensors, description)
+
+    def clear(self) -> None:
+        """Forget it: the unit's result is stored."""
+        self.store.delete_checkpoint(self._stage, self.unit)
+
+    @property
+    def _stage(self) -> str:
+        return f"{self.stage}-under-way"
+
+
+def pack_splits(splits: Splits) -> dict[str, Any]:
+    """Return the images as NumPy arrays, which Ray's object store shares between processes without a copy."""
+    packed: dict[str, Any] = {"name": splits.name, "classes": splits.classes}
+    for name in ("train", "validation", "test"):
+        part: ImageSet = getattr(splits, name)
+        packed[name] = (part.images.numpy(), part.labels.numpy())
+    return packed
+
+
+def unpack_splits(packed: Mapping[str, Any], device: str) -> Splits:
+    """Return what `pack_splits` packed, on `device`."""
+
+    def tensor(array: np.ndarray) -> Tensor:
+        with warnings.catch_warnings():
+            # The object store's memory is read-only; nothing writes into the images.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(array).to(device)
+
+    parts = {name: ImageSet(*(tensor(array) for array in packed[name])) for name in ("train", "validation", "test")}
+    return Splits(packed["name"], parts["train"], parts["validation"], parts["test"], packed["classes"])

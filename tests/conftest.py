@@ -1,0 +1,74 @@
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from gross_ray.decomposition.bottleneck import Bottleneck
+from gross_ray.decomposition.surgery import build_supernet, choose_layers
+
+torch.set_num_threads(1)
+settings.register_profile("gross_ray", deadline=None, derandomize=True, max_examples=30)
+settings.load_profile("gross_ray")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def trained_like_weight() -> Callable[..., Tensor]:
+    """Weights as training leaves them: few strong directions in the channels, a tail of noise."""
+
+    def make(out_channels: int, in_channels: int, *kernel: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        decay_o = 0.7 ** torch.arange(out_channels, dtype=torch.float64)
+        decay_i = 0.7 ** torch.arange(in_channels, dtype=torch.float64)
+        directions = (
+            _normal(generator, out_channels, in_channels, *kernel) * (decay_o[:, None] * decay_i)[..., None, None]
+        )
+        mix_o = torch.linalg.qr(_normal(generator, out_channels, out_channels))[0]
+        mix_i = torch.linalg.qr(_normal(generator, in_channels, in_channels))[0]
+        strong = torch.einsum("xyhw,ox,iy->oihw", directions, mix_o, mix_i)
+        return strong + 0.02 * _normal(generator, *strong.shape)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_bottleneck() -> Callable[..., Bottleneck]:
+    """A float64 bottleneck of random weights that keep the scale of what passes through."""
+
+    def make(conv: nn.Conv2d, group_size: int, generator: torch.Generator) -> Bottleneck:
+        channels, (height, width) = conv.in_channels, conv.kernel_size
+        return Bottleneck(
+            _normal(generator, channels, channels, 1, 1) * channels**-0.5,
+            _normal(generator, channels, group_size, height, width) * (2 / (group_size * height * width)) ** 0.5,
+            _normal(generator, conv.out_channels, channels, 1, 1) * channels**-0.5,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_supernet(random_bottleneck: Callable[..., Bottleneck]) -> Callable[..., nn.Module]:
+    """A supernet in eval mode whose group-sizes are functions that have nothing to do with each other."""
+
+    def make(model: nn.Module, group_sizes: Mapping[str, Sequence[int]], seed: int = 0) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        convs = choose_layers(model, list(group_sizes))
+        return build_supernet(
+            model,
+            {
+                name: [random_bottleneck(conv, size, generator) for size in group_sizes[name]]
+                for name, conv in convs.items()
+            },
+        ).eval()
+
+    return make

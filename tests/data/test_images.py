@@ -1,0 +1,597 @@
+import gzip
+import json
+import pickle
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from io import BytesIO
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import CIFAR10, FashionMNIST
+from torchvision.datasets.utils import calculate_md5
+
+from gross_ray.data import images as module
+from gross_ray.data.images import (
+    DEBIAN_FOLDER,
+    FASHION_FILES,
+    SAMPLE_FILE,
+    ImageSet,
+    Splits,
+    balanced_split,
+    check_dataset_name,
+    load_dataset,
+    read_sample,
+)
+from gross_ray.errors import DatasetError, InvalidValueError
+from gross_ray.experiment import DataOptions
+
+SPLITS = ("train", "validation", "test")
+
+
+def sizes(splits: Splits) -> tuple[int, ...]:
+    return tuple(len(getattr(splits, split)) for split in SPLITS)
+
+
+def keys(images: ImageSet) -> list[bytes]:
+    return [image.numpy().tobytes() for image in images.images]
+
+
+def assert_equal(a: Splits, b: Splits) -> None:
+    for split in SPLITS:
+        assert torch.equal(getattr(a, split).images, getattr(b, split).images)
+        assert torch.equal(getattr(a, split).labels, getattr(b, split).labels)
+    assert a.classes == b.classes
+
+
+def assert_prefixes_balanced(labels: torch.Tensor, num_classes: int) -> None:
+    """For classes of one size: no prefix has two more images of one class than of another."""
+    counts = torch.nn.functional.one_hot(labels, num_classes).cumsum(0)
+    assert (counts.max(1).values - counts.min(1).values).max() <= 1
+
+
+def assert_well_formed(splits: Splits, size: tuple[int, int]) -> None:
+    for split in SPLITS:
+        images = getattr(splits, split)
+        assert images.images.dtype == torch.uint8
+        assert images.labels.dtype == torch.int64
+        assert images.images.shape == (len(images.labels), 3, *size)
+        assert images.images.is_contiguous()
+        assert_prefixes_balanced(images.labels, len(splits.classes))
+
+
+def dataset_error(act: Callable[[], object], *parts: object) -> None:
+    """Assert that `act` raises a DatasetError of one line with all `parts` in it."""
+    with pytest.raises(DatasetError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message
+
+
+# --- ImageSet, names, limits
+
+
+def test_image_set() -> None:
+    images = ImageSet(torch.arange(5 * 12, dtype=torch.uint8).reshape(5, 3, 2, 2), torch.arange(5))
+    assert len(images) == 5
+    assert len(images.first(0)) == 5
+    assert torch.equal(images.first(2).images, images.images[:2])
+    assert torch.equal(images.first(2).labels, images.labels[:2])
+    moved = images.to("meta")
+    assert (moved.images.device.type, moved.labels.device.type) == ("meta", "meta")
+    for n in (6, -1):
+        with pytest.raises(InvalidValueError, match=f"n = {n}: .* 5"):
+            images.first(n)
+    with pytest.raises(FrozenInstanceError):
+        images.labels = torch.zeros(5)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["sample", "fashion-mnist", "cifar10", "folder:x", "folder:/a b/c"])
+def test_known_names(name: str) -> None:
+    check_dataset_name(name)
+
+
+@pytest.mark.parametrize("name", ["mnist", "Sample", "folder", "folder:", ""])
+def test_unknown_name_lists_the_known(name: str) -> None:
+    with pytest.raises(InvalidValueError, match="sample, fashion-mnist, cifar10 or folder:PATH") as caught:
+        check_dataset_name(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_load_dataset_checks_the_name() -> None:
+    with pytest.raises(InvalidValueError, match="'mnist'"):
+        load_dataset(DataOptions(name="mnist"))
+
+
+# --- the split
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any),
+    proportions=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple),
+    seed=st.integers(0, 2**32),
+)
+def test_balanced_split_shares_every_image_out_in_proportion(
+    counts: list[int], proportions: tuple[int, ...], seed: int
+) -> None:
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    parts = balanced_split(labels, proportions, torch.Generator().manual_seed(seed))
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
+    for part, proportion in zip(parts, proportions, strict=True):
+        share = proportion / sum(proportions)
+        assert abs(len(part) - share * len(labels)) <= 1
+        for label, count in enumerate(counts):
+            assert abs(int((labels[part] == label).sum()) - share * count) < 3
+        # In every prefix a class falls behind another only once it has no images left.
+        seen = torch.zeros(len(counts), dtype=torch.int64)
+        total = torch.bincount(labels[part], minlength=len(counts))
+        for label in labels[part].tolist():
+            seen[label] += 1
+            assert (seen >= torch.minimum(total, seen.max() - 1)).all()
+
+
+def test_balanced_split_follows_its_generator() -> None:
+    labels = torch.arange(200) % 4
+    first, again, other = (balanced_split(labels, (1, 1), torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first.sort().values, other.sort().values)
+
+
+# --- sample
+
+
+@pytest.fixture(scope="module")
+def sample() -> Splits:
+    return load_dataset(DataOptions(name="sample"))
+
+
+def test_sample(sample: Splits) -> None:
+    assert sample.name == "sample"
+    assert sizes(sample) == (6000, 2000, 2000)
+    assert_well_formed(sample, (32, 32))
+    for split in SPLITS:
+        images: ImageSet = getattr(sample, split)
+        assert images.labels.bincount().tolist() == [len(images) // 10] * 10
+        assert images.images[:, :, 2:-2, 2:-2].sum() == images.images.sum()  # all else is zero padding
+        assert torch.equal(images.images, images.images[:, :1].expand(-1, 3, -1, -1))
+    assert not {*keys(sample.train)} & {*keys(sample.validation)}
+    assert sample.classes == tuple(FashionMNIST.classes)
+    assert SAMPLE_FILE.stat().st_size < 6e6
+    metadata = pq.read_schema(SAMPLE_FILE).metadata
+    assert json.loads(metadata[b"classes"]) == FashionMNIST.classes
+    assert b"MIT" in metadata[b"licence"]
+
+
+@pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_sample_is_the_start_of_fashion_mnist(sample: Splits, tmp_path: Path) -> None:
+    full = load_dataset(DataOptions(name="fashion-mnist"), root=tmp_path)
+    assert sizes(full) == (40_000, 10_000, 10_000)
+    assert_well_formed(full, (32, 32))
+    assert not {*keys(full.train)} & {*keys(full.validation)}
+    limits = DataOptions(name="fashion-mnist", limit_train=6000, limit_validation=2000, limit_test=2000)
+    assert_equal(load_dataset(limits, root=tmp_path), sample)
+
+
+def test_limits(sample: Splits) -> None:
+    limited = load_dataset(DataOptions(limit_train=70, limit_validation=30, limit_test=15))
+    assert sizes(limited) == (70, 30, 15)
+    for split in SPLITS:
+        assert torch.equal(
+            getattr(limited, split).images, getattr(sample, split).images[: len(getattr(limited, split))]
+        )
+    assert limited.train.labels.bincount().tolist() == [7] * 10
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_limit_above_the_split(split: str, tmp_path: Path) -> None:
+    options = DataOptions(name=f"folder:{flat_folder(tmp_path)}", **{f"limit_{split}": 100})
+    with pytest.raises(InvalidValueError, match=rf"data.limit_{split} = 100: .* has (18|6) images; use at most"):
+        load_dataset(options)
+
+
+def sample_table() -> pa.Table:
+    return pq.read_table(SAMPLE_FILE).slice(0, 30)
+
+
+def with_column(table: pa.Table, name: str, values: list) -> pa.Table:
+    return table.set_column(
+        table.schema.get_field_index(name), table.schema.field(name), [pa.array(values, table.schema.field(name).type)]
+    )
+
+
+def big_png() -> bytes:
+    file = BytesIO()
+    Image.new("L", (32, 32)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (lambda table: table.drop_columns("png"), "split string, label int8, not split string, label int8, png binary"),
+        (lambda table: table.replace_schema_metadata({}), "class names"),
+        (lambda table: table.replace_schema_metadata({"classes": "['"}), "class names"),
+        (lambda table: with_column(table, "png", [b"no png"] * 30), "unreadable image"),
+        (lambda table: with_column(table, "png", [big_png()] * 30), "(32, 32)"),
+        (lambda table: with_column(table, "label", [10] * 30), "{10}"),
+        (lambda table: with_column(table, "label", [None] * 30), "{None}"),
+        (lambda table: with_column(table, "split", ["trian"] * 30), "trian"),
+        (lambda table: table.slice(0, 0), "0 images"),
+    ],
+)
+def test_wrong_sample(damage: Callable[[pa.Table], pa.Table], part: str, tmp_path: Path) -> None:
+    file = tmp_path / "sample.parquet"
+    pq.write_table(sample_table(), file)
+    assert len(read_sample(file).train) == 30
+    pq.write_table(damage(sample_table()), file)
+    dataset_error(lambda: read_sample(file), file, part, "scripts/make_sample.py")
+
+
+def test_damaged_sample(tmp_path: Path) -> None:
+    file = tmp_path / "sample.parquet"
+    dataset_error(lambda: read_sample(file), file, "scripts/make_sample.py")
+    whole = SAMPLE_FILE.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (b"", b"PAR1", whole[:-1], whole[: len(whole) // 2], flipped):
+        file.write_bytes(content)
+        dataset_error(lambda: read_sample(file), file, "cannot be read", "scripts/make_sample.py")
+
+
+def test_load_dataset_limits_an_empty_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "sample.parquet"
+    pq.write_table(sample_table(), file)
+    monkeypatch.setattr(module, "SAMPLE_FILE", file)
+    dataset_error(lambda: load_dataset(DataOptions()), "none is left for the validation split", "add images")
+
+
+# --- fashion-mnist
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise URLError("no network\nin tests")
+
+    monkeypatch.setattr(FashionMNIST, "download", refuse)
+    monkeypatch.setattr(CIFAR10, "download", refuse)
+
+
+def idx(values: np.ndarray) -> bytes:
+    return bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+
+
+def write_fashion(folder: Path, num_train: int = 120, num_test: int = 20) -> dict[str, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(num_train)
+    values = {}
+    for part, num in (("train", num_train), ("t10k", num_test)):
+        values[f"{part}-images-idx3-ubyte.gz"] = random.integers(1, 256, (num, 28, 28), dtype=np.uint8)
+        values[f"{part}-labels-idx1-ubyte.gz"] = np.arange(num, dtype=np.uint8) % 10
+    for file, array in values.items():
+        (folder / file).write_bytes(gzip.compress(idx(array)))
+    return values
+
+
+@pytest.fixture
+def no_debian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    folder = tmp_path / "debian"
+    monkeypatch.setattr(module, "DEBIAN_FOLDER", folder)
+    return folder
+
+
+def load_fashion(root: Path, *, download: bool = False) -> Splits:
+    return load_dataset(DataOptions(name="fashion-mnist"), root=root, download=download)
+
+
+@pytest.mark.parametrize("place", ["root", "root/FashionMNIST/raw", "debian"])
+def test_fashion_mnist(place: str, no_debian: Path, tmp_path: Path) -> None:
+    values = write_fashion(tmp_path / place)
+    splits = load_fashion(tmp_path / "root")
+    assert splits.name == "fashion-mnist"
+    assert sizes(splits) == (80, 20, 20)
+    assert_well_formed(splits, (32, 32))
+    for part, members in (("train", ("train", "validation")), ("t10k", ("test",))):
+        pixels, labels = (values[f"{part}-{kind}-ubyte.gz"] for kind in ("images-idx3", "labels-idx1"))
+        padded = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+        label_of = {np.stack([image] * 3).tobytes(): label for image, label in zip(padded, labels, strict=True)}
+        sets: list[ImageSet] = [getattr(splits, split) for split in members]
+        found = [pair for images in sets for pair in zip(keys(images), images.labels, strict=True)]
+        assert len({key for key, _ in found}) == len(found)  # disjoint
+        assert all(label_of[key] == label for key, label in found)
+    assert_equal(splits, load_fashion(tmp_path / "root"))
+
+
+def test_fashion_mnist_prefers_root(no_debian: Path, tmp_path: Path) -> None:
+    write_fashion(no_debian, 60)
+    write_fashion(tmp_path / "root")
+    assert len(load_fashion(tmp_path / "root").train) == 80
+
+
+def test_missing_fashion_mnist(no_debian: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    where = f"no train-images-idx3-ubyte.gz in {root} or {no_debian}"
+    dataset_error(lambda: load_fashion(root), where, "dataset-fashion-mnist, or add --download")
+
+
+@pytest.mark.parametrize("file", FASHION_FILES)
+def test_incomplete_fashion_mnist_is_not_passed_over(file: str, no_debian: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_fashion(no_debian)
+    write_fashion(root)
+    (root / file).unlink()
+    dataset_error(lambda: load_fashion(root), f"no {file} in {root};", "--download")
+
+
+def test_fashion_mnist_downloads_only_when_told(
+    no_debian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    dataset_error(lambda: load_fashion(root, download=True), "no network in tests", "check the network")
+
+    def download(self: FashionMNIST) -> None:
+        write_fashion(Path(self.raw_folder))
+        for file in FASHION_FILES:
+            (Path(self.raw_folder) / file[:-3]).write_bytes(
+                gzip.decompress((Path(self.raw_folder) / file).read_bytes())
+            )
+
+    monkeypatch.setattr(FashionMNIST, "download", download)
+    dataset_error(lambda: load_fashion(root), "--download")
+    assert len(load_fashion(root, download=True).train) == 80
+    assert len(load_fashion(root).train) == 80
+
+
+LABELS = (np.arange(120) % 10).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "part"),
+    [
+        ("train-images-idx3-ubyte.gz", b"no gzip", "cannot be read"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(bytes(999))[:-9], "cannot be read"),
+        ("train-images-idx3-ubyte.gz", b"\x1f\x8b\x08" + bytes(50), "cannot be read"),
+        ("train-images-idx3-ubyte.gz", b"", "is no IDX file"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(b""), "is no IDX file"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(idx(LABELS)), "is no IDX file of uint8 in 3 dimensions"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((0, 28, 28), np.uint8))), "is no IDX file"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((120, 32, 32), np.uint8))), "(120, 32, 32)"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((120, 28, 28), np.uint8))[:-5]), "holds 94075"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((120, 28, 28), np.uint8)) + b"x"), "holds 94081"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(idx(LABELS[:-1])), "119 labels for the 120 images"),
+        ("train-labels-idx1-ubyte.gz", gzip.compress(idx(LABELS + 1)), "has the label 10, above 9"),
+        ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx(LABELS)), "120 labels for the 20 images"),
+    ],
+)
+def test_damaged_fashion_mnist(file: str, content: bytes, part: str, no_debian: Path, tmp_path: Path) -> None:
+    for folder, remedy in ((tmp_path / "root", "replace it"), (no_debian, "reinstall Debian's dataset-fashion-mnist")):
+        write_fashion(folder)
+        (folder / file).write_bytes(content)
+        dataset_error(lambda: load_fashion(tmp_path / "root"), folder / file, part, remedy)
+        shutil.rmtree(folder)
+
+
+# --- cifar10
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[bytes, int]:
+    """Write a small archive in the true format and return the label of each of its images."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    label_of = {}
+    files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for file in files:
+        pixels = random.integers(0, 256, (20, 3072), dtype=np.uint8)
+        labels = [i % 10 for i in range(20)]
+        label_of |= {image.tobytes(): label for image, label in zip(pixels, labels, strict=True)}
+        (folder / file).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    md5s = [[file, calculate_md5(folder / file)] for file in files]
+    monkeypatch.setattr(CIFAR10, "train_list", md5s[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", md5s[5:])
+    md5 = calculate_md5(folder / "batches.meta")
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5})
+    return label_of
+
+
+def load_cifar(root: Path, *, download: bool = False) -> Splits:
+    return load_dataset(DataOptions(name="cifar10"), root=root, download=download)
+
+
+def test_cifar10(cifar: dict[bytes, int], tmp_path: Path) -> None:
+    splits = load_cifar(tmp_path)
+    assert sizes(splits) == (80, 20, 20)
+    assert_well_formed(splits, (32, 32))
+    assert splits.classes == tuple(f"class {i}" for i in range(10))
+    found = {}
+    for split in SPLITS:
+        images: ImageSet = getattr(splits, split)
+        found |= dict(zip(keys(images), images.labels.tolist(), strict=True))
+    assert found == cifar
+    assert_equal(splits, load_cifar(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["data_batch_1", "data_batch_5", "test_batch", "batches.meta"])
+def test_missing_or_damaged_cifar10(file: str, cifar: dict[bytes, int], tmp_path: Path) -> None:
+    place = tmp_path / "cifar-10-batches-py" / file
+    content = place.read_bytes()
+    place.write_bytes(content[:-1])
+    dataset_error(lambda: load_cifar(tmp_path), f"{place} is damaged", "--download")
+    place.unlink()
+    dataset_error(lambda: load_cifar(tmp_path), f"no {file} in {place.parent}", "--download", CIFAR10.url)
+
+
+def test_cifar10_downloads_only_when_told(
+    cifar: dict[bytes, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "elsewhere"
+    dataset_error(lambda: load_cifar(root), "no data_batch_1", "--download")
+    dataset_error(lambda: load_cifar(root, download=True), "no network in tests", "check the network")
+    monkeypatch.setattr(CIFAR10, "download", lambda self: shutil.copytree(tmp_path / self.base_folder, root / "x"))
+    dataset_error(lambda: load_cifar(root, download=True), "not found or corrupted", "check the network")
+
+    def download(self: CIFAR10) -> None:
+        shutil.copytree(tmp_path / self.base_folder, root / self.base_folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(CIFAR10, "download", download)
+    assert sizes(load_cifar(root, download=True)) == (80, 20, 20)
+
+
+# --- folders
+
+
+def write_classes(folder: Path, num_images: int, *, classes: tuple[str, ...] = ("cat", "dog", "emu")) -> Path:
+    """Write grey PNGs whose rows hold the label, the number of the image and the length of the folder's name."""
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(num_images):
+            pixels = np.repeat(np.array([[label], [i], [len(folder.name)]], np.uint8), 5, axis=1)
+            Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
+    return folder
+
+
+def flat_folder(tmp_path: Path) -> Path:
+    return write_classes(tmp_path / "flat", 10)
+
+
+def load_folder(path: Path) -> Splits:
+    return load_dataset(DataOptions(name=f"folder:{path}"))
+
+
+def test_flat_folder_is_split(tmp_path: Path) -> None:
+    path = flat_folder(tmp_path)
+    (path / ".cache").mkdir()
+    (path / "cat" / "notes.txt").write_text("no image")
+    splits = load_folder(path)
+    assert splits.name == f"folder:{path}"
+    assert splits.classes == ("cat", "dog", "emu")
+    assert sizes(splits) == (18, 6, 6)
+    assert_well_formed(splits, (3, 5))
+    found = [key for split in SPLITS for key in keys(getattr(splits, split))]
+    assert len({*found}) == 30
+    for split in SPLITS:
+        images: ImageSet = getattr(splits, split)
+        assert images.labels.bincount().tolist() == [len(images) // 3] * 3
+        assert torch.equal(images.images[:, :, 0, 0], images.labels[:, None].expand(-1, 3).to(torch.uint8))
+    assert_equal(splits, load_folder(path))
+
+
+@pytest.mark.parametrize("validation", ["validation", "val"])
+def test_folder_with_splits(validation: str, tmp_path: Path) -> None:
+    for name, num_images in (("train", 4), (validation, 3), ("test", 2)):
+        write_classes(tmp_path / name, num_images)
+    splits = load_folder(tmp_path)
+    assert sizes(splits) == (12, 9, 6)
+    assert_well_formed(splits, (3, 5))
+    for split, name in zip(SPLITS, ("train", validation, "test"), strict=True):
+        assert (getattr(splits, split).images[:, :, 2] == len(name)).all()
+
+
+def test_class_called_train_is_a_class(tmp_path: Path) -> None:
+    assert load_folder(write_classes(tmp_path / "vehicles", 5, classes=("car", "train"))).classes == ("car", "train")
+
+
+def test_colours_survive(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 6, 4, 3), dtype=np.uint8)
+    (tmp_path / "only").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "only" / f"{i}.PNG")
+    splits = load_folder(tmp_path)
+    found = {key for split in SPLITS for key in keys(getattr(splits, split))}
+    assert found == {image.transpose(2, 0, 1).tobytes() for image in pixels}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "JPG"])
+def test_jpeg(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "only").mkdir()
+    for i in range(5):
+        Image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / "only" / f"{i}.{suffix}", "JPEG")
+    image = load_folder(tmp_path).train.images[0].int()
+    assert (image - torch.tensor([200, 100, 50])[:, None, None]).abs().max() <= 3
+
+
+def test_missing_folders(tmp_path: Path) -> None:
+    path = tmp_path / "none"
+    dataset_error(lambda: load_folder(path), f"no folder {path}", "make one folder of images a class")
+    path.mkdir()
+    dataset_error(lambda: load_folder(path), f"{path} has no class folders", "make one folder of images a class")
+
+
+@pytest.mark.parametrize(("there", "missing"), [(("train", "test"), "validation"), (("train", "val"), "test")])
+def test_missing_split(there: tuple[str, ...], missing: str, tmp_path: Path) -> None:
+    for name in there:
+        write_classes(tmp_path / name, 2)
+    dataset_error(lambda: load_folder(tmp_path), f"no folder {tmp_path / missing}", "make one folder of images a class")
+
+
+def test_empty_class_folder(tmp_path: Path) -> None:
+    path = flat_folder(tmp_path)
+    (path / "ant").mkdir()
+    dataset_error(lambda: load_folder(path), f"{path / 'ant'} has no .png, .jpg, .jpeg images", "or remove it")
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    path = write_classes(tmp_path / "flat", 1, classes=("cat", "dog"))
+    dataset_error(lambda: load_folder(path), "none is left for the test split", "add images")
+
+
+def test_classes_differ_between_splits(tmp_path: Path) -> None:
+    for name, classes in (("train", ("cat", "dog")), ("validation", ("cat", "emu")), ("test", ("cat", "dog"))):
+        write_classes(tmp_path / name, 2, classes=classes)
+    differing = f"{tmp_path / 'validation'} has the classes cat, emu, and train has cat, dog"
+    dataset_error(lambda: load_folder(tmp_path), differing, "give all splits the same")
+
+
+def test_images_of_two_sizes(tmp_path: Path) -> None:
+    path = flat_folder(tmp_path)
+    odd = path / "dog" / "004.png"
+    Image.new("L", (7, 9)).save(odd)
+    Image.new("L", (1, 1)).save(path / "emu" / "004.png")
+    dataset_error(lambda: load_folder(path), f"{odd} is 7x9 pixels", "5x3", "resize all images to one size")
+
+
+def test_splits_of_two_sizes(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        write_classes(tmp_path / name, 2)
+    for file in (tmp_path / "test").rglob("*.png"):
+        Image.new("L", (7, 9)).save(file)
+    dataset_error(lambda: load_folder(tmp_path), tmp_path / "test" / "cat" / "000.png", "is 7x9 pixels", "5x3")
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "bad chunk", "huge", "16 bit", "folder"])
+def test_unreadable_image(damage: str, tmp_path: Path) -> None:
+    path = flat_folder(tmp_path)
+    file = path / "dog" / "004.png"
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage == "16 bit":
+        Image.fromarray(np.full((3, 5), 1000, np.uint16)).save(file)
+    else:
+        header = b"IHDR" + struct.pack(">II", 2**15, 2**15) + content[24:29]
+        contents = {
+            "empty": b"",
+            "text": b"no image",
+            "truncated": content[:-25],
+            "bad chunk": content[:36] + bytes([content[36] - 6]) + content[37:],  # a shorter IDAT: PIL's SyntaxError
+            "huge": content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:],
+        }
+        file.write_bytes(contents[damage])
+    dataset_error(lambda: load_folder(path), f"{file} cannot be read", "replace it by an 8-bit PNG or JPEG")

@@ -1,0 +1,159 @@
+import itertools
+import pickle
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from gross_ray.decomposition.surgery import empty_supernet
+from gross_ray.errors import InvalidValueError
+from gross_ray.models import four_conv
+from gross_ray.space import Configuration, SearchSpace
+
+sizes_of_layers = st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True), min_size=1, max_size=4)
+group_sizes = st.lists(st.integers(1, 10**6), min_size=1, max_size=8)
+
+
+def space_of(sizes: list[list[int]]) -> SearchSpace:
+    return SearchSpace({f"conv{place}": one for place, one in enumerate(sizes)})
+
+
+@given(sizes_of_layers)
+def test_members_are_the_product_in_lexicographic_order(sizes: list[list[int]]) -> None:
+    space = space_of(sizes)
+    oracle = list(itertools.product(*map(sorted, sizes)))
+    assert len(space) == len(oracle)
+    assert list(space) == oracle
+    assert [space[place] for place in range(len(space))] == oracle
+    assert [space.index(member) for member in oracle] == list(range(len(oracle)))
+    assert all(type(member) is Configuration for member in space)
+    assert list(reversed(space)) == oracle[::-1]
+
+
+@given(sizes_of_layers, st.data())
+def test_negative_places_and_slices_are_those_of_a_list(sizes: list[list[int]], data: st.DataObject) -> None:
+    space, oracle = space_of(sizes), list(itertools.product(*map(sorted, sizes)))
+    place = data.draw(st.integers(-len(oracle), len(oracle) - 1))
+    assert space[place] == oracle[place]
+    chosen = data.draw(st.slices(len(oracle)))
+    assert space[chosen] == oracle[chosen]
+    for outside in (len(oracle), -len(oracle) - 1):
+        with pytest.raises(IndexError, match=f"{outside} of a space of {len(oracle)}"):
+            space[outside]
+
+
+@given(sizes_of_layers, st.lists(st.integers(1, 64), min_size=1, max_size=4))
+def test_contains_exactly_the_members_of_the_product(sizes: list[list[int]], candidate: list[int]) -> None:
+    space, oracle = space_of(sizes), set(itertools.product(*sizes))
+    assert (tuple(candidate) in space) == (tuple(candidate) in oracle)
+    assert space[-1] in space
+    assert "2-4" not in space
+    if tuple(candidate) not in oracle:
+        with pytest.raises(InvalidValueError):
+            space.index(candidate)
+
+
+@pytest.mark.parametrize("num_layers", [12, 16])
+def test_spaces_of_vgg16_and_resnet18_are_never_listed(num_layers: int) -> None:
+    # 4^12 and 4^16 members: listing them would take minutes and gigabytes, so that a wrong way cannot pass unnoticed.
+    sizes = [[1, 4, 16, 32]] * num_layers
+    space = space_of(sizes)
+    assert len(space) == 4**num_layers
+    last = Configuration([32] * num_layers)
+    assert space.index(last) == 4**num_layers - 1
+    assert space[-1] == last
+    assert last in space
+    assert next(iter(space)) == (1,) * num_layers
+    assert space[4**num_layers // 2 :: 4**num_layers // 4] == [
+        (16, *[1] * (num_layers - 1)),
+        (32, *[1] * (num_layers - 1)),
+    ]
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 10**4), min_size=1, max_size=9, unique=True), min_size=1, max_size=12), st.data()
+)
+def test_index_and_place_are_inverse_in_spaces_of_any_size(sizes: list[list[int]], data: st.DataObject) -> None:
+    space = space_of(sizes)
+    assert len(space) == prod(map(len, sizes))
+    place, other = (data.draw(st.integers(0, len(space) - 1)) for _ in range(2))
+    assert space.index(space[place]) == place
+    assert (space[place] < space[other]) == (place < other)
+
+
+def test_repeated_and_unordered_sizes_are_settled() -> None:
+    space = SearchSpace({"b": [4, 1, 4, np.int64(2)], "a": (8,)})
+    assert space.group_sizes == {"b": (1, 2, 4), "a": (8,)}
+    assert space.layers == ("b", "a")
+
+
+def test_space_of_a_supernet_has_its_layers_in_order() -> None:
+    sizes = {"conv2": (1, 32), "conv3": (2, 4, 8), "conv4": (64,)}
+    space = SearchSpace.of(empty_supernet(four_conv(), sizes))
+    assert space.group_sizes == sizes
+    assert list(space.group_sizes) == list(sizes)
+    with pytest.raises(InvalidValueError, match="decompose_model"):
+        SearchSpace.of(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+@given(group_sizes)
+def test_text_and_pickle_give_the_configuration_back(sizes: list[int]) -> None:
+    configuration = Configuration(sizes)
+    assert Configuration.parse(str(configuration)) == configuration
+    assert str(configuration).split("-") == [str(size) for size in sizes]
+    assert str(configuration) in repr(configuration)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        loaded = pickle.loads(pickle.dumps(configuration, protocol))
+        assert type(loaded) is Configuration
+        assert (loaded, hash(loaded)) == (configuration, hash(tuple(sizes)))
+
+
+@given(sizes_of_layers)
+def test_pickle_gives_the_space_back(sizes: list[list[int]]) -> None:
+    space = space_of(sizes)
+    loaded = pickle.loads(pickle.dumps(space))
+    assert loaded.group_sizes == space.group_sizes
+    assert list(loaded) == list(space)
+
+
+def test_configuration_takes_the_integers_of_other_libraries() -> None:
+    configuration = Configuration(np.array([2, 32, 64]))
+    assert configuration == (2, 32, 64)
+    assert [type(size) for size in configuration] == [int] * 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2--4", "-2-4", "2-", "2-4.0", "0-2", "2 4", "a", "2,4", "1_0-2", "+2-4", "٣-2", "02-4", "2 - 4"]
+)
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(InvalidValueError) as caught:
+        Configuration.parse(text)
+    assert repr(text) in str(caught.value)
+    assert "like 2-32-64" in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 2], [4, -1], [2.5, 4], [2.0], "23", ["2", "4"], [None]])
+def test_what_is_no_configuration_is_refused(sizes: list[int]) -> None:
+    with pytest.raises(InvalidValueError, match="needs one positive whole group-size for each decomposed layer"):
+        Configuration(sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"conv2": []}, {"conv2": [1], "conv3": ()}, {"conv2": [0, 1]}, {"conv2": [-2]}, {"conv2": [1.5]}]
+)
+def test_what_is_no_space_is_refused(sizes: dict[str, list[int]]) -> None:
+    with pytest.raises(InvalidValueError, match="needs a layer, and positive whole group-sizes") as caught:
+        SearchSpace(sizes)
+    assert str(sizes) in str(caught.value)
+
+
+def test_refusals_name_the_layer_and_its_choices() -> None:
+    space = SearchSpace({"conv2": [1, 2], "conv3": [4, 8, 16]})
+    with pytest.raises(InvalidValueError, match="configuration 2-5: group-size 5 .* conv3: 4, 8, 16"):
+        space.check((2, 5))
+    with pytest.raises(InvalidValueError, match="2-4-8 has 3 group-sizes; this space has 2 layers: conv2, conv3"):
+        space.check((2, 4, 8))
+    assert type(space.check([2, 4])) is Configuration
