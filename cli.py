@@ -18,6 +18,25 @@ SET_HELP = "Override a field of the experiment, like training.epochs=3; may be r
 class _Group(click.Group):
     """Ends with status 2 and one line for a user's mistake, with 1 where units of work did not end."""
 
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        run = functools.partial(super().main, *args, standalone_mode=False, **kwargs)
+        if not standalone_mode:
+            return run()
+        try:
+            result: Any = run()
+            sys.exit(result if isinstance(result, int) else 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(0)
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            where = f" (see {context.command_path} --help)" if context else ""
+            click.echo(f"Error: {error.format_message()}{where}", err=True)
+            sys.exit(2)
+        except click.Abort:
+            click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
+            sys.exit(130)
+
     def invoke(self, ctx: click.Context) -> Any:
         from gross_ray.errors import DivergedError, GrossRayError, UnitsFailedError
 

@@ -84,7 +84,7 @@ class SearchSpace(Sequence[Configuration]):
     def __len__(self) -> int:
         return prod(len(sizes) for sizes in self.group_sizes.values())
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
         """Return the configuration at `index`, or the list of those in a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 # Before Ray is imported: no usage statistics, no boxes from Tune, its token authentication explicitly on.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -93,7 +94,7 @@ def connected(resources: Resources) -> Iterator[Cluster]:
 
 
 def _connect(resources: Resources) -> None:
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = resources.joined_address
     try:
         if address is not None:

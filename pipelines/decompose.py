@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,7 @@ STAGE = "decompose"
 
 
 def plan(store: RunStore) -> list[Unit]:
-    """Return a unit for each layer, group-size and seed that the supernets need; where nested, for each layer and seed."""
+    """Return a unit for each layer, group-size and seed of the supernets; where nested, for each layer and seed."""
     base, experiment = load_base(store), store.experiment
     num_seeds = max(experiment.supernet.seeds, experiment.sweep.seeds if experiment.sweep.alphas else 0)
     nested = experiment.decomposition.nested
@@ -78,9 +79,7 @@ def work(context: Context, unit: Unit) -> str:
     return f"error {terms.relative_error:.4f}, {terms.steps} steps"
 
 
-def layer_terms(
-    context: Context, base: Base, layer: str, group_size: int, *, seed: int, nested: bool
-) -> BlockTerms:
+def layer_terms(context: Context, base: Base, layer: str, group_size: int, *, seed: int, nested: bool) -> BlockTerms:
     """Return a decomposition, stored before or computed and stored now; a nested one does the smaller sizes first."""
     store = context.store
     name = unit_name(layer, group_size, seed, nested)
@@ -93,9 +92,7 @@ def layer_terms(
     return _compute(context, base.convs[layer], layer, group_size, seed, nested, start)
 
 
-def stored_terms(
-    store: RunStore, group_sizes: Mapping[str, Sequence[int]], seed: int
-) -> dict[str, list[BlockTerms]]:
+def stored_terms(store: RunStore, group_sizes: Mapping[str, Sequence[int]], seed: int) -> dict[str, list[BlockTerms]]:
     """Return the decompositions of a supernet's layers, by layer, in the order of the group-sizes."""
     nested = store.experiment.decomposition.nested
     return {
@@ -152,4 +149,5 @@ def _compute(
 
 def _load(store: RunStore, name: str) -> BlockTerms:
     tensors, result = store.load_checkpoint(STAGE, name)
-    return BlockTerms(**tensors, **{**result, "status": BTDStatus(result["status"])})
+    fields: dict[str, Any] = {**tensors, **result, "status": BTDStatus(result["status"])}
+    return BlockTerms(**fields)

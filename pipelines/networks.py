@@ -91,6 +91,11 @@ def save_supernet(store: RunStore, stage: str, unit: str, supernet: nn.Module, a
     store.save_checkpoint(stage, unit, tensors, {"group_sizes": sizes, **about})
 
 
+def metrics(record: EpochRecord) -> dict[str, float]:
+    """Return an epoch's numbers by name, without those that were not measured."""
+    return {name: value for name, value in vars(record).items() if value is not None}
+
+
 def history_rows(stage: str, unit: str, seed: int, records: list[EpochRecord]) -> list[dict[str, Any]]:
     """Return the rows of the `history` table for one training."""
     return [{"stage": stage, "unit": unit, "seed": seed, **vars(record)} for record in records]

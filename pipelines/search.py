@@ -1,4 +1,4 @@
-"""Stage `search`: every configuration of the supernets in shards, then the selection under each budget (section 5.1)."""
+"""Stage `search`: every configuration of the supernets, in shards; then the selection (section 5.1)."""
 
 from __future__ import annotations
 

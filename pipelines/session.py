@@ -46,9 +46,7 @@ class Session:
 
     @classmethod
     @contextmanager
-    def opened(
-        cls, store: RunStore, resources: Resources, source: DataSource, reporter: Reporter
-    ) -> Iterator[Session]:
+    def opened(cls, store: RunStore, resources: Resources, source: DataSource, reporter: Reporter) -> Iterator[Session]:
         """Hold the run folder's lock, and close everything at the end."""
         with store.lock():
             store.remove_leftovers()

@@ -13,7 +13,7 @@ from gross_ray.training.loop import EpochRecord
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import finetune, reconstruct
 from pipelines.decompose import stored_terms
-from pipelines.networks import history_rows, load_base, load_supernet, save_supernet
+from pipelines.networks import history_rows, load_base, load_supernet, metrics, save_supernet
 from pipelines.session import Session
 from pipelines.units import Context, EpochSlot, Unit
 
@@ -105,9 +105,7 @@ def _store(
     slot.clear()
 
 
-def _report(
-    context: Context, what: str, record: EpochRecord, schedule: Schedule, share: tuple[float, float]
-) -> None:
+def _report(context: Context, what: str, record: EpochRecord, schedule: Schedule, share: tuple[float, float]) -> None:
     start, end = share
     done = start + (end - start) * record.epoch / schedule.epochs
-    context.report(done, f"{what} epoch {record.epoch}, loss {record.train_loss:.4f}")
+    context.report(done, f"{what} epoch {record.epoch}, loss {record.train_loss:.4f}", **metrics(record))

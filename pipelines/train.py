@@ -7,7 +7,7 @@ from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.training.loop import count_correct
 from gross_ray.training.stages import train_network
-from pipelines.networks import history_rows, new_network
+from pipelines.networks import history_rows, metrics, new_network
 from pipelines.session import Session
 from pipelines.units import Context, EpochSlot, Unit
 
@@ -44,7 +44,9 @@ def work(context: Context, unit: Unit) -> str:
         schedule,
         seed=derive_seed(context.seed, STAGE, unit.name, "epochs"),
         checkpoint=slot,
-        on_epoch=lambda record: context.report(record.epoch / schedule.epochs, f"epoch {record.epoch}"),
+        on_epoch=lambda record: context.report(
+            record.epoch / schedule.epochs, f"epoch {record.epoch}", **metrics(record)
+        ),
     )
     correct, total = count_correct(network, splits.validation), len(splits.validation)
     test_accuracy = count_correct(network, splits.test) / len(splits.test)

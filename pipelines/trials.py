@@ -50,7 +50,9 @@ def run_trials(
         param_space={
             "unit": tune.grid_search([{"name": unit.name, **unit.arguments} for unit in _longest_first(units)])
         },
-        tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name),
+        tune_config=tune.TuneConfig(
+            reuse_actors=True, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
+        ),
         run_config=tune.RunConfig(
             name=f"{name}-{time.strftime('%Y%m%dT%H%M%S')}",
             storage_path=str(store.path / "tune"),
@@ -62,7 +64,7 @@ def run_trials(
     with _quiet():
         results = tuner.fit()
     failed = dict(watch.failed)
-    for result in results:
+    for result in (results[place] for place in range(len(results))):
         if result.error is not None:
             unit = (result.config or {}).get("unit", {}).get("name", "a trial")
             failed.setdefault(unit, str(result.error).strip().splitlines()[-1])
@@ -82,18 +84,18 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: tuple[Work, RunSto
     arguments = dict(config["unit"])
     unit = Unit(arguments.pop("name"), arguments)
     splits = unpack_splits(ray.get(packed.reference), device)
-    last = {"share": 0.0}
+    last: dict[str, float] = {"share": 0.0}
 
-    def report(share: float, text: str) -> None:
-        last["share"] = share
-        tune.report({"share": share, "state": text})
+    def report(share: float, text: str, **metrics: float) -> None:
+        last.update(share=share, **metrics)
+        tune.report({**last, "state": text})
 
     try:
         text = work(Context(store, splits, device, report), unit)
     except GrossRayError as error:  # a repetition would meet the same
-        tune.report({"share": last["share"], "state": "failed", "failed": str(error)})
+        tune.report({**last, "state": "failed", "failed": str(error)})
     else:
-        tune.report({"share": 1.0, "state": text})
+        tune.report({**last, "share": 1.0, "state": text})
 
 
 class _Watch(Callback):
@@ -113,7 +115,7 @@ class _Watch(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name = trial.config["unit"]["name"]
-        _, text = self._states.pop(name, (1.0, ""))
+        text = self._states.pop(name, (1.0, ""))[1]
         if name in self.failed:
             self._progress.note(f"{name}: failed: {self.failed[name]}")
         else:
@@ -142,5 +144,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-

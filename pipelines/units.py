@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,13 @@ from torch import Tensor
 from gross_ray.data.images import ImageSet, Splits
 from gross_ray.results.store import RunStore
 
-Report = Callable[[float, str], object]
-"""Told the share of a unit that is done (0 to 1) and its state in a few words."""
+
+class Report(Protocol):
+    """Told the share of a unit that is done (0 to 1), its state in a few words, and its metrics by name."""
+
+    def __call__(self, share: float, text: str, **metrics: float) -> object:
+        """Take one report."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ One trial of Ray Tune a configuration and seed.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import MissingStageError
 from gross_ray.results.store import RunStore
@@ -16,7 +18,7 @@ from gross_ray.training.loop import EpochRecord, accuracy
 from gross_ray.training.stages import finetune, reconstruct
 from pipelines import search
 from pipelines.decompose import layer_terms
-from pipelines.networks import history_rows, load_base, save_supernet
+from pipelines.networks import history_rows, load_base, metrics, save_supernet
 from pipelines.session import Session
 from pipelines.units import Context, EpochSlot, Unit
 
@@ -77,8 +79,9 @@ def work(context: Context, unit: Unit) -> str:
     store, splits, seed = context.store, context.splits, unit.arguments["seed"]
     options, configuration = store.experiment.validation, Configuration.parse(unit.arguments["configuration"])
     base = load_base(store)
+    unwatched = replace(context, report=lambda *_, **__: None)  # a decomposition's steps are no metrics of the trial
     bottlenecks = {
-        layer: [layer_terms(context, base, layer, size, seed=seed, nested=False).to_bottleneck()]
+        layer: [layer_terms(unwatched, base, layer, size, seed=seed, nested=False).to_bottleneck()]
         for layer, size in zip(base.space.layers, configuration, strict=True)
     }
     network = build_supernet(base.network, bottlenecks).to(context.device)
@@ -86,7 +89,7 @@ def work(context: Context, unit: Unit) -> str:
     epochs = options.reconstruction.epochs + options.finetuning.epochs
 
     def report(before: int, what: str, record: EpochRecord) -> None:
-        context.report((before + record.epoch) / (epochs + 1), f"{what} epoch {record.epoch}")
+        context.report((before + record.epoch) / (epochs + 1), f"{what} epoch {record.epoch}", **metrics(record))
 
     slots = {name: EpochSlot(store, f"{STAGE}-{name}", unit.name) for name in ("reconstruct", "finetune")}
     history = reconstruct(

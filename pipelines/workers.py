@@ -21,7 +21,6 @@ POLL_SECONDS = 1.0
 """How often the units under way are asked for their state."""
 
 
-@ray.remote(max_concurrency=2)
 class _Worker:
     """One process that does units; its second thread answers how far it is."""
 
@@ -38,7 +37,7 @@ class _Worker:
     def state(self) -> tuple[float, str]:
         return self._state
 
-    def _report(self, share: float, text: str) -> None:
+    def _report(self, share: float, text: str, **_: float) -> None:
         self._state = (share, text)
 
 
@@ -81,8 +80,9 @@ class WorkerPool:
                     else:
                         failed[unit.name] = f"its worker died {MAX_ATTEMPTS} times; look for too little memory"
                 except ray.exceptions.RayTaskError as error:
-                    failed[unit.name] = _reason(error)
-                    progress.note(f"{unit.name}: failed: {failed[unit.name]}")
+                    failed[unit.name] = f"{type(error.cause).__name__}: {error.cause}"
+                    expected = isinstance(error.cause, GrossRayError)
+                    progress.note(f"{unit.name}: failed: {error.cause if expected else error}")
                 else:
                     progress.unit_done(unit.name, text)
                 idle.append(actor)
@@ -97,14 +97,9 @@ class WorkerPool:
 
     def _start(self) -> Any:
         gpus = self._cluster.gpus_per_unit if self._cluster.device == "cuda" else 0
-        return _Worker.options(num_cpus=1, num_gpus=gpus).remote(self._packed, self._cluster.device)
-
-
-def _reason(error: ray.exceptions.RayTaskError) -> str:
-    cause = error.cause
-    if isinstance(cause, GrossRayError):
-        return str(cause)
-    return f"{type(cause).__name__}: {cause}\n{error}"
+        return ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(_Worker).remote(  # type: ignore[call-overload]
+            self._packed, self._cluster.device
+        )
 
 
 def _states(running: dict[Any, tuple[Unit, Any]]) -> dict[str, tuple[float, str]]:

@@ -58,9 +58,7 @@ class Bottleneck:
 
     def expand(self, target_group_size: int) -> Bottleneck:
         """Return the equal bottleneck of a larger group-size (Psi on the grouped weight, Eq. 5)."""
-        return Bottleneck(
-            self.pointwise_in, expand_grouped_weight(self.grouped, target_group_size), self.pointwise_out
-        )
+        return Bottleneck(self.pointwise_in, expand_grouped_weight(self.grouped, target_group_size), self.pointwise_out)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Bottleneck:
         """Return the bottleneck with its weights in another dtype or on another device."""

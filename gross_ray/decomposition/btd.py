@@ -6,7 +6,7 @@ Each step solves exactly, one after the other, for all input factors, all output
 
 so J never rises. The ridge keeps the terms from growing against each other (docs/method.md has the figures).
 
-Legend of tensor suffixes: r term, i input channel, o output channel, a input rank, b output rank, k place in the kernel.
+Legend of tensor suffixes: r term, i input channel, o output channel, a input rank, b output rank, k kernel place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
 
 EXACT_CORE_UNKNOWNS = 512
-"""Cores of at most this many unknowns (a place in the kernel) are solved exactly, larger ones by conjugate gradients."""
+"""Cores of at most this many unknowns are solved exactly, larger ones by conjugate gradients."""
 CORE_CG_STEPS = 12
 """Conjugate gradient iterations a step; each lowers J, so that few suffice from the last step's cores."""
 GREEDY_ITERATIONS = 8
@@ -254,10 +254,10 @@ class _Terms:
         self.groups = self.in_channels // group_size
         # One term cannot be played off against another, so that the ridge would only shrink it.
         self.ridge = ridge if self.groups > 1 else 0.0
-        options = {"dtype": weight.dtype, "device": weight.device}
-        self.factor_in = torch.zeros(self.groups, self.in_channels, self.rank_in, **options)
-        self.factor_out = torch.zeros(self.groups, self.out_channels, self.rank_out, **options)
-        self.core = torch.zeros(self.groups, self.rank_in, self.rank_out, self.spatial, **options)
+        self.factor_in = weight.new_zeros(self.groups, self.in_channels, self.rank_in)
+        self.factor_in = weight.new_zeros(self.groups, self.in_channels, self.rank_in)
+        self.factor_out = weight.new_zeros(self.groups, self.out_channels, self.rank_out)
+        self.core = weight.new_zeros(self.groups, self.rank_in, self.rank_out, self.spatial)
 
     def begin_from(self, start: BlockTerms, norm: float) -> None:
         expanded = start.expand(self.rank_in)

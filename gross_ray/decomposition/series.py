@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,17 +51,21 @@ class SeriesConv2d(nn.Module):
     def from_bottlenecks(cls, conv: nn.Conv2d, bottlenecks: Iterable[Bottleneck]) -> SeriesConv2d:
         """Return the series that is, at each bottleneck's group-size, exactly that bottleneck (Eq. 7).
 
-        The differences are taken in the bottlenecks' dtype and stored in that of `conv`, whose bias is kept.
+        The differences are taken in the bottlenecks' dtype and stored in that of `conv`, whose bias is kept. Raises
+        InvalidValueError for bottlenecks of another convolution, or two of the same group-size.
         """
         ordered = sorted(bottlenecks, key=lambda bottleneck: bottleneck.group_size)
         series = cls(conv, [bottleneck.group_size for bottleneck in ordered])
+        _check_bottlenecks(conv, ordered)
         with torch.no_grad():
             for place, bottleneck in enumerate(ordered):
                 terms = (bottleneck.pointwise_in, bottleneck.grouped, bottleneck.pointwise_out)
                 if place:
                     smaller = ordered[place - 1].expand(bottleneck.group_size)
                     before = (smaller.pointwise_in, smaller.grouped, smaller.pointwise_out)
-                    terms = cast(tuple[Tensor, Tensor, Tensor], tuple(a - b for a, b in zip(terms, before, strict=True)))
+                    terms = cast(
+                        tuple[Tensor, Tensor, Tensor], tuple(a - b for a, b in zip(terms, before, strict=True))
+                    )
                 for parameters, term in zip(series._terms(), terms, strict=True):
                     parameters[place].copy_(term)
         return series
@@ -102,31 +107,28 @@ class SeriesConv2d(nn.Module):
         """Return the bottleneck at `group_size` as three plain torch.nn.Conv2d."""
         bottleneck = self.bottleneck(group_size)
         channels, groups = self.in_channels, self.in_channels // group_size
-        options = {"dtype": bottleneck.grouped.dtype, "device": bottleneck.grouped.device}
+        like: dict[str, Any] = {"dtype": bottleneck.grouped.dtype, "device": bottleneck.grouped.device}
+        place: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        pointwise_in = nn.Conv2d(channels, channels, 1, bias=False, **like)
         grouped = nn.Conv2d(
             channels,
             channels,
             self.kernel_size,
-            stride=cast(tuple[int, int], self.stride),
-            padding=cast(tuple[int, int] | str, self.padding),
-            dilation=cast(tuple[int, int], self.dilation),
             groups=groups,
             bias=False,
-            padding_mode=self.padding_mode,  # type: ignore[arg-type]
-            **options,  # type: ignore[arg-type]
+            padding_mode=self.padding_mode,
+            **place,
+            **like,
         )
-        modules = nn.Sequential()
-        modules.add_module("pointwise_in", nn.Conv2d(channels, channels, 1, bias=False, **options))  # type: ignore[arg-type]
-        modules.add_module("grouped", grouped)
-        pointwise_out = nn.Conv2d(channels, self.out_channels, 1, bias=self.bias is not None, **options)  # type: ignore[arg-type]
-        modules.add_module("pointwise_out", pointwise_out)
+        pointwise_out = nn.Conv2d(channels, self.out_channels, 1, bias=self.bias is not None, **like)
         with torch.no_grad():
-            modules.pointwise_in.weight.copy_(bottleneck.pointwise_in)
-            modules.grouped.weight.copy_(bottleneck.grouped)
-            modules.pointwise_out.weight.copy_(bottleneck.pointwise_out)
-            if self.bias is not None:
-                pointwise_out.bias.copy_(self.bias)  # type: ignore[union-attr]
-        return modules
+            pointwise_in.weight.copy_(bottleneck.pointwise_in)
+            grouped.weight.copy_(bottleneck.grouped)
+            pointwise_out.weight.copy_(bottleneck.pointwise_out)
+            if self.bias is not None and pointwise_out.bias is not None:
+                pointwise_out.bias.copy_(self.bias)
+        named = {"pointwise_in": pointwise_in, "grouped": grouped, "pointwise_out": pointwise_out}
+        return nn.Sequential(OrderedDict(named))
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
@@ -148,6 +150,21 @@ class SeriesConv2d(nn.Module):
 
 def _total(terms: list[Tensor]) -> Tensor:
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum(dim=0)
+
+
+def _check_bottlenecks(conv: nn.Conv2d, ordered: list[Bottleneck]) -> None:
+    for bottleneck in ordered:
+        shape = (bottleneck.pointwise_out.shape[0], bottleneck.grouped.shape[0], *bottleneck.grouped.shape[2:])
+        if shape != tuple(conv.weight.shape):
+            raise InvalidValueError(
+                f"a bottleneck of (C_out, C_in, kH, kW) = {shape} cannot stand for a convolution of weight "
+                f"{tuple(conv.weight.shape)}"
+            )
+    sizes = [bottleneck.group_size for bottleneck in ordered]
+    if len(set(sizes)) < len(sizes):
+        raise InvalidValueError(
+            f"bottlenecks of group-sizes {', '.join(map(str, sizes))}: give one for each group-size"
+        )
 
 
 def _check_series(conv: nn.Conv2d, group_sizes: tuple[int, ...]) -> None:

@@ -31,13 +31,13 @@ def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[
             raise InvalidValueError("this network has no dense convolution with a kernel above 1x1 after its first one")
         return chosen
     dense = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.groups == 1
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1
     }
     for name in names:
         if name not in dense:
-            raise InvalidValueError(f"{name!r} is not a dense convolution of this network; there are: {', '.join(dense)}")
+            raise InvalidValueError(
+                f"{name!r} is not a dense convolution of this network; there are: {', '.join(dense)}"
+            )
     return {name: conv for name, conv in dense.items() if name in names}
 
 
@@ -52,7 +52,9 @@ def layer_group_sizes(
     """Return the group-sizes of each layer: those given for it, or `default_group_sizes`."""
     unknown = [name for name in group_sizes or {} if name not in layers]
     if unknown:
-        raise InvalidValueError(f"group-sizes for {unknown[0]!r}, which is not decomposed; there are: {', '.join(layers)}")
+        raise InvalidValueError(
+            f"group-sizes for {unknown[0]!r}, which is not decomposed; there are: {', '.join(layers)}"
+        )
     return {
         name: tuple(sorted((group_sizes or {}).get(name) or default_group_sizes(conv.in_channels)))
         for name, conv in layers.items()
@@ -147,8 +149,8 @@ def _replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Mod
         return new[id(copied)]
     for parent in list(copied.modules()):
         for attribute, child in list(parent._modules.items()):
-            if id(child) in new:
+            if child is not None and id(child) in new:
                 replacement = new[id(child)]
-                replacement.train(copied.training)
+                replacement.train(child.training)
                 setattr(parent, attribute, replacement)
     return copied

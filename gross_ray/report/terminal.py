@@ -122,6 +122,10 @@ def _table(heads: Row, rows: Sequence[Row], markdown: bool) -> str:
         return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
     widths = [max(len(line[place]) for line in [heads, *rows]) for place in range(len(heads))]
     return "\n".join(
-        "  " + "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        "  "
+        + "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in [heads, *rows]
     )

@@ -82,7 +82,10 @@ class CostTable:
         return cls(
             SearchSpace.of(supernet),
             (shared_macs, list(layer_macs.values())),
-            (shared_parameters, [{s: _series_parameters(layer, s) for s in layer.group_sizes} for layer in layers.values()]),
+            (
+                shared_parameters,
+                [{s: _series_parameters(layer, s) for s in layer.group_sizes} for layer in layers.values()],
+            ),
         )
 
     def macs(self, configuration: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,19 +46,22 @@ def evaluate_configurations(
     `configurations` default to the whole space. Columns: configuration (text), correct and total (images), accuracy,
     loss (mean cross-entropy); rows in the order given. A network that torch.fx cannot trace is evaluated with one
     pass a configuration, after a NotTraceableWarning that names the cause. Raises InvalidValueError for a
-    configuration outside the space, or no images.
+    configuration outside the space, no images or a batch size below 1.
     """
     space = SearchSpace.of(supernet)
     chosen = list(space) if configurations is None else [space.check(one) for one in configurations]
     if len(images) == 0 or len(images) != len(labels):
         raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
-    active, training = get_configuration(supernet), supernet.training
+    if batch_size < 1:
+        raise InvalidValueError(f"batch_size = {batch_size}: must be 1 or more")
+    active, modes = get_configuration(supernet), {module: module.training for module in supernet.modules()}
     supernet.eval()
     try:
-        with torch.inference_mode(), _modules_out_of_place(supernet):
+        with torch.inference_mode():
             correct, loss = _evaluate(supernet, images, labels, chosen, batch_size)
     finally:
-        supernet.train(training)
+        for module, training in modes.items():  # one by one: a frozen batch-norm stays frozen
+            module.training = training
         set_configuration(supernet, active)
     rows = [
         (str(one), count, len(labels), count / len(labels), total / len(labels))
@@ -71,18 +74,22 @@ def _evaluate(
     supernet: nn.Module, images: Tensor, labels: Tensor, chosen: list[Configuration], batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Return correct images (int64) and summed loss (float64) of each configuration."""
-    walk = _traced(supernet, chosen)
     device = images.device
     correct = torch.zeros(len(chosen), dtype=torch.int64, device=device)
     loss = torch.zeros(len(chosen), dtype=torch.float64, device=device)
-    for start in range(0, len(labels), batch_size):
-        batch, truth = images[start : start + batch_size], labels[start : start + batch_size]
-        if not batch.is_floating_point():
-            batch = normalise(batch)
-        batch = batch.contiguous(memory_format=torch.channels_last)
-        for place, logits in _logits(supernet, walk, batch, chosen):
-            correct[place] += (logits.argmax(dim=1) == truth).sum()
-            loss[place] += F.cross_entropy(logits, truth, reduction="sum").double()
+    if not chosen:
+        return correct.cpu(), loss.cpu()
+    graph = _traced(supernet)
+    walk = None if graph is None else _PrefixWalk(supernet, graph, chosen)
+    with nullcontext() if walk is None else _modules_out_of_place(supernet):
+        for start in range(0, len(labels), batch_size):
+            batch, truth = images[start : start + batch_size], labels[start : start + batch_size]
+            if not batch.is_floating_point():
+                batch = normalise(batch)
+            batch = batch.contiguous(memory_format=torch.channels_last)
+            for place, logits in _logits(supernet, walk, batch, chosen):
+                correct[place] += (logits.argmax(dim=1) == truth).sum()
+                loss[place] += F.cross_entropy(logits, truth, reduction="sum").double()
     return correct.cpu(), loss.cpu()
 
 
@@ -97,9 +104,9 @@ def _logits(
         yield place, supernet(batch)
 
 
-def _traced(supernet: nn.Module, chosen: list[Configuration]) -> _PrefixWalk | None:
+def _traced(supernet: nn.Module) -> fx.Graph | None:
     try:
-        graph = _out_of_place(_Tracer().trace(supernet))
+        return _out_of_place(_Tracer().trace(supernet), dict(supernet.named_modules(remove_duplicate=False)))
     except Exception as error:  # torch.fx raises whatever the model's own code meets on symbolic values
         warnings.warn(
             f"this network cannot be traced ({type(error).__name__}: {error}); evaluating one configuration at a time",
@@ -107,7 +114,6 @@ def _traced(supernet: nn.Module, chosen: list[Configuration]) -> _PrefixWalk | N
             stacklevel=4,
         )
         return None
-    return _PrefixWalk(supernet, graph, chosen)
 
 
 class _Tracer(fx.Tracer):
@@ -123,16 +129,46 @@ _OUT_OF_PLACE = {
 }
 
 
-def _out_of_place(graph: fx.Graph) -> fx.Graph:
-    """Rewrite what overwrites its input: sibling branches share the values from before the branch."""
+def _out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Graph:
+    """Rewrite what overwrites its input: sibling branches share the values from before the branch.
+
+    Whatever reads the overwritten value afterwards reads the new one instead. Raises ValueError for a function that
+    has no form that leaves its input alone.
+    """
+    later: set[fx.Node] = set(graph.nodes)
     for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = _OUT_OF_PLACE.get(node.target, node.target)
-        elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
-            node.target = node.target[:-1]
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
+        later.discard(node)
+        if _rewritten(node, modules):
+            overwritten = node.args[0] if node.args else node.kwargs["input"]
+            for user in [user for user in overwritten.users if user in later]:
+                user.replace_input_with(overwritten, node)
     return graph
+
+
+def _rewritten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Return whether `node` overwrote its first input; it no longer does (a module is switched by the caller)."""
+    if node.op == "call_module":
+        return getattr(modules[str(node.target)], "inplace", False) is True
+    if node.kwargs.get("out") is not None:
+        raise ValueError(f"{node.target} writes into `out`")
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    overwrites = name.endswith("_") and not name.endswith("__")
+    if node.op == "call_method" and overwrites:
+        node.target = name[:-1]
+        return True
+    if node.op == "call_function" and node.target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[node.target]
+        return True
+    if node.op == "call_function" and overwrites and name not in ("and_", "or_", "not_", "is_"):  # those of `operator`
+        twin = getattr(F, name[:-1], None) or getattr(torch, name[:-1], None)
+        if twin is None:
+            raise ValueError(f"{name} overwrites its input")
+        node.target = twin
+        return True
+    return False
 
 
 @contextmanager
@@ -178,8 +214,9 @@ class _PrefixWalk:
                 prefix = prefix.following.setdefault(configuration[layer], _Prefix())
             prefix.places.append(place)
         self._last_use: dict[fx.Node, list[fx.Node]] = {}
-        for node, user in {used: node for node in self._nodes for used in node.all_input_nodes}.items():
-            self._last_use.setdefault(user, []).append(node)
+        last_user = {used: node for node in self._nodes for used in node.all_input_nodes}
+        for used, user in last_user.items():
+            self._last_use.setdefault(user, []).append(used)
         self._kernels: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def run(self, batch: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
@@ -213,7 +250,7 @@ class _PrefixWalk:
 
     def _run_node(self, node: fx.Node, values: dict[Any, Any]) -> Any:
         if node.op == "placeholder":
-            return values.pop("input")
+            return values.pop("input") if "input" in values else node.args[0]  # any other argument: its default
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: values[used])
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 

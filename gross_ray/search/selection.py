@@ -33,7 +33,9 @@ def select(accuracies: pd.DataFrame, budget: str, top: int) -> pd.DataFrame:
     """
     fixed = accuracies.loc[accuracies["configuration"] == budget]
     if fixed.empty:
-        raise InvalidValueError(f"budget {budget}: this configuration was not evaluated; choose group-sizes of the space")
+        raise InvalidValueError(
+            f"budget {budget}: this configuration was not evaluated; choose group-sizes of the space"
+        )
     limit = int(fixed["macs"].iloc[0])
     fitting = accuracies.loc[(accuracies["macs"] <= limit) & (accuracies["configuration"] != budget)]
     if fitting.empty:
@@ -66,7 +68,7 @@ def pareto_front(accuracies: pd.DataFrame, *, cost: str = "macs", value: str = "
 
 
 def uniform(space_layers: Sequence[Sequence[int]], group_size: int) -> Configuration:
-    """Return the fixed configuration of `group_size` in every layer; raises InvalidValueError where a layer lacks it."""
+    """Return the configuration with `group_size` in every layer; raises InvalidValueError where a layer lacks it."""
     for place, sizes in enumerate(space_layers):
         if group_size not in sizes:
             choices = ", ".join(map(str, sizes))

@@ -138,7 +138,7 @@ def _one_epoch(
                 before_step(generator)
             optimizer.zero_grad(set_to_none=True)
             value = loss(normalise(inputs).contiguous(memory_format=torch.channels_last), images.labels[batch])
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             optimizer.step()
             losses.append(value.detach())
     values = torch.stack(losses)

@@ -27,7 +27,7 @@ def train_network(
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:
     """Train every parameter of `network` in place on the classification task (section 4.2)."""
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     return train(
         network,
         splits.train,
@@ -67,7 +67,7 @@ def reconstruct(
     parameters = freeze_all_but_series(supernet)
     names = list(series_layers(supernet))
     original.eval()
-    original.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    original.to(memory_format=torch.channels_last)
     with _Responses(supernet, names) as ours, _Responses(original, names) as theirs:
 
         def loss(inputs: Tensor, _: Tensor) -> Tensor:

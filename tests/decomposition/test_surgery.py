@@ -104,7 +104,7 @@ def test_an_extracted_network_is_plain_torch_and_gives_equal_outputs(network, im
         for module in plain.modules():
             assert type(module) is Network or type(module).__module__.startswith("torch.nn")
         assert not any(module.training for module in plain.modules())
-        seen.append(plain(images))
+        seen.append(plain(images).detach())
         torch.testing.assert_close(seen[-1], supernet(images), rtol=0, atol=1e-12)
     assert len({float(outputs.sum()) for outputs in seen}) == len(seen)
 
@@ -148,7 +148,7 @@ def test_nested_decompositions_never_get_worse_with_size(trained_like_weight):
     def errors(nested):
         found = decompose_layer(conv, [4, 1, 2, 8], options=options, nested=nested)
         assert [bottleneck.group_size for bottleneck in found] == [1, 2, 4, 8]
-        return [float((bottleneck.dense_kernel() - conv.weight).norm()) for bottleneck in found]
+        return [float((bottleneck.dense_kernel() - conv.weight.detach()).norm()) for bottleneck in found]
 
     nested, independent = errors(True), errors(False)
     assert all(larger <= smaller + 1e-9 for smaller, larger in zip(nested, nested[1:], strict=False))

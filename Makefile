@@ -1,0 +1,40 @@
+# make run: from nothing installed to a finished search.  make test, make lint: what CI does.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/quickstart
+
+.PHONY: run setup test lint format benchmarks clean
+.DELETE_ON_ERROR:
+
+run: setup
+	$(BIN)/gross run --preset quickstart --out $(RUN)
+
+setup: .venv/installed
+
+# Made again when the project's requirements change, and not otherwise.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gross_ray needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: setup
+	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/decomposition.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,109 @@
+"""The whole pipeline through the real command line and the real Ray: once undisturbed, then killed in each stage."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from miniature import assert_equal_tables, gross, run_command, tables
+
+STAGE_SIGNS = {
+    "train": "checkpoints/train-under-way/*.safetensors",
+    "decompose": "tables/decompositions/*.parquet",
+    "reconstruct": "checkpoints/reconstruct-under-way/*.safetensors",
+    "finetune": "checkpoints/finetune-under-way/*.safetensors",
+    "search": "tables/configurations/*.parquet",
+    "validate": "checkpoints/validate-finetune-under-way/*.safetensors",
+    "sweep-alpha": "checkpoints/finetune-under-way/alpha=0*.safetensors",
+}
+"""A file that is there while the stage is under way: the first unit or epoch of it is stored."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    ended = subprocess.run(run_command(out), capture_output=True, text=True, check=False, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+    return out, ended.stdout
+
+
+def test_every_table_is_complete(undisturbed: tuple[Path, str]) -> None:
+    stored = tables(undisturbed[0])
+    assert len(stored["networks"]) == 2
+    assert len(stored["decompositions"].query("seed == 0")) == 19
+    assert len(stored["configurations"]) == 2 * 252
+    assert stored["configurations"].groupby("supernet")["configuration"].nunique().tolist() == [252, 252]
+    assert set(stored["selections"]["budget"]) == {"16-16-16", "4-4-4"}
+    assert (stored["selections"]["macs"] <= stored["selections"]["budget_macs"]).all()
+    validated = set(stored["validations"]["configuration"])
+    assert validated == {"16-16-16", "4-4-4", *stored["selections"]["configuration"]}
+    assert set(stored["alpha_sweep"]["alpha"]) == {0.0, 4.0}
+
+
+def test_pandas_alone_reads_the_tables(undisturbed: tuple[Path, str]) -> None:
+    run = undisturbed[0]
+    plain = pd.read_parquet(run / "tables" / "configurations")
+    key = ["supernet", "configuration"]
+    ours = tables(run)["configurations"].sort_values(key, ignore_index=True)
+    pd.testing.assert_frame_equal(plain.sort_values(key, ignore_index=True), ours)
+
+
+def test_the_run_ends_with_the_papers_tables(undisturbed: tuple[Path, str]) -> None:
+    run, printed = undisturbed
+    for text in ("Table 2", "full", "fixed 16-16-16", "Table 3", "4-4-4 (fixed)", "Figure 1"):
+        assert text in printed
+    report = gross("report", str(run))
+    assert report.returncode == 0
+    assert report.stdout.strip() == printed.strip()
+
+
+def test_the_same_command_again_does_nothing(undisturbed: tuple[Path, str]) -> None:
+    run = undisturbed[0]
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet") if "selections" not in file.parts}
+    ended = subprocess.run(run_command(run), capture_output=True, text=True, check=False, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    after = {file: file.stat().st_mtime_ns for file in run.rglob("*.parquet") if "selections" not in file.parts}
+    assert {f for f in before if "alpha_sweep" not in f.parts} <= set(after)
+    changed = [file for file in before if before[file] != after[file] and "alpha_sweep" not in file.parts]
+    assert changed == []
+
+
+def test_status_and_single_stages(undisturbed: tuple[Path, str]) -> None:
+    run = str(undisturbed[0])
+    status = gross("status", run)
+    assert status.returncode == 0
+    assert "19 of 19 units" in status.stdout
+    assert "waits" not in status.stdout
+    for stage in STAGE_SIGNS:
+        ended = gross(stage, run)
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_killed_in_each_stage_the_run_still_ends_with_equal_tables(
+    undisturbed: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for stage, sign in STAGE_SIGNS.items():
+        _kill_at(run, stage, sign)
+    ended = subprocess.run(run_command(run), capture_output=True, text=True, check=False, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+    assert_equal_tables(undisturbed[0], run)
+    assert list(run.rglob(".*.tmp")) == []
+
+
+def _kill_at(run: Path, stage: str, sign: str) -> None:
+    log = run.parent / f"{stage}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(run_command(run), stdout=output, stderr=output)
+        deadline = time.monotonic() + 200
+        while not any(run.glob(sign)):
+            assert process.poll() is None, f"{stage}: ended before it was killed:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"{stage}: no sign of it:\n{log.read_text()}"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(20) == -signal.SIGKILL

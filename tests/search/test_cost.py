@@ -1,0 +1,181 @@
+import random
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gross_ray.decomposition.surgery import extract, set_configuration
+from gross_ray.errors import InvalidValueError
+from gross_ray.models import four_conv
+from gross_ray.search.cost import CostTable, configuration_macs, count_macs, count_parameters
+from gross_ray.space import SearchSpace
+
+PAPER_SIZES = {"conv2": (1, 2, 4, 8, 16, 32), "conv3": (1, 2, 4, 8, 16, 32), "conv4": (1, 2, 4, 8, 16, 32, 64)}
+IMAGE = (3, 32, 32)
+
+
+class Block(nn.Module):
+    def __init__(self, channels, out_channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, (3, 5), padding=(1, 2), bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.down = nn.Conv2d(channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, images):
+        hidden = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images)))))
+        return F.relu(hidden + self.down(images))
+
+
+def residual():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        Block(8, 8, 1),
+        Block(8, 12, 2),
+        Block(12, 16, (2, 1)),
+        nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+
+
+RESIDUAL_SIZES = {"1.conv1": (1, 4), "2.conv1": (2, 8), "2.conv2": (3, 12), "3.conv1": (1, 2, 4), "3.conv2": (16,)}
+RESIDUAL_IMAGE = (3, 13, 10)
+
+
+class Twice(nn.Module):
+    """A decomposed layer that runs twice, at two sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.shared = nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, images):
+        return self.head(self.shared(self.shared(self.stem(images))).mean(dim=(2, 3)))
+
+
+def macs_by_torch(model, image):
+    """Half of what torch's own counter counts for one image; it counts a multiply-accumulate as two."""
+    parameter = next(model.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, *image, dtype=parameter.dtype))
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
+
+
+@pytest.fixture(scope="module")
+def paper_supernet(random_supernet):
+    return random_supernet(four_conv(), PAPER_SIZES)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (four_conv, PAPER_SIZES, IMAGE),
+        (residual, RESIDUAL_SIZES, RESIDUAL_IMAGE),
+        (Twice, {"shared": (1, 2, 4)}, (3, 9, 8)),
+    ],
+    ids=["four-conv", "residual", "shared"],
+)
+def case(request, random_supernet):
+    make, sizes, image = request.param
+    return random_supernet(make(), sizes), image
+
+
+def some_configurations(supernet, count):
+    space = SearchSpace.of(supernet)
+    return random.Random(0).sample(list(space), min(count, len(space)))
+
+
+@pytest.mark.parametrize(("make", "image"), [(four_conv, IMAGE), (residual, RESIDUAL_IMAGE), (Twice, (3, 9, 8))])
+def test_macs_are_those_that_torch_counts(make, image):
+    model = make()
+    assert count_macs(model, image) == macs_by_torch(model, image)
+
+
+def test_the_full_network_of_the_paper():
+    assert count_macs(four_conv(), IMAGE) == 5_081_600
+
+
+def test_a_configuration_costs_what_its_extracted_network_costs(case):
+    supernet, image = case
+    table = CostTable.of(supernet, image)
+    for configuration in some_configurations(supernet, 8):
+        plain = extract(supernet, configuration)
+        macs = configuration_macs(supernet, configuration, image)
+        assert macs == macs_by_torch(plain, image) == count_macs(plain, image) == table.macs(configuration)
+        set_configuration(supernet, configuration)
+        assert count_macs(supernet, image) == macs
+        assert table.parameters(configuration) == sum(p.numel() for p in plain.parameters()) == count_parameters(plain)
+
+
+def test_the_count_of_the_paper_is_its_closed_form(paper_supernet):
+    table = CostTable.of(paper_supernet, IMAGE, convention="paper")
+    for g2, g3, g4 in product(*PAPER_SIZES.values()):
+        assert table.macs((g2, g3, g4)) == 1_040_384 + 73_728 * g2 + 18_432 * g3 + 9_216 * g4
+    assert configuration_macs(paper_supernet, (2, 32, 64), IMAGE, convention="paper") == table.macs((2, 32, 64))
+
+
+@pytest.mark.parametrize(
+    ("configuration", "millions"),
+    [
+        ((32, 32, 32), 4.28),
+        ((16, 16, 16), 2.66),
+        ((4, 4, 4), 1.44),
+        ((1, 1, 1), 1.14),
+        ((2, 32, 64), 2.36),
+        ((8, 16, 64), 2.51),
+        ((2, 4, 8), 1.33),
+        ((2, 8, 8), 1.41),
+    ],
+)
+def test_the_rows_of_the_paper(paper_supernet, configuration, millions):
+    macs = configuration_macs(paper_supernet, configuration, IMAGE, convention="paper")
+    assert macs / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_the_two_conventions_differ_as_table_1_does(random_supernet):
+    # One layer by hand: 4 -> 6 channels, 3x5, stride 2, padding (1, 2), an input of 11x13, group-size 2.
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, (3, 5), stride=2, padding=(1, 2)))
+    supernet = random_supernet(model, {"1": (2,)})
+    stem, pointwise_in, grouped, pointwise_out = 3 * 4, 4 * 4, 4 * 2 * 15, 4 * 6
+    after = 6 * 7
+    actual = 11 * 13 * (stem + pointwise_in) + after * (grouped + pointwise_out)
+    assert configuration_macs(supernet, (2,), (3, 11, 13)) == actual
+    # Stride and padding on the 1x1: 13x17 pixels, every second of them, then a kernel without padding.
+    before_paper, after_paper = 7 * 9, 5 * 5
+    paper = before_paper * pointwise_in + after_paper * (grouped + pointwise_out)
+    assert configuration_macs(supernet, (2,), (3, 11, 13), convention="paper") == paper
+
+
+def test_counting_leaves_the_network_as_it_was(case):
+    supernet, image = case
+    supernet.train()
+    frozen = list(supernet.children())[0].eval()
+    before = {name: (module.training, len(module._forward_hooks)) for name, module in supernet.named_modules()}
+    buffers = {name: buffer.clone() for name, buffer in supernet.named_buffers()}
+    CostTable.of(supernet, image)
+    assert before == {name: (module.training, len(module._forward_hooks)) for name, module in supernet.named_modules()}
+    assert not frozen.training
+    for name, buffer in supernet.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+    supernet.eval()
+
+
+def test_bad_values_are_refused(paper_supernet, random_supernet):
+    with pytest.raises(InvalidValueError, match="convention = 'papers': .*actual, paper"):
+        configuration_macs(paper_supernet, (1, 1, 1), IMAGE, convention="papers")
+    with pytest.raises(InvalidValueError, match="group-size 3 .*conv3: 1, 2, 4, 8, 16, 32"):
+        configuration_macs(paper_supernet, (1, 3, 1), IMAGE)
+    with pytest.raises(InvalidValueError, match="decompose_model"):
+        configuration_macs(four_conv(), (1, 1, 1), IMAGE)
+    strided = random_supernet(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, stride=3)), {"1": (1,)})
+    with pytest.raises(InvalidValueError, match=r"\(3, 3\) .*\(4, 5\) pixels; .*actual"):
+        configuration_macs(strided, (1,), (3, 4, 5), convention="paper")

@@ -1,0 +1,312 @@
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gross_ray.data.augment import normalise
+from gross_ray.decomposition.surgery import extract, get_configuration, set_configuration
+from gross_ray.errors import InvalidValueError
+from gross_ray.models import four_conv
+from gross_ray.search import evaluator
+from gross_ray.search.evaluator import NotTraceableWarning, evaluate_configurations
+from gross_ray.space import SearchSpace
+
+CLASSES = 5
+
+
+class Block(nn.Module):
+    def __init__(self, channels, out_channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.down = nn.Conv2d(channels, out_channels, 1, stride) if stride > 1 else None
+
+    def forward(self, images):
+        identity = images
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(images)))))
+        if self.down is not None:
+            identity = self.down(images)
+        out += identity
+        return self.relu(out)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(Block(8, 8, 1), Block(8, 16, 2))
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, images):
+        return self.head(self.dropout(F.relu(self.blocks(self.stem(images)), inplace=True).mean(dim=(2, 3))))
+
+
+class Small(nn.Module):
+    """A stem, three convolutions and a head; the networks below differ in how they use them."""
+
+    def __init__(self):
+        super().__init__()
+        self.third = nn.Conv2d(8, 8, 3, padding=1)  # named_modules meets it first, the forward pass last
+        self.second = nn.Conv2d(8, 8, 3, padding=2, dilation=2, padding_mode="circular")
+        self.first = nn.Conv2d(8, 8, 3, padding=1, stride=(2, 1), bias=False)
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, CLASSES)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, images):
+        return self.head(self.body(self.stem(images).relu()).mean(dim=(2, 3)))
+
+
+class Reordered(Small):
+    def body(self, hidden):
+        return self.third(self.second(self.first(hidden).relu()).relu())
+
+
+class Concatenating(Small):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.third = nn.Conv2d(16, 8, 3, padding=1)
+
+    def body(self, hidden):
+        hidden = torch.cat([self.first(hidden), self.second(hidden)], dim=1)
+        return self.third(hidden.relu())
+
+
+class Shared(Small):
+    """`first` runs twice, before and after `second`; `third` never."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+
+    def body(self, hidden):
+        return self.first(self.second(self.first(hidden).relu()).relu())
+
+
+class OverwritingMethods(Small):
+    """Overwrites values by methods whose result it drops, and goes on with the overwritten."""
+
+    def body(self, hidden):
+        hidden = self.first(hidden)
+        hidden.mul_(2).relu_()
+        hidden = self.second(hidden)
+        hidden.clamp_(-1, 1)
+        third = self.third(hidden)
+        third.add_(hidden)
+        return third
+
+
+class OverwritingModules(Small):
+    """An in-place module: what went in is overwritten where it is used again, as in pre-activation networks."""
+
+    def body(self, hidden):
+        hidden = self.first(hidden)
+        self.relu(hidden)
+        hidden = self.second(hidden)
+        out = self.third(self.relu(hidden))
+        out = out + hidden  # `hidden` went through the ReLU too
+        torch.tanh_(out)
+        return F.relu(out, inplace=True)
+
+
+class OverwritingFunctions(Small):
+    def body(self, hidden):
+        hidden = self.first(hidden)
+        F.leaky_relu(hidden, 0.3, inplace=True)
+        hidden = self.second(hidden)
+        kept = hidden
+        torch.relu_(hidden)
+        return self.third(hidden) - 2 * kept
+
+
+class Untraceable(Small):
+    def body(self, hidden):
+        hidden = self.first(hidden)
+        if hidden.sum() > 0:
+            hidden = self.second(hidden)
+        return self.third(hidden)
+
+
+class WithOptions(Small):
+    """A second argument that has a default."""
+
+    def forward(self, images, scale=2.0):
+        return super().forward(images) * scale
+
+    body = Reordered.body
+
+
+NAMES = ("third", "second", "first")
+CASES = {
+    "four-conv": (
+        lambda: four_conv(CLASSES, image_size=16),
+        {"conv2": (1, 8, 32), "conv3": (4, 32), "conv4": (1, 16, 64)},
+    ),
+    "residual": (
+        Residual,
+        {"blocks.0.conv1": (1, 8), "blocks.0.conv2": (2, 4), "blocks.1.conv1": (1, 2, 4), "blocks.1.conv2": (1, 16)},
+    ),
+    "cat": (Concatenating, {name: (1, 2, 4) for name in NAMES}),
+    "shared layer": (Shared, {"second": (1, 2, 8), "first": (1, 2, 4, 8)}),
+    "a layer not used": (Shared, {"third": (1, 4), "second": (2, 4, 8), "first": (1, 2, 4)}),
+    "other order": (Reordered, {name: (1, 4, 8) for name in NAMES}),
+    "in-place methods": (OverwritingMethods, {name: (1, 4) for name in NAMES}),
+    "in-place modules": (OverwritingModules, {name: (1, 2, 4) for name in NAMES}),
+    "in-place functions": (OverwritingFunctions, {name: (1, 4) for name in NAMES}),
+    "default argument": (WithOptions, {name: (1, 4) for name in NAMES}),
+}
+
+
+def build(make, sizes, random_supernet):
+    """A float64 supernet with lively batch-norms, images, and labels that no configuration gets all right."""
+    torch.manual_seed(0)
+    model = make().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.weight, mean=1, std=0.2)
+            nn.init.normal_(module.bias, std=0.2)
+    supernet = random_supernet(model, sizes)
+    images = torch.randn(30, 3, 16, 16, dtype=torch.float64) + 2 * torch.randn(30, 3, 1, 1, dtype=torch.float64)
+    with torch.no_grad():
+        logits = [extract(supernet, configuration)(images.clone()) for configuration in SearchSpace.of(supernet)]
+        choice = torch.randint(len(logits), (len(images),))
+        labels = torch.stack(logits)[choice, torch.arange(len(images))].argmax(dim=1)
+    return supernet, images, labels
+
+
+def one_by_one(supernet, images, labels, configurations):
+    """The oracle: the plain network of each configuration, one forward pass over all images."""
+    rows = []
+    with torch.no_grad():
+        for configuration in configurations:
+            logits = extract(supernet, configuration).eval()(images.clone())
+            correct = int((logits.argmax(dim=1) == labels).sum())
+            rows.append((str(configuration), correct, len(labels), float(F.cross_entropy(logits, labels))))
+    return rows
+
+
+def agrees(table, expected):
+    assert list(table.columns) == ["configuration", "correct", "total", "accuracy", "loss"]
+    counts = list(zip(table["configuration"], table["correct"], table["total"], strict=True))
+    assert counts == [row[:3] for row in expected]
+    assert table["accuracy"].tolist() == [correct / total for _, correct, total in counts]
+    assert table["loss"].tolist() == pytest.approx([row[3] for row in expected], abs=1e-9)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[name.replace(" ", "_") for name in CASES])
+def case(request, random_supernet):
+    supernet, images, labels = build(*CASES[request.param], random_supernet)
+    expected = one_by_one(supernet, images, labels, SearchSpace.of(supernet))
+    assert len({row[1] for row in expected}) > 2  # the counts tell the configurations apart
+    return supernet, images, labels, expected
+
+
+@pytest.mark.parametrize("batch_size", [7, 50])
+def test_the_whole_space_is_as_one_pass_for_each(case, batch_size):
+    supernet, images, labels, expected = case
+    before = images.clone()
+    agrees(evaluate_configurations(supernet, images, labels, batch_size=batch_size), expected)
+    assert torch.equal(images, before)
+
+
+def test_some_configurations_in_any_order(case):
+    supernet, images, labels, expected = case
+    space = list(SearchSpace.of(supernet))
+    places = random.Random(1).sample(range(len(space)), len(space) // 2)
+    places += places[:1]  # one of them twice
+    table = evaluate_configurations(supernet, images, labels, [tuple(space[place]) for place in places])
+    agrees(table, [expected[place] for place in places])
+
+
+def test_a_prefix_is_computed_once(monkeypatch, random_supernet):
+    supernet, images, labels = build(*CASES["four-conv"], random_supernet)
+    calls = []
+    convolve = F.conv2d
+
+    def counting(images, weight, *rest):
+        calls.append((weight.shape[1], weight.shape[0]))
+        return convolve(images, weight, *rest)
+
+    monkeypatch.setattr(evaluator.F, "conv2d", counting)
+    evaluate_configurations(supernet, images, labels, batch_size=15)
+    # Two batches. conv1 is plain; conv2's three sizes run at once, then conv3's two for each, then conv4's three.
+    conv1, conv2, conv3, conv4 = (3, 32), (32, 3 * 32), (32, 2 * 64), (64, 3 * 64)
+    assert {shape: calls.count(shape) for shape in calls} == {conv1: 2, conv2: 2, conv3: 2 * 3, conv4: 2 * 3 * 2}
+
+
+def test_an_untraceable_network_warns_and_counts_the_same(random_supernet):
+    supernet, images, labels = build(Untraceable, {name: (1, 4) for name in NAMES}, random_supernet)
+    supernet.train()
+    set_configuration(supernet, (4, 1, 4))
+    expected = one_by_one(supernet, images, labels, SearchSpace.of(supernet))
+    with pytest.warns(NotTraceableWarning, match="TraceError: .*control flow") as caught:
+        table = evaluate_configurations(supernet, images, labels, batch_size=len(images))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    agrees(table, expected)
+    assert supernet.training and get_configuration(supernet) == (4, 1, 4)
+
+
+@pytest.mark.parametrize("name", ["residual", "in-place modules"])
+def test_the_supernet_is_left_as_it_was(name, random_supernet):
+    supernet, images, labels = build(*CASES[name], random_supernet)
+    active = SearchSpace.of(supernet)[1]
+    set_configuration(supernet, active)
+    supernet.train()
+    for module in supernet.modules():  # frozen batch-norms stay frozen
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+    def state():
+        modules = {n: (m.training, getattr(m, "inplace", None)) for n, m in supernet.named_modules()}
+        return modules, get_configuration(supernet), {n: t.clone() for n, t in supernet.state_dict().items()}
+
+    before = state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate_configurations(supernet, images, labels)
+    after = state()
+    assert after[:2] == before[:2]
+    assert all(torch.equal(after[2][key], before[2][key]) for key in before[2])
+    with pytest.raises((ValueError, IndexError, RuntimeError)):  # labels outside the classes, in the middle of the walk
+        evaluate_configurations(supernet, images, labels + CLASSES)
+    assert state()[:2] == before[:2]
+
+
+def test_bytes_are_normalised_here(random_supernet, generator):
+    supernet, _, labels = build(*CASES["other order"], random_supernet)
+    images = torch.randint(256, (len(labels), 3, 16, 16), generator=generator).to(torch.uint8)
+    supernet = supernet.float()
+    pd_bytes = evaluate_configurations(supernet, images, labels)
+    pd_floats = evaluate_configurations(supernet, normalise(images), labels)
+    assert pd_bytes.equals(pd_floats)
+    assert pd_bytes["correct"].nunique() > 1
+
+
+def test_no_configurations_give_no_rows(random_supernet):
+    supernet, images, labels = build(*CASES["other order"], random_supernet)
+    assert len(evaluate_configurations(supernet, images, labels, [])) == 0
+
+
+def test_bad_values_are_refused(random_supernet):
+    supernet, images, labels = build(*CASES["other order"], random_supernet)
+    with pytest.raises(InvalidValueError, match="30 images and 29 labels"):
+        evaluate_configurations(supernet, images, labels[1:])
+    with pytest.raises(InvalidValueError, match="0 images and 0 labels"):
+        evaluate_configurations(supernet, images[:0], labels[:0])
+    with pytest.raises(InvalidValueError, match="group-size 3 .*second: 1, 4, 8"):
+        evaluate_configurations(supernet, images, labels, [(1, 1, 1), (1, 3, 1)])
+    with pytest.raises(InvalidValueError, match="batch_size = 0"):
+        evaluate_configurations(supernet, images, labels, batch_size=0)
+    with pytest.raises(InvalidValueError, match="decompose_model"):
+        evaluate_configurations(Reordered(), images, labels)

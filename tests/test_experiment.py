@@ -1,0 +1,306 @@
+import dataclasses
+import json
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gross_ray.errors import InvalidValueError
+from gross_ray.experiment import (
+    DataOptions,
+    DecompositionOptions,
+    Experiment,
+    FinetuningOptions,
+    Schedule,
+    SearchOptions,
+    SweepOptions,
+    TrainingOptions,
+    ValidationOptions,
+)
+from gross_ray.presets import PRESETS, preset
+
+FIELDS = Experiment().fields()
+# Another lawful value for every kind of field. 0.0 and -0.0, 1 and 1.0 are equal: their fingerprints must be so too.
+LAWFUL: dict[str, list[str]] = {
+    "seed": ["0", "1", "-0"],
+    "name": ["a", "b", '"a"', "12", "true", "null", "[1]"],
+    "model": ["four-conv", "resnet18"],
+    "data.name": ["sample", "cifar10", "folder:/data/a=b"],
+    "data.limit_train": ["0", "10"],
+    "training.epochs": ["1", "3"],
+    "training.lr": ["1", "1.0", "0.5", "5e-1"],
+    "training.milestones": ["[]", "2", "[2]", "[2, 3]"],
+    "training.augment": ["true", "false"],
+    "decomposition.ridge": ["0", "-0.0", "0.01"],
+    "decomposition.layers": ["conv2", '["conv2"]', "[]"],
+    "decomposition.nested": ["true", "false"],
+    "supernet.scaling": ["index", "normalised", '"index"'],
+    "search.budgets": ["16", "[16]", "[4, 16]"],
+    "sweep.alphas": ["[]", "0", "-0.0", "[0.0]", "[0, 2]", "[0.0, 2.0]"],
+    "sweep.scalings": ["index", '["index"]', "[]"],
+    "validation.finetuning.lr": ["1", "1.0", "2"],
+    "validation.finetuning.momentum": ["0", "-0.0", "0.9"],
+}
+experiments = st.builds(
+    lambda chosen: Experiment().override([f"{name}={value}" for name, value in chosen.items()]),
+    st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in LAWFUL.items()}),
+)
+
+
+def refused(name: str, text: str) -> str:
+    with pytest.raises(InvalidValueError) as caught:
+        Experiment().override([f"{name}={text}"])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def unlawful_values(value: Any) -> list[str]:
+    """Return what no field of this value's type may be."""
+    wrong_type = ["null", '{"a": 1}']
+    if isinstance(value, bool):
+        return [*wrong_type, "1", "yes", "[true]"]
+    if isinstance(value, int):
+        return [*wrong_type, "-1", "1.5", "1.0", "true", "x", "", "NaN", "Infinity", "[1]", "1" * 5000]
+    if isinstance(value, float):
+        return [*wrong_type, "-1", "NaN", "Infinity", "-Infinity", "1e999", "1" * 400, "true", "x", "", "[1.0]"]
+    if isinstance(value, str):
+        return [""]
+    return [*wrong_type, "[null]", "[[1]]", "[-1]", '[""]', "[1, 1]", '["index", "index"]', "[NaN]", "[true]"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_field_takes_what_its_type_forbids(name: str) -> None:
+    for text in unlawful_values(FIELDS[name]):
+        assert name in refused(name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rule"),
+    [
+        ("training.epochs", "0", "must be 1 or more"),
+        ("training.seeds", "0", "must be 1 or more"),
+        ("training.batch_size", "0", "must be 1 or more"),
+        ("training.lr", "0", "must be above 0"),
+        ("training.momentum", "1", "must be in [0, 1)"),
+        ("training.gamma", "0", "must be in (0, 1]"),
+        ("training.gamma", "1.1", "must be in (0, 1]"),
+        ("training.weight_decay", "-0.1", "must be 0 or more"),
+        ("reconstruction.epochs", "0", "must be 1 or more"),
+        ("finetuning.milestones", "[3, 2]", "must be positive and ascending"),
+        ("finetuning.milestones", "[2, 2]", "must be positive and ascending"),
+        ("finetuning.milestones", "0", "must be positive and ascending"),
+        ("validation.finetuning.lr", "-1", "must be above 0"),
+        ("validation.reconstruction.milestones", "[20, 10]", "must be positive and ascending"),
+        ("validation.fixed", "[]", "must name a group-size or more"),
+        ("validation.fixed", "[4, 0]", "must be group-sizes of 1 or more"),
+        ("validation.seeds", "0", "must be 1 or more"),
+        ("decomposition.ridge", "-1", "must be 0.0 (none) or more"),
+        ("decomposition.max_steps", "0", "must be 1 or more"),
+        ("decomposition.restarts", "0", "must be 1 or more"),
+        ("decomposition.init", "zeros", "must be 'greedy' or 'random'"),
+        ("decomposition.group_sizes", "[0, 4]", "must be group-sizes of 1 or more"),
+        ("decomposition.layers", '["conv2", "conv2"]', "each named once"),
+        ("supernet.alpha", "-1", "must be 0 or more"),
+        ("supernet.seeds", "0", "must be 1 or more"),
+        ("supernet.scaling", "linear", "must be one of index, normalised"),
+        ("search.top", "0", "must be 1 or more"),
+        ("search.shard_size", "0", "must be 1 or more"),
+        ("search.budgets", "[]", "must name a group-size or more"),
+        ("search.budgets", "0", "must be group-sizes of 1 or more"),
+        ("sweep.alphas", "[0, -2]", "must be 0 or more"),
+        ("sweep.alphas", "[0, -0.0]", "each named once"),
+        ("sweep.scalings", "linear", "must be among index, normalised"),
+        ("sweep.seeds", "0", "must be 1 or more"),
+        ("data.name", "mnist", "must be sample, fashion-mnist, cifar10 or folder:PATH"),
+        ("data.limit_test", "-1", "must be 0 (all images) or more"),
+        ("seed", "-1", "must be 0 or more"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name_and_rule(name: str, text: str, rule: str) -> None:
+    message = refused(name, text)
+    assert message.startswith(f"{name} = ")
+    assert rule in message
+
+
+def test_unknown_model_lists_those_there_are() -> None:
+    assert refused("model", "bert") == "unknown model 'bert'; there are: four-conv, vgg16, resnet18"
+
+
+@pytest.mark.parametrize(
+    "name", ["training.epoch", "epochs", "training", "validation.finetuning", "Training.epochs", ""]
+)
+def test_unknown_field_lists_all_there_are(name: str) -> None:
+    message = refused(name, "3")
+    assert message.startswith(f"unknown field {name!r}; there are: ")
+    assert message.split("there are: ")[1].split(", ") == list(FIELDS)
+
+
+def test_setting_without_a_value_shows_how_to_write_it() -> None:
+    with pytest.raises(InvalidValueError, match="'training.epochs': write FIELD=VALUE, like training.epochs=3"):
+        Experiment().override(["training.epochs"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("training.epochs=3", 3),
+        (" training.epochs = 3 ", 3),
+        ("training.lr=1", 1.0),
+        ("training.lr=5e-2", 0.05),
+        ("training.augment=false", False),
+        ("training.milestones=[2, 3]", [2, 3]),
+        ("training.milestones=2", [2]),
+        ("training.milestones=[]", []),
+        ("search.budgets=8", [8]),
+        ("sweep.alphas=[0, 2]", [0.0, 2.0]),
+        ("sweep.scalings=index", ["index"]),
+        ("decomposition.layers=features.7", ["features.7"]),
+        ('decomposition.layers=["2", "4"]', ["2", "4"]),
+        ("data.name=folder:/data/a=b", "folder:/data/a=b"),
+        ('name="quoted"', "quoted"),
+        ("name=2024", "2024"),
+        ("name=true", "true"),
+        ("validation.finetuning.weight_decay=0", 0.0),
+    ],
+)
+def test_override_sets_one_field_and_no_other(setting: str, value: Any) -> None:
+    changed = Experiment().override([setting])
+    name = setting.partition("=")[0].strip()
+    assert changed.fields()[name] == value
+    assert type(changed.fields()[name]) is type(value)
+    assert changed.fields() == FIELDS | {name: value}
+    assert Experiment().fields() == FIELDS
+
+
+def test_the_last_setting_of_a_field_counts() -> None:
+    changed = Experiment().override(["training.epochs=3", "seed=1", "training.epochs=4"])
+    assert (changed.training.epochs, changed.seed) == (4, 1)
+    assert Experiment().override([]) == Experiment()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_gives_every_preset_back(name: str) -> None:
+    experiment = preset(name)
+    loaded = Experiment.from_json(experiment.to_json())
+    assert loaded == experiment
+    assert loaded.fingerprint() == experiment.fingerprint()
+    assert pickle.loads(pickle.dumps(experiment)) == experiment
+
+
+@given(experiments)
+def test_json_gives_any_experiment_back(experiment: Experiment) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads(experiment.to_json(), parse_constant=refuse)
+    assert Experiment.from_json(experiment.to_json()) == experiment
+
+
+@given(experiments, experiments)
+def test_fingerprints_and_first_difference_agree_with_equality(one: Experiment, other: Experiment) -> None:
+    assert (one.fingerprint() == other.fingerprint()) == (one == other)
+    assert (one.first_difference(other) is None) == (one == other)
+
+
+@given(experiments)
+def test_equal_experiments_have_equal_fingerprints(experiment: Experiment) -> None:
+    again = Experiment().override([f"{name}={json.dumps(value)}" for name, value in experiment.fields().items()])
+    assert again == experiment
+    assert again.fingerprint() == experiment.fingerprint()
+
+
+@given(experiments, experiments)
+def test_first_difference_names_the_first_field_that_differs(one: Experiment, other: Experiment) -> None:
+    theirs = other.fields()
+    differing = [(name, value, theirs[name]) for name, value in one.fields().items() if value != theirs[name]]
+    expected = "{} ({!r}, not {!r})".format(*differing[0]) if differing else None
+    assert one.first_difference(other) == expected
+
+
+def test_first_difference_reads_as_a_sentence() -> None:
+    changed = Experiment().override(["training.epochs=5", "validation.seeds=2"])
+    assert changed.first_difference(Experiment()) == "training.epochs (5, not 100)"
+
+
+def test_python_values_are_settled_like_those_of_settings() -> None:
+    written = Experiment(
+        training=TrainingOptions(lr=1, milestones=[5], momentum=-0.0),  # type: ignore[arg-type]
+        sweep=SweepOptions(alphas=[0, 2]),  # type: ignore[arg-type]
+        validation={"seeds": 2},  # type: ignore[arg-type]
+    )
+    settings = ["training.lr=1.0", "training.milestones=5", "training.momentum=0", "sweep.alphas=[0.0, 2.0]"]
+    read = Experiment().override([*settings, "validation.seeds=2"])
+    assert written == read
+    assert written.fingerprint() == read.fingerprint()
+    assert math.copysign(1, written.training.momentum) == 1
+    assert hash(written) == hash(read)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainingOptions(epochs="3"), "epochs = '3': must be of type int"),
+        (lambda: Schedule(epochs=0, lr=1), "epochs = 0: must be 1 or more"),
+        (lambda: Schedule(epochs=1, lr=math.nan), "lr = nan: must be a finite number"),
+        (lambda: DecompositionOptions(ridge=None), "decomposition.ridge = None: must be of type float"),
+        (lambda: DataOptions(name="mnist"), "data.name = 'mnist': must be sample"),
+        (lambda: SearchOptions(budgets=(16, 16)), r"search.budgets = \(16, 16\): must be group-sizes of 1 or more"),
+        (lambda: Experiment(training=3), "training = 3: is a group of fields; set one of them, like training.epochs"),
+        # It would be read back as a Schedule, which is equal to no FinetuningOptions.
+        (lambda: ValidationOptions(finetuning=FinetuningOptions()), "finetuning = .* is a group of fields"),
+    ],
+)
+def test_python_values_are_checked_like_those_of_settings(make: Any, message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not the JSON of an experiment"),
+        ("", "not the JSON of an experiment"),
+        ("[1]", "a JSON object of fields"),
+        ("3", "a JSON object of fields"),
+        ('{"seeds": 3}', "unknown field 'seeds'; there are: name, seed, model"),
+        ('{"training": {"epoch": 3}}', "unknown field 'training.epoch'; there are: training.epochs"),
+        ('{"training": null}', "training = None: is a group of fields; set one of them, like training.epochs"),
+        ('{"validation": {"finetuning": {"lr": 1}}}', "validation.finetuning.epochs is missing"),
+        ('{"validation": {"finetuning": {"epochs": 0, "lr": 1}}}', "validation.finetuning.epochs = 0: must be 1"),
+        ('{"seed": NaN}', "seed = nan: must be of type int"),
+    ],
+)
+def test_what_is_no_experiment_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InvalidValueError) as caught:
+        Experiment.from_json(text)
+    assert message in str(caught.value)
+
+
+def test_every_part_is_frozen() -> None:
+    parts: list[Any] = [Experiment()]
+    for part in parts:
+        for one in dataclasses.fields(part):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(part, one.name, getattr(part, one.name))
+            if dataclasses.is_dataclass(getattr(part, one.name)):
+                parts.append(getattr(part, one.name))
+    assert len(parts) == 12  # the experiment, its nine groups, and the two schedules of one of them
+
+
+@given(
+    st.floats(1e-5, 10),
+    st.floats(0.01, 1),
+    st.lists(st.integers(1, 25), max_size=4, unique=True).map(sorted),
+)
+def test_learning_rates_are_those_of_multi_step_lr(lr: float, gamma: float, milestones: list[int]) -> None:
+    schedule = Schedule(epochs=25, lr=lr, gamma=gamma, milestones=tuple(milestones))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma)
+    for epoch in range(25):
+        assert schedule.lr_at(epoch) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()

@@ -1,0 +1,93 @@
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gross_ray.decomposition.surgery import extract
+from gross_ray.errors import GrossRayError, InvalidValueError
+from gross_ray.export import export_onnx
+
+SIZES = {"1": (1, 2, 4), "4": (2, 8)}
+
+
+@pytest.fixture(scope="module")
+def supernet(random_supernet: Callable[..., nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.Conv2d(4, 8, 3, padding=1, stride=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3),
+            nn.Flatten(),
+            nn.Dropout(0.5),
+            nn.Linear(6 * 9, 5),
+        )
+    return random_supernet(model, SIZES)
+
+
+def test_onnx_file_computes_what_the_network_does_for_any_batch_size(supernet: nn.Module, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network = extract(supernet, (2, 8)).to(memory_format=torch.channels_last)
+    file = tmp_path / "network.onnx"
+    export_onnx(network, str(file), (3, 10, 10))
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_inputs()] == ["images"]
+    assert [one.name for one in session.get_outputs()] == ["logits"]
+    images = torch.randn(10, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    for batch in (images, images[:1]):
+        with torch.no_grad():
+            expected = network(batch)
+        (logits,) = session.run(None, {"images": batch.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_modes_and_random_state_are_left_as_they_were(supernet: nn.Module, tmp_path: Path) -> None:
+    network = extract(supernet, (4, 2)).train()
+    network[2].eval()
+    state = torch.get_rng_state()
+    export_onnx(network, tmp_path / "network.onnx", (3, 10, 10))
+    assert [module.training for module in network] == [place != 2 for place in range(len(network))]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_supernet_is_refused(supernet: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match="supernet: take one configuration out of it first, with extract"):
+        export_onnx(supernet, tmp_path / "network.onnx", (3, 10, 10))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("earlier", [None, b"whole"])
+def test_nothing_half_written_stays_when_the_exporter_fails(
+    supernet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bytes | None
+) -> None:
+    file = tmp_path / "network.onnx"
+    if earlier is not None:
+        file.write_bytes(earlier)
+
+    def fail(_model: nn.Module, _arguments: Any, path: str, **_options: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("the exporter failed")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    network = extract(supernet, (1, 2)).train()
+    with pytest.raises(RuntimeError, match="the exporter failed"):
+        export_onnx(network, file, (3, 10, 10))
+    assert network.training
+    assert [one.read_bytes() for one in tmp_path.iterdir()] == ([] if earlier is None else [earlier])
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_missing_extra_is_named(
+    supernet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest))
+    with pytest.raises(GrossRayError, match=rf"needs the package {package}; install gross-ray\[onnx\]"):
+        export_onnx(extract(supernet, (1, 2)), tmp_path / "network.onnx", (3, 10, 10))

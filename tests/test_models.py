@@ -1,0 +1,170 @@
+import copy
+from math import sqrt
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from gross_ray.decomposition.surgery import decomposable_layers
+from gross_ray.errors import InvalidValueError
+from gross_ray.models import MODELS, build_model, check_model_name, four_conv, initialise, predict, resnet18, vgg16
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def convolutions(network: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+
+
+@pytest.fixture(scope="module")
+def vgg() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        return vgg16(10).eval()
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        return resnet18(10).eval()
+
+
+def test_four_conv_is_that_of_section_4_2() -> None:
+    network = four_conv()
+    for conv, (in_channels, out_channels) in zip(
+        convolutions(network), [(3, 32), (32, 32), (32, 64), (64, 64)], strict=True
+    ):
+        assert (conv.in_channels, conv.out_channels) == (in_channels, out_channels)
+        assert (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
+        assert conv.groups == 1
+        assert conv.bias is not None
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    assert [(one.in_features, one.out_features) for one in linear] == [(256, 256), (256, 10)]
+    assert [module.p for module in network.modules() if isinstance(module, nn.Dropout)] == [0.5]
+    assert list(decomposable_layers(network)) == ["conv2", "conv3", "conv4"]
+
+
+@pytest.mark.parametrize(("num_classes", "image_size"), [(10, 32), (3, 16), (7, 50)])
+def test_four_conv_computes_what_section_4_2_says(num_classes: int, image_size: int) -> None:
+    network = build_model("four-conv", num_classes=num_classes, image_size=image_size, generator=seeded(0)).eval()
+    images = torch.randn(2, 3, image_size, image_size, generator=seeded(1))
+    weights = network.state_dict()
+
+    def layer(name: str) -> tuple[Tensor, Tensor]:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+    hidden = images
+    for number in range(1, 5):
+        hidden = torch.conv2d(hidden, *layer(f"conv{number}"), padding=1).clamp_min(0)
+        hidden = hidden.unfold(2, 2, 2).unfold(3, 2, 2).amax(dim=(4, 5))
+    hidden = torch.addmm(layer("fc1")[1], hidden.flatten(1), layer("fc1")[0].T).clamp_min(0)
+    logits = torch.addmm(layer("fc2")[1], hidden, layer("fc2")[0].T)
+    assert logits.shape == (2, num_classes)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), logits)
+        assert predict(network, images).tolist() == [max(range(num_classes), key=row.__getitem__) for row in logits]
+
+
+def test_four_conv_drops_out_between_the_linear_layers_only_in_training() -> None:
+    network = build_model("four-conv", num_classes=10, generator=seeded(0))
+    names = [name for name, _ in network.named_children()]
+    assert names[names.index("dropout") - 2 : names.index("dropout") + 2] == ["fc1", "relu5", "dropout", "fc2"]
+    images = torch.randn(2, 3, 32, 32, generator=seeded(1))
+    with torch.random.fork_rng(devices=[]):
+        assert not torch.equal(network(images), network(images))
+    network.eval()
+    assert torch.equal(network(images), network(images))
+
+
+def test_four_conv_refuses_images_that_its_poolings_reduce_to_nothing() -> None:
+    with pytest.raises(InvalidValueError, match="image_size = 15: four poolings need 16 pixels or more"):
+        four_conv(image_size=15)
+
+
+def test_weights_are_drawn_as_section_4_2_says() -> None:
+    # Large layers, so that the standard deviation of n normal numbers, which has the error 1 / sqrt(2 n), is sharp.
+    network = nn.Sequential(nn.Conv2d(200, 100, 3), nn.Conv2d(64, 128, 5, bias=False), nn.Linear(600, 300))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        initialise(network)
+    expected = [sqrt(2 / (100 * 3 * 3)), sqrt(2 / (128 * 5 * 5)), sqrt(0.01)]
+    for module, deviation in zip(network, expected, strict=True):
+        weight = module.weight.detach().double()
+        bound = 5 / sqrt(2 * weight.numel())
+        assert abs(float(weight.std()) / deviation - 1) < bound
+        assert abs(float(weight.mean()) / deviation) < 5 / sqrt(weight.numel())
+        within = float((weight.abs() < deviation).double().mean())  # 68.27 % for a normal distribution, 57.7 % uniform
+        assert abs(within - 0.6827) < 5 * sqrt(0.25 / weight.numel())
+        if module.bias is not None:
+            assert not module.bias.any()
+
+
+def test_four_conv_is_initialised_so() -> None:
+    network = build_model("four-conv", num_classes=10, generator=seeded(0))
+    again = copy.deepcopy(network)
+    for module in (module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)):
+        fan_out = module.weight[:, 0].numel()
+        deviation = sqrt(2 / fan_out) if isinstance(module, nn.Conv2d) else 0.1
+        assert abs(float(module.weight.detach().std()) / deviation - 1) < 5 / sqrt(2 * module.weight.numel())
+        assert not module.bias.any()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        initialise(again)
+    assert not torch.equal(again.conv1.weight, network.conv1.weight)
+
+
+def test_vgg16_is_torchvisions_with_one_linear_layer(vgg: nn.Module) -> None:
+    assert len(convolutions(vgg)) == 13
+    assert len(decomposable_layers(vgg)) == 12
+    channels = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    assert [conv.out_channels for conv in convolutions(vgg)] == channels
+    assert [m.out_features for m in vgg.modules() if isinstance(m, nn.Linear)] == [10]
+    for size in (32, 40):
+        assert vgg(torch.zeros(1, 3, size, size)).shape == (1, 10)
+
+
+def test_resnet18_is_torchvisions_with_a_small_stem(resnet: nn.Module) -> None:
+    chosen = decomposable_layers(resnet)
+    assert len(chosen) == 16
+    assert {conv.kernel_size for conv in chosen.values()} == {(3, 3)}
+    assert "conv1" not in chosen
+    assert len(convolutions(resnet)) == 20  # the first, the 16, and three 1x1 of the shortcuts
+    assert resnet.conv1(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+    assert resnet.layer1(resnet.maxpool(torch.zeros(1, 64, 32, 32))).shape == (1, 64, 32, 32)
+    assert resnet(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_resnet18_keeps_torchvisions_stem_for_large_images() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ours = MODELS["resnet18"](5, 64)
+        torch.manual_seed(0)
+        theirs = torchvision.models.resnet18(num_classes=5)
+    weights = theirs.state_dict()
+    assert list(ours.state_dict()) == list(weights)
+    assert all(torch.equal(weight, weights[name]) for name, weight in ours.state_dict().items())
+    assert isinstance(ours.maxpool, nn.MaxPool2d)
+
+
+@pytest.mark.parametrize("name", ["four-conv", "resnet18"])
+def test_generator_alone_decides_the_weights(name: str) -> None:
+    state = torch.get_rng_state()
+    generator = seeded(3)
+    first = build_model(name, num_classes=10, generator=generator).state_dict()
+    second = build_model(name, num_classes=10, generator=generator).state_dict()
+    torch.manual_seed(99)
+    again = build_model(name, num_classes=10, generator=seeded(3)).state_dict()
+    assert all(torch.equal(weight, again[key]) for key, weight in first.items())
+    assert not torch.equal(first["conv1.weight"], second["conv1.weight"])
+    torch.set_rng_state(state)
+    build_model(name, num_classes=10, generator=seeded(4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_unknown_model_lists_those_there_are() -> None:
+    for refuse in (check_model_name, lambda name: build_model(name, num_classes=10, generator=seeded(0))):
+        with pytest.raises(InvalidValueError) as caught:
+            refuse("bert")
+        assert str(caught.value) == "unknown model 'bert'; there are: four-conv, vgg16, resnet18"

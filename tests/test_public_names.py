@@ -1,0 +1,153 @@
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import gross_ray
+from gross_ray import BlockTerms, Bottleneck, BTDOptions, Configuration, SearchSpace, SeriesConv2d
+
+NONE, ANY = inspect.Parameter.empty, object()
+"""No default, and a default that the design leaves open."""
+# Before "*": may be given by place. After it: by keyword only.
+FUNCTIONS: dict[str, list[Any]] = {
+    "block_term_decomposition": [
+        ("weight", NONE),
+        ("group_size", NONE),
+        "*",
+        ("options", BTDOptions()),
+        ("start", None),
+        ("seed", 0),
+    ],
+    "expand_grouped_weight": [("weight", NONE), ("target_group_size", NONE)],
+    "decompose_model": [
+        ("model", NONE),
+        "*",
+        ("layers", None),
+        ("group_sizes", None),
+        ("options", BTDOptions()),
+        ("nested", ANY),
+        ("seed", 0),
+    ],
+    "set_configuration": [("supernet", NONE), ("configuration", NONE)],
+    "extract": [("supernet", NONE), ("configuration", NONE)],
+    "evaluate_configurations": [
+        ("supernet", NONE),
+        ("images", NONE),
+        ("labels", NONE),
+        ("configurations", None),
+        "*",
+        ("batch_size", ANY),
+    ],
+    "sampling_probabilities": [("num_group_sizes", NONE), ("alpha", NONE), "*", ("scaling", ANY)],
+    "response_error": [("response", NONE), ("target", NONE)],
+    "count_macs": [("model", NONE), ("input_shape", NONE)],
+    "configuration_macs": [
+        ("supernet", NONE),
+        ("configuration", NONE),
+        ("input_shape", NONE),
+        "*",
+        ("convention", "actual"),
+    ],
+    "read_table": [("run", NONE), ("name", NONE)],
+    "export_onnx": [("model", NONE), ("path", NONE), ("input_shape", NONE)],
+}
+METHODS: list[tuple[Any, list[Any]]] = [
+    (SeriesConv2d.from_bottlenecks, [("conv", NONE), ("bottlenecks", NONE)]),
+    (SeriesConv2d.bottleneck, [("self", NONE), ("group_size", NONE)]),
+    (BlockTerms.reconstruct, [("self", NONE)]),
+    (BlockTerms.to_bottleneck, [("self", NONE)]),
+    (Bottleneck.dense_kernel, [("self", NONE)]),
+    (Bottleneck.expand, [("self", NONE), ("target_group_size", NONE)]),
+    (SearchSpace.of, [("supernet", NONE)]),
+    (SearchSpace.index, [("self", NONE), ("configuration", NONE)]),
+    (Configuration.parse, [("text", NONE)]),
+]
+
+
+def check_signature(function: Any, expected: list[Any]) -> None:
+    parameters = list(inspect.signature(function).parameters.values())
+    num_expected = len([one for one in expected if one != "*"])
+    for more in parameters[num_expected:]:  # what is called as the design says is not disturbed by these
+        assert (more.kind, more.default is NONE) == (inspect.Parameter.KEYWORD_ONLY, False)
+    parameters = parameters[:num_expected]
+    place = expected.index("*") if "*" in expected else len(expected)
+    named = [one for one in expected if one != "*"]
+    assert [parameter.name for parameter in parameters] == [name for name, _ in named]
+    kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD] * place
+    kinds += [inspect.Parameter.KEYWORD_ONLY] * (len(named) - place)
+    assert [parameter.kind for parameter in parameters] == kinds
+    for parameter, (_, default) in zip(parameters, named, strict=True):
+        if default is ANY:
+            assert parameter.default is not NONE
+        else:
+            assert parameter.default == default
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_have_the_signatures_of_the_design(name: str) -> None:
+    check_signature(getattr(gross_ray, name), FUNCTIONS[name])
+    assert name in gross_ray.__all__
+
+
+@pytest.mark.parametrize(("method", "expected"), METHODS, ids=[method.__qualname__ for method, _ in METHODS])
+def test_methods_have_the_signatures_of_the_design(method: Any, expected: list[Any]) -> None:
+    check_signature(method, expected)
+
+
+def test_the_check_of_signatures_can_fail() -> None:
+    def function(one: int, *, two: int = 2, three: int = 3) -> None: ...
+
+    def demanding(one: int, *, two: int) -> None: ...
+
+    check_signature(function, [("one", NONE), "*", ("two", 2)])
+    with pytest.raises(AssertionError):
+        check_signature(demanding, [("one", NONE)])
+    for other in ([("one", NONE), ("two", 2)], [("one", NONE), "*", ("two", 3)], [("one", NONE), "*", ("zwei", 2)]):
+        with pytest.raises(AssertionError):
+            check_signature(function, other)
+
+
+def test_sampling_scales_in_one_of_the_two_ways() -> None:
+    default = inspect.signature(gross_ray.sampling_probabilities).parameters["scaling"].default
+    assert default in ("index", "normalised")
+
+
+def test_everything_listed_can_be_imported() -> None:
+    assert all(hasattr(gross_ray, name) for name in gross_ray.__all__)
+    classes = {"BTDOptions", "BlockTerms", "Bottleneck", "SeriesConv2d", "SearchSpace", "Configuration"}
+    assert classes | set(FUNCTIONS) <= set(gross_ray.__all__)
+
+
+def test_options_and_results_have_the_fields_of_the_design() -> None:
+    options = {one.name: one.default for one in dataclasses.fields(BTDOptions)}
+    assert options.keys() == {"tolerance", "max_steps", "restarts", "ridge", "init"}
+    assert (options["tolerance"], options["max_steps"], options["init"]) == (1e-6, 500_000, "greedy")
+    terms = gross_ray.block_term_decomposition(torch.randn(6, 4, 3, 2, generator=torch.Generator().manual_seed(0)), 2)
+    assert [tuple(one.shape) for one in (terms.core, terms.factor_in, terms.factor_out)] == [
+        (2, 2, 2, 3, 2),
+        (2, 4, 2),
+        (2, 6, 2),
+    ]
+    assert (terms.group_size, terms.groups, terms.status) == (2, 2, "converged")
+    assert 0 < terms.relative_error < 1
+    assert terms.steps >= 1
+    assert terms.cancellation > 0
+    bottleneck = terms.to_bottleneck()
+    weights = (bottleneck.pointwise_in, bottleneck.grouped, bottleneck.pointwise_out)
+    assert [tuple(one.shape) for one in weights] == [(4, 4, 1, 1), (4, 2, 3, 2), (6, 4, 1, 1)]
+    assert bottleneck.group_size == 2
+    assert (bottleneck.dense_kernel().shape, terms.reconstruct().shape) == ((6, 4, 3, 2),) * 2
+
+
+def test_series_has_a_group_size_that_can_be_set() -> None:
+    series = SeriesConv2d(torch.nn.Conv2d(4, 6, 3), [1, 2, 4])
+    assert series.group_sizes == (1, 2, 4)
+    series.group_size = 2
+    assert series.group_size == 2
+
+
+def test_unconstrained_decomposition_is_lawful() -> None:
+    assert BTDOptions(ridge=0.0).ridge == 0.0
+    assert BTDOptions(init="random").init == "random"
