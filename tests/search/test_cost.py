@@ -142,17 +142,17 @@ def test_the_rows_of_the_paper(paper_supernet, configuration, millions):
 
 
 def test_the_two_conventions_differ_as_table_1_does(random_supernet):
-    # One layer by hand: 4 -> 6 channels, 3x5, stride 2, padding (1, 2), an input of 11x13, group-size 2.
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, (3, 5), stride=2, padding=(1, 2)))
-    supernet = random_supernet(model, {"1": (2,)})
+    # One layer by hand: 4 -> 6 channels, 3x5, dilation (2, 1), stride 2, padding (1, 2), input 13x13, group-size 2.
+    layer = nn.Conv2d(4, 6, (3, 5), stride=2, padding=(1, 2), dilation=(2, 1))
+    supernet = random_supernet(nn.Sequential(nn.Conv2d(3, 4, 1), layer), {"1": (2,)})
     stem, pointwise_in, grouped, pointwise_out = 3 * 4, 4 * 4, 4 * 2 * 15, 4 * 6
     after = 6 * 7
-    actual = 11 * 13 * (stem + pointwise_in) + after * (grouped + pointwise_out)
-    assert configuration_macs(supernet, (2,), (3, 11, 13)) == actual
-    # Stride and padding on the 1x1: 13x17 pixels, every second of them, then a kernel without padding.
-    before_paper, after_paper = 7 * 9, 5 * 5
+    actual = 13 * 13 * (stem + pointwise_in) + after * (grouped + pointwise_out)
+    assert configuration_macs(supernet, (2,), (3, 13, 13)) == actual
+    # Stride and padding on the 1x1: every second of 15x17 pixels, then a kernel of 5x5 without padding.
+    before_paper, after_paper = 8 * 9, 4 * 5
     paper = before_paper * pointwise_in + after_paper * (grouped + pointwise_out)
-    assert configuration_macs(supernet, (2,), (3, 11, 13), convention="paper") == paper
+    assert configuration_macs(supernet, (2,), (3, 13, 13), convention="paper") == paper
 
 
 def test_counting_leaves_the_network_as_it_was(case):

@@ -58,7 +58,7 @@ class Small(nn.Module):
         self.first = nn.Conv2d(8, 8, 3, padding=1, stride=(2, 1), bias=False)
         self.stem = nn.Conv2d(3, 8, 3)
         self.head = nn.Linear(8, CLASSES)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.LeakyReLU(0.3, inplace=True)  # twice is not once
 
     def forward(self, images):
         return self.head(self.body(self.stem(images).relu()).mean(dim=(2, 3)))
@@ -105,14 +105,14 @@ class OverwritingMethods(Small):
 
 
 class OverwritingModules(Small):
-    """An in-place module: what went in is overwritten where it is used again, as in pre-activation networks."""
+    """In-place modules: one overwrites a value from before a branch, once for each sibling."""
 
     def body(self, hidden):
         hidden = self.first(hidden)
         self.relu(hidden)
-        hidden = self.second(hidden)
-        out = self.third(self.relu(hidden))
-        out = out + hidden  # `hidden` went through the ReLU too
+        out = self.second(hidden)
+        self.relu(hidden)
+        out = self.third(out) + hidden
         torch.tanh_(out)
         return F.relu(out, inplace=True)
 
