@@ -62,6 +62,8 @@ class Cluster:
     num_gpus: float
     device: str
     gpus_per_unit: float
+    cores_per_node: int
+    """Cores of the smallest node that has any: a unit never asks for more."""
 
     def slots(self) -> int:
         """Return how many units of work run at the same time at most."""
@@ -74,7 +76,7 @@ class Cluster:
 
         It depends on all units of a stage, not on those still to do, so that a resumed run rounds the same.
         """
-        return max(1, self.num_cpus // max(1, min(self.slots(), num_units)))
+        return max(1, min(self.cores_per_node, self.num_cpus // max(1, min(self.slots(), num_units))))
 
 
 @contextmanager
@@ -121,4 +123,5 @@ def _describe(resources: Resources) -> Cluster:
             f"a unit of work asks for {resources.gpus_per_unit:g} GPU, the cluster has {num_gpus:g}; "
             "use --device cpu, or a cluster with GPUs"
         )
-    return Cluster(num_cpus, num_gpus, device, resources.gpus_per_unit)
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return Cluster(num_cpus, num_gpus, device, resources.gpus_per_unit, min(count for count in cores if count > 0))

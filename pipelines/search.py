@@ -91,10 +91,14 @@ def budgets(store: RunStore) -> list[Configuration]:
 
 
 def choose(store: RunStore) -> None:
-    """Store the selected configurations of each budget."""
+    """Store the selected configurations of each budget that are not stored yet."""
+    units = {f"budget={budget}": budget for budget in budgets(store)}
+    missing = units.keys() - store.finished_units("selections")
+    if not missing:
+        return
     searched = {unit.name for unit in supernets.plan(store)}
     table = store.read_table("configurations")
     accuracies = supernet_accuracies(table[table["supernet"].isin(searched)])
-    for budget in budgets(store):
-        chosen = select(accuracies, str(budget), store.experiment.search.top)
-        store.write_table("selections", f"budget={budget}", chosen.to_dict("records"))
+    for unit in missing:
+        chosen = select(accuracies, str(units[unit]), store.experiment.search.top)
+        store.write_table("selections", unit, chosen.to_dict("records"))

@@ -17,7 +17,6 @@ from gross_ray.errors import UnitsFailedError
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster, Resources, connected
 from pipelines.progress import Reporter
-from pipelines.trials import run_trials
 from pipelines.units import Unit, Work, pack_splits
 from pipelines.workers import WorkerPool
 
@@ -74,6 +73,8 @@ class Session:
             assert self._packed is not None
             threads = cluster.threads(len(units))
             if tune:
+                from pipelines.trials import run_trials  # Ray Tune takes a second that other stages need not wait
+
                 self._release_workers()
                 failed = run_trials(
                     stage,

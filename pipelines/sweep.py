@@ -51,10 +51,13 @@ def work(context: Context, unit: Unit) -> str:
 
 def compare(store: RunStore) -> None:
     """Store the difference of each supernet to the fixed configurations trained on their own (validation split)."""
+    missing = [unit for unit in plan(store) if unit.name not in finished(store)]
+    if not missing:
+        return
     validations = store.read_table("validations")
     fixed = validations[validations["kind"] == "fixed"].groupby("configuration")["val_accuracy"].mean()
     configurations = store.read_table("configurations")
-    for unit in plan(store):
+    for unit in missing:
         rows = configurations[configurations["supernet"] == unit.name]
         ours = rows.set_index("configuration")["val_accuracy"]
         table = [

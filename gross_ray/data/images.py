@@ -24,8 +24,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torchvision.datasets import CIFAR10, FashionMNIST
-from torchvision.datasets.utils import check_integrity
 
 from gross_ray.errors import DatasetError, InvalidValueError
 
@@ -37,6 +35,18 @@ SAMPLE_FILE = Path(__file__).with_name("sample.parquet")
 SAMPLE_SCHEMA = pa.schema([("split", pa.string()), ("label", pa.int8()), ("png", pa.binary())])
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_SIZE = 28
+FASHION_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 FASHION_PADDING = 2  # to 32x32, as CIFAR-10
 FASHION_FILES = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -216,7 +226,7 @@ def _load_fashion_mnist(root: Path, download: bool) -> Splits:
     train, validation, _ = _split(_read_idx_pair(train_images, train_labels), (4, 1, 1))
     (test,) = _split(_read_idx_pair(test_images, test_labels), (1,))
     train, validation, test = (ImageSet(_fashion_images(x.images), x.labels) for x in (train, validation, test))
-    return Splits("fashion-mnist", train, validation, test, tuple(FashionMNIST.classes))
+    return Splits("fashion-mnist", train, validation, test, FASHION_CLASSES)
 
 
 def _fashion_folder(root: Path, download: bool) -> Path:
@@ -231,6 +241,8 @@ def _fashion_folder(root: Path, download: bool) -> Path:
         where = " or ".join(str(place) for place in ([folder] if folder else (root, DEBIAN_FOLDER)))
         remedy = "install Debian's dataset-fashion-mnist, or add --download"
         raise DatasetError(f"fashion-mnist: no {missing[0]} in {where}; {remedy}")
+    from torchvision.datasets import FashionMNIST
+
     try:
         FashionMNIST(str(root), download=True)
     except DOWNLOAD_ERRORS as error:
@@ -245,7 +257,7 @@ def _read_idx_pair(images_path: Path, labels_path: Path) -> ImageSet:
     if len(images) != len(labels):
         counts = f"{labels_path} has {len(labels)} labels for the {len(images)} images of {images_path.name}"
         raise DatasetError(f"fashion-mnist: {counts}; {_fashion_remedy(labels_path)}")
-    num_classes = len(FashionMNIST.classes)
+    num_classes = len(FASHION_CLASSES)
     if labels.max() >= num_classes:
         wrong = f"{labels_path} has the label {int(labels.max())}, above {num_classes - 1}"
         raise DatasetError(f"fashion-mnist: {wrong}; {_fashion_remedy(labels_path)}")
@@ -280,6 +292,10 @@ def _fashion_remedy(path: Path) -> str:
 
 
 def _load_cifar10(root: Path, download: bool) -> Splits:
+    # Imported here, for torchvision takes seconds that nothing else has to wait for.
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
     folder = root / CIFAR10.base_folder
     remedy = f"unpack {CIFAR10.url} in {root}, or add --download"
     try:

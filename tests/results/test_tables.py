@@ -173,4 +173,4 @@ def test_importing_the_store_leaves_the_pipeline_s_libraries_out():
 
 def test_types_are_only_those_that_pandas_reads_without_loss():
     kinds = {str(column.type) for each in TABLES.values() for column in each.columns}
-    assert kinds == {str(pa.string()), str(pa.int64()), str(pa.float64())}
+    assert kinds == {str(pa.string()), str(pa.int64()), str(pa.float64()), str(pa.bool_())}
