@@ -244,7 +244,7 @@ def status(run: Path) -> None:
 @main.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("table", metavar="TABLE")
-@click.option("--rows", default=20, show_default=True, help="Rows to print; 0: all.")
+@click.option("--rows", type=click.IntRange(min=0), default=20, show_default=True, help="Rows to print; 0: all.")
 @click.option("--csv", is_flag=True, help="Print all rows as CSV.")
 def show(run: Path, table: str, rows: int, csv: bool) -> None:
     """Print a table of RUN (docs/tables.md describes them).

@@ -39,7 +39,7 @@ def quickstart() -> Experiment:
     return Experiment(
         name="quickstart",
         data=DataOptions(name="sample"),
-        training=TrainingOptions(epochs=6, lr=0.05, milestones=(4,), batch_size=128, augment=False, seeds=3),
+        training=TrainingOptions(epochs=5, lr=0.05, milestones=(3,), batch_size=128, augment=False, seeds=3),
         decomposition=DecompositionOptions(tolerance=1e-5),
         supernet=SupernetOptions(seeds=1, alpha=4.0, scaling="normalised"),
         reconstruction=ReconstructionOptions(epochs=1, lr=1e-3, milestones=(), batch_size=128, augment=False),
@@ -50,7 +50,7 @@ def quickstart() -> Experiment:
             fixed=(16, 4),
             seeds=2,
             reconstruction=Schedule(epochs=1, lr=1e-2, batch_size=128, augment=False),
-            finetuning=Schedule(epochs=2, lr=1e-3, batch_size=128, augment=False),
+            finetuning=Schedule(epochs=1, lr=2e-3, batch_size=128, augment=False),
         ),
     )
 

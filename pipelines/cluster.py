@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 # Before Ray is imported: no usage statistics, no boxes from Tune, its token authentication explicitly on.
@@ -20,6 +21,8 @@ import ray  # noqa: E402
 from gross_ray.errors import InvalidValueError, ResourcesError  # noqa: E402
 
 DEVICES = ("auto", "cpu", "cuda")
+THREAD_EFFICIENCY = 0.85
+"""n threads do n^0.85 times the work of one (measured: 1.8 times with 2, training the four-conv network)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +68,23 @@ class Cluster:
     cores_per_node: int
     """Cores of the smallest node that has any: a unit never asks for more."""
 
-    def slots(self) -> int:
-        """Return how many units of work run at the same time at most."""
+    def slots(self, threads: int = 1) -> int:
+        """Return how many units of work, of so many CPU threads each, run at the same time at most."""
+        slots = max(1, self.num_cpus // threads)
         if self.device == "cuda":
-            return max(1, min(self.num_cpus, int(self.num_gpus / self.gpus_per_unit)))
-        return self.num_cpus
+            return max(1, min(slots, int(self.num_gpus / self.gpus_per_unit)))
+        return slots
 
     def threads(self, num_units: int) -> int:
-        """Return the CPU threads of each of `num_units` units.
+        """Return the CPU threads of each of `num_units` equal units with which all of them end soonest.
 
         It depends on all units of a stage, not on those still to do, so that a resumed run rounds the same.
         """
-        return max(1, min(self.cores_per_node, self.num_cpus // max(1, min(self.slots(), num_units))))
+
+        def duration(threads: int) -> float:
+            return ceil(max(1, num_units) / self.slots(threads)) / threads**THREAD_EFFICIENCY
+
+        return min(range(1, self.cores_per_node + 1), key=duration)
 
 
 @contextmanager

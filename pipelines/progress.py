@@ -74,7 +74,7 @@ class _Bar(StageProgress):
             self._bar.update(self._task, completed=min(self.total, self.done + share), state=state)
 
     def note(self, text: str) -> None:
-        self._bar.console.print(f"{self.name}: {text}")
+        self._bar.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 class Reporter:
@@ -99,7 +99,7 @@ class Reporter:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}", style="dim"),
+            TextColumn("{task.fields[state]}", style="dim", markup=False),
         )
         with Progress(*columns, console=Console(file=self._out)) as bar:
             yield _Bar(name, total, done, bar)

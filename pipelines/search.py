@@ -12,7 +12,7 @@ from gross_ray.space import Configuration
 from pipelines import supernet as supernets
 from pipelines.networks import load_base, load_supernet
 from pipelines.session import Session
-from pipelines.units import Context, Unit
+from pipelines.units import Context, Unit, require
 
 STAGE = "search"
 
@@ -46,8 +46,11 @@ def run(session: Session) -> None:
 
 def evaluate(session: Session, stage: str, supernet_units: Sequence[Unit]) -> None:
     """Evaluate the whole space in each of the supernets."""
-    store = session.store
-    session.run(stage, shards(store, supernet_units), work, lambda: finished(store))
+    store, units = session.store, shards(session.store, supernet_units)
+    done = finished(store)
+    searched = {unit.arguments["supernet"] for unit in units if unit.name not in done}
+    require(store, supernets.FINETUNE, searched, supernets.finished(store, supernets.FINETUNE))
+    session.run(stage, units, work, lambda: finished(store))
 
 
 def work(context: Context, unit: Unit) -> str:

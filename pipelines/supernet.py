@@ -12,10 +12,11 @@ from gross_ray.space import SearchSpace
 from gross_ray.training.loop import EpochRecord
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import finetune, reconstruct
+from pipelines import decompose
 from pipelines.decompose import stored_terms
 from pipelines.networks import history_rows, load_base, load_supernet, metrics, save_supernet
 from pipelines.session import Session
-from pipelines.units import Context, EpochSlot, Unit
+from pipelines.units import Context, EpochSlot, Unit, require
 
 RECONSTRUCT = "reconstruct"
 FINETUNE = "finetune"
@@ -44,13 +45,23 @@ def finished(store: RunStore, stage: str) -> set[str]:
 def run_reconstruct(session: Session) -> None:
     """Reconstruct the responses of the supernets that are missing."""
     store = session.store
+    if not {unit.name for unit in plan(store)} <= finished(store, RECONSTRUCT):
+        require_decompositions(store)
     session.run(RECONSTRUCT, plan(store), reconstruct_work, lambda: finished(store, RECONSTRUCT))
 
 
 def run_finetune(session: Session) -> None:
     """Fine-tune the supernets that are missing."""
     store = session.store
+    todo = {unit.name for unit in plan(store)} - finished(store, FINETUNE)
+    require(store, RECONSTRUCT, todo, finished(store, RECONSTRUCT))
     session.run(FINETUNE, plan(store), finetune_work, lambda: finished(store, FINETUNE))
+
+
+def require_decompositions(store: RunStore) -> None:
+    """Raise MissingStageError unless every decomposition is stored."""
+    wanted = [unit.name for unit in decompose.plan(store)]
+    require(store, decompose.STAGE, wanted, decompose.finished(store))
 
 
 def reconstruct_work(context: Context, unit: Unit, share: tuple[float, float] = (0.0, 1.0)) -> str:

@@ -36,6 +36,8 @@ def run(session: Session) -> None:
     if not units:
         session.reporter.note(f"{STAGE}: the experiment sweeps over nothing (sweep.alphas and sweep.scalings)")
         return
+    if not {unit.name for unit in units} <= supernet.finished(store, supernet.RECONSTRUCT):
+        supernet.require_decompositions(store)
     validate.run_fixed(session)
     session.run(STAGE, units, work, lambda: supernet.finished(store, supernet.FINETUNE), tune=True)
     search.evaluate(session, f"{STAGE} search", units)

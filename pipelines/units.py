@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gross_ray.data.images import ImageSet, Splits
+from gross_ray.errors import MissingStageError
 from gross_ray.results.store import RunStore
 
 
@@ -33,6 +34,16 @@ class Unit:
     """What the stage's function needs to know; plain values."""
     cost: float = 1.0
     """About how much work it is, in any unit: the longest are started first."""
+
+
+def require(store: RunStore, stage: str, wanted: Iterable[str], there: set[str]) -> None:
+    """Raise MissingStageError, naming the earlier `stage`, unless all units `wanted` from it are `there`."""
+    names = set(wanted)
+    if names - there:
+        raise MissingStageError(
+            f"{len(names & there)} of {len(names)} units of {stage} are stored in {store.path}: "
+            f"run `gross {stage}` on it first"
+        )
 
 
 @dataclass

@@ -57,9 +57,10 @@ class WorkerPool:
         attempts: dict[str, int] = {}
         failed: dict[str, str] = {}
         running: dict[ray.ObjectRef, tuple[Unit, Any]] = {}
-        while len(self._actors) < min(self._cluster.slots(), len(units)):
+        wanted = min(self._cluster.slots(threads), len(units))
+        while len(self._actors) < wanted:
             self._actors.append(self._start())
-        idle = list(self._actors)
+        idle = self._actors[:wanted]
         while todo or running:
             while todo and idle:
                 actor, unit = idle.pop(), todo.popleft()

@@ -27,7 +27,7 @@ def stage_results(store: RunStore, stage: str) -> str:
     if stage == "validate":
         return f"{network_table(store)}\n\n{selection_table(store)}"
     if stage == "search":
-        return _frame(store.read_table("selections"))
+        return _frame(_selections(store))
     if stage == "sweep-alpha":
         return sweep_table(store)
     if stage in ("train", "decompose"):
@@ -53,7 +53,7 @@ def network_table(store: RunStore, *, markdown: bool = False) -> str:
 
 def selection_table(store: RunStore, *, markdown: bool = False) -> str:
     """Return Table 3: under each budget the fixed and the selected configurations, in the supernet and on their own."""
-    selections, validations = store.read_table("selections"), store.read_table("validations")
+    selections, validations = _selections(store), store.read_table("validations")
     title = "Selected under the budget of a fixed configuration (Table 3)"
     if selections.empty:
         return f"{title}\nmissing: run `gross search`"
@@ -65,7 +65,7 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
     rows = []
     for budget, group in selections.groupby("budget", sort=False):
         fixed = validations[validations["configuration"] == budget]["test_accuracy"]
-        for configuration in [budget, *group.sort_values("rank")["configuration"]]:
+        for configuration in [budget, *group["configuration"]]:
             own = validations[validations["configuration"] == configuration]["test_accuracy"]
             chosen = configuration != budget
             difference = f"{100 * (own.mean() - fixed.mean()):+.2f}" if chosen and len(own) and len(fixed) else "-"
@@ -79,7 +79,9 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
                 ]
             )
     heads = ["configuration", "M MACs", "in supernet (val)", "on its own (test): mean (std, n)", "to fixed"]
-    note = "" if len(validations) else "\nmissing: accuracies on their own (run `gross validate`)"
+    shown = {*selections["budget"], *selections["configuration"]}
+    complete = shown <= set(validations["configuration"])
+    note = "" if complete else "\nmissing: accuracies on their own (run `gross validate`)"
     return f"{title}\n{_table(heads, rows, markdown)}{note}"
 
 
@@ -97,6 +99,12 @@ def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
         name = f"{alpha:g}" if alpha == 0 else f"{alpha:g} {scaling}"
         rows.append([name, *(f"{100 * means[one]:+.2f}" for one in configurations), str(seeds)])
     return f"{title}\n{_table(['alpha', *configurations, 'n'], rows, markdown)}"
+
+
+def _selections(store: RunStore) -> pd.DataFrame:
+    """Return the selections, the largest budget first."""
+    selections = store.read_table("selections")
+    return selections.sort_values(["budget_macs", "budget", "rank"], ascending=[False, True, True], ignore_index=True)
 
 
 def _accuracy(values: pd.Series) -> tuple[str, str]:

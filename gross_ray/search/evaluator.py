@@ -38,7 +38,7 @@ def evaluate_configurations(
     labels: Tensor,
     configurations: Iterable[Sequence[int]] | None = None,
     *,
-    batch_size: int = 50,
+    batch_size: int = 100,
 ) -> pd.DataFrame:
     """Return what a forward pass of each configuration over all images would give.
 
@@ -273,4 +273,5 @@ class _PrefixWalk:
             padding = (0, 0)
         bias = None if layer.bias is None else layer.bias.repeat(len(sizes))
         outputs = F.conv2d(images, self._kernels[key], bias, layer.stride, padding, layer.dilation)
-        return outputs.split(layer.out_channels, dim=1)
+        # What follows is faster on whole tensors than on slices of one.
+        return [output.contiguous(memory_format=torch.channels_last) for output in outputs.split(layer.out_channels, 1)]

@@ -1,0 +1,136 @@
+"""The pool of actors on the real Ray: what is done, in which order, and what happens when a worker dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from gross_ray.data.images import ImageSet, Splits
+from gross_ray.errors import InvalidValueError
+from gross_ray.presets import preset
+from gross_ray.results.store import RunStore
+from pipelines.cluster import Cluster, Resources, connected
+from pipelines.progress import StageProgress
+from pipelines.units import Context, Unit, pack_splits
+from pipelines.workers import MAX_ATTEMPTS, WorkerPool
+
+THREADS = 3  # no worker's default on two cores
+
+
+class Recorded(StageProgress):
+    def __init__(self) -> None:
+        super().__init__("test", 0, 0)
+        self.texts: dict[str, str] = {}
+        self.order: list[str] = []
+        self.notes: list[str] = []
+
+    def unit_done(self, unit: str, text: str) -> None:
+        super().unit_done(unit, text)
+        self.order.append(unit)
+        self.texts[unit] = text
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def work(context: Context, unit: Unit) -> str:
+    attempts = _count(context.store.path / "attempts" / unit.name)
+    if attempts <= unit.arguments.get("deaths", 0):
+        os._exit(1)
+    if unit.arguments.get("raises") == "ours":
+        raise InvalidValueError(f"{unit.name} = 0: must be 1 or more")
+    if unit.arguments.get("raises") == "unexpected":
+        return str(1 // 0)
+    context.report(0.5, "half")
+    sums = [int(part.images.sum()) for part in (context.splits.train, context.splits.test)]
+    return f"{torch.get_num_threads()} threads, {context.device}, seed {context.seed}, {sums}"
+
+
+def _count(file: Path) -> int:
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as marks:
+        marks.write("x")
+    return file.stat().st_size
+
+
+def _attempts(store: RunStore) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in (store.path / "attempts").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with connected(Resources(num_cpus=2, device="cpu")) as joined:
+        yield joined
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count: int) -> ImageSet:
+        pixels = torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        return ImageSet(pixels, torch.randint(0, 2, (count,), generator=generator))
+
+    return Splits("tiny", images(6), images(4), images(5), ("one", "other"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore.create(tmp_path / "run", preset("quickstart").override(["seed=7"]))
+
+
+def _run(cluster: Cluster, splits: Splits, store: RunStore, units: list[Unit]) -> tuple[dict[str, str], Recorded]:
+    progress = Recorded()
+    pool = WorkerPool(cluster, ray.put(pack_splits(splits)))
+    try:
+        return pool.run(work, store, units, threads=THREADS, progress=progress), progress
+    finally:
+        pool.close()
+
+
+def test_every_unit_is_done_the_most_costly_first(cluster: Cluster, splits: Splits, store: RunStore) -> None:
+    costs = [2.0, 5.0, 1.0, 4.0, 3.0]
+    units = [Unit(f"cost={cost:g}", cost=cost) for cost in costs]
+    failed, progress = _run(replace(cluster, num_cpus=1), splits, store, units)
+    assert failed == {}
+    assert progress.order == ["cost=5", "cost=4", "cost=3", "cost=2", "cost=1"]
+    assert progress.done == 5
+    sums = [int(splits.train.images.sum()), int(splits.test.images.sum())]
+    assert set(progress.texts.values()) == {f"{THREADS} threads, cpu, seed 7, {sums}"}
+
+
+def test_a_unit_whose_worker_dies_is_done_in_the_end(cluster: Cluster, splits: Splits, store: RunStore) -> None:
+    units = [
+        Unit("deadly", {"deaths": 99}, cost=3),
+        Unit("unlucky", {"deaths": MAX_ATTEMPTS - 1}, cost=2),
+        *(Unit(f"innocent={place}") for place in range(4)),
+    ]
+    failed, progress = _run(cluster, splits, store, units)
+    assert list(failed) == ["deadly"]
+    assert "died 3 times" in failed["deadly"]
+    assert sorted(progress.order) == ["innocent=0", "innocent=1", "innocent=2", "innocent=3", "unlucky"]
+    attempts = _attempts(store)
+    assert attempts == {"deadly": 3, "unlucky": 3, **{f"innocent={place}": 1 for place in range(4)}}
+    again = [note.split(":")[0] for note in progress.notes if "trying again" in note]
+    assert sorted(again) == ["deadly", "deadly", "unlucky", "unlucky"]
+
+
+def test_an_error_is_told_once_and_not_tried_again(cluster: Cluster, splits: Splits, store: RunStore) -> None:
+    units = [Unit("ours", {"raises": "ours"}), Unit("unexpected", {"raises": "unexpected"}), Unit("sound")]
+    failed, progress = _run(replace(cluster, num_cpus=1), splits, store, units)
+    assert failed == {
+        "ours": "InvalidValueError: ours = 0: must be 1 or more",
+        "unexpected": "ZeroDivisionError: integer division or modulo by zero",
+    }
+    assert progress.order == ["sound"]
+    assert _attempts(store) == {"ours": 1, "unexpected": 1, "sound": 1}
+    ours, unexpected = progress.notes
+    assert ours == "ours: failed: ours = 0: must be 1 or more"
+    assert unexpected.startswith("unexpected: failed: ")
+    assert "return str(1 // 0)" in unexpected  # where it happened: nobody expected it
