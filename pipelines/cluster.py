@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from typing import Any
 # Before Ray is imported: no usage statistics, no boxes from Tune, its token authentication explicitly on.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+if "ray" not in sys.modules:  # set later, its server would ask for the token and this process not send it
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
@@ -21,6 +24,8 @@ import ray  # noqa: E402
 from gross_ray.errors import InvalidValueError, ResourcesError  # noqa: E402
 
 DEVICES = ("auto", "cpu", "cuda")
+CONNECT_SECONDS = 10.0
+"""How long a named cluster may take to answer."""
 THREAD_EFFICIENCY = 0.85
 """n threads do n^0.85 times the work of one (measured: 1.8 times with 2, training the four-conv network)."""
 
@@ -108,14 +113,22 @@ def _connect(resources: Resources) -> None:
     address = resources.joined_address
     try:
         if address is not None:
+            _check_listening(address)
             ray.init(address=address, **quiet)
         else:
             cores = resources.num_cpus or os.cpu_count() or 1
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"the cluster at {address}" if address else "Ray on this machine"
         reason = str(error).splitlines()[0]
         raise ResourcesError(f"cannot reach {where}: {reason}; check --address and that it runs") from None
+
+
+def _check_listening(address: str) -> None:
+    """Raise OSError where nothing listens at HOST:PORT: Ray itself would knock for many minutes."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def _describe(resources: Resources) -> Cluster:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster, Resources, connected
 from pipelines.progress import StageProgress
-from pipelines.trials import MAX_FAILURES, run_trials
+from pipelines.trials import run_trials
 from pipelines.units import Context, Unit, pack_splits
 
 
@@ -51,18 +52,19 @@ def work(context: Context, unit: Unit) -> str:
         os._exit(1)
     if unit.arguments["fate"] == "diverges":
         raise DivergedError("the loss is not finite in epoch 3: try a lower learning rate")
-    if unit.arguments["fate"] == "unexpected":
-        return str(1 // 0)
     return f"{torch.get_num_threads()} threads, {int(context.splits.train.images.sum())}"
 
 
-FATES = {"seed=0": "ends", "seed=1": "dies once", "seed=2": "diverges", "seed=3": "unexpected", "seed=4": "ends"}
+FATES = {"seed=0": "ends", "seed=1": "dies once", "seed=2": "diverges", "seed=3": "ends"}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    here = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(here)  # the workers do not see the folder of the tests
     with connected(Resources(num_cpus=2, device="cpu")) as joined:
         yield joined
+    ray.cloudpickle.unregister_pickle_by_value(here)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ Ended = tuple[RunStore, dict[str, str], Recorded]
 
 def test_every_sound_unit_is_done(ended: Ended, splits: Splits) -> None:
     _, _, progress = ended
-    assert set(progress.texts) == {"seed=0", "seed=1", "seed=4"}
+    assert set(progress.texts) == {"seed=0", "seed=1", "seed=3"}
     assert progress.done == 3
     assert set(progress.texts.values()) == {f"1 threads, {int(splits.train.images.sum())}"}
     assert (1 / 3, "epoch 1") in progress.states["seed=0"]
@@ -103,15 +105,13 @@ def test_every_sound_unit_is_done(ended: Ended, splits: Splits) -> None:
 
 def test_a_trial_is_started_again_where_its_process_died_and_not_where_it_met_our_error(ended: Ended) -> None:
     attempts = {file.name: file.stat().st_size for file in (ended[0].path / "attempts").iterdir()}
-    assert attempts == {"seed=0": 1, "seed=1": 2, "seed=2": 1, "seed=3": 1 + MAX_FAILURES, "seed=4": 1}
+    assert attempts == {"seed=0": 1, "seed=1": 2, "seed=2": 1, "seed=3": 1}
 
 
 def test_the_failures_are_named(ended: Ended) -> None:
     _, failed, progress = ended
-    assert set(failed) == {"seed=2", "seed=3"}
     message = "the loss is not finite in epoch 3: try a lower learning rate"
-    assert failed["seed=2"] == message
-    assert "ZeroDivisionError" in failed["seed=3"]
+    assert failed == {"seed=2": message}
     assert [note for note in progress.notes if message in note] == [f"seed=2: failed: {message}"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +66,11 @@ def _attempts(store: RunStore) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    here = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(here)  # the workers do not see the folder of the tests
     with connected(Resources(num_cpus=2, device="cpu")) as joined:
         yield joined
+    ray.cloudpickle.unregister_pickle_by_value(here)
 
 
 @pytest.fixture(scope="module")

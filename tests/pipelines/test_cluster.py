@@ -1,0 +1,133 @@
+"""What is asked of Ray: refused where it makes no sense, counted, and left as it was found."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gross_ray.errors import InvalidValueError, ResourcesError
+from pipelines.cluster import Cluster, Resources, connected
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_address_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"device": "tpu"}, "device = 'tpu': must be one of auto, cpu, cuda"),
+        ({"num_cpus": 0}, "num_cpus = 0: must be 1 or more"),
+        ({"gpus_per_unit": 0.0}, r"gpus_per_unit = 0\.0: must be above 0"),
+        ({"gpus_per_unit": -1.0}, r"gpus_per_unit = -1\.0: must be above 0"),
+        ({"num_cpus": 2, "address": "10.0.0.1:6379"}, r"num_cpus = 2 with the running cluster 10\.0\.0\.1:6379"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        Resources(**asked)
+
+
+def test_cores_are_refused_with_the_cluster_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    assert Resources().joined_address == "10.0.0.2:6379"
+    assert Resources(address="10.0.0.1:6379").joined_address == "10.0.0.1:6379"
+    with pytest.raises(InvalidValueError, match=r"num_cpus = 3 with the running cluster 10\.0\.0\.2:6379"):
+        Resources(num_cpus=3)
+
+
+def _cluster(num_cpus: int, *, gpus: float = 0, per_unit: float = 0.25, cores_per_node: int = 0) -> Cluster:
+    return Cluster(num_cpus, gpus, "cuda" if gpus else "cpu", per_unit, cores_per_node or num_cpus)
+
+
+@pytest.mark.parametrize(
+    ("there", "slots"),
+    [
+        (_cluster(1), 1),
+        (_cluster(8), 8),
+        (_cluster(8, gpus=1), 4),
+        (_cluster(2, gpus=1), 2),  # the cores run out first
+        (_cluster(8, gpus=2, per_unit=1.0), 2),
+        (_cluster(8, gpus=2, per_unit=0.3), 6),
+        (_cluster(8, gpus=1, per_unit=0.1), 8),
+    ],
+)
+def test_slots(there: Cluster, slots: int) -> None:
+    assert there.slots() == slots
+
+
+@pytest.mark.parametrize(
+    ("there", "threads"),
+    [
+        (_cluster(8), {1: 8, 2: 4, 8: 1, 100: 1}),
+        (_cluster(8, cores_per_node=2), {1: 2, 4: 2, 8: 1}),  # a unit is on one node
+        (_cluster(8, gpus=1), {1: 8, 2: 4, 4: 2}),
+        (_cluster(1), {1: 1, 5: 1}),
+    ],
+)
+def test_threads_share_the_cores_among_the_units(there: Cluster, threads: dict[int, int]) -> None:
+    assert {num_units: there.threads(num_units) for num_units in threads} == threads
+
+
+@pytest.mark.parametrize("num_cpus", [1, 2, 6, 16])
+@pytest.mark.parametrize("num_units", [1, 2, 3, 5, 7, 40])
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_units_never_need_more_cores_than_there_are(num_cpus: int, num_units: int, gpus: int) -> None:
+    there = _cluster(num_cpus, gpus=gpus)
+    threads = there.threads(num_units)
+    assert 1 <= threads <= num_cpus
+    assert there.slots(threads) * threads <= num_cpus
+
+
+def test_ray_is_joined_or_started_and_left_as_it_was_found() -> None:
+    import ray
+
+    with connected(Resources(num_cpus=1)) as started:
+        num_gpus = ray.cluster_resources().get("GPU", 0)
+        assert (started.num_cpus, started.num_gpus, started.cores_per_node) == (1, num_gpus, 1)
+        assert started.device == ("cuda" if num_gpus else "cpu")
+        asked = num_gpus + 3
+        with (
+            pytest.raises(ResourcesError, match=f"asks for {asked:g} GPU, the cluster has {num_gpus:g}; use --device"),
+            connected(Resources(device="cuda", gpus_per_unit=asked)),
+        ):
+            pass
+        assert ray.is_initialized()
+        with connected(Resources(device="cpu")) as joined:
+            assert joined.device == "cpu"
+        assert ray.is_initialized()
+    assert not ray.is_initialized()
+
+
+def test_ray_starts_where_it_was_imported_before() -> None:
+    program = (
+        "import ray; from pipelines.cluster import *\nwith connected(Resources(num_cpus=1)) as there: print(there)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "num_cpus=1" in ended.stdout
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+def test_an_address_where_nothing_listens_is_told_in_one_line(address: str) -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # bound and not listening: nobody else takes it meanwhile
+        address = address.format(port=bound.getsockname()[1])
+        with pytest.raises(ResourcesError) as refused, connected(Resources(address=address)):
+            pass
+    message = str(refused.value)
+    assert message.startswith(f"cannot reach the cluster at {address}: ")
+    assert "Connection refused" in message
+    assert "\n" not in message

@@ -1,0 +1,247 @@
+"""The printed tables against numbers computed from the stored rows by the statistics module."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from gross_ray.presets import preset
+from gross_ray.report.terminal import network_table, results, selection_table, stage_results, sweep_table
+from gross_ray.results.store import RunStore
+
+NETWORKS = [0.9012, 0.8877, 0.9101]
+MACS = {"16-16": 2_000_000, "4-4": 900_000, "1-2": 400_000, "2-32": 1_900_000, "4-1": 850_000, "1-4": 800_000}
+SUPERNETS = {
+    "16-16": (0.81, 0.83, 0.8),
+    "4-4": (0.7, 0.72, 0.79),
+    "1-2": (0.3, 0.5, 0.4),
+    "2-32": (0.85, 0.86, 0.9),
+    "4-1": (0.75, 0.77, 0.74),
+    "1-4": (0.74, 0.7, 0.71),
+}
+OWN = {"16-16": (0.88, 0.8925), "4-4": (0.8511, 0.86), "2-32": (0.9, 0.889, 0.91), "4-1": (0.87,), "1-4": (0.84, 0.85)}
+SELECTED = {"4-4": ("4-1", "1-4"), "16-16": ("2-32",)}
+"""In this order a plain listing of the folder has them too: the smaller budget first."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    settings = ["supernet.seeds=3", "supernet.alpha=4.0", "supernet.scaling=normalised"]
+    return RunStore.create(tmp_path / "run", preset("quickstart").override(settings))
+
+
+def _write_networks(store: RunStore) -> None:
+    for seed, accuracy in enumerate(NETWORKS):
+        row = {"seed": seed, "val_correct": 9, "val_total": 10, "val_accuracy": 0.9, "test_accuracy": accuracy}
+        store.write_table("networks", f"seed={seed}", [{**row, "macs": 12_345_678, "parameters": 1000}])
+
+
+def _write_configurations(
+    store: RunStore, alpha: float, *, shift: float = 0.0, seeds: Sequence[int] = range(3)
+) -> None:
+    for seed in seeds:
+        supernet = f"alpha={alpha:g},scaling=normalised,seed={seed}"
+        rows = [
+            {
+                "supernet": supernet,
+                "alpha": alpha,
+                "scaling": "normalised",
+                "seed": seed,
+                "configuration": configuration,
+                "layer conv2": int(configuration.split("-")[0]),
+                "layer conv3": int(configuration.split("-")[1]),
+                "macs": MACS[configuration],
+                "macs_paper": MACS[configuration],
+                "parameters": 10,
+                "val_correct": 1,
+                "val_total": 2,
+                "val_accuracy": accuracies[seed % 3] + shift,
+                "val_loss": 1.0,
+            }
+            for configuration, accuracies in SUPERNETS.items()
+        ]
+        store.write_table("configurations", f"{supernet},shard=0", rows, layers=["conv2", "conv3"])
+
+
+def _write_selections(store: RunStore) -> None:
+    for budget, chosen in SELECTED.items():
+        rows = [
+            {
+                "budget": budget,
+                "budget_macs": MACS[budget],
+                "rank": rank,
+                "configuration": configuration,
+                "macs": MACS[configuration],
+                "supernet_accuracy": statistics.median(SUPERNETS[configuration]),
+            }
+            for rank, configuration in enumerate(chosen, 1)
+        ]
+        store.write_table("selections", f"budget={budget}", rows[::-1])
+
+
+def _write_validations(store: RunStore, configurations: Sequence[str] = tuple(OWN)) -> None:
+    for configuration in configurations:
+        for seed, accuracy in enumerate(OWN[configuration]):
+            row = {
+                "configuration": configuration,
+                "kind": "fixed" if configuration in SELECTED else "selected",
+                "seed": seed,
+                "val_accuracy": 0.5,
+                "test_accuracy": accuracy,
+                "macs": MACS[configuration],
+                "macs_paper": 1,
+                "parameters": 1,
+            }
+            store.write_table("validations", f"{configuration},seed={seed}", [row])
+
+
+def _write_sweep(store: RunStore) -> dict[tuple[float, str], dict[str, list[float]]]:
+    differences = {
+        (0.0, "index"): {"16-16": [-0.03, -0.011], "4-4": [0.02, 0.004]},
+        (4.0, "normalised"): {"16-16": [0.001, 0.002], "4-4": [-0.2, -0.1]},
+    }
+    for (alpha, scaling), by_configuration in differences.items():
+        for seed in range(2):
+            rows = [
+                {
+                    "alpha": alpha,
+                    "scaling": scaling,
+                    "seed": seed,
+                    "configuration": configuration,
+                    "supernet_accuracy": 0.5 + values[seed],
+                    "fixed_accuracy": 0.5,
+                    "difference": values[seed],
+                }
+                for configuration, values in by_configuration.items()
+            ]
+            store.write_table("alpha_sweep", f"alpha={alpha:g},scaling={scaling},seed={seed}", rows)
+    return differences
+
+
+def _write_all(store: RunStore) -> None:
+    _write_networks(store)
+    _write_configurations(store, 4.0)
+    _write_selections(store)
+    _write_validations(store)
+    _write_sweep(store)
+
+
+def _cells(text: str) -> list[list[str]]:
+    """Return the cells of a Markdown table's rows, without its head."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def _mean(values: Sequence[float]) -> str:
+    percent = [100 * value for value in values]
+    spread = f"{statistics.stdev(percent):.2f}" if len(percent) > 1 else "-"
+    return f"{statistics.mean(percent):.2f} ({spread}, {len(percent)})"
+
+
+def _median(values: Sequence[float]) -> str:
+    return f"{100 * statistics.median(values):.2f}"
+
+
+def test_networks(store: RunStore) -> None:
+    _write_networks(store)
+    _write_validations(store)
+    assert _cells(network_table(store, markdown=True)) == [
+        ["full", _median(NETWORKS), _mean(NETWORKS), "12.35"],
+        ["fixed 16-16", _median(OWN["16-16"]), _mean(OWN["16-16"]), "2.00"],
+        ["fixed 4-4", _median(OWN["4-4"]), _mean(OWN["4-4"]), "0.90"],
+    ]
+
+
+def test_selections_come_under_the_largest_budget_first_and_by_rank(store: RunStore) -> None:
+    _write_configurations(store, 4.0)
+    _write_configurations(store, 2.0, shift=-0.2)  # of the sweep: not the supernets that are searched
+    _write_configurations(store, 4.0, shift=0.05, seeds=[3, 4])  # of the sweep too, beyond supernet.seeds
+    _write_selections(store)
+    _write_validations(store)
+
+    def row(configuration: str, fixed: str) -> list[str]:
+        own, reference = OWN[configuration], OWN[fixed]
+        difference = 100 * (statistics.mean(own) - statistics.mean(reference))
+        return [
+            f"{configuration} (fixed)" if configuration == fixed else configuration,
+            f"{MACS[configuration] / 1e6:.2f}",
+            _median(SUPERNETS[configuration]),
+            _mean(own),
+            "-" if configuration == fixed else f"{difference:+.2f}",
+        ]
+
+    wanted = [("16-16", "16-16"), ("2-32", "16-16"), ("4-4", "4-4"), ("4-1", "4-4"), ("1-4", "4-4")]
+    assert _cells(selection_table(store, markdown=True)) == [row(*pair) for pair in wanted]
+    stage = stage_results(store, "search").splitlines()
+    assert [line.split()[0] for line in stage] == ["budget", "16-16", "4-4", "4-4"]
+
+
+def test_sweep(store: RunStore) -> None:
+    differences = _write_sweep(store)
+    rows = [
+        [name, *(f"{100 * statistics.mean(values):+.2f}" for values in differences[key].values()), "2"]
+        for name, key in (("0", (0.0, "index")), ("4 normalised", (4.0, "normalised")))
+    ]
+    assert _cells(sweep_table(store, markdown=True)) == rows
+
+
+def test_what_is_missing_is_said(store: RunStore) -> None:
+    commands = ["gross train", "gross search", "gross sweep-alpha"]
+    assert [line for line in results(store).splitlines() if line.startswith("missing")] == [
+        f"missing: run `{command}`" for command in commands
+    ]
+    _write_networks(store)
+    assert "missing: the fixed configurations (run `gross validate`)" in network_table(store)
+    _write_configurations(store, 4.0)
+    _write_selections(store)
+    missing = "missing: accuracies on their own (run `gross validate`)"
+    assert missing in selection_table(store)
+    _write_validations(store, list(SELECTED))  # as the sweep over alpha leaves it: the selected ones still miss
+    assert missing in selection_table(store)
+    assert [row[4] for row in _cells(selection_table(store, markdown=True))] == ["-"] * 5
+    _write_validations(store)
+    _write_sweep(store)
+    assert "missing" not in results(store)
+
+
+def test_markdown_has_the_same_cells_in_each_row_and_nothing_right_above(store: RunStore) -> None:
+    _write_all(store)
+    blocks = [block for block in results(store, markdown=True).split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 3
+    for block in blocks:
+        head, rule, *rows = block.splitlines()
+        assert rows
+        assert set(rule) <= set("|-: ")
+        assert {line.count("|") for line in (head, rule, *rows)} == {head.count("|")}
+        assert all(line.startswith("| ") and line.endswith(" |") for line in (head, rule, *rows))
+
+
+def test_the_terminals_tables_hold_the_same_cells_in_columns(store: RunStore) -> None:
+    _write_all(store)
+    for make in (network_table, selection_table, sweep_table):
+        lines = make(store).splitlines()[2:]
+        assert len({len(line) for line in lines}) == 1
+        for line, cells in zip(lines, _cells(make(store, markdown=True)), strict=True):
+            assert line.split() == " ".join(cells).split()
+
+
+def test_a_stage_shows_its_own_table(store: RunStore) -> None:
+    assert stage_results(store, "train") == "nothing stored"
+    assert stage_results(store, "finetune") == "nothing stored"
+    _write_all(store)
+    assert len(stage_results(store, "train").splitlines()) == 1 + len(NETWORKS)
+    assert stage_results(store, "sweep-alpha") == sweep_table(store)
+    assert stage_results(store, "validate") == f"{network_table(store)}\n\n{selection_table(store)}"
+    for stage, unit in (("finetune", "alpha=4,scaling=normalised,seed=0"), ("reconstruct", "other")):
+        rows = [
+            {"stage": stage, "unit": unit, "seed": 0, "epoch": epoch, "lr": 0.1, "train_loss": 1 / epoch}
+            | {"val_accuracy": None, "seconds": 1.0, "images_per_second": 1.0}
+            for epoch in (1, 2, 4)
+        ]
+        store.write_table("history", f"{stage},{unit}", rows)
+    head, last = stage_results(store, "finetune").splitlines()
+    shown = dict(zip(head.split(), last.split(), strict=True))
+    assert (shown["unit"], shown["epoch"], shown["train_loss"]) == ("alpha=4,scaling=normalised,seed=0", "4", "0.25")
