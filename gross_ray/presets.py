@@ -76,7 +76,7 @@ def paper() -> Experiment:
 
 
 PRESETS: dict[str, Preset] = {
-    "quickstart": Preset(quickstart, "3 minutes on 2 cores"),
+    "quickstart": Preset(quickstart, "under 4 minutes on 2 cores"),
     "fashion": Preset(fashion, "days on 2 cores; meant for a GPU"),
     "paper": Preset(paper, "days on 2 cores; meant for a GPU; downloads CIFAR-10 (170 MB)"),
 }
