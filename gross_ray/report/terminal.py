@@ -62,6 +62,8 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
     scaling = options.scaling if options.alpha > 0 else "index"
     searched = configurations[(configurations["alpha"] == options.alpha) & (configurations["scaling"] == scaling)]
     supernet = supernet_accuracies(searched[searched["seed"] < options.seeds]).set_index("configuration")
+    if not {*selections["budget"], *selections["configuration"]} <= set(supernet.index):
+        return f"{title}\nmissing: evaluated configurations (run `gross search`)"
     rows = []
     for budget, group in selections.groupby("budget", sort=False):
         fixed = validations[validations["configuration"] == budget]["test_accuracy"]

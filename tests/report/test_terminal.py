@@ -245,3 +245,11 @@ def test_a_stage_shows_its_own_table(store: RunStore) -> None:
     head, last = stage_results(store, "finetune").splitlines()
     shown = dict(zip(head.split(), last.split(), strict=True))
     assert (shown["unit"], shown["epoch"], shown["train_loss"]) == ("alpha=4,scaling=normalised,seed=0", "4", "0.25")
+
+
+def test_selections_without_their_evaluation_say_what_to_run(store: RunStore) -> None:
+    _write_configurations(store, 4.0)
+    _write_selections(store)
+    for unit in store.finished_units("configurations"):
+        store.delete_unit("configurations", unit)
+    assert "run `gross search`" in selection_table(store)
