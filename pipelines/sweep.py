@@ -53,7 +53,8 @@ def work(context: Context, unit: Unit) -> str:
 
 def compare(store: RunStore) -> None:
     """Store the difference of each supernet to the fixed configurations trained on their own (validation split)."""
-    missing = [unit for unit in plan(store) if unit.name not in finished(store)]
+    compared = finished(store)
+    missing = [unit for unit in plan(store) if unit.name not in compared]
     if not missing:
         return
     validations = store.read_table("validations")

@@ -255,7 +255,6 @@ class _Terms:
         # One term cannot be played off against another, so that the ridge would only shrink it.
         self.ridge = ridge if self.groups > 1 else 0.0
         self.factor_in = weight.new_zeros(self.groups, self.in_channels, self.rank_in)
-        self.factor_in = weight.new_zeros(self.groups, self.in_channels, self.rank_in)
         self.factor_out = weight.new_zeros(self.groups, self.out_channels, self.rank_out)
         self.core = weight.new_zeros(self.groups, self.rank_in, self.rank_out, self.spatial)
 

@@ -62,7 +62,8 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
     scaling = options.scaling if options.alpha > 0 else "index"
     searched = configurations[(configurations["alpha"] == options.alpha) & (configurations["scaling"] == scaling)]
     supernet = supernet_accuracies(searched[searched["seed"] < options.seeds]).set_index("configuration")
-    if not {*selections["budget"], *selections["configuration"]} <= set(supernet.index):
+    shown = {*selections["budget"], *selections["configuration"]}
+    if not shown <= set(supernet.index):
         return f"{title}\nmissing: evaluated configurations (run `gross search`)"
     rows = []
     for budget, group in selections.groupby("budget", sort=False):
@@ -81,7 +82,6 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
                 ]
             )
     heads = ["configuration", "M MACs", "in supernet (val)", "on its own (test): mean (std, n)", "to fixed"]
-    shown = {*selections["budget"], *selections["configuration"]}
     complete = shown <= set(validations["configuration"])
     note = "" if complete else "\nmissing: accuracies on their own (run `gross validate`)"
     return f"{title}\n{_table(heads, rows, markdown)}{note}"
