@@ -90,7 +90,8 @@ class Session:
                 if self._pool is None:
                     self._pool = WorkerPool(cluster, self._packed)
                 failed = self._pool.run(work, self.store, todo, threads=threads, progress=progress)
-        missing = [name for name in names if name not in finished()]
+        done = finished()
+        missing = [name for name in names if name not in done]
         if missing:
             first = failed.get(missing[0], "it was interrupted")
             raise UnitsFailedError(
