@@ -44,8 +44,8 @@ VARIANTS = {
     "ridge=0": Variant(ridge=0.0),
     "ridge=0,nested": Variant(ridge=0.0, nested=True),
     "ridge=0,unbalanced": Variant(ridge=0.0, balance=False),
-    "ridge=1e-3": Variant(ridge=1e-3),
-    "ridge=1e-2": Variant(ridge=1e-2),
+    "ridge=0.003": Variant(ridge=0.003),
+    "ridge=0.05": Variant(ridge=0.05),
 }
 
 
@@ -70,9 +70,9 @@ def main() -> None:
             bottlenecks, figures = _decompose(network, VARIANTS[name], seed)
             for lr in options.lr:
                 supernet = build_supernet(network, bottlenecks)
-                rows.append(
-                    {"variant": name, "lr": lr, "seed": seed} | figures | _tune(supernet, splits, lr, options, seed)
-                )
+                schedule = Schedule(epochs=options.epochs, lr=lr, augment=False)
+                tuned = _tune(supernet, splits, schedule, seed)
+                rows.append({"variant": name, "lr": lr, "seed": seed} | figures | tuned)
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
                 if options.out:
                     pd.DataFrame(rows).to_csv(options.out, index=False)

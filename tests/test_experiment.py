@@ -100,7 +100,7 @@ def test_no_field_takes_what_its_type_forbids(name: str) -> None:
         ("validation.seeds", "0", "must be 1 or more"),
         ("decomposition.ridge", "-1", "must be 0.0 (none) or more"),
         ("decomposition.max_steps", "0", "must be 1 or more"),
-        ("decomposition.restarts", "0", "must be 1 or more"),
+        ("decomposition.restarts", "-1", "must be 0 (chosen by the weight's size) or more"),
         ("decomposition.init", "zeros", "must be 'greedy' or 'random'"),
         ("decomposition.group_sizes", "[0, 4]", "must be group-sizes of 1 or more"),
         ("decomposition.layers", '["conv2", "conv2"]', "each named once"),

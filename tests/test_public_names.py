@@ -122,7 +122,7 @@ def test_everything_listed_can_be_imported() -> None:
 
 def test_options_and_results_have_the_fields_of_the_design() -> None:
     options = {one.name: one.default for one in dataclasses.fields(BTDOptions)}
-    assert options.keys() == {"tolerance", "max_steps", "restarts", "ridge", "init"}
+    assert options.keys() == {"tolerance", "max_steps", "restarts", "ridge", "init", "precision"}
     assert (options["tolerance"], options["max_steps"], options["init"]) == (1e-6, 500_000, "greedy")
     terms = gross_ray.block_term_decomposition(torch.randn(6, 4, 3, 2, generator=torch.Generator().manual_seed(0)), 2)
     assert [tuple(one.shape) for one in (terms.core, terms.factor_in, terms.factor_out)] == [

@@ -3,7 +3,7 @@
 The paper takes an off-the-shelf framework, which fits one term at a time. Here all factors and cores move at once, by a
 limited-memory BFGS method (`descent`) that lowers
 
-    J = ||W - sum_r T_r||^2 + ridge * sum_r ||T_r||^2.
+    J = ||W - sum_r T_r||^2 + ridge * error^2 * sum_r ||T_r||^2,    error: the relative error shortly before the end.
 
 The ridge keeps the terms from growing against each other (docs/method.md has the figures).
 """
@@ -23,6 +23,15 @@ from gross_ray.errors import InvalidValueError
 
 __all__ = ["BTDOptions", "BTDStatus", "BlockTerms", "block_term_decomposition", "block_term_decompositions"]
 
+SMALL_WEIGHT = 64 * 32 * 9
+"""Elements up to which a weight gets all restarts by default."""
+MOST_RESTARTS = 4
+"""Restarts of a small weight by default."""
+MAX_CANCELLATION = 1.5
+"""Terms above it count as degenerate: their ridge is raised."""
+RIDGE_RAISE = 1.5
+"""Factor by which it is raised, as often as needed."""
+
 OnStep = Callable[[int, float], object]
 
 
@@ -34,10 +43,17 @@ class BTDOptions:
     """Stop when ten steps lower sqrt(J) / ||W|| by less each, on average (the relative error, where ridge is 0)."""
     max_steps: int = 500_000
     """Stop after so many steps."""
-    restarts: int = 1
-    """How many starts are tried, all in one pass; the lowest J wins."""
-    ridge: float = 3e-3
-    """Weight of the terms' squared norms in J; 0.0: unconstrained (and often degenerate). Unused for a single term."""
+    restarts: int = 0
+    """How many starts are tried, all in one pass; the lowest error wins. 0: four for a small weight, one for a large.
+
+    The local minima of a weight lie the closer together the larger it is (`default_restarts`). Where a start is given,
+    0 means that one alone.
+    """
+    ridge: float = 0.01
+    """Weight of the terms' squared norms in J, relative to the squared error; 0.0: unconstrained, often degenerate.
+
+    With any other value it is raised where needed to keep the cancellation at 1.5 or below.
+    """
     init: str = "greedy"
     """"greedy": each term fits what the earlier ones leave; "random": a random basis shared out among the terms."""
     precision: str = "float64"
@@ -47,7 +63,7 @@ class BTDOptions:
         rules = (
             (self.tolerance >= 0, "tolerance", "must be 0 or more"),
             (self.max_steps >= 1, "max_steps", "must be 1 or more"),
-            (self.restarts >= 1, "restarts", "must be 1 or more"),
+            (self.restarts >= 0, "restarts", "must be 0 (chosen by the weight's size) or more"),
             (self.ridge >= 0, "ridge", "must be 0.0 (none) or more"),
             (self.init in ("greedy", "random"), "init", "must be 'greedy' or 'random'"),
             (self.precision in ("float64", "float32"), "precision", "must be 'float64' or 'float32'"),
@@ -55,6 +71,14 @@ class BTDOptions:
         for holds, name, rule in rules:
             if not holds:
                 raise InvalidValueError(f"{name} = {getattr(self, name)!r}: {rule}")
+
+
+def default_restarts(weight: Tensor) -> int:
+    """Return how many starts are tried where the options do not say: 4 up to 64 x 32 x 3 x 3, 1 from 128 x 64 x 3 x 3.
+
+    One pass over so many costs little more than one over a weight that fills the processor by itself.
+    """
+    return min(max(MOST_RESTARTS * SMALL_WEIGHT // weight.numel(), 1), MOST_RESTARTS)
 
 
 def block_term_decomposition(
@@ -159,7 +183,8 @@ def _solve(
             for single, norm in zip(singles, norms, strict=True)
         ]
     # A single term cannot be played off against another: the ridge is for several.
-    restarts = options.restarts
+    given = any(start is not None for start in starts)
+    restarts = options.restarts or (1 if given else default_restarts(weights[0]))
     weight_of = [place for place in range(len(weights)) for _ in range(restarts)]
     generators = [
         generator for seed in seeds for generator in [torch.Generator().manual_seed(seed)] for _ in range(restarts)
@@ -177,12 +202,12 @@ def _solve(
     results = []
     for place, (single, norm) in enumerate(zip(singles, norms, strict=True)):
         tried = outcomes[place * restarts : (place + 1) * restarts]
-        best = min(tried, key=lambda outcome: outcome.objective)
+        best = min(tried, key=lambda outcome: outcome.squared_error)
         terms = single.terms(best.factors, norm, best.steps, best.status, kernel)
         before = expanded[place]
         if before is not None:
             at_start = single.terms(single.from_terms(before, norm), norm, best.steps, best.status, kernel)
-            # A lower J can have a slightly higher error; the series must not get worse.
+            # A lower J can have a slightly higher error; a nested series must not get worse.
             terms = min(terms, at_start, key=lambda one: one.relative_error)
         results.append(terms)
     return results
@@ -197,25 +222,59 @@ def _descend(
     options: BTDOptions,
     on_step: OnStep | None,
 ) -> list[Outcome]:
-    """Run the descents in the chosen precision; what float32 found goes on in float64 until that has converged too."""
-    if options.precision == "float64":
-        fit = TermFit(weights, group_size, weight_of)
-        return descend(
-            fit, factors, ridge=options.ridge, tolerance=options.tolerance, max_steps=options.max_steps,
-            warm=warm, on_step=on_step,
-        )  # fmt: skip
-    half = Factors(*(part.float() for part in factors))
-    rough = descend(
-        TermFit(weights.float(), group_size, weight_of), half, ridge=options.ridge, tolerance=options.tolerance,
-        max_steps=options.max_steps, warm=warm, on_step=on_step,
-    )  # fmt: skip
-    taken = max(outcome.steps for outcome in rough)
-    found = Factors(*(torch.cat(parts).double() for parts in zip(*(one.factors for one in rough), strict=True)))
-    if taken == options.max_steps:
-        return [replace(one, factors=orthonormalised(one.factors)) for one in rough]
-    fine = descend(
-        TermFit(weights, group_size, weight_of), orthonormalised(found), ridge=options.ridge,
-        tolerance=options.tolerance, max_steps=options.max_steps - taken, warm=[True] * len(warm),
+    """Run all descents, in the chosen precision, and again from where they ended with a higher ridge if degenerate."""
+    outcomes: list[Outcome] = []
+    if options.precision == "float32":
+        rough = Factors(*(part.float() for part in factors))
+        outcomes = _continue(weights.float(), group_size, weight_of, rough, warm, options, on_step, 0)
+        found = Factors(*(torch.cat(parts).double() for parts in zip(*(one.factors for one in outcomes), strict=True)))
+        factors, warm = orthonormalised(found), [True] * len(weight_of)
+        if _taken(outcomes) == options.max_steps:
+            return [replace(one, factors=factors.select(slice(i, i + 1))) for i, one in enumerate(outcomes)]
+    outcomes = _continue(weights, group_size, weight_of, factors, warm, options, on_step, _taken(outcomes))
+    ridge = options.ridge
+    while ridge > 0:
+        ridge *= RIDGE_RAISE
+        places = [place for place, one in enumerate(outcomes) if float(one.factors.core.norm()) > MAX_CANCELLATION]
+        if not places or _taken([outcomes[place] for place in places]) >= options.max_steps:
+            break
+        again = _continue(
+            weights,
+            group_size,
+            [weight_of[place] for place in places],
+            Factors(*(torch.cat(parts) for parts in zip(*(outcomes[place].factors for place in places), strict=True))),
+            [True] * len(places),
+            replace(options, ridge=ridge),
+            on_step,
+            _taken([outcomes[place] for place in places]),
+        )
+        for place, outcome in zip(places, again, strict=True):
+            outcomes[place] = outcome
+    return outcomes
+
+
+def _taken(outcomes: Sequence[Outcome]) -> int:
+    return max((outcome.steps for outcome in outcomes), default=0)
+
+
+def _continue(
+    weights: Tensor,
+    group_size: int,
+    weight_of: Sequence[int],
+    factors: Factors,
+    warm: Sequence[bool],
+    options: BTDOptions,
+    on_step: OnStep | None,
+    taken: int,
+) -> list[Outcome]:
+    """Descend with the steps that are left; the outcomes' steps and those of `on_step` count all."""
+    outcomes = descend(
+        TermFit(weights, group_size, weight_of),
+        factors,
+        ridge=options.ridge,
+        tolerance=options.tolerance,
+        max_steps=options.max_steps - taken,
+        warm=warm,
         on_step=None if on_step is None else lambda step, value: on_step(taken + step, value),
-    )  # fmt: skip
-    return [replace(one, steps=one.steps + taken) for one in fine]
+    )
+    return [replace(outcome, steps=outcome.steps + taken) for outcome in outcomes]

@@ -1,8 +1,9 @@
 """Limited-memory BFGS over block terms, for many descents at once.
 
 The memory is kept in scaled coordinates (`TermFit.scaled`), in which the Hessian is near the identity, and is carried
-from point to point as it is. The ridge starts high and sinks to its own value: with a high ridge the terms stay nearly
-orthogonal and the objective has fewer poor local minima (docs/method.md has the figures).
+from point to point as it is. The ridge starts high and sinks in stages: with a high ridge the terms stay nearly
+orthogonal and the objective has fewer poor local minima (docs/method.md has the figures). The last stage's ridge is
+relative to the squared error that is left, so that it weighs alike on weights that fit well and on those that do not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gross_ray.decomposition.block_terms import BTDStatus
 from gross_ray.decomposition.term_fit import Factors, Point, TermFit
 
 RIDGE_STAGES = (0.3, 0.1, 0.03, 0.01)
-"""Ridges of the first stages, where above the ridge asked for."""
+"""Ridges of the first stages."""
 STAGE_STEPS = 40
 """Steps of each stage, at most: fewer where it converges before."""
 WINDOW = 10
@@ -41,8 +42,10 @@ class Outcome:
 
     factors: Factors
     """The unknowns, of one member."""
-    objective: float
-    """J at the ridge asked for."""
+    squared_error: float
+    """||W - sum_r T_r||^2"""
+    ridge: float
+    """The ridge in J of the last stage."""
     steps: int
     """Steps taken."""
     status: BTDStatus
@@ -61,47 +64,59 @@ def descend(
 ) -> list[Outcome]:
     """Lower J for every member of `fit`, and return one outcome for each.
 
-    A member has converged when the last `WINDOW` steps lowered sqrt(J) by less than `tolerance` each, on average, the
-    ridge being the one asked for. `warm` members have it from their first step. `on_step` is called with each step's
-    number and the lowest sqrt(J) of the members not yet converged, at the ridge of that step.
+    The ridge of the last stage is `ridge` times the squared error at its begin. A member has converged when `WINDOW`
+    steps of it lowered sqrt(J) by less than `tolerance` each, on average. `warm` members are in the last stage from
+    their first step. `on_step` is called with each step's number and the lowest sqrt(J) so far, at the ridge of its
+    step: it never rises.
     """
-    descent = _Descent(fit, factors, _schedule(ridge, warm or [False] * len(factors.core)))
+    descent = _Descent(fit, factors, ridge, warm or [False] * len(factors.core))
     outcomes: dict[int, Outcome] = {}
+    lowest = float("inf")
     for step in range(1, max_steps + 1):
         descent.step()
         if on_step is not None:
-            on_step(step, float(descent.objective.min().sqrt()))
+            lowest = min(lowest, float(descent.objective.min().sqrt()))
+            on_step(step, lowest)
         settled = descent.settled(tolerance)
-        ended = settled & descent.at_last_ridge()
-        descent.next_stage(early=bool(settled.all()))
+        ended = settled & descent.in_last_stage()
+        descent.next_stage(settled)
         outcomes |= descent.outcomes(ended, BTDStatus.CONVERGED)
         if ended.all():
             break
         if ended.any():
             descent.keep(~ended)
     else:
-        outcomes |= descent.outcomes(torch.ones_like(descent.at_last_ridge()), BTDStatus.MAX_STEPS)
+        outcomes |= descent.outcomes(torch.ones_like(ended), BTDStatus.MAX_STEPS)
     return [outcomes[number] for number in range(len(factors.core))]
 
 
 class _Descent:
     """The state of the members that have not ended."""
 
-    def __init__(self, fit: TermFit, factors: Factors, schedule: Tensor) -> None:
+    def __init__(self, fit: TermFit, factors: Factors, ridge: float, warm: Sequence[bool]) -> None:
         self.fit = fit
         self.steps = 0
         self._numbers = torch.arange(len(factors.core))
-        self._schedule = schedule.to(factors.core)
-        self._stage, self._stage_began = 0, 0
+        self._relative_ridge = ridge
+        self._stage = torch.tensor([len(RIDGE_STAGES) if hot else 0 for hot in warm])
+        self._stage_steps = torch.zeros_like(self._stage)
         self._point = fit.evaluate(factors)
-        self._gradient = fit.gradient(self._point, self._schedule[0])
+        self._ridge = torch.full_like(self._point.squared_error, float("inf"))
+        self._ridge = self._stage_ridge()
+        self._gradient = fit.gradient(self._point, self._ridge)
         self._memory = _Memory(len(factors.core), fit.unknowns, factors.core)
-        self.objective = self._point.objective(self._schedule[0])
+        self.objective = self._point.objective(self._ridge)
         self._last = [self.objective]
+
+    def _stage_ridge(self) -> Tensor:
+        """Return the ridges of stages that begin here; they never rise."""
+        relative = self._relative_ridge * self._point.squared_error
+        stages = torch.tensor([*RIDGE_STAGES, 0.0])[self._stage].to(relative)
+        return torch.minimum(self._ridge, torch.maximum(stages, relative))
 
     def step(self) -> None:
         """Move every member once."""
-        fit, point, gradient, ridge = self.fit, self._point, self._gradient, self._schedule[self._stage]
+        fit, point, gradient, ridge = self.fit, self._point, self._gradient, self._ridge
         if self.steps % SCALING_STEPS == 0:
             self._scaling = fit.scaling(point)
         self.steps += 1
@@ -120,34 +135,38 @@ class _Descent:
         self._memory.forget(length == 0)
         self._memory.remember(step * length[:, None], fit.scaled(self._gradient - gradient, self._scaling))
         self._last = [*self._last[-WINDOW:], self.objective]
+        self._stage_steps += 1
 
     def settled(self, tolerance: float) -> Tensor:
-        """Return which members' last steps, all at their present ridge, gained less than the tolerance each."""
-        if len(self._last) <= WINDOW:
-            return torch.zeros(len(self._numbers), dtype=torch.bool)
-        return (self._last[0].sqrt() - self.objective.sqrt() < tolerance * WINDOW).cpu()
+        """Return which members' last steps, all of their present stage, gained less than the tolerance each."""
+        gained = self._last[0].sqrt() - self.objective.sqrt()
+        return (gained < tolerance * WINDOW).cpu() & (self._stage_steps >= WINDOW)
 
-    def at_last_ridge(self) -> Tensor:
-        """Return which members have the ridge asked for."""
-        return (self._schedule[self._stage] == self._schedule[-1]).cpu()
+    def in_last_stage(self) -> Tensor:
+        """Return which members have come to their last ridge."""
+        return self._stage == len(RIDGE_STAGES)
 
-    def next_stage(self, *, early: bool) -> None:
-        """Go on to the next ridge if this stage's steps are taken, or early."""
-        if self._stage + 1 == len(self._schedule) or not (early or self.steps - self._stage_began == STAGE_STEPS):
+    def next_stage(self, early: Tensor) -> None:
+        """Lower the ridge of the members whose stage has had its steps, or early."""
+        going = (early | (self._stage_steps == STAGE_STEPS)) & ~self.in_last_stage()
+        if not going.any():
             return
-        lowered = self._schedule[self._stage + 1] - self._schedule[self._stage]
-        self._stage, self._stage_began = self._stage + 1, self.steps
-        self._gradient = self._gradient + lowered[:, None] * self.fit.ridge_gradient(self._point)
-        self.objective = self._point.objective(self._schedule[self._stage])
-        self._last = [self.objective]
+        self._stage[going] += 1
+        self._stage_steps[going] = 0
+        lowered = torch.where(going.to(self._ridge.device), self._stage_ridge(), self._ridge)
+        self._gradient = self._gradient + (lowered - self._ridge)[:, None] * self.fit.ridge_gradient(self._point)
+        self._ridge = lowered
+        self.objective = self._point.objective(lowered)
+        self._last[-1] = self.objective
 
     def outcomes(self, chosen: Tensor, status: BTDStatus) -> dict[int, Outcome]:
         """Return the outcomes of some members, by their numbers."""
-        objective = self._point.objective(self._schedule[-1]).tolist()
+        squared_error, ridge = self._point.squared_error.tolist(), self._ridge.tolist()
         return {
             int(self._numbers[place]): Outcome(
                 Factors(*(part[place : place + 1].clone() for part in self._point.factors)),
-                objective[place],
+                squared_error[place],
+                ridge[place],
                 self.steps,
                 status,
             )
@@ -157,6 +176,7 @@ class _Descent:
     def keep(self, chosen: Tensor) -> None:
         """Leave only some members."""
         self._numbers = self._numbers[chosen]
+        self._stage, self._stage_steps = self._stage[chosen], self._stage_steps[chosen]
         stay = chosen.nonzero()[:, 0].to(self.objective.device)
         self.fit.keep(stay)
         self._memory.keep(stay)
@@ -166,14 +186,8 @@ class _Descent:
             self.objective[stay],
         )
         self._scaling = self._scaling.select(stay)
-        self._schedule = self._schedule[:, stay]
+        self._ridge = self._ridge[stay]
         self._last = [value[stay] for value in self._last]
-
-
-def _schedule(ridge: float, warm: Sequence[bool]) -> Tensor:
-    """Return the ridge of each member in each stage, (stages, n); the last stage is the ridge asked for."""
-    stages = [*(stage for stage in RIDGE_STAGES if stage > ridge), ridge]
-    return torch.tensor([[ridge if hot else stage for hot in warm] for stage in stages], dtype=torch.float64)
 
 
 def _search(

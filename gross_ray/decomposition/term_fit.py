@@ -36,7 +36,7 @@ class Factors(NamedTuple):
     core: Tensor
     """(n, r, a k, b)"""
 
-    def select(self, members: Tensor) -> Factors:
+    def select(self, members: Tensor | slice) -> Factors:
         """Return the unknowns of some members."""
         return Factors(*(part[members] for part in self))
 

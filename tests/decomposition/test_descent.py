@@ -125,22 +125,22 @@ def test_members_end_by_themselves_and_keep_their_places(case):
     fit, factors, weights, _ = case
     outcomes = run(fit, factors)
     for place, outcome in enumerate(outcomes):
-        found = dense_objective(outcome.factors, weights[place : place + 1], 1e-3)
-        assert outcome.objective == pytest.approx(float(found), abs=1e-12)
+        found = dense_objective(outcome.factors, weights[place : place + 1], 0.0)
+        assert outcome.squared_error == pytest.approx(float(found), abs=1e-12)
         assert outcome.status == BTDStatus.CONVERGED
-        alone = run(TermFit(weights[place : place + 1], fit.rank_in, [0]), factors.select(torch.tensor([place])))
-        assert outcome.objective <= alone[0].objective + 0.2
+        alone = run(TermFit(weights[place : place + 1], fit.rank_in, [0]), factors.select(slice(place, place + 1)))
+        assert outcome.squared_error <= alone[0].squared_error + 0.2
 
 
 def test_a_converged_descent_is_a_stationary_point(trained_like_weight):
     weight = trained_like_weight(10, 8, 3, 3)[None]
     fit = TermFit(weight / weight.norm(), 2, [0])
     start = fit.greedy_start([torch.Generator().manual_seed(0)])
-    ridge = torch.tensor([1e-3], dtype=torch.float64)
     size = {}
     for tolerance in (1e-3, 1e-10):
         found = run(fit, start, tolerance=tolerance)[0]
         fit = TermFit(weight / weight.norm(), 2, [0])
+        ridge = torch.tensor([found.ridge], dtype=torch.float64)
         size[tolerance] = float(fit.gradient(fit.evaluate(found.factors), ridge).norm())
     assert size[1e-10] < 1e-4 < 10 * size[1e-3]
 
@@ -155,6 +155,22 @@ def test_warm_members_keep_their_ridge_and_the_others_begin_with_more(trained_li
     assert norms[False] < 0.9 * norms[True]
 
 
+def test_the_last_ridge_is_relative_to_the_squared_error(trained_like_weight):
+    ridges = {}
+    for noise in (0.0, 1.0):
+        weight = trained_like_weight(10, 8, 3, 3)[None]
+        weight = weight / weight.norm()
+        generator = torch.Generator().manual_seed(1)
+        weight = (
+            weight + noise * torch.randn(weight.shape, generator=generator, dtype=torch.float64) / weight.numel() ** 0.5
+        )
+        fit = TermFit(weight / weight.norm(), 2, [0])
+        found = run(fit, fit.greedy_start([generator]), ridge=0.02)[0]
+        ridges[noise] = found.ridge
+        assert 0.02 * found.squared_error <= found.ridge <= 0.03 * found.squared_error
+    assert ridges[0.0] < ridges[1.0] / 2
+
+
 def test_sinking_the_ridge_ends_lower_than_starting_with_it(trained_like_weight, monkeypatch):
     weight = trained_like_weight(24, 24, 3, 3)
     means = {}
@@ -162,7 +178,7 @@ def test_sinking_the_ridge_ends_lower_than_starting_with_it(trained_like_weight,
         monkeypatch.setattr(descent, "RIDGE_STAGES", stages)
         fit = TermFit((weight / weight.norm())[None], 3, [0] * 10)
         start = fit.greedy_start([torch.Generator().manual_seed(seed) for seed in range(10)])
-        means[stages] = sum(one.objective for one in run(fit, start, ridge=0.0)) / 10
+        means[stages] = sum(one.squared_error for one in run(fit, start, ridge=0.0)) / 10
     assert means[descent.RIDGE_STAGES] < means[()]
 
 
