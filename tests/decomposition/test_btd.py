@@ -206,7 +206,7 @@ def test_more_restarts_are_never_worse(problem, init):
     weight, group_size = problem
 
     def error(restarts):
-        options = BTDOptions(restarts=restarts, tolerance=1e-3, init=init, ridge=0.0)
+        options = BTDOptions(restarts=restarts, max_steps=6, init=init)  # few: rounding stays small
         return block_term_decomposition(weight, group_size, options=options).relative_error
 
     assert error(3) <= error(1) + 1e-6
@@ -281,7 +281,7 @@ def power_law_weight(out_channels, in_channels, seed=0):
     return torch.einsum("xyhw,x,y,ox,iy->oihw", normal(out_channels, in_channels, 3, 3), *falls, *turns)
 
 
-@pytest.mark.parametrize(("shape", "group_size"), [((16, 16), 1), ((16, 16), 4), ((16, 16), 8), ((24, 12), 3)])
+@pytest.mark.parametrize(("shape", "group_size"), [((12, 12), 2), ((12, 12), 6), ((18, 9), 3)])
 def test_the_default_is_no_worse_than_the_cyclic_scheme_for_19_of_20_seeds(shape, group_size):
     weight = power_law_weight(*shape)
     oracle = cyclic_scheme(weight, group_size)
