@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gross_ray.decomposition.btd import BlockTerms, BTDStatus, block_term_decomposition
+from gross_ray.decomposition.btd import BlockTerms, BTDStatus, block_term_decomposition, default_restarts
 from gross_ray.results.store import RunStore
 from gross_ray.seeds import derive_seed
 from pipelines.networks import Base, load_base
@@ -26,8 +26,9 @@ def plan(store: RunStore) -> list[Unit]:
     units = []
     for name, conv in base.convs.items():
         sizes, channels = base.space.group_sizes[name], conv.in_channels
-        # Many mid-sized terms take the most steps and the largest systems; one term takes none.
-        costs = {size: channels * size if size < channels else 1 for size in sizes}
+        # A step costs alike at every group-size, larger ones take more of them; a single term takes none.
+        step = conv.weight.numel() * channels * (experiment.decomposition.restarts or default_restarts(conv.weight))
+        costs = {size: step * (1 + size / channels) if size < channels else 1 for size in sizes}
         for seed in range(num_seeds):
             if nested:
                 arguments = {"layer": name, "group_size": sizes[-1], "seed": seed, "nested": True}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.btd import BTDOptions, block_term_decomposition
+from gross_ray.decomposition.btd import BlockTerms, BTDOptions, block_term_decompositions, default_restarts
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import Configuration, SearchSpace
@@ -78,26 +78,43 @@ def decompose_model(
     """
     chosen = choose_layers(model, layers)
     sizes = layer_group_sizes(chosen, group_sizes)
-    return build_supernet(
-        model,
-        {
-            name: decompose_layer(conv, sizes[name], options=options, nested=nested, seed=seed)
-            for name, conv in chosen.items()
-        },
-    )
+    bottlenecks: dict[str, list[Bottleneck]] = {}
+    for names in _batches(chosen, sizes):
+        weights = [chosen[name].weight for name in names]
+        found = _decompose(weights, sizes[names[0]], options, nested=nested, seed=seed)
+        bottlenecks |= dict(zip(names, found, strict=True))
+    return build_supernet(model, {name: bottlenecks[name] for name in chosen})
 
 
 def decompose_layer(
     conv: nn.Conv2d, group_sizes: Sequence[int], *, options: BTDOptions, nested: bool = False, seed: int = 0
 ) -> list[Bottleneck]:
     """Return one bottleneck for each group-size of `conv`, in ascending order."""
-    bottlenecks = []
-    start = None
+    return _decompose([conv.weight], group_sizes, options, nested=nested, seed=seed)[0]
+
+
+def _decompose(
+    weights: Sequence[Tensor], group_sizes: Sequence[int], options: BTDOptions, *, nested: bool, seed: int
+) -> list[list[Bottleneck]]:
+    """Return the bottlenecks of each weight, all of one shape and decomposed in one pass for each group-size."""
+    bottlenecks: list[list[Bottleneck]] = [[] for _ in weights]
+    starts: Sequence[BlockTerms | None] = [None] * len(weights)
     for size in sorted(group_sizes):
-        terms = block_term_decomposition(conv.weight, size, options=options, start=start, seed=seed)
-        start = terms if nested else None
-        bottlenecks.append(terms.to_bottleneck())
+        found = block_term_decompositions(weights, size, options=options, starts=starts, seeds=[seed] * len(weights))
+        starts = found if nested else starts
+        for series, terms in zip(bottlenecks, found, strict=True):
+            series.append(terms.to_bottleneck())
     return bottlenecks
+
+
+def _batches(convs: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[int]]) -> list[list[str]]:
+    """Return the names of layers to decompose in one pass: alike, and small or on a GPU, where that pays."""
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for name, conv in convs.items():
+        pays = conv.weight.is_cuda or default_restarts(conv.weight) > 1
+        alone = None if pays else name
+        alike.setdefault((conv.weight.shape, conv.weight.device, tuple(group_sizes[name]), alone), []).append(name)
+    return list(alike.values())
 
 
 def build_supernet(model: nn.Module, bottlenecks: Mapping[str, Sequence[Bottleneck]]) -> nn.Module:

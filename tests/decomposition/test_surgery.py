@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from gross_ray.decomposition import surgery
 from gross_ray.decomposition.btd import BTDOptions, block_term_decomposition
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import (
@@ -153,6 +154,29 @@ def test_nested_decompositions_never_get_worse_with_size(trained_like_weight):
     nested, independent = errors(True), errors(False)
     assert all(larger <= smaller + 1e-9 for smaller, larger in zip(nested, nested[1:], strict=False))
     assert nested[0] == independent[0] and nested[1] != independent[1]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_layers_alike_are_decomposed_in_one_pass_and_as_by_themselves(monkeypatch, nested):
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
+    )
+    passes = []
+    solve = surgery.block_term_decompositions
+    monkeypatch.setattr(
+        surgery,
+        "block_term_decompositions",
+        lambda weights, size, **options: passes.append((len(weights), size)) or solve(weights, size, **options),
+    )
+    sizes = {name: [2, 4] for name in "1234"}
+    supernet = decompose_model(network.double(), group_sizes=sizes, options=QUICK, nested=nested, seed=5)
+    assert sorted(passes) == [(1, 2), (1, 2), (1, 4), (1, 4), (2, 2), (2, 4)]
+    assert list(SearchSpace.of(supernet).layers) == list("1234")
+    for name in "1234":
+        alone = decompose_layer(network.get_submodule(name), [2, 4], options=QUICK, nested=nested, seed=5)
+        for bottleneck, size in zip(alone, [2, 4], strict=True):
+            kernel = supernet.get_submodule(name).bottleneck(size).dense_kernel()
+            torch.testing.assert_close(kernel, bottleneck.dense_kernel(), rtol=0, atol=1e-6)
 
 
 def test_an_empty_supernet_takes_a_checkpoint(network, images):
