@@ -173,11 +173,11 @@ class TermFit:
 
     def greedy_start(self, generators: Sequence[torch.Generator]) -> Factors:
         """Fit each term in turn to what the earlier ones leave, by orthogonal iteration from random factors."""
-        factors = [
-            [_random_orthonormal(shape, generator, self._weights) for generator in generators]
-            for shape in self._shapes[:2]
+        drawn = [
+            [_random_orthonormal(shape, generator, self._weights) for shape in self._shapes[:2]]
+            for generator in generators
         ]
-        factor_in, factor_out = (torch.stack(members) for members in factors)
+        factor_in, factor_out = (torch.stack(parts) for parts in zip(*drawn, strict=True))
         members = len(generators)
         core = factor_in.new_zeros(members, *self._shapes[2])
         rest = self._target_i_ko.clone()

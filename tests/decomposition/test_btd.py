@@ -183,9 +183,9 @@ def test_a_start_is_never_made_worse(problem, merged):
 
 @pytest.mark.parametrize("ridge", [0.0, 3e-3])
 def test_the_error_does_not_rise_along_a_nested_series(trained_like_weight, ridge):
-    weight = trained_like_weight(12, 16, 3, 3)
+    weight = trained_like_weight(8, 8, 3, 3)
     start, errors = None, []
-    for size in (1, 2, 4, 8, 16):
+    for size in (1, 2, 4, 8):
         start = block_term_decomposition(weight, size, options=BTDOptions(ridge=ridge), start=start)
         errors.append(start.relative_error)
     assert errors == sorted(errors, reverse=True)
@@ -281,7 +281,7 @@ def power_law_weight(out_channels, in_channels, seed=0):
     return torch.einsum("xyhw,x,y,ox,iy->oihw", normal(out_channels, in_channels, 3, 3), *falls, *turns)
 
 
-@pytest.mark.parametrize(("shape", "group_size"), [((12, 12), 2), ((12, 12), 6), ((18, 9), 3)])
+@pytest.mark.parametrize(("shape", "group_size"), [((8, 8), 1), ((8, 8), 4), ((12, 6), 2)])
 def test_the_default_is_no_worse_than_the_cyclic_scheme_for_19_of_20_seeds(shape, group_size):
     weight = power_law_weight(*shape)
     oracle = cyclic_scheme(weight, group_size)
