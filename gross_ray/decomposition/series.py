@@ -167,9 +167,17 @@ def _check_bottlenecks(conv: nn.Conv2d, ordered: list[Bottleneck]) -> None:
         )
 
 
-def _check_series(conv: nn.Conv2d, group_sizes: tuple[int, ...]) -> None:
+def check_dense(conv: nn.Conv2d) -> None:
+    """Raise InvalidValueError for a grouped convolution."""
     if conv.groups != 1:
-        raise InvalidValueError(f"groups = {conv.groups}: only a convolution with groups=1 can be decomposed")
+        raise InvalidValueError(
+            f"groups = {conv.groups} of {conv.in_channels} input channels: only a convolution with groups=1 can be "
+            "decomposed"
+        )
+
+
+def _check_series(conv: nn.Conv2d, group_sizes: tuple[int, ...]) -> None:
+    check_dense(conv)
     if not group_sizes:
         raise InvalidValueError("a series needs one group-size or more")
     for smaller, larger in zip(group_sizes, (*group_sizes[1:], conv.in_channels), strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.btd import BlockTerms, BTDOptions, block_term_decompositions, default_restarts
-from gross_ray.decomposition.series import SeriesConv2d
+from gross_ray.decomposition.series import SeriesConv2d, check_dense
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import Configuration, SearchSpace
 
@@ -33,7 +33,13 @@ def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[
     dense = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1
     }
+    modules = dict(model.named_modules())
     for name in names:
+        if isinstance(conv := modules.get(name), nn.Conv2d) and conv.groups != 1:
+            raise InvalidValueError(
+                f"layer {name!r} has groups = {conv.groups} of {conv.in_channels} input channels: only a convolution "
+                "with groups=1 can be decomposed"
+            )
         if name not in dense:
             raise InvalidValueError(
                 f"{name!r} is not a dense convolution of this network; there are: {', '.join(dense)}"
@@ -89,7 +95,11 @@ def decompose_model(
 def decompose_layer(
     conv: nn.Conv2d, group_sizes: Sequence[int], *, options: BTDOptions, nested: bool = False, seed: int = 0
 ) -> list[Bottleneck]:
-    """Return one bottleneck for each group-size of `conv`, in ascending order."""
+    """Return one bottleneck for each group-size of `conv`, in ascending order.
+
+    Raises InvalidValueError for a grouped convolution, or a group-size that does not divide its input channels.
+    """
+    check_dense(conv)
     return _decompose([conv.weight], group_sizes, options, nested=nested, seed=seed)[0]
 
 

@@ -269,6 +269,16 @@ def cyclic_scheme(weight, group_size):
             return error
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_a_gpu_ends_as_well(trained_like_weight, precision):
+    weight = trained_like_weight(16, 16, 3, 3)
+    there = block_term_decomposition(weight.cuda(), 4, options=BTDOptions(precision=precision))
+    assert there.core.device.type == "cuda"
+    assert there.relative_error == pytest.approx(relative_distance(weight, there.reconstruct().cpu()), abs=1e-9)
+    assert there.relative_error == pytest.approx(block_term_decomposition(weight, 4).relative_error, abs=2e-3)
+
+
 def power_law_weight(out_channels, in_channels, seed=0):
     """A weight whose channel spectra fall as slowly as those of the four-conv network's trained layers."""
     generator = torch.Generator().manual_seed(seed)
@@ -413,6 +423,7 @@ def test_a_start_that_does_not_fit_is_refused():
         ("restarts", -1),
         ("ridge", -0.1),
         ("init", "svd"),
+        ("precision", "float16"),
     ],
 )
 def test_bad_options_are_refused(option, value):

@@ -126,7 +126,7 @@ def test_it_keeps_the_dtype_and_the_bias_of_the_convolution(random_bottleneck):
 
 
 def test_a_grouped_convolution_is_refused():
-    with pytest.raises(InvalidValueError, match="groups = 2: .*groups=1"):
+    with pytest.raises(InvalidValueError, match="groups = 2 of 4 .*groups=1"):
         SeriesConv2d(nn.Conv2d(4, 4, 3, groups=2), [1])
 
 

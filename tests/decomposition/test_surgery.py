@@ -179,6 +179,11 @@ def test_layers_alike_are_decomposed_in_one_pass_and_as_by_themselves(monkeypatc
             torch.testing.assert_close(kernel, bottleneck.dense_kernel(), rtol=0, atol=1e-6)
 
 
+def test_a_grouped_convolution_is_refused():
+    with pytest.raises(InvalidValueError, match="groups = 2 of 4 input channels: .*groups=1"):
+        decompose_layer(nn.Conv2d(4, 4, 3, groups=2), [1], options=QUICK)
+
+
 def test_an_empty_supernet_takes_a_checkpoint(network, images):
     sizes = {"body.0": [1, 8], "down": [2, 4]}
     supernet = decompose_model(network, group_sizes=sizes, options=QUICK)
@@ -215,7 +220,7 @@ def test_default_group_sizes_are_all_powers_of_two_that_divide(channels):
     ("options", "message"),
     [
         ({"layers": ["body.9"]}, "'body.9' is not a dense convolution .*: stem, body.0, pointwise, down"),
-        ({"layers": ["depthwise"]}, "'depthwise' is not a dense convolution .*: stem, body.0, pointwise, down"),
+        ({"layers": ["depthwise"]}, "'depthwise' has groups = 8 of 8 input channels: only .* groups=1"),
         ({"group_sizes": {"stem": [1]}}, "'stem', which is not decomposed; there are: body.0, down"),
         ({"group_sizes": {"down": [3]}}, r"group_size \(=3\) must divide in_channels \(=8\)"),
     ],
