@@ -2,7 +2,7 @@
 
     python benchmarks/decomposition.py                        the 19 pairs of the four-conv network
     python benchmarks/decomposition.py --seeds 20             how many of 20 seeds are no worse than that scheme
-    python benchmarks/decomposition.py --large                256 x 256 x 3 x 3 beside it, 512 x 512 x 3 x 3 alone
+    python benchmarks/decomposition.py --large 256 512        256 x 256 x 3 x 3 beside it, 512 x 512 x 3 x 3 alone
 
 Baseline, in the same run on the same cores: the cyclic scheme with TensorLy, for each term in turn `partial_tucker` of
 what the others leave, until a sweep lowers the relative error by less than 1e-6, given `--cap` seconds a case. Beside
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=["conv2", "conv3", "conv4"])
     parser.add_argument("--weights", type=Path, help="state dict of a trained four-conv network")
     parser.add_argument("--seeds", type=int, default=0, help="count the seeds that are no worse, this many tried")
-    parser.add_argument("--large", action="store_true", help="the large layers instead")
+    parser.add_argument("--large", type=int, nargs="+", default=[], choices=[256, 512], help="large layers instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads, torch {torch.__version__}, baseline stopped at {options.cap:g} s a case (+)")
@@ -102,13 +102,12 @@ def _network(options: argparse.Namespace) -> None:
 
 
 def _large(options: argparse.Namespace) -> None:
-    weight = _drawn(256)
-    _print_row("256 x 256 x 3 x 3", 16, *_compare(weight, 16, options))
-    for size in (1, 4, 16, 32):
-        print(
-            f"512 x 512 x 3 x 3 {size:3d} | default: {_in_process(_ours, _drawn(512), size, BTDOptions(), options)}",
-            flush=True,
-        )
+    if 256 in options.large:
+        _print_row("256 x 256 x 3 x 3", 16, *_compare(_drawn(256), 16, options))
+    if 512 in options.large:
+        for size in (1, 4, 16, 32):
+            result = _in_process(_ours, _drawn(512), size, BTDOptions(), options)
+            print(f"512 x 512 x 3 x 3 {size:3d} | default: {result}", flush=True)
 
 
 def _compare(weight: Tensor, size: int, options: argparse.Namespace) -> tuple[Result, Result, Result]:
