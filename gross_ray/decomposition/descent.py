@@ -22,6 +22,8 @@ RIDGE_STAGES = (0.3, 0.1, 0.03, 0.01)
 """Ridges of the first stages."""
 STAGE_STEPS = 40
 """Steps of each stage, at most: fewer where it converges before."""
+LEAST_SQUARED_ERROR = 1e-12
+"""What the last ridge is relative to where the error is less: else a ridge could not act on an exact fit."""
 WINDOW = 10
 """Steps over which the decrease is averaged: one slow step ends nothing."""
 MEMORY = 6
@@ -110,7 +112,7 @@ class _Descent:
 
     def _stage_ridge(self) -> Tensor:
         """Return the ridges of stages that begin here; they never rise."""
-        relative = self._relative_ridge * self._point.squared_error
+        relative = self._relative_ridge * self._point.squared_error.clamp_min(LEAST_SQUARED_ERROR)
         stages = torch.tensor([*RIDGE_STAGES, 0.0])[self._stage].to(relative)
         return torch.minimum(self._ridge, torch.maximum(stages, relative))
 
