@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="state dict of a trained four-conv network")
     parser.add_argument("--seeds", type=int, default=0, help="count the seeds that are no worse, this many tried")
     parser.add_argument("--large", type=int, nargs="+", default=[], choices=[256, 512], help="large layers instead")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 32], help="group-sizes of 512 x 512 x 3 x 3")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads, torch {torch.__version__}, baseline stopped at {options.cap:g} s a case (+)")
@@ -105,7 +106,7 @@ def _large(options: argparse.Namespace) -> None:
     if 256 in options.large:
         _print_row("256 x 256 x 3 x 3", 16, *_compare(_drawn(256), 16, options))
     if 512 in options.large:
-        for size in (1, 4, 16, 32):
+        for size in options.sizes:
             result = _in_process(_ours, _drawn(512), size, BTDOptions(), options)
             print(f"512 x 512 x 3 x 3 {size:3d} | default: {result}", flush=True)
 

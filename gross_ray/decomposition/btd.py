@@ -27,6 +27,9 @@ SMALL_WEIGHT = 64 * 32 * 9
 """Elements up to which a weight gets all restarts by default."""
 MOST_RESTARTS = 4
 """Restarts of a small weight by default."""
+LARGE_WEIGHT = 256 * 256 * 9
+"""Elements from which most steps are taken in float32 by default: below, a step's cost is not its arithmetic."""
+PRECISIONS = ("auto", "float64", "float32")
 MAX_CANCELLATION = 1.5
 """Terms above it count as degenerate: their ridge is raised."""
 RIDGE_RAISE = 1.5
@@ -56,8 +59,8 @@ class BTDOptions:
     """
     init: str = "greedy"
     """"greedy": each term fits what the earlier ones leave; "random": a random basis shared out among the terms."""
-    precision: str = "float64"
-    """"float64", or "float32": most steps in it, the last ones and all figures in float64."""
+    precision: str = "auto"
+    """"float64"; "float32": most steps in it, the last ones and all figures in float64; "auto": by the weight's size."""
 
     def __post_init__(self) -> None:
         rules = (
@@ -66,7 +69,7 @@ class BTDOptions:
             (self.restarts >= 0, "restarts", "must be 0 (chosen by the weight's size) or more"),
             (self.ridge >= 0, "ridge", "must be 0.0 (none) or more"),
             (self.init in ("greedy", "random"), "init", "must be 'greedy' or 'random'"),
-            (self.precision in ("float64", "float32"), "precision", "must be 'float64' or 'float32'"),
+            (self.precision in PRECISIONS, "precision", f"must be one of {', '.join(PRECISIONS)}"),
         )
         for holds, name, rule in rules:
             if not holds:
@@ -79,6 +82,11 @@ def default_restarts(weight: Tensor) -> int:
     One pass over so many costs little more than one over a weight that fills the processor by itself.
     """
     return min(max(MOST_RESTARTS * SMALL_WEIGHT // weight.numel(), 1), MOST_RESTARTS)
+
+
+def default_precision(weight: Tensor) -> str:
+    """Return the precision of most steps where the options do not say: float32 from 256 x 256 x 3 x 3, else float64."""
+    return "float32" if weight.numel() >= LARGE_WEIGHT else "float64"
 
 
 def block_term_decomposition(
@@ -224,7 +232,8 @@ def _descend(
 ) -> list[Outcome]:
     """Run all descents, in the chosen precision, and again from where they ended with a higher ridge if degenerate."""
     outcomes: list[Outcome] = []
-    if options.precision == "float32":
+    precision = default_precision(weights[0]) if options.precision == "auto" else options.precision
+    if precision == "float32":
         rough = Factors(*(part.float() for part in factors))
         outcomes = _continue(weights.float(), group_size, weight_of, rough, warm, options, on_step, 0)
         found = Factors(*(torch.cat(parts).double() for parts in zip(*(one.factors for one in outcomes), strict=True)))

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorly.decomposition import parafac, partial_tucker
 
+from gross_ray.decomposition import btd
 from gross_ray.decomposition.btd import (
     BlockTerms,
     BTDOptions,
     BTDStatus,
     block_term_decomposition,
     block_term_decompositions,
+    default_precision,
     default_restarts,
 )
 from gross_ray.errors import InvalidValueError
@@ -310,6 +312,19 @@ def test_the_default_is_no_worse_than_the_cyclic_scheme_for_19_of_20_seeds(shape
 )
 def test_small_weights_get_more_restarts_by_default(numel, restarts):
     assert default_restarts(torch.empty(numel, device="meta")) == restarts
+
+
+def test_large_weights_take_most_steps_in_float32_by_default(trained_like_weight, monkeypatch):
+    assert default_precision(torch.empty(256 * 256 * 9 - 1, device="meta")) == "float64"
+    assert default_precision(torch.empty(256 * 256 * 9, device="meta")) == "float32"
+    weight = trained_like_weight(8, 8, 3, 3)
+    small = block_term_decomposition(weight, 2)
+    monkeypatch.setattr(btd, "LARGE_WEIGHT", 1)
+    large = block_term_decomposition(weight, 2)
+    for default, precision in ((small, "float64"), (large, "float32")):
+        named = block_term_decomposition(weight, 2, options=BTDOptions(precision=precision))
+        assert torch.equal(default.core, named.core)
+    assert not torch.equal(small.core, large.core)
 
 
 def test_status_tells_why_it_ended(trained_like_weight):
