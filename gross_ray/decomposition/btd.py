@@ -60,7 +60,7 @@ class BTDOptions:
     init: str = "greedy"
     """"greedy": each term fits what the earlier ones leave; "random": a random basis shared out among the terms."""
     precision: str = "auto"
-    """"float64"; "float32": most steps in it, the last ones and all figures in float64; "auto": by the weight's size."""
+    """"float64"; "float32": most steps in it, the last ones and all figures in float64; "auto": by the size."""
 
     def __post_init__(self) -> None:
         rules = (
