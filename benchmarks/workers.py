@@ -42,24 +42,25 @@ def main() -> None:
         supernet=SupernetOptions(seeds=1),
         sweep=SweepOptions(alphas=()),
     )
-    with tempfile.TemporaryDirectory() as folder, connected(Resources(num_cpus=2, device="cpu")) as cluster:
+    # Three slots for the one and the two workers; never more than two of them work at a time.
+    with tempfile.TemporaryDirectory() as folder, connected(Resources(num_cpus=3, device="cpu")) as cluster:
         packed = ray.put(pack_splits(load_dataset(experiment.data)))
         base = RunStore.create(Path(folder) / "base", experiment)
         trainer = WorkerPool(cluster, packed)
         _run(trainer, base, train.plan(base), train.work, threads=2)
         trainer.close()
         seconds: dict[int, list[float]] = {1: [], 2: []}
+        pools = {workers: WorkerPool(replace(cluster, num_cpus=workers), packed) for workers in seconds}
         units = decompose.plan(base)
-        for workers, measured in seconds.items():
-            started = time.perf_counter()
-            pool = WorkerPool(replace(cluster, num_cpus=workers), packed)
-            for repeat in range(options.repeats + 1):
+        for repeat in range(options.repeats + 1):  # in turn: machines are shared, and their speed drifts
+            for workers, pool in pools.items():
                 store = RunStore.open(shutil.copytree(base.path, Path(folder) / f"{workers} workers, {repeat}"))
                 if repeat == 0:
-                    _run(pool, store, units[:workers], decompose.work)
-                    print(f"{workers} workers started and warm after {time.perf_counter() - started:.1f} s")
+                    warm = _run(pool, store, units[:workers], decompose.work)
+                    print(f"{workers} workers started and warm after {warm:.1f} s")
                 else:
-                    measured.append(_run(pool, store, units, decompose.work))
+                    seconds[workers].append(_run(pool, store, units, decompose.work))
+        for pool in pools.values():
             pool.close()
     one, two = (statistics.median(measured) for measured in seconds.values())
     print(f"{len(units)} units, one thread a worker, median of {options.repeats}")
