@@ -190,7 +190,6 @@ def _solve(
             single.terms(single.single_term(), norm, 0, BTDStatus.CONVERGED, kernel)
             for single, norm in zip(singles, norms, strict=True)
         ]
-    # A single term cannot be played off against another: the ridge is for several.
     given = any(start is not None for start in starts)
     restarts = options.restarts or (1 if given else default_restarts(weights[0]))
     weight_of = [place for place in range(len(weights)) for _ in range(restarts)]
