@@ -10,14 +10,14 @@ The ridge keeps the terms from growing against each other (docs/method.md has th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gross_ray.decomposition.block_terms import BlockTerms, BTDStatus, zero_terms
-from gross_ray.decomposition.descent import Outcome, descend
+from gross_ray.decomposition.descent import OnStep, Outcome, descend
 from gross_ray.decomposition.term_fit import Factors, TermFit, orthonormalised
 from gross_ray.errors import InvalidValueError
 
@@ -34,8 +34,6 @@ MAX_CANCELLATION = 1.5
 """Terms above it count as degenerate: their ridge is raised."""
 RIDGE_RAISE = 1.5
 """Factor by which it is raised, as often as needed."""
-
-OnStep = Callable[[int, float], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +242,8 @@ def _descend(
     while ridge > 0:
         ridge *= RIDGE_RAISE
         places = [place for place, one in enumerate(outcomes) if float(one.factors.core.norm()) > MAX_CANCELLATION]
-        if not places or _taken([outcomes[place] for place in places]) >= options.max_steps:
+        taken = _taken([outcomes[place] for place in places])
+        if not places or taken >= options.max_steps:
             break
         again = _continue(
             weights,
@@ -254,7 +253,7 @@ def _descend(
             [True] * len(places),
             replace(options, ridge=ridge),
             on_step,
-            _taken([outcomes[place] for place in places]),
+            taken,
         )
         for place, outcome in zip(places, again, strict=True):
             outcomes[place] = outcome

@@ -163,6 +163,8 @@ class _Descent:
 
     def outcomes(self, chosen: Tensor, status: BTDStatus) -> dict[int, Outcome]:
         """Return the outcomes of some members, by their numbers."""
+        if not chosen.any():  # at nearly every step: nothing is fetched from the device for it
+            return {}
         squared_error, ridge = self._point.squared_error.tolist(), self._ridge.tolist()
         return {
             int(self._numbers[place]): Outcome(
