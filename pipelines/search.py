@@ -80,6 +80,7 @@ def work(context: Context, unit: Unit) -> str:
             "val_total": int(result.total),
             "val_accuracy": float(result.accuracy),
             "val_loss": float(result.loss),
+            "latency_ms": None,
         }
         for configuration, result in zip(configurations, evaluated.itertuples(), strict=True)
     ]

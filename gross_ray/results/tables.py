@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from gross_ray.errors import InvalidValueError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Rises when a column is added or removed; a column's name never changes its meaning."""
 VERSION_KEY = b"gross_ray.schema_version"
 """Where a schema's metadata, and so each Parquet file, carries the version."""
@@ -158,6 +158,13 @@ def _seed(meaning: str) -> Column:
     return _count("seed", meaning)
 
 
+_WHERE_TIMED = (
+    _text("device", "What was timed: the processor's or the GPU's name"),
+    _text("host", "Name of the machine"),
+    _count("batch_size", "Images of a batch", "images", low=1),
+    _count("threads", "CPU threads", "threads", low=1),
+)
+
 _TABLES = (
     Table(
         name="runs",
@@ -246,6 +253,42 @@ _TABLES = (
             _VAL_TOTAL,
             _VAL_ACCURACY,
             _real("val_loss", "Mean cross-entropy on the validation split", "nats"),
+            Column(
+                name="latency_ms",
+                type=pa.float64(),
+                meaning="Predicted time of one batch's forward pass (see latency_models); missing where not measured",
+                unit="ms",
+                low=0,
+                nullable=True,
+            ),
+        ),
+    ),
+    Table(
+        name="latencies",
+        meaning="One decomposed layer at one group-size, or everything else, timed by itself on one device.",
+        columns=(
+            *_WHERE_TIMED,
+            _text("part", "Name of the decomposed layer; `rest` for all other layers together"),
+            Column(
+                name="group_size",
+                type=pa.int64(),
+                meaning="Group-size of the layer; missing for `rest`",
+                unit="channels",
+                low=1,
+                nullable=True,
+            ),
+            _real("latency_ms", "Median time of one batch", "ms"),
+        ),
+    ),
+    Table(
+        name="latency_models",
+        meaning="How the sum of the parts' times predicts a whole configuration's: offset_ms + slope x sum.",
+        columns=(
+            *_WHERE_TIMED,
+            Column(name="offset_ms", type=pa.float64(), meaning="Fitted to whole configurations", unit="ms"),
+            _real("slope", "Fitted to whole configurations"),
+            _count("num_sampled", "Whole configurations that were timed", "configurations", low=2),
+            _real("median_error", "Median absolute error of each, predicted from all others", "fraction"),
         ),
     ),
     Table(

@@ -60,6 +60,7 @@ def _write_configurations(
                 "val_total": 2,
                 "val_accuracy": accuracies[seed % 3] + shift,
                 "val_loss": 1.0,
+                "latency_ms": None,
             }
             for configuration, accuracies in SUPERNETS.items()
         ]

@@ -41,6 +41,8 @@ def test_the_tables_of_the_design_are_there():
         "networks",
         "decompositions",
         "configurations",
+        "latencies",
+        "latency_models",
         "alpha_sweep",
         "selections",
         "validations",
