@@ -1,27 +1,111 @@
-"""Which configuration to take: the most accurate one under a budget (section 5.1)."""
+"""Which configurations to take: the most accurate ones under budgets, and the Pareto front (section 5.1).
+
+Both can be taken chunk by chunk from a space of any size: what is best in the whole is best in its chunk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 
+import numpy as np
 import pandas as pd
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import Configuration
 
+COSTS = ("macs", "macs_paper", "parameters", "latency_ms")
+"""The costs of a configuration: columns of the `configurations` table."""
+_SUFFIXES = {"": 0, "k": 3, "M": 6, "G": 9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper limit on one cost of a configuration, written ``macs=2.66M``."""
+
+    cost: str
+    """What is limited: one of `COSTS`."""
+    limit: float
+    """The most that a configuration may cost, in the unit of that column."""
+
+    def __post_init__(self) -> None:
+        if self.cost not in COSTS:
+            raise InvalidValueError(f"budget on {self.cost!r}: the costs are {', '.join(COSTS)}; write macs=2.66M")
+        if not 0 < self.limit < math.inf:
+            raise InvalidValueError(
+                f"budget {self.cost}={self.limit}: a limit is a finite number above 0, like {self.cost}=2.66M"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``macs=2.66M``: a cost and a limit, plain or with k (or K), M or G; InvalidValueError for all else."""
+        found = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9]+\.?[0-9]*|\.[0-9]+)([kKMG]?)\s*", text, re.ASCII)
+        if not found:
+            raise InvalidValueError(
+                f"budget {text!r}: write COST=LIMIT, the limit a number above 0, plain or with k, M or G: "
+                "macs=2.66M or latency_ms=1.5"
+            )
+        cost, number, suffix = found.groups()
+        exponent = _SUFFIXES[suffix.replace("K", "k")]
+        return cls(cost, float(Decimal(number).scaleb(exponent)))  # 0.57 * 1e6 would fall short of 570000
+
+    def __str__(self) -> str:
+        return f"{self.cost}={written(self.limit)}"
+
+
+def written(amount: float) -> str:
+    """Return a number as a budget writes it, with k, M or G from a thousand on and no digit lost: 2.66M."""
+    exact = Decimal(repr(float(amount)))
+    suffix = next((one for one in "GMk" if exact >= 10 ** _SUFFIXES[one]), "")
+    digits = f"{exact.scaleb(-_SUFFIXES[suffix]):f}"
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + suffix
+
 
 def supernet_accuracies(configurations: pd.DataFrame) -> pd.DataFrame:
     """Return one row a configuration: its costs and `supernet_accuracy`, the median over the supernets.
 
-    `configurations` is that table; the accuracies are those of the validation split.
+    `configurations` is that table; the accuracies are those of the validation split. Of a table read in chunks, a
+    chunk must hold all supernets' rows of its configurations.
     """
     grouped = configurations.groupby("configuration", sort=False)
-    return grouped.agg(
-        macs=("macs", "first"),
-        macs_paper=("macs_paper", "first"),
-        parameters=("parameters", "first"),
-        supernet_accuracy=("val_accuracy", "median"),
-    ).reset_index()
+    costs = {cost: (cost, "first") for cost in COSTS}
+    return grouped.agg(**costs, supernet_accuracy=("val_accuracy", "median")).reset_index()
+
+
+def best_under(accuracies: pd.DataFrame, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
+    """Return the `top` (1 or more) most accurate configurations within all `budgets`, the best first.
+
+    `accuracies` is what `supernet_accuracies` returns, and so are the columns. Ties in accuracy go to the lower cost
+    (of the first budget, then of the next; MACs if there are no budgets), then to the smaller group-sizes: the order
+    is total, so that the best of several chunks' best are the best of all. Raises InvalidValueError if nothing fits,
+    naming the smallest there is, or if a cost under a budget was not measured.
+    """
+    return best_of_chunks([accuracies], budgets, top)
+
+
+def best_of_chunks(chunks: Iterable[pd.DataFrame], budgets: Sequence[Budget], top: int) -> pd.DataFrame:
+    """Return what `best_under` gives for all chunks together; only one of them is held at a time."""
+    best: list[pd.DataFrame] = []
+    smallest: dict[str, tuple[float, str]] = {}
+    for chunk in chunks:
+        if chunk.empty:
+            continue
+        best.append(_best(chunk, budgets, top))
+        for cost in _costs(budgets):
+            least = chunk.iloc[chunk[cost].argmin()]
+            smallest[cost] = min(smallest.get(cost, (math.inf, "")), (float(least[cost]), str(least["configuration"])))
+    if not best:
+        raise InvalidValueError("nothing to choose from: no configuration is evaluated; run `gross search RUN` first")
+    merged = _best(pd.concat(best), budgets, top)
+    if merged.empty:
+        there = ", ".join(f"{cost}={written(least)} at {name}" for cost, (least, name) in smallest.items())
+        raise InvalidValueError(
+            f"budget {' and '.join(map(str, budgets))}: nothing fits; the smallest there is: {there}"
+        )
+    return merged
 
 
 def select(accuracies: pd.DataFrame, budget: str, top: int) -> pd.DataFrame:
@@ -37,34 +121,70 @@ def select(accuracies: pd.DataFrame, budget: str, top: int) -> pd.DataFrame:
             f"budget {budget}: this configuration was not evaluated; choose group-sizes of the space"
         )
     limit = int(fixed["macs"].iloc[0])
-    fitting = accuracies.loc[(accuracies["macs"] <= limit) & (accuracies["configuration"] != budget)]
-    if fitting.empty:
-        smallest = accuracies.loc[accuracies["macs"].idxmin()]
+    best = _best(accuracies.loc[accuracies["configuration"] != budget], [Budget("macs", limit)], top)
+    if best.empty:
+        smallest = accuracies.iloc[accuracies["macs"].argmin()]
         raise InvalidValueError(
             f"budget {budget} ({limit / 1e6:.2f} M MACs): nothing else fits under it; "
             f"the smallest is {smallest['macs'] / 1e6:.2f} M MACs at {smallest['configuration']}"
         )
-    ranked = fitting.assign(parsed=[Configuration.parse(text) for text in fitting["configuration"]]).sort_values(
-        ["supernet_accuracy", "macs", "parsed"], ascending=[False, True, True]
-    )
-    best = ranked.head(top)
-    return pd.DataFrame(
-        {
-            "budget": budget,
-            "budget_macs": limit,
-            "rank": range(1, len(best) + 1),
-            "configuration": best["configuration"].to_numpy(),
-            "macs": best["macs"].to_numpy(),
-            "supernet_accuracy": best["supernet_accuracy"].to_numpy(),
-        }
-    )
+    chosen = best[["configuration", "macs", "supernet_accuracy"]]
+    return pd.DataFrame({"budget": budget, "budget_macs": limit, "rank": range(1, len(best) + 1)}).join(chosen)
 
 
 def pareto_front(accuracies: pd.DataFrame, *, cost: str = "macs", value: str = "supernet_accuracy") -> pd.DataFrame:
-    """Return the rows that no other row beats in both cost and value, in ascending order of cost."""
+    """Return the rows that no other row beats in both cost and value, in ascending order of cost.
+
+    Of rows equal in both, only the one of the smallest group-sizes; so the front of several chunks' fronts is the
+    front of all. Raises InvalidValueError where a cost was not measured.
+    """
+    _check_measured(accuracies, cost)
     ordered = accuracies.sort_values([cost, value], ascending=[True, False])
-    best_before = ordered[value].cummax().shift(fill_value=float("-inf"))
-    return ordered.loc[ordered[value] > best_before]
+    rises = ordered[value] > ordered[value].cummax().shift(fill_value=-math.inf)
+    # Rows equal to one on the front follow it right away: they too are candidates, until the group-sizes decide.
+    last_rise = np.maximum.accumulate(np.where(rises, np.arange(len(ordered)), 0))
+    equal = (ordered[[cost, value]].to_numpy() == ordered[[cost, value]].to_numpy()[last_rise]).all(axis=1)
+    front = _sorted(ordered.loc[equal], {cost: True, value: False})
+    return front.drop_duplicates([cost, value], ignore_index=True)
+
+
+def front_of_chunks(chunks: Iterable[pd.DataFrame], *, cost: str = "macs") -> pd.DataFrame:
+    """Return what `pareto_front` gives for all chunks (at least one) together; only one of them is held at a time."""
+    return pareto_front(pd.concat([pareto_front(chunk, cost=cost) for chunk in chunks]), cost=cost)
+
+
+def _costs(budgets: Sequence[Budget]) -> list[str]:
+    """Return the costs that decide between equal accuracies."""
+    return list(dict.fromkeys(budget.cost for budget in budgets)) or ["macs"]
+
+
+def _best(accuracies: pd.DataFrame, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
+    """Return the first `top` rows within all budgets, in the order of `best_under`; none if none fits."""
+    fits = np.ones(len(accuracies), dtype=bool)
+    for budget in budgets:
+        _check_measured(accuracies, budget.cost)
+        fits &= (accuracies[budget.cost] <= budget.limit).to_numpy()
+    order = {"supernet_accuracy": False} | dict.fromkeys(_costs(budgets), True)
+    rows = accuracies.loc[fits].nlargest(top, "supernet_accuracy", keep="all")
+    rows = rows.sort_values(list(order), ascending=list(order.values()))
+    # Group-sizes are slow to read: only those of rows that are still among the first, or equal to the last of these.
+    numbers = rows[list(order)].to_numpy()
+    last = (numbers == numbers[top - 1]).all(axis=1) if len(rows) > top else True
+    return _sorted(rows.loc[(np.arange(len(rows)) < top) | last], order).head(top)
+
+
+def _sorted(rows: pd.DataFrame, order: dict[str, bool]) -> pd.DataFrame:
+    """Return `rows` by the columns of `order` (whether ascending), then by group-sizes: 2-1 comes before 16-1."""
+    parsed = rows.assign(group_sizes=[Configuration.parse(text) for text in rows["configuration"]])
+    ordered = parsed.sort_values([*order, "group_sizes"], ascending=[*order.values(), True], ignore_index=True)
+    return ordered.drop(columns="group_sizes")
+
+
+def _check_measured(accuracies: pd.DataFrame, cost: str) -> None:
+    if accuracies[cost].isna().any():
+        raise InvalidValueError(
+            f"{cost} is not measured for every configuration: run `gross search RUN --latency` first"
+        )
 
 
 def uniform(space_layers: Sequence[Sequence[int]], group_size: int) -> Configuration:

@@ -1,13 +1,27 @@
+from fractions import Fraction
+
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.selection import pareto_front, select, supernet_accuracies, uniform
+from gross_ray.search.selection import (
+    COSTS,
+    Budget,
+    best_of_chunks,
+    best_under,
+    front_of_chunks,
+    pareto_front,
+    select,
+    supernet_accuracies,
+    uniform,
+)
 from gross_ray.space import Configuration, SearchSpace
 
 SPACE = list(SearchSpace({"a": (1, 2, 16), "b": (1, 4)}))
+LARGE_SPACE = list(SearchSpace({"a": (1, 2, 16), "b": (1, 4, 8), "c": (2, 10)}))
 
 
 @st.composite
@@ -24,8 +38,213 @@ def tables(draw):
     )
 
 
+@st.composite
+def accuracy_tables(draw, min_size=1):
+    """Like `supernet_accuracies`, with every cost, more rows than are asked for, and ties in all of them."""
+    rows = draw(
+        st.lists(
+            st.tuples(
+                st.sampled_from(LARGE_SPACE),
+                *(st.integers(1, 3).map(lambda n: 1000 * n) for _ in range(3)),
+                st.sampled_from([0.5, 1.0, 2.5]),
+                st.sampled_from([0.5, 0.75]),
+            ),
+            min_size=min_size,
+            unique_by=lambda row: row[0],
+        )
+    )
+    table = pd.DataFrame(rows, columns=["configuration", *COSTS, "supernet_accuracy"])
+    numbers = dict.fromkeys(COSTS[:3], "int64") | {"latency_ms": "float64", "supernet_accuracy": "float64"}
+    return table.assign(configuration=[str(row[0]) for row in rows]).astype(numbers)
+
+
+BUDGETS = st.lists(
+    st.sampled_from(COSTS).flatmap(
+        lambda cost: st.sampled_from([0.7, 2.5] if cost == "latency_ms" else [1000, 2500, 3000]).map(
+            lambda limit: Budget(cost, limit)
+        )
+    ),
+    max_size=3,
+)
+
+
+def first_of(rows, before, count):
+    """Take the first of what is left, one at a time, by asking for each pair which comes before the other."""
+    left, taken = list(rows), []
+    while left and len(taken) < count:
+        first = left[0]
+        for row in left[1:]:
+            first = row if before(row, first) else first
+        taken.append(first)
+        left.remove(first)
+    return taken
+
+
+@given(accuracy_tables(), BUDGETS, st.integers(1, 4))
+@settings(max_examples=80)
+def test_the_best_are_what_looking_at_every_row_gives(table, budgets, top):
+    def before(row, other):
+        if row.supernet_accuracy != other.supernet_accuracy:
+            return row.supernet_accuracy > other.supernet_accuracy
+        for cost in [budget.cost for budget in budgets] or ["macs"]:
+            if getattr(row, cost) != getattr(other, cost):
+                return getattr(row, cost) < getattr(other, cost)
+        return Configuration.parse(row.configuration) < Configuration.parse(other.configuration)
+
+    rows = list(table.itertuples(index=False))
+    fitting = [row for row in rows if all(getattr(row, budget.cost) <= budget.limit for budget in budgets)]
+    if not fitting:
+        with pytest.raises(InvalidValueError, match="nothing fits") as raised:
+            best_under(table, budgets, top)
+        for budget in budgets:
+            least = min(getattr(row, budget.cost) for row in rows)
+            assert f"{Budget(budget.cost, least)} at " in str(raised.value)
+            assert str(budget) in str(raised.value)
+        return
+    best = best_under(table, budgets, top)
+    assert list(best.columns) == list(table.columns)
+    assert list(best.itertuples(index=False)) == first_of(fitting, before, top)
+
+
+@given(accuracy_tables(), BUDGETS, st.integers(1, 4), st.lists(st.integers(0, 18), max_size=3))
+@settings(max_examples=80)
+def test_the_best_of_the_chunks_best_are_the_best_of_all(table, budgets, top, cuts):
+    edges = [0, *sorted(cuts), len(table)]
+    chunks = [table.iloc[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    try:
+        whole = best_under(table, budgets, top)
+    except InvalidValueError as error:
+        with pytest.raises(InvalidValueError) as raised:
+            best_of_chunks(iter(chunks), budgets, top)
+        assert str(raised.value).partition(":")[0] == str(error).partition(":")[0]
+        return
+    pd.testing.assert_frame_equal(best_of_chunks(iter(chunks), budgets, top), whole)
+    parts = []
+    for chunk in chunks:
+        try:
+            parts.append(best_under(chunk, budgets, top))
+        except InvalidValueError:  # nothing of this chunk fits
+            continue
+    pd.testing.assert_frame_equal(best_under(pd.concat(parts), budgets, top), whole)
+
+
+@given(accuracy_tables(), st.sampled_from(COSTS), st.lists(st.integers(0, 18), max_size=3))
+@settings(max_examples=80)
+def test_the_front_of_the_chunks_fronts_is_the_front_of_all(table, cost, cuts):
+    edges = [0, *sorted(cuts), len(table)]
+    chunks = [table.iloc[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    whole = pareto_front(table, cost=cost)
+    pd.testing.assert_frame_equal(front_of_chunks(iter(chunks), cost=cost), whole)
+    pd.testing.assert_frame_equal(
+        pareto_front(pd.concat([pareto_front(chunk, cost=cost) for chunk in chunks]), cost=cost), whole
+    )
+    assert list(whole.columns) == list(table.columns)
+    for row in whole.itertuples():  # of equals, the smallest group-sizes
+        equals = table[(table[cost] == getattr(row, cost)) & (table["supernet_accuracy"] == row.supernet_accuracy)]
+        assert row.configuration == str(min(map(Configuration.parse, equals["configuration"])))
+
+
+def test_many_equal_rows_are_decided_by_the_group_sizes():
+    space = list(SearchSpace({layer: (1, 2, 16, 128) for layer in "abcdef"}))
+    shuffled = np.random.default_rng(0).permutation(len(space))
+    table = pd.DataFrame(
+        {"configuration": [str(space[place]) for place in shuffled], "macs": 10, "supernet_accuracy": 0.5}
+    )
+    assert best_under(table, [], 7)["configuration"].tolist() == [str(one) for one in space[:7]]
+    assert pareto_front(table)["configuration"].tolist() == ["1-1-1-1-1-1"]
+
+
+def test_a_cost_that_is_not_measured_names_the_command_to_run():
+    table = pd.DataFrame(
+        {"configuration": ["1-1", "2-1"], "macs": [1, 2], "latency_ms": [0.5, None], "supernet_accuracy": [0.5, 0.6]}
+    )
+    for choose in (
+        lambda: best_under(table, [Budget("latency_ms", 1.0)], 1),
+        lambda: pareto_front(table, cost="latency_ms"),
+    ):
+        with pytest.raises(InvalidValueError, match="latency_ms is not measured .*`gross search RUN --latency`"):
+            choose()
+    assert best_under(table, [Budget("macs", 2)], 1)["configuration"].tolist() == ["2-1"]
+    assert best_under(table.head(1), [Budget("latency_ms", 1.0)], 1)["configuration"].tolist() == ["1-1"]
+
+
+def test_nothing_evaluated_is_told():
+    table = pd.DataFrame({"configuration": [], "macs": [], "supernet_accuracy": []})
+    for chunks in ([], [table], [table, table]):
+        with pytest.raises(InvalidValueError, match="no configuration is evaluated"):
+            best_of_chunks(chunks, [Budget("macs", 1)], 1)
+    assert len(pareto_front(table)) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "cost", "limit"),
+    [
+        ("macs=2.66M", "macs", 2_660_000),
+        ("macs=0.57M", "macs", 570_000),
+        ("macs_paper=1.5G", "macs_paper", 1_500_000_000),
+        ("parameters=12k", "parameters", 12_000),
+        ("parameters=12.K", "parameters", 12_000),
+        (" parameters = 120000 ", "parameters", 120_000),
+        ("latency_ms=1.5", "latency_ms", 1.5),
+        ("latency_ms=.25", "latency_ms", 0.25),
+    ],
+)
+def test_budgets_are_read(text, cost, limit):
+    assert Budget.parse(text) == Budget(cost, limit)
+
+
+@given(st.integers(1, 10**6), st.integers(0, 4), st.sampled_from("kKMG"), st.sampled_from(COSTS))
+def test_a_suffix_loses_nothing(digits, places, suffix, cost):
+    exact = Fraction(digits, 10**places) * {"k": 10**3, "M": 10**6, "G": 10**9}[suffix.replace("K", "k")]
+    text = f"{digits // 10**places}.{digits % 10**places:0{places}d}" if places else str(digits)
+    assert Budget.parse(f"{cost}={text}{suffix}").limit == float(exact)
+
+
+@given(st.sampled_from(COSTS), st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False))
+@settings(max_examples=80)
+def test_a_budget_is_read_as_it_is_written(cost, limit):
+    assert Budget.parse(str(Budget(cost, limit))) == Budget(cost, limit)
+
+
+def test_budgets_are_written_short():
+    assert [str(Budget("macs", limit)) for limit in (2_660_000, 999, 1000, 1.5, 2_000_000_000, np.float64(0.5))] == [
+        "macs=2.66M",
+        "macs=999",
+        "macs=1k",
+        "macs=1.5",
+        "macs=2G",
+        "macs=0.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("macs", ["'macs'", "COST=LIMIT", "macs=2.66M"]),
+        ("macs=2.66m", ["'macs=2.66m'", "k, M or G"]),
+        ("macs=2,66M", ["'macs=2,66M'", "a number"]),
+        ("macs=-1", ["'macs=-1'", "above 0"]),
+        ("macs=1e6", ["'macs=1e6'"]),
+        ("macs=", ["'macs='"]),
+        ("macs=.", ["'macs=.'"]),
+        ("macs=nan", ["'macs=nan'"]),
+        ("macs=\u0663M", ["COST=LIMIT"]),
+        ("macs=0", ["macs=0", "above 0"]),
+        ("macs=" + "9" * 400, ["macs=inf", "finite"]),
+        ("flops=2M", ["'flops'", ", ".join(COSTS)]),
+        ("accuracy=1", ["'accuracy'"]),
+    ],
+)
+def test_what_is_no_budget_is_told(text, parts):
+    with pytest.raises(InvalidValueError) as raised:
+        Budget.parse(text)
+    assert "\n" not in str(raised.value)
+    for part in parts:
+        assert part in str(raised.value)
+
+
 @given(tables(), st.integers(0, 5), st.integers(1, 4))
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_selection_is_what_looking_at_every_row_gives(table, budget_row, top):
     rows = list(table.itertuples(index=False))
     budget = rows[budget_row % len(rows)]
@@ -80,7 +299,7 @@ def test_a_budget_below_everything_names_the_smallest():
 
 
 @given(tables())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_the_pareto_front_is_what_no_row_dominates(table):
     rows = list(zip(table["macs"], table["supernet_accuracy"], strict=True))
 
@@ -107,16 +326,22 @@ def test_supernets_are_joined_by_the_median():
             "macs": [20, 10] * 3,
             "macs_paper": [19, 9] * 3,
             "parameters": [18, 8] * 3,
+            "latency_ms": [0.5, 0.25] * 3,
             "val_accuracy": [0.5, 0.1, 0.9, 0.2, 0.6, 0.6],
         }
     )
-    assert supernet_accuracies(table).to_dict("list") == {
+    joined = {
         "configuration": ["2-1", "1-1"],
         "macs": [20, 10],
         "macs_paper": [19, 9],
         "parameters": [18, 8],
+        "latency_ms": [0.5, 0.25],
         "supernet_accuracy": [0.6, 0.2],
     }
+    assert supernet_accuracies(table).to_dict("list") == joined
+    missing = supernet_accuracies(table.assign(latency_ms=np.nan))
+    assert missing["latency_ms"].isna().all() and missing["latency_ms"].dtype == float
+    assert missing.drop(columns="latency_ms").to_dict("list") == {k: v for k, v in joined.items() if k != "latency_ms"}
 
 
 def test_a_uniform_configuration_has_one_size_everywhere():
