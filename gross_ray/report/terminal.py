@@ -1,4 +1,4 @@
-"""The paper's Tables 2 and 3 and the sweep over alpha as text."""
+"""The paper's Tables 2 and 3, the sweep over alpha and what a search under budgets finds, as text."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from gross_ray.errors import InvalidValueError
 from gross_ray.results.store import RunStore
-from gross_ray.search.selection import supernet_accuracies
+from gross_ray.search.correlation import rank_correlation
+from gross_ray.search.selection import Budget, supernet_accuracies
+from gross_ray.seeds import derived_generator
 
 Row = Sequence[str]
 
@@ -47,12 +50,15 @@ def network_table(store: RunStore, *, markdown: bool = False) -> str:
     for configuration, group in fixed.sort_values("macs", ascending=False).groupby("configuration", sort=False):
         rows.append([f"fixed {configuration}", *_accuracy(group["test_accuracy"]), _millions(group["macs"].iloc[0])])
     heads = ["network", "median", "mean (std, n)", "M MACs"]
-    note = "" if len(fixed) else "\nmissing: the fixed configurations (run `gross validate`)"
-    return f"{title}\n{_table(heads, rows, markdown)}{note}"
+    notes = [] if len(fixed) else ["missing: the fixed configurations (run `gross validate`)"]
+    return _page(title, heads, rows, markdown, notes)
 
 
 def selection_table(store: RunStore, *, markdown: bool = False) -> str:
-    """Return Table 3: under each budget the fixed and the selected configurations, in the supernet and on their own."""
+    """Return Table 3: under each budget the fixed and the selected configurations, in the supernet and on their own.
+
+    Beneath it stands how far the supernet ranks all validated configurations as their own training does.
+    """
     selections, validations = _selections(store), store.read_table("validations")
     title = "Selected under the budget of a fixed configuration (Table 3)"
     if selections.empty:
@@ -82,9 +88,10 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
                 ]
             )
     heads = ["configuration", "M MACs", "in supernet (val)", "on its own (test): mean (std, n)", "to fixed"]
-    complete = shown <= set(validations["configuration"])
-    note = "" if complete else "\nmissing: accuracies on their own (run `gross validate`)"
-    return f"{title}\n{_table(heads, rows, markdown)}{note}"
+    notes = _rank_correlation(store, supernet["supernet_accuracy"], validations)
+    if not shown <= set(validations["configuration"]):
+        notes.append("missing: accuracies on their own (run `gross validate`)")
+    return _page(title, heads, rows, markdown, notes)
 
 
 def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
@@ -100,7 +107,67 @@ def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
         seeds = group["seed"].nunique()
         name = f"{alpha:g}" if alpha == 0 else f"{alpha:g} {scaling}"
         rows.append([name, *(f"{100 * means[one]:+.2f}" for one in configurations), str(seeds)])
-    return f"{title}\n{_table(['alpha', *configurations, 'n'], rows, markdown)}"
+    return _page(title, ["alpha", *configurations, "n"], rows, markdown)
+
+
+def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
+    """Return what `best_under` gives as text, the best first."""
+    columns = {"rank": [str(rank) for rank in range(1, len(best) + 1)], **_costs(best, {one.cost for one in budgets})}
+    rows = list(zip(*columns.values(), strict=True))
+    return _page(f"Most accurate within {' and '.join(map(str, budgets))}", list(columns), rows)
+
+
+def front_table(front: pd.DataFrame, cost: str) -> str:
+    """Return what `pareto_front` gives for `cost` as text, the cheapest first."""
+    columns = _costs(front, {cost})
+    rows = list(zip(*columns.values(), strict=True))
+    return _page(f"Pareto front of {cost} and accuracy in the supernet", list(columns), rows)
+
+
+def latency_table(store: RunStore) -> str:
+    """Return how well the stored latency models predict the time of whole configurations."""
+    rows = [
+        [
+            str(model.device),
+            str(model.host),
+            str(model.batch_size),
+            str(model.threads),
+            f"{100 * model.median_error:.1f} % ({model.num_sampled})",
+        ]
+        for model in store.read_table("latency_models").itertuples()
+    ]
+    heads = ["device", "host", "batch", "threads", "median error (configurations timed)"]
+    return _page("Predicted latency of a configuration, against its own timing", heads, rows)
+
+
+def _costs(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]]:
+    """Return the cells of configurations with their costs and accuracy, by column."""
+    columns = {"configuration": frame["configuration"].tolist(), "M MACs": [_millions(macs) for macs in frame["macs"]]}
+    if "macs_paper" in budgeted:
+        columns["M MACs (the paper's)"] = [_millions(macs) for macs in frame["macs_paper"]]
+    columns["parameters"] = [str(count) for count in frame["parameters"]]
+    if frame["latency_ms"].notna().all():
+        columns["ms"] = [f"{latency:.3f}" for latency in frame["latency_ms"]]
+    columns["in supernet (val)"] = [f"{100 * accuracy:.2f}" for accuracy in frame["supernet_accuracy"]]
+    return columns
+
+
+def _rank_correlation(store: RunStore, supernet: pd.Series, validations: pd.DataFrame) -> list[str]:
+    """Return a line on the rank correlation with the accuracies on their own (both of the validation split), if any."""
+    own = validations.groupby("configuration")["val_accuracy"].mean()
+    if own.empty:
+        return []
+    generator = derived_generator(store.experiment.seed, "report", "rank correlation")
+    try:
+        found = rank_correlation(supernet, own, generator=generator)
+    except InvalidValueError as error:
+        return [str(error)]
+    return [
+        f"rank correlation of {found.num_configurations} configurations in the supernet and on their own (val), "
+        "95 % bootstrap intervals: "
+        f"Spearman {found.spearman:.2f} [{found.spearman_low:.2f}, {found.spearman_high:.2f}], "
+        f"Kendall {found.kendall:.2f} [{found.kendall_low:.2f}, {found.kendall_high:.2f}]"
+    ]
 
 
 def _selections(store: RunStore) -> pd.DataFrame:
@@ -124,6 +191,11 @@ def _millions(macs: float) -> str:
 
 def _frame(frame: pd.DataFrame) -> str:
     return frame.to_string(index=False) if len(frame) else "nothing stored"
+
+
+def _page(title: str, heads: Row, rows: Sequence[Row], markdown: bool = False, notes: Sequence[str] = ()) -> str:
+    """Return a table between its title and its notes; right beneath one in Markdown, a note would be a row of it."""
+    return "\n".join([title, _table(heads, rows, markdown), *(f"\n{note}" if markdown else note for note in notes)])
 
 
 def _table(heads: Row, rows: Sequence[Row], markdown: bool) -> str:

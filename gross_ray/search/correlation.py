@@ -55,19 +55,20 @@ def rank_correlation(
     both = pd.concat({"supernet": supernet, "retrained": retrained}, axis=1, join="inner").dropna().sort_index()
     if len(both) < 3:
         raise InvalidValueError(
-            f"a rank correlation needs 3 or more configurations with both accuracies, there are {len(both)}: "
+            f"rank correlation of {len(both)} configurations: it needs 3 or more that have both accuracies; "
             "validate more (search.top, validation.fixed)"
         )
     ours, theirs = both.to_numpy(dtype=float).round(_DIGITS).T
     if _constant(ours) or _constant(theirs):
         raise InvalidValueError(
-            f"a rank correlation needs accuracies that differ, all {len(both)} are equal "
-            f"{'in the supernet' if _constant(ours) else 'on their own'}: train longer or measure on more images"
+            f"rank correlation of {len(both)} configurations: all are equally accurate "
+            f"{'in the supernet' if _constant(ours) else 'on their own'}, so they have no ranks; "
+            "train longer or measure on more images"
         )
     drawn = torch.randint(len(both), (num_resamples, len(both)), generator=generator).numpy()
     drawn = drawn[~_constant(ours[drawn]) & ~_constant(theirs[drawn])]
     if not len(drawn):
-        raise InvalidValueError(f"num_resamples={num_resamples}: every resample was constant; draw more")
+        raise InvalidValueError(f"num_resamples={num_resamples}: every resample is constant on one side; draw more")
     rho, tau = _spearman(ours[drawn], theirs[drawn]), _kendall(ours[drawn], theirs[drawn])
     ends = [(1 - confidence) / 2, (1 + confidence) / 2]
     (rho_low, rho_high), (tau_low, tau_high) = np.quantile(rho, ends), np.quantile(tau, ends)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 
 from gross_ray.presets import preset
-from gross_ray.report.terminal import network_table, results, selection_table, stage_results, sweep_table
+from gross_ray.report.terminal import (
+    budget_table,
+    front_table,
+    latency_table,
+    network_table,
+    results,
+    selection_table,
+    stage_results,
+    sweep_table,
+)
 from gross_ray.results.store import RunStore
+from gross_ray.search.selection import Budget
 
 NETWORKS = [0.9012, 0.8877, 0.9101]
 MACS = {"16-16": 2_000_000, "4-4": 900_000, "1-2": 400_000, "2-32": 1_900_000, "4-1": 850_000, "1-4": 800_000}
@@ -83,14 +96,16 @@ def _write_selections(store: RunStore) -> None:
         store.write_table("selections", f"budget={budget}", rows[::-1])
 
 
-def _write_validations(store: RunStore, configurations: Sequence[str] = tuple(OWN)) -> None:
+def _write_validations(
+    store: RunStore, configurations: Sequence[str] = tuple(OWN), val_accuracies: Mapping[str, float] | None = None
+) -> None:
     for configuration in configurations:
         for seed, accuracy in enumerate(OWN[configuration]):
             row = {
                 "configuration": configuration,
                 "kind": "fixed" if configuration in SELECTED else "selected",
                 "seed": seed,
-                "val_accuracy": 0.5,
+                "val_accuracy": 0.5 if val_accuracies is None else val_accuracies[configuration] + seed / 100,
                 "test_accuracy": accuracy,
                 "macs": MACS[configuration],
                 "macs_paper": 1,
@@ -180,6 +195,72 @@ def test_selections_come_under_the_largest_budget_first_and_by_rank(store: RunSt
     assert [line.split()[0] for line in stage] == ["budget", "16-16", "4-4", "4-4"]
 
 
+def test_the_rank_correlation_is_over_all_validated_configurations(store: RunStore) -> None:
+    _write_configurations(store, 4.0)
+    _write_configurations(store, 2.0, shift=-0.2)  # of the sweep: not the supernets that are searched
+    _write_selections(store)
+    assert "rank correlation" not in selection_table(store)
+    _write_validations(store, ["4-4", "4-1"])
+    assert "rank correlation of 2 configurations: it needs 3 or more" in selection_table(store)
+    # Medians in the supernet: 0.81, 0.72, 0.86, 0.75, 0.71, so that one of ten pairs, the last two by rank, is swapped.
+    own = {"16-16": 0.6, "4-4": 0.3, "2-32": 0.7, "4-1": 0.5, "1-4": 0.4}
+    _write_validations(store, val_accuracies=own)
+    (line,) = [line for line in selection_table(store).splitlines() if line.startswith("rank correlation")]
+    assert "of 5 configurations" in line
+    number = r"(-?\d\.\d\d)"
+    found = re.search(rf"Spearman {number} \[{number}, {number}\], Kendall {number} \[{number}, {number}\]", line)
+    assert found
+    spearman, rho_low, rho_high, kendall, tau_low, tau_high = map(float, found.groups())
+    assert (spearman, kendall) == (0.9, 0.8)  # 1 - 6 * 2 / (5 * 24), and 1 - 2 / 10
+    assert -1 <= rho_low < 0.9 < rho_high == 1 and -1 <= tau_low < 0.8 < tau_high == 1
+    assert line in stage_results(store, "validate") and line in results(store)  # the same interval each time
+    assert f"\n\n{line}" in selection_table(store, markdown=True)
+    assert len(_cells(selection_table(store, markdown=True))) == 5
+    _write_validations(store)
+    assert "rank correlation of 5 configurations: all are equally accurate on their own" in selection_table(store)
+
+
+def _accuracies(**columns: Any) -> pd.DataFrame:
+    rows = {"configuration": ["2-32", "16-16"], "macs": [1_900_000, 2_004_999], "macs_paper": [1_950_000, 2_104_000]}
+    return pd.DataFrame(
+        rows | {"parameters": [12_000, 9_000], "latency_ms": [0.5, 1.25], "supernet_accuracy": [0.86, 0.8125]} | columns
+    )
+
+
+def _words(text: str) -> list[list[str]]:
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines()]
+
+
+def test_the_best_under_budgets() -> None:
+    title, heads, *rows = _words(budget_table(_accuracies(), [Budget("macs", 2.66e6), Budget("latency_ms", 1.5)]))
+    assert title == ["Most accurate within macs=2.66M and latency_ms=1.5"]
+    assert heads == ["rank", "configuration", "M MACs", "parameters", "ms", "in supernet (val)"]
+    assert rows == [["1", "2-32", "1.90", "12000", "0.500", "86.00"], ["2", "16-16", "2.00", "9000", "1.250", "81.25"]]
+    _, heads, *rows = _words(budget_table(_accuracies(latency_ms=None), [Budget("macs_paper", 3e6)]))
+    assert heads == ["rank", "configuration", "M MACs", "M MACs (the paper's)", "parameters", "in supernet (val)"]
+    assert rows[1] == ["2", "16-16", "2.00", "2.10", "9000", "81.25"]
+
+
+def test_the_front() -> None:
+    title, heads, *rows = _words(front_table(_accuracies(), "latency_ms"))
+    assert title == ["Pareto front of latency_ms and accuracy in the supernet"]
+    assert heads == ["configuration", "M MACs", "parameters", "ms", "in supernet (val)"]
+    assert rows == [["2-32", "1.90", "12000", "0.500", "86.00"], ["16-16", "2.00", "9000", "1.250", "81.25"]]
+
+
+def test_the_latency_models(store: RunStore) -> None:
+    for threads, error in ((1, 0.034), (2, 0.1)):
+        row = {"device": "Xeon at 2 GHz", "host": "here", "batch_size": 8, "threads": threads, "offset_ms": -0.1}
+        model = row | {"slope": 1.1, "num_sampled": 20, "median_error": error}
+        store.write_table("latency_models", f"threads={threads}", [model])
+    _, heads, *rows = _words(latency_table(store))
+    assert heads == ["device", "host", "batch", "threads", "median error (configurations timed)"]
+    assert rows == [
+        ["Xeon at 2 GHz", "here", "8", "1", "3.4 % (20)"],
+        ["Xeon at 2 GHz", "here", "8", "2", "10.0 % (20)"],
+    ]
+
+
 def test_sweep(store: RunStore) -> None:
     differences = _write_sweep(store)
     rows = [
@@ -223,7 +304,7 @@ def test_markdown_has_the_same_cells_in_each_row_and_nothing_right_above(store: 
 def test_the_terminals_tables_hold_the_same_cells_in_columns(store: RunStore) -> None:
     _write_all(store)
     for make in (network_table, selection_table, sweep_table):
-        lines = make(store).splitlines()[2:]
+        lines = [line for line in make(store).splitlines()[2:] if line.startswith("  ")]
         assert len({len(line) for line in lines}) == 1
         for line, cells in zip(lines, _cells(make(store, markdown=True)), strict=True):
             assert line.split() == " ".join(cells).split()
