@@ -1,0 +1,327 @@
+"""Latency of every configuration on the present device: a time for each layer's options, and a few whole networks.
+
+Each decomposed layer's bottleneck is timed alone at each group-size, and so is the rest: the network whose decomposed
+layers answer at once with a tensor made beforehand (a difference of two measurements would be less steady). Sampled
+configurations, timed whole, correct the sum of the parts: offset_ms + slope x sum. All run as `extract` leaves them,
+contiguous, in eval and inference mode.
+
+A machine changes its speed for seconds at a time, by more than configurations differ. So all are timed in rounds, a
+sample each (the fastest of three calls after an untimed one), and each round's own speed is divided out. A single CPU
+thread is timed by the CPU time it used, which is what a call takes on a free core: on one shared with others, wall
+time was three times as long and told configurations apart no more. Several threads, and GPUs, are timed by wall time.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from gross_ray.decomposition.surgery import _replaced, extract, series_layers
+from gross_ray.errors import InvalidValueError
+from gross_ray.space import Configuration, SearchSpace
+
+REST = "rest"
+"""Names, in the table `latencies`, everything but the decomposed layers; there it has no group-size."""
+_WARM_UP_ROUNDS = 2
+_CALLS_PER_SAMPLE = 3
+_POLISHES = 3
+_TICK_MS = 1e-6  # of the clock: a layer that is never called takes less
+_WHERE = ("device", "host", "batch_size", "threads")
+_Work = tuple[nn.Module, Sequence[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """What is timed, and how often."""
+
+    batch_size: int = 1
+    """Images of a batch."""
+    threads: int = 1
+    """CPU threads; one is timed by its CPU time, more of them by wall time, which needs a machine left alone."""
+    repeats: int = 50
+    """Rounds; each takes one sample of every part and of every whole network."""
+    num_sampled: int = 20
+    """Whole configurations timed; all of them where the space has fewer."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("threads", 1), ("repeats", 1), ("num_sampled", 2)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidValueError(f"latency.{name} = {value!r}: must be a whole number, {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyModel:
+    """Predicts the time of one batch's forward pass: offset_ms + slope x (rest + one time for each layer)."""
+
+    device: str
+    """What was timed: the processor's or the GPU's name."""
+    host: str
+    """Name of the machine."""
+    batch_size: int
+    """Images of a batch."""
+    threads: int
+    """CPU threads."""
+    rest_ms: float
+    """Time of everything but the decomposed layers, in ms."""
+    layer_ms: Mapping[str, Mapping[int, float]]
+    """Time of each decomposed layer at each group-size, in ms, all its calls in one forward pass together."""
+    offset_ms: float
+    """Fitted to whole configurations, in ms; may be negative."""
+    slope: float
+    """Fitted to whole configurations; 0 or more."""
+    num_sampled: int
+    """Whole configurations that were timed."""
+    median_error: float
+    """Median absolute error, as a fraction, of each of them predicted from all others."""
+
+    def predict(self, configuration: Sequence[int]) -> float:
+        """Return the time of one batch in ms, 0 or more; raises InvalidValueError outside the space."""
+        checked = SearchSpace({name: tuple(times) for name, times in self.layer_ms.items()}).check(configuration)
+        columns = {name: np.array([size]) for name, size in zip(self.layer_ms, checked, strict=True)}
+        return float(self.predict_many(columns)[0])
+
+    def predict_many(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the time of one batch in ms, 0 or more, of many configurations: float64 (N,).
+
+        `columns` holds the group-sizes, (N,), of each decomposed layer by its name. Raises InvalidValueError for a
+        layer that is missing or unknown and for a group-size that was not timed.
+        """
+        if wrong := columns.keys() ^ self.layer_ms.keys():
+            timed = ", ".join(self.layer_ms)
+            raise InvalidValueError(f"layers {', '.join(columns)}: {', '.join(wrong)} is missing or not of {timed}")
+        return np.maximum(self.offset_ms + self.slope * _sums(self.rest_ms, self.layer_ms, columns), 0.0)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the table `latencies`."""
+        where = {name: getattr(self, name) for name in _WHERE}
+        rows = [where | {"part": REST, "group_size": None, "latency_ms": self.rest_ms}]
+        for part, times in self.layer_ms.items():
+            rows += [where | {"part": part, "group_size": size, "latency_ms": ms} for size, ms in times.items()]
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """Return the row of the table `latency_models`."""
+        names = (*_WHERE, "offset_ms", "slope", "num_sampled", "median_error")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_tables(cls, latencies: pd.DataFrame, summary: pd.DataFrame) -> LatencyModel:
+        """Return the model stored in the tables `latencies` and `latency_models`.
+
+        `summary` has one row; `latencies` may hold other devices, batch sizes and threads too. Raises
+        InvalidValueError unless exactly one measurement is there for that row.
+        """
+        if len(summary) != 1:
+            raise InvalidValueError(f"latency_models has {len(summary)} rows: choose the one to predict with")
+        row: dict[str, Any] = summary.to_dict("records")[0]
+        parts = latencies[np.logical_and.reduce([latencies[name] == row[name] for name in _WHERE])]
+        is_rest = parts["group_size"].isna()
+        if is_rest.sum() != 1 or len(parts) < 2 or parts.duplicated(["part", "group_size"]).any():
+            where = ", ".join(f"{name} = {row[name]}" for name in _WHERE)
+            raise InvalidValueError(
+                f"latencies of {where}: {len(parts)} rows, must be one for {REST!r} and one for each layer's "
+                "group-sizes; measure it again"
+            )
+        layer_ms: dict[str, dict[int, float]] = {}
+        for part, size, ms in parts.loc[~is_rest, ["part", "group_size", "latency_ms"]].itertuples(index=False):
+            layer_ms.setdefault(part, {})[int(size)] = float(ms)
+        return cls(rest_ms=float(parts.loc[is_rest, "latency_ms"].iloc[0]), layer_ms=layer_ms, **row)
+
+
+def measure_latency(
+    supernet: nn.Module,
+    input_shape: Sequence[int],
+    options: LatencyOptions,
+    *,
+    generator: torch.Generator,
+    device: torch.device | str | None = None,
+    on_part: Callable[[int, int], object] | None = None,
+) -> LatencyModel:
+    """Return a model of the latency of every configuration of `supernet`, measured on `device` (default: its own).
+
+    `input_shape` is (C, H, W). `generator` draws the whole configurations (all different) and the input. `on_part` is
+    called after each timing of a part or a whole network with the number done and their total. The supernet is left
+    as it was, and so is torch's number of threads. Raises InvalidValueError for a network without decomposed layers,
+    a space of one configuration, and a device other than cpu and cuda.
+    """
+    space = SearchSpace.of(supernet)
+    sampled = _sample(space, options.num_sampled, generator)
+    parameter = next(supernet.parameters())
+    place = parameter.device if device is None else torch.device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise InvalidValueError(f"device = {str(place)!r}: latency is measured on cpu or cuda")
+    images = torch.randn(options.batch_size, *input_shape, generator=generator, device=generator.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        with torch.inference_mode():
+            works = _works(supernet, sampled, images.to(place, parameter.dtype))
+            times = _typical_ms(works, options.repeats, place, on_part)
+    finally:
+        torch.set_num_threads(threads)
+    layer_ms = {name: {size: times[name, size] for size in sizes} for name, sizes in space.group_sizes.items()}
+    columns = dict(zip(space.layers, np.array(sampled).T, strict=True))
+    sums, measured = _sums(times[REST], layer_ms, columns), np.array([times[one] for one in sampled])
+    offset_ms, slope = _fit(sums, measured)
+    return LatencyModel(
+        device=_device_name(place),
+        host=socket.gethostname(),
+        batch_size=options.batch_size,
+        threads=options.threads,
+        rest_ms=times[REST],
+        layer_ms=layer_ms,
+        offset_ms=offset_ms,
+        slope=slope,
+        num_sampled=len(sampled),
+        median_error=_leave_one_out_error(sums, measured),
+    )
+
+
+class _AnswersAtOnce(nn.Module):
+    """In place of a decomposed layer: what it would return, made beforehand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+        self.outputs: dict[torch.Size, Tensor] = {}
+
+    def record(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.inputs.append(args[0])
+        self.outputs[args[0].shape] = torch.zeros_like(output)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.outputs[images.shape]
+
+
+def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor) -> dict[Any, _Work]:
+    """Return what is timed, and the inputs of its calls: REST, each (layer, group-size), each sampled configuration.
+
+    The networks are those of `extract`, but made of the very modules that are timed alone: twenty with weights of
+    their own may not fit into memory.
+    """
+    layers, device = series_layers(supernet), batch.device
+    network = extract(supernet, [layer.group_sizes[-1] for layer in layers.values()]).eval().to(device)
+    free = {name: _AnswersAtOnce() for name in layers}
+    handles = [network.get_submodule(name).register_forward_hook(free[name].record) for name in layers]
+    network(batch)
+    for handle in handles:
+        handle.remove()
+    works: dict[Any, _Work] = {REST: (_replaced(network, free), [batch])}
+    for name, layer in layers.items():
+        for size in layer.group_sizes:
+            works[name, size] = (layer.to_modules(size).eval().to(device), free[name].inputs)
+    for one in sampled:
+        chosen = {name: works[name, size][0] for name, size in zip(layers, one, strict=True)}
+        works[one] = (_replaced(network, chosen), [batch])
+    return works
+
+
+def _typical_ms(
+    works: Mapping[Any, _Work], repeats: int, device: torch.device, on_part: Callable[[int, int], object] | None
+) -> dict[Any, float]:
+    """Return the median time of each over the rounds, each round's speed divided out (Tukey's median polish)."""
+    samples = np.empty((_WARM_UP_ROUNDS + repeats, len(works)))
+    for turn in range(len(samples)):
+        for place, (module, inputs) in enumerate(works.values()):
+            samples[turn, place] = _sample_ms(module, inputs, device)
+            if on_part is not None:
+                on_part(turn * len(works) + place + 1, samples.size)
+    logs = np.log(np.maximum(samples[_WARM_UP_ROUNDS:], _TICK_MS))
+    slowness = np.zeros((repeats, 1))
+    for _ in range(_POLISHES):
+        slowness = np.median(logs - np.median(logs - slowness, axis=0), axis=1, keepdims=True)
+        slowness -= np.median(slowness)
+    return dict(zip(works, np.exp(np.median(logs - slowness, axis=0)).tolist(), strict=True))
+
+
+def _sample_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
+    """Return the fastest of some calls of `module` on all `inputs`, in ms, after one that fills the caches."""
+    clock = _cuda_ms if device.type == "cuda" else _cpu_ms
+    return min([clock(module, inputs, device) for _ in range(1 + _CALLS_PER_SAMPLE)][1:])
+
+
+def _cpu_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    for images in inputs:
+        module(images)
+    return (clock() - start) * 1e3
+
+
+def _cuda_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(device)
+    stream.synchronize()
+    start.record(stream)
+    for images in inputs:
+        module(images)
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _sample(space: SearchSpace, num_sampled: int, generator: torch.Generator) -> list[Configuration]:
+    """Return different configurations, uniform over the space; all of it where it has no more than that."""
+    sizes = list(space.group_sizes.values())
+    total = prod(map(len, sizes))  # len(space) fails above 2^63
+    if total < 2:
+        raise InvalidValueError("latency of a space of one configuration: needs two group-sizes or more in a layer")
+    if total <= num_sampled:
+        return list(space)
+    chosen: dict[Configuration, None] = {}
+    while len(chosen) < num_sampled:
+        places = [int(torch.randint(len(s), (), generator=generator, device=generator.device)) for s in sizes]
+        chosen[Configuration([s[place] for s, place in zip(sizes, places, strict=True)])] = None
+    return list(chosen)
+
+
+def _sums(rest_ms: float, layer_ms: Mapping[str, Mapping[int, float]], columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return rest + one time for each layer, (N,), at the group-sizes in `columns`, (N,) for each layer."""
+    total = np.array(rest_ms)
+    for name, times in layer_ms.items():
+        sizes, column = np.array(sorted(times)), np.asarray(columns[name])
+        places = np.searchsorted(sizes, column).clip(max=len(sizes) - 1)
+        unknown = column[sizes[places] != column]
+        if len(unknown):
+            raise InvalidValueError(
+                f"group-size {unknown[0]} of layer {name!r} was not timed; there are: {', '.join(map(str, sizes))}"
+            )
+        total = total + np.array([times[size] for size in sizes.tolist()])[places]
+    return total
+
+
+def _fit(sums: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
+    """Return offset (ms) and slope, 0 or more, of least squares; slope 1 where the sums tell nothing of it."""
+    spread = sums - sums.mean()
+    slope = max(0.0, float(spread @ measured / (spread @ spread))) if np.ptp(sums) else 1.0
+    return float(measured.mean() - slope * sums.mean()), slope
+
+
+def _leave_one_out_error(sums: np.ndarray, measured: np.ndarray) -> float:
+    """Return the median over the configurations of |predicted - measured| / measured, each left out of its own fit."""
+    errors = []
+    for place in range(len(sums)):
+        offset_ms, slope = _fit(np.delete(sums, place), np.delete(measured, place))
+        errors.append(abs(max(0.0, offset_ms + slope * sums[place]) - measured[place]) / measured[place])
+    return float(np.median(errors))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
