@@ -189,7 +189,90 @@ for _name, _description in {
     "decompose": "Decompose every layer at every group-size.",
     "reconstruct": "Reconstruct the responses of the full network in the supernet.",
     "finetune": "Fine-tune the supernet, group-sizes sampled at each step.",
-    "search": "Evaluate every configuration and select under the budgets.",
+}.items():
+    main.add_command(_stage_command(_name, _description))
+
+
+def _budgets(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
+    from gross_ray.search.selection import Budget
+
+    return tuple(Budget.parse(value) for value in values)
+
+
+@main.command()
+@click.argument("run", metavar="RUN", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--budget",
+    "budgets",
+    metavar="COST=LIMIT",
+    multiple=True,
+    callback=_budgets,
+    help="Print the most accurate within this limit on macs, macs_paper, parameters or latency_ms, like macs=2.66M "
+    "(k, M, G); may be repeated: all must hold.",
+)
+@click.option("--top", type=click.IntRange(min=1), help="How many to print under --budget [5].")
+@click.option("--pareto", is_flag=True, help="Print the Pareto front for the first budget's cost [macs].")
+@click.option("--latency", is_flag=True, help="Time the layers on this machine and predict latency_ms of everything.")
+@click.option("--latency-batch", type=click.IntRange(min=1), help="Images of a batch that is timed [1].")
+@click.option("--latency-threads", type=click.IntRange(min=1), help="CPU threads while it is timed [1].")
+@_experiment_options
+@_work_options
+def search(
+    run: Path,
+    budgets: tuple[Any, ...],
+    top: int | None,
+    pareto: bool,
+    latency: bool,
+    latency_batch: int | None,
+    latency_threads: int | None,
+    preset_name: str | None,
+    settings: tuple[str, ...],
+    resources: Any,
+    source: Any,
+) -> None:
+    """Evaluate every configuration and select under budgets.
+
+    Under the experiment's budgets the selection is stored, to be validated; under those given here it is printed.
+
+    \b
+    Example:
+      gross search runs/quickstart
+      gross search runs/quickstart --budget macs=2.66M --budget parameters=90k --top 5
+      gross search runs/quickstart --latency --latency-batch 8 --pareto
+    """
+    from gross_ray.report.terminal import budget_table, front_table, latency_table, stage_results
+    from pipelines import search as stage
+    from pipelines.run import STAGES
+
+    _refuse_alone("--budget", bool(budgets), {"--top": top})
+    _refuse_alone("--latency", latency, {"--latency-batch": latency_batch, "--latency-threads": latency_threads})
+
+    def do(session: Any) -> None:
+        STAGES["search"].run(session)
+        if latency:
+            stage.add_latency(session, batch_size=latency_batch or 1, threads=latency_threads or 1)
+
+    store = _run_folder(run, preset_name, settings)
+    _work(store, resources, source, do)
+    parts = [latency_table(store)] if latency else []
+    if budgets:
+        parts.append(budget_table(stage.best(store, budgets, top or 5), budgets))
+    if pareto:
+        cost = budgets[0].cost if budgets else "macs"
+        parts.append(front_table(stage.front(store, cost), cost))
+    if not budgets and not pareto:
+        parts.insert(0, stage_results(store, "search"))
+    click.echo("\n\n".join(parts))
+
+
+def _refuse_alone(owner: str, given: bool, options: dict[str, int | None]) -> None:
+    """Refuse those of `options` that are set where the option that they belong to is not."""
+    for name, value in options.items():
+        if value is not None and not given:
+            raise click.UsageError(f"{name} {value} without {owner}: it says nothing then; add {owner} or leave it out")
+
+
+for _name, _description in {
     "validate": "Train the fixed and the selected configurations on their own.",
     "sweep-alpha": "Train supernets over the sampling temperature alpha and compare them.",
 }.items():

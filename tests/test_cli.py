@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -13,8 +15,12 @@ from cli import main
 from gross_ray.presets import PRESETS, preset
 from gross_ray.results.store import RunStore
 from gross_ray.results.tables import TABLES
+from gross_ray.search.selection import Budget, best_under, pareto_front
+from pipelines import search
 from pipelines.cluster import ray
 from pipelines.networks import new_network
+from pipelines.run import STAGES as PIPELINE
+from pipelines.session import Session
 
 STAGES = ["train", "decompose", "reconstruct", "finetune", "search", "validate", "sweep-alpha"]
 
@@ -137,6 +143,7 @@ def test_a_wrong_experiment_or_place_of_work_leaves_nothing_behind(
         (["run", "--preset", "quickstart"], ["Missing option '--out'"]),
         (["train"], ["Missing argument 'RUN'"]),
         (["report", "--mark"], ["No such option", "--markdown"]),
+        (["search"], ["Missing argument 'RUN'"]),
         (["presets", "nonesuch"], ["'nonesuch'", *PRESETS]),
     ],
 )
@@ -251,3 +258,114 @@ def test_status_and_report_of_a_run_under_way(trained: Path) -> None:
     report = gross("report", trained)
     assert report.exit_code == 0
     assert "missing: run `gross search`" in report.stdout
+
+
+@pytest.fixture
+def did(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `gross search` has the pipelines do, in order; they find three configurations."""
+    done: list[Any] = []
+    accuracies = pd.DataFrame(
+        {
+            "configuration": ["16-16-16", "4-4-4", "2-4-8"],
+            "macs": [3_000_000, 1_500_000, 1_400_000],
+            "macs_paper": [3_100_000, 1_600_000, 1_500_000],
+            "parameters": [30_000, 12_000, 14_000],
+            "latency_ms": [3.0, 1.5, 2.0],
+            "supernet_accuracy": [0.9, 0.8, 0.7],
+        }
+    )
+
+    def best(store: RunStore, budgets: tuple[Budget, ...], top: int) -> pd.DataFrame:
+        done.append(("best", store.path, budgets, top))
+        return best_under(accuracies, budgets, top)
+
+    def front(store: RunStore, cost: str) -> pd.DataFrame:
+        done.append(("front", store.path, cost))
+        return pareto_front(accuracies, cost=cost)
+
+    def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
+        done.append(("latency", batch_size, threads))
+        where = {"device": "Abacus", "host": "here", "batch_size": batch_size, "threads": threads}
+        model = {**where, "offset_ms": 0.0, "slope": 1.0, "num_sampled": 20, "median_error": 0.034}
+        session.store.write_table("latency_models", "abacus", [model])
+
+    stage = replace(PIPELINE["search"], run=lambda session: done.append(("search", session.store.path)))
+    monkeypatch.setitem(PIPELINE, "search", stage)
+    for function in (best, front, add_latency):
+        monkeypatch.setattr(search, function.__name__, function, raising=False)
+    return done
+
+
+def printed(*arguments: str | Path) -> list[list[str]]:
+    """Return what was printed, in words; an empty line between tables is an empty list."""
+    result = gross(*arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def test_search_prints_the_best_under_all_budgets(run: Path, did: list[Any]) -> None:
+    lines = printed("search", run, "--budget", "macs=2.66M", "--budget", "latency_ms=1.75", "--top", "3")
+    assert did == [("search", run), ("best", run, (Budget("macs", 2.66e6), Budget("latency_ms", 1.75)), 3)]
+    assert lines[0] == ["Most", "accurate", "within", "macs=2.66M", "and", "latency_ms=1.75"]
+    assert lines[2:] == [["1", "4-4-4", "1.50", "12000", "1.500", "80.00"]]
+    lines = printed("search", run, "--budget", "parameters=20k")
+    assert did[-1] == ("best", run, (Budget("parameters", 20_000),), 5)
+    assert [line[:2] for line in lines[2:]] == [["1", "4-4-4"], ["2", "2-4-8"]]
+
+
+def test_search_without_budgets_prints_the_stored_selections(run: Path, did: list[Any]) -> None:
+    assert printed("search", run) == [["nothing", "stored"]]
+    row = {"budget": "4-4-4", "budget_macs": 9, "rank": 1, "configuration": "2-4-8", "macs": 8}
+    RunStore.open(run).write_table("selections", "budget=4-4-4", [row | {"supernet_accuracy": 0.7}])
+    assert printed("search", run)[1] == ["4-4-4", "9", "1", "2-4-8", "8", "0.7"]
+    assert did == [("search", run)] * 2
+
+
+def test_search_prints_the_front_of_the_first_budgets_cost(run: Path, did: list[Any]) -> None:
+    lines = printed("search", run, "--pareto")
+    assert did == [("search", run), ("front", run, "macs")]
+    assert [line[0] for line in lines[2:]] == ["2-4-8", "4-4-4", "16-16-16"]
+    lines = printed("search", run, "--pareto", "--budget", "parameters=13k", "--budget", "macs=2M")
+    assert did[-1] == ("front", run, "parameters")
+    gap = lines.index([])
+    assert [line[1] for line in lines[2:gap]] == ["4-4-4"]
+    assert [line[0] for line in lines[gap + 3 :]] == ["4-4-4", "16-16-16"]  # of the whole space: 2-4-8 is dominated
+
+
+def test_search_predicts_the_latency_once_all_is_evaluated(run: Path, did: list[Any]) -> None:
+    lines = printed("search", run, "--latency", "--latency-threads", "2", "--budget", "latency_ms=2")
+    assert [each[0] for each in did] == ["search", "latency", "best"]
+    assert did[1] == ("latency", 1, 2)
+    assert lines[2] == ["Abacus", "here", "1", "2", "3.4", "%", "(20)"]
+    assert lines[6][:2] == ["1", "4-4-4"]
+    assert printed("search", run, "--latency", "--latency-batch", "8")[0] == ["nothing", "stored"]
+    assert did[-1] == ("latency", 8, 1)
+
+
+def test_search_says_the_smallest_where_nothing_fits(run: Path, did: list[Any]) -> None:
+    line = mistake("search", run, "--budget", "macs=1M", "--budget", "parameters=1G")
+    assert "macs=1M and parameters=1G: nothing fits" in line
+    assert "macs=1.4M at 2-4-8, parameters=12k at 4-4-4" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--budget", "macs=2.66m"], ["'macs=2.66m'", "macs=2.66M"]),
+        (["--budget", "macs=2M", "--budget", "flops=2M"], ["'flops'", "macs, macs_paper, parameters, latency_ms"]),
+        (["--budget", "macs=0"], ["macs=0", "above 0"]),
+        (["--budget", "macs=2M", "--top", "0"], ["--top", "0"]),
+        (["--top", "3"], ["--top 3 without --budget"]),
+        (["--pareto", "--latency-batch", "2"], ["--latency-batch 2 without --latency"]),
+        (["--latency-threads", "1"], ["--latency-threads 1 without --latency"]),
+        (["--latency", "--latency-batch", "0"], ["--latency-batch", "0"]),
+    ],
+)
+def test_a_wrong_search_is_refused_before_any_work(
+    run: Path, did: list[Any], arguments: list[str], parts: list[str]
+) -> None:
+    line = mistake("search", run, *arguments)
+    for part in parts:
+        assert part in line
+    assert did == []
+    assert listing(run) == ["experiment.json"]
