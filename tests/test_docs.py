@@ -1,15 +1,23 @@
 import importlib
 import re
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 import gross_ray
+from gross_ray.decomposition.surgery import choose_layers, default_group_sizes, empty_supernet
+from gross_ray.models import build_model
+from gross_ray.presets import preset
+from gross_ray.results.store import RunStore
+from gross_ray.search.cost import CostTable
+from gross_ray.space import Configuration, SearchSpace
 
 ROOT = Path(gross_ray.__file__).parents[1]
 FILE_SUFFIXES = (".py", ".md", ".txt", ".toml", ".yaml", ".yml", ".parquet")
@@ -95,3 +103,133 @@ def test_cluster_file_fits_this_project(cluster: dict[str, Any]) -> None:
     assert cluster["setup_commands"] == [f"pip install --quiet --constraint {folder}/constraints.txt {folder}"]
     workers = cluster["available_node_types"]["gpu_worker"]
     assert 0 == workers["min_workers"] < workers["max_workers"] <= cluster["max_workers"]
+
+
+class Evaluated(NamedTuple):
+    """A configuration of the run below, as plain Python holds it."""
+
+    sizes: Configuration
+    macs: int
+    by_seed: tuple[float, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.median(self.by_seed)
+
+
+@pytest.fixture(scope="module")
+def evaluated() -> dict[str, Evaluated]:
+    """The whole space of the four-conv network with its real costs, and accuracies of three supernets."""
+    generator = torch.Generator().manual_seed(0)
+    network = build_model("four-conv", num_classes=10, generator=generator)
+    convs = choose_layers(network, ())
+    supernet = empty_supernet(network, {name: default_group_sizes(conv.in_channels) for name, conv in convs.items()})
+    space, costs = SearchSpace.of(supernet), CostTable.of(supernet, (3, 32, 32))
+    found = {}
+    for sizes in space:
+        macs, noise = costs.macs(sizes), torch.randint(0, 200, (3,), generator=generator).tolist()
+        found[str(sizes)] = Evaluated(sizes, macs, tuple(min(400 + macs // 10_000 + one, 999) / 1000 for one in noise))
+    return found
+
+
+VALIDATED = {"16-16-16": ("fixed", (0.9, 0.875)), "4-4-4": ("fixed", (0.75,)), "2-8-16": ("selected", (0.8, 0.85))}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory, evaluated: dict[str, Evaluated]) -> dict[str, Any]:
+    """What the names in the code of docs/tables.md hold after it has run on a run folder of this space."""
+    store = RunStore.create(tmp_path_factory.mktemp("queries") / "runs" / "quickstart", preset("quickstart"))
+    for alpha, scaling, seed in (
+        (4.0, "normalised", 0),
+        (4.0, "normalised", 1),
+        (4.0, "normalised", 2),
+        (0.0, "index", 0),
+    ):
+        unit = f"alpha={alpha:g},scaling={scaling},seed={seed}"
+        rows = [
+            {"supernet": unit, "alpha": alpha, "scaling": scaling, "seed": seed, "configuration": name}
+            | {f"layer conv{place}": size for place, size in enumerate(one.sizes, 2)}
+            | {
+                "macs": one.macs,
+                "macs_paper": one.macs,
+                "parameters": one.macs // 100,
+                "val_correct": 1,
+                "val_total": 1,
+            }
+            | {"val_accuracy": one.by_seed[seed] if alpha else 1.0, "val_loss": 1.0, "latency_ms": None}
+            for name, one in evaluated.items()
+        ]
+        store.write_table("configurations", unit, rows, layers=["conv2", "conv3", "conv4"])
+    for name, (kind, accuracies) in VALIDATED.items():
+        for seed, accuracy in enumerate(accuracies):
+            row = {"configuration": name, "kind": kind, "seed": seed, "val_accuracy": accuracy, "test_accuracy": 0.5}
+            store.write_table("validations", f"{name},{seed}", [row | {"macs": 1, "macs_paper": 1, "parameters": 1}])
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(store.path.parents[1])
+        for block in re.findall(
+            r"```python\n(.*?)```", (ROOT / "docs" / "tables.md").read_text(encoding="utf-8"), re.S
+        ):
+            exec(block, names)  # the page's own code: that it runs as it stands is the point
+    return names
+
+
+def test_the_query_within_a_budget(answers: dict[str, Any], evaluated: dict[str, Evaluated]) -> None:
+    fitting = [one for one in evaluated.values() if one.sizes[2] <= 16 and one.macs <= 2_660_000]
+    assert 5 < len(fitting) < len(evaluated)
+    found = answers["small"]
+    assert found["val_accuracy"].tolist() == sorted((one.accuracy for one in fitting), reverse=True)[:5]
+    assert [evaluated[name] in fitting for name in found["configuration"]] == [True] * 5
+    assert [evaluated[name].accuracy for name in found["configuration"]] == found["val_accuracy"].tolist()
+
+
+def test_the_query_for_each_bracket(answers: dict[str, Any], evaluated: dict[str, Evaluated]) -> None:
+    edges = [0, 2e6, 2.5e6, 3e6, 4e6, 6e6]
+    best = [
+        max(one.accuracy for one in evaluated.values() if low < one.macs <= high)
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+    assert answers["best"]["val_accuracy"].tolist() == best
+    for name, low, high in zip(answers["best"]["configuration"], edges, edges[1:], strict=False):
+        assert low < evaluated[name].macs <= high
+
+
+def test_the_query_for_a_layers_group_sizes(answers: dict[str, Any], evaluated: dict[str, Evaluated]) -> None:
+    assert answers["fares"].index.tolist() == [1, 2, 4, 8, 16, 32, 64]
+    for size, row in answers["fares"].iterrows():
+        accuracies = [one.accuracy for one in evaluated.values() if one.sizes[2] == size]
+        assert row.tolist() == pytest.approx([statistics.mean(accuracies), max(accuracies), len(accuracies)])
+
+
+def test_the_query_for_the_seeds(answers: dict[str, Any], evaluated: dict[str, Evaluated]) -> None:
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(other < one for other in values) + sum(other == one for other in values) / 2 for one in values]
+
+    columns = list(zip(*(one.by_seed for one in evaluated.values()), strict=True))
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        expected = statistics.correlation(*(ranks(columns[seed]) for seed in (first, second)))
+        assert answers["agreement"].loc[first, second] == pytest.approx(expected)
+        assert 0 < expected < 1
+    widest = sorted((max(one.by_seed) - min(one.by_seed) for one in evaluated.values()), reverse=True)[:5]
+    assert answers["disputed"].tolist() == widest
+    assert [max(evaluated[name].by_seed) - min(evaluated[name].by_seed) for name in answers["disputed"].index] == widest
+
+
+def test_the_query_for_the_validated(answers: dict[str, Any], evaluated: dict[str, Evaluated]) -> None:
+    rows = answers["joined"].set_index("configuration")
+    assert set(rows.index) == set(VALIDATED)
+    for name, (kind, accuracies) in VALIDATED.items():
+        assert rows.loc[name, "kind"] == kind
+        assert rows.loc[name, "macs"] == evaluated[name].macs
+        assert rows.loc[name, "gain"] == pytest.approx(statistics.mean(accuracies) - evaluated[name].accuracy)
+
+
+def test_the_query_for_the_front(answers: dict[str, Any], evaluated: dict[str, Evaluated]) -> None:
+    points = {(one.macs, one.accuracy) for one in evaluated.values()}
+    front = sorted(
+        point
+        for point in points
+        if not any(other[0] <= point[0] and other[1] >= point[1] and other != point for other in points)
+    )
+    assert 2 < len(front) < len(points)
+    assert list(zip(answers["front"]["macs"], answers["front"]["val_accuracy"], strict=True)) == front

@@ -348,8 +348,48 @@ def schema(name: str, layers: Sequence[str] = ()) -> pa.Schema:
     return table(name).schema(layers)
 
 
+_QUERIES = {
+    "One row a configuration, of the supernets of one alpha (those of the sweep are in the table too):": """
+import pandas as pd
+
+from gross_ray import read_table
+
+run = "runs/quickstart"
+configurations = read_table(run, "configurations").query("alpha == 4 and scaling == 'normalised'")
+layers = [name for name in configurations if name.startswith("layer ")]
+key = ["configuration", *layers, "macs", "parameters"]
+space = configurations.groupby(key, as_index=False)["val_accuracy"].median()
+""",
+    "1. The best within a budget that also keep a layer's groups small:": """
+small = space.query("`layer conv4` <= 16 and macs <= 2.66e6").nlargest(5, "val_accuracy")
+""",
+    "2. The best in each bracket of MACs:": """
+brackets = pd.cut(space["macs"] / 1e6, [0, 2, 2.5, 3, 4, 6])
+best = space.loc[space.groupby(brackets, observed=True)["val_accuracy"].idxmax()]
+""",
+    "3. How each group-size of a layer fares, over all choices for the other layers:": """
+fares = space.groupby("layer conv4")["val_accuracy"].agg(["mean", "max", "count"])
+""",
+    "4. Whether supernets of different seeds rank the configurations alike, and which they disagree on most:": """
+by_seed = configurations.pivot(index="configuration", columns="seed", values="val_accuracy")
+agreement = by_seed.corr(method="spearman")
+disputed = (by_seed.max(axis="columns") - by_seed.min(axis="columns")).nlargest(5)
+""",
+    "5. What validated configurations reach on their own, beside their place in the supernet:": """
+own = read_table(run, "validations").groupby(["configuration", "kind"], as_index=False)["val_accuracy"].mean()
+joined = own.merge(space, on="configuration", suffixes=("_own", "_supernet"))
+joined["gain"] = joined["val_accuracy_own"] - joined["val_accuracy_supernet"]
+""",
+    "6. The Pareto front of MACs and accuracy:": """
+ordered = space.sort_values(["macs", "val_accuracy"], ascending=[True, False])
+front = ordered[ordered["val_accuracy"] > ordered["val_accuracy"].cummax().shift(fill_value=-1)]
+""",
+}
+"""What to ask of the tables, and the code that does; each goes on from the first."""
+
+
 def describe() -> str:
-    """Return docs/tables.md: every table and column as Markdown."""
+    """Return docs/tables.md: every table and column as Markdown, and queries to start from."""
     lines = [
         "# Tables",
         "",
@@ -367,4 +407,12 @@ def describe() -> str:
             kind = str(column.type).replace("double", "float64") + ", may be missing" * column.nullable
             meaning = column.meaning.replace("|", "\\|")
             lines.append(f"| `{column.name}` | {kind} | {column.unit} | {column.range_text()} | {meaning} |")
+    lines += [
+        "",
+        "## Queries",
+        "",
+        "`gross search RUN --budget macs=2.66M` answers the commonest question; pandas the others.",
+    ]
+    for question, code in _QUERIES.items():
+        lines += ["", question, "", f"```python{code}```"]
     return "\n".join(lines) + "\n"
