@@ -128,7 +128,7 @@ class LatencyModel:
         row: dict[str, Any] = summary.to_dict("records")[0]
         parts = latencies[np.logical_and.reduce([latencies[name] == row[name] for name in _WHERE])]
         is_rest = parts["group_size"].isna()
-        if is_rest.sum() != 1 or len(parts) < 2 or parts.duplicated(["part", "group_size"]).any():
+        if not is_rest.any() or is_rest.all() or parts.duplicated(["part", "group_size"]).any():
             where = ", ".join(f"{name} = {row[name]}" for name in _WHERE)
             raise InvalidValueError(
                 f"latencies of {where}: {len(parts)} rows, must be one for {REST!r} and one for each layer's "
