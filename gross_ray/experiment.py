@@ -14,6 +14,7 @@ from typing import Any
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import check_model_name
+from gross_ray.search.evaluator import FORM_CHOICES, PRECISIONS
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -169,13 +170,20 @@ class SearchOptions:
     """Each names a fixed configuration (this group-size in every layer) whose MACs are a budget."""
     top: int = 2
     """How many configurations are selected under each budget."""
-    shard_size: int = 42
-    """Configurations a unit of work, stored together."""
+    form: str = "auto"
+    """How decomposed layers run: dense, bottleneck, or auto (timed once, at the start; equal up to float rounding)."""
+    precision: str = "float32"
+    """float32, tf32 (CUDA only) or bfloat16: the latter two are faster where the device has them, and change counts."""
+    memory_budget: int = 0
+    """Bytes of live tensors on each worker; 0: the CPU's largest cache, or half of a GPU's free memory."""
 
     def __post_init__(self) -> None:
         _settle(self, "search.")
         _require(self.top >= 1, "search.top", self.top, "must be 1 or more")
-        _require(self.shard_size >= 1, "search.shard_size", self.shard_size, "must be 1 or more")
+        for name, choices in (("form", FORM_CHOICES), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            _require(value in choices, f"search.{name}", value, f"must be one of {', '.join(choices)}")
+        _require(self.memory_budget >= 0, "search.memory_budget", self.memory_budget, "must be 0 (automatic) or more")
         _require(bool(self.budgets), "search.budgets", self.budgets, "must name a group-size or more, like [16, 4]")
         _require_group_sizes("search.budgets", self.budgets)
 

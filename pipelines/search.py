@@ -2,34 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import pandas as pd
+import torch
+
+from gross_ray.decomposition.surgery import empty_supernet
+from gross_ray.errors import MissingStageError
 from gross_ray.results.store import RunStore
 from gross_ray.search.cost import CostTable
-from gross_ray.search.evaluator import evaluate_configurations
-from gross_ray.search.selection import select, supernet_accuracies, uniform
+from gross_ray.search.evaluator import EvaluationOptions, Evaluator
+from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
+from gross_ray.search.layer_forms import LayerForm
+from gross_ray.search.selection import (
+    COSTS,
+    Budget,
+    best_of_chunks,
+    front_of_chunks,
+    select,
+    supernet_accuracies,
+    uniform,
+)
+from gross_ray.search.sharding import PrefixCosts, segment_macs
+from gross_ray.seeds import derived_generator
 from gross_ray.space import Configuration
 from pipelines import supernet as supernets
-from pipelines.networks import load_base, load_supernet
+from pipelines.networks import Base, load_base
 from pipelines.session import Session
-from pipelines.units import Context, Unit, require
+from pipelines.units import Context, Unit, require, tensor_of
 
 STAGE = "search"
+PLAN = "search-plan"
+SHARDS_A_WORKER = 4
+"""Shards of one supernet for each worker there is when the search is planned: what a lost worker costs, and how even
+the workers' shares are, against prefixes computed more than once."""
+MOST_CONFIGURATIONS = 20_000
+"""Configurations of one shard at most: what a worker holds in memory until they are stored."""
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How the space is cut and how layers run, decided once for a run folder: a run that is resumed keeps to it."""
+
+    shards: list[range]
+    forms: dict[str, LayerForm]
+
+
+def load_plan(store: RunStore) -> SearchPlan:
+    """Return the stored plan; raises MissingStageError before the search has begun."""
+    _, about = store.load_checkpoint(PLAN, "plan")
+    return SearchPlan(
+        [range(start, stop) for start, stop in about["shards"]],
+        {
+            name: LayerForm({int(size): each for size, each in form["by_size"].items()}, form["stacked"])
+            for name, form in about["forms"].items()
+        },
+    )
 
 
 def shards(store: RunStore, supernet_units: Sequence[Unit]) -> list[Unit]:
     """Return the units that evaluate the whole space in each supernet: neighbours, which share prefixes, together."""
-    size, total = store.experiment.search.shard_size, len(load_base(store).space)
-    units = []
-    for unit in supernet_units:
-        for place, start in enumerate(range(0, total, size)):
-            arguments = {"supernet": unit.name, **unit.arguments, "start": start, "stop": min(start + size, total)}
-            units.append(Unit(f"{unit.name},shard={place}", arguments, arguments["stop"] - start))
-    return units
+    return [
+        Unit(
+            f"{unit.name},shard={place}",
+            {"supernet": unit.name, **unit.arguments, "start": shard.start, "stop": shard.stop},
+            len(shard),
+            shared=unit.name,
+        )
+        for unit in supernet_units
+        for place, shard in enumerate(load_plan(store).shards)
+    ]
 
 
 def plan(store: RunStore) -> list[Unit]:
-    """Return the shards of the supernets that are searched."""
+    """Return the shards of the supernets that are searched; raises MissingStageError before the search has begun."""
     return shards(store, supernets.plan(store))
 
 
@@ -46,25 +94,94 @@ def run(session: Session) -> None:
 
 def evaluate(session: Session, stage: str, supernet_units: Sequence[Unit]) -> None:
     """Evaluate the whole space in each of the supernets."""
-    store, units = session.store, shards(session.store, supernet_units)
+    store = session.store
+    load_base(store)  # before `train`, say so
+    trained = supernets.finished(store, supernets.FINETUNE)
+    if not store.has_checkpoint(PLAN, "plan"):
+        require(store, supernets.FINETUNE, {supernet_units[0].name}, trained)
+        _make_plan(session, supernet_units[0].name)
+    units = shards(store, supernet_units)
     done = finished(store)
-    searched = {unit.arguments["supernet"] for unit in units if unit.name not in done}
-    require(store, supernets.FINETUNE, searched, supernets.finished(store, supernets.FINETUNE))
-    session.run(stage, units, work, lambda: finished(store))
+    require(store, supernets.FINETUNE, {unit.shared for unit in units if unit.name not in done}, trained)
+    session.run(stage, units, work, lambda: finished(store), shared=lambda name: _load_shared(store, name))
+
+
+def _make_plan(session: Session, supernet: str) -> None:
+    """Cut the space for the workers there are, and have one of them time the forms of the layers."""
+    store = session.store
+
+    def planned() -> set[str]:
+        return {"plan"} if store.has_checkpoint(PLAN, "plan") else set()
+
+    session.run(
+        f"{STAGE} plan",
+        [Unit("plan", {"workers": session.cluster().slots()}, shared=supernet)],
+        plan_work,
+        planned,
+        shared=lambda name: _load_shared(store, name),
+    )
+
+
+def _load_shared(store: RunStore, supernet: str) -> dict[str, Any]:
+    """Return a supernet's weights as arrays, and its group-sizes."""
+    tensors, about = store.load_checkpoint(supernets.FINETUNE, supernet)
+    return {"group_sizes": about["group_sizes"], "weights": {name: t.numpy() for name, t in tensors.items()}}
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """A supernet on a worker, and what the rows of its configurations are made from."""
+
+    base: Base
+    evaluator: Evaluator
+    actual: CostTable
+    paper: CostTable
+
+    @classmethod
+    def of(cls, context: Context, forms: dict[str, LayerForm] | None) -> _Searched:
+        base = load_base(context.store)
+        supernet = empty_supernet(base.network, context.shared["group_sizes"])
+        weights = {name: tensor_of(array) for name, array in context.shared["weights"].items()}
+        supernet.load_state_dict(weights, assign=True)  # the node's one copy, not another one for each worker
+        actual, paper = (CostTable.of(supernet, base.input_shape, convention=one) for one in ("actual", "paper"))
+        search = context.store.experiment.search
+        options = EvaluationOptions(
+            memory_budget=search.memory_budget or None, form=search.form, precision=search.precision
+        )
+        return cls(base, Evaluator(supernet.to(context.device), options, forms=forms), actual, paper)
+
+
+def plan_work(context: Context, unit: Unit) -> str:
+    """Store the plan of the search."""
+    searched = _Searched.of(context, None)
+    base, validation = searched.base, context.splits.validation
+    searched.evaluator.evaluate(validation.images[:1], validation.labels[:1], base.space[:1])
+    forms = searched.evaluator.forms
+    supernet = empty_supernet(base.network, context.shared["group_sizes"])
+    num = max(SHARDS_A_WORKER * unit.arguments["workers"], -(-len(base.space) // MOST_CONFIGURATIONS))
+    cut = PrefixCosts(base.space, segment_macs(supernet, base.input_shape)).cut(num)
+    about = {
+        "shards": [[shard.start, shard.stop] for shard in cut],
+        "forms": {name: asdict(form) for name, form in forms.items()},
+    }
+    context.store.save_checkpoint(PLAN, "plan", {}, about)
+    bottlenecks = sum(one == "bottleneck" for form in forms.values() for one in form.by_size.values())
+    total = sum(len(form.by_size) for form in forms.values())
+    return f"{len(base.space)} configurations in {len(cut)} shards; {bottlenecks} of {total} layer forms as bottlenecks"
 
 
 def work(context: Context, unit: Unit) -> str:
     """Evaluate one shard of one supernet on the validation split."""
     arguments, store = unit.arguments, context.store
-    base = load_base(store)
-    supernet = load_supernet(store, supernets.FINETUNE, arguments["supernet"], base)
-    actual = CostTable.of(supernet, base.input_shape)
-    paper = CostTable.of(supernet, base.input_shape, convention="paper")
+    if arguments["supernet"] not in context.kept:
+        context.kept.clear()  # one supernet at a time
+        context.kept[arguments["supernet"]] = _Searched.of(context, load_plan(store).forms)
+    searched: _Searched = context.kept[arguments["supernet"]]
+    base, validation = searched.base, context.splits.validation
     configurations = base.space[arguments["start"] : arguments["stop"]]
-    validation = context.splits.validation
-    evaluated = evaluate_configurations(
-        supernet.to(context.device), validation.images, validation.labels, configurations
-    )
+    correct, loss = searched.evaluator.evaluate(validation.images, validation.labels, configurations)
+    total = len(validation.labels)
+    layers = [f"layer {layer}" for layer in base.space.layers]
     rows = [
         {
             "supernet": arguments["supernet"],
@@ -72,20 +189,66 @@ def work(context: Context, unit: Unit) -> str:
             "scaling": arguments["scaling"],
             "seed": arguments["seed"],
             "configuration": str(configuration),
-            **{f"layer {layer}": size for layer, size in zip(base.space.layers, configuration, strict=True)},
-            "macs": actual.macs(configuration),
-            "macs_paper": paper.macs(configuration),
-            "parameters": actual.parameters(configuration),
-            "val_correct": int(result.correct),
-            "val_total": int(result.total),
-            "val_accuracy": float(result.accuracy),
-            "val_loss": float(result.loss),
+            **dict(zip(layers, configuration, strict=True)),
+            "macs": searched.actual.macs(configuration),
+            "macs_paper": searched.paper.macs(configuration),
+            "parameters": searched.actual.parameters(configuration),
+            "val_correct": count,
+            "val_total": total,
+            "val_accuracy": count / total,
+            "val_loss": loss_sum / total,
             "latency_ms": None,
         }
-        for configuration, result in zip(configurations, evaluated.itertuples(), strict=True)
+        for configuration, count, loss_sum in zip(configurations, correct.tolist(), loss.tolist(), strict=True)
     ]
     store.write_table("configurations", unit.name, rows, layers=base.space.layers)
-    return f"{len(rows)} configurations, best {evaluated['accuracy'].max():.4f}"
+    return f"{len(rows)} configurations, best {int(correct.max()) / total:.4f}"
+
+
+def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
+    """Time the parts of the supernet on the workers' device, and put `latency_ms` into the rows of `configurations`.
+
+    What was measured with this batch size and these threads is not measured again. Raises MissingStageError before
+    the search is done.
+    """
+    store, units = session.store, plan(session.store)
+    require(store, STAGE, [unit.name for unit in units], finished(store))
+    options = LatencyOptions(batch_size=batch_size, threads=threads)
+    name = f"batch={batch_size},threads={threads}"
+    session.run(
+        f"{STAGE} latency",
+        [Unit(name, asdict(options), shared=units[0].shared)],
+        latency_work,
+        lambda: store.finished_units("latencies") & store.finished_units("latency_models"),
+        shared=lambda supernet: _load_shared(store, supernet),
+    )
+    model = LatencyModel.from_tables(*(store.read_units(table, [name]) for table in ("latencies", "latency_models")))
+    layers = load_base(store).space.layers
+    for unit in sorted(store.finished_units("configurations")):
+        rows = store.read_units("configurations", [unit], [*(f"layer {layer}" for layer in layers), "latency_ms"])
+        predicted = model.predict_many({layer: rows[f"layer {layer}"].to_numpy() for layer in layers})
+        if not (rows["latency_ms"].to_numpy() == predicted).all():
+            store.set_column("configurations", unit, "latency_ms", predicted.tolist())
+
+
+def latency_work(context: Context, unit: Unit) -> str:
+    """Time the parts of one supernet: its weights do not matter."""
+    base = load_base(context.store)
+    supernet = empty_supernet(base.network, context.shared["group_sizes"])
+    with torch.no_grad():
+        for name, parameter in supernet.named_parameters():
+            parameter.copy_(tensor_of(context.shared["weights"][name]))
+    model = measure_latency(
+        supernet,
+        base.input_shape,
+        LatencyOptions(**unit.arguments),
+        generator=derived_generator(context.seed, "latency"),
+        device=context.device,
+        on_part=lambda done, total: context.report(done / total, f"{done} of {total} timings"),
+    )
+    context.store.write_table("latencies", unit.name, model.rows())
+    context.store.write_table("latency_models", unit.name, [model.summary()])
+    return f"median error {100 * model.median_error:.1f} % of {model.num_sampled} configurations, on {model.device}"
 
 
 def budgets(store: RunStore) -> list[Configuration]:
@@ -94,15 +257,46 @@ def budgets(store: RunStore) -> list[Configuration]:
     return [uniform(sizes, budget) for budget in store.experiment.search.budgets]
 
 
+def accuracies(store: RunStore) -> Iterator[pd.DataFrame]:
+    """Return what `supernet_accuracies` gives for the supernets that are searched, one shard's configurations a time.
+
+    Raises MissingStageError unless all are evaluated.
+    """
+    units = plan(store)
+    missing = [unit.name for unit in units if not store.has_unit("configurations", unit.name)]
+    if missing:
+        raise MissingStageError(
+            f"{len(missing)} of {len(units)} shards are not stored in {store.path}: run `gross search` on it first"
+        )
+    by_range: dict[int, list[str]] = {}
+    for unit in units:
+        by_range.setdefault(unit.arguments["start"], []).append(unit.name)
+    columns = ["configuration", *COSTS, "val_accuracy"]
+    for names in by_range.values():
+        yield supernet_accuracies(store.read_units("configurations", names, columns))
+
+
+def best(store: RunStore, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
+    """Return the `top` most accurate configurations within all budgets (`best_under`)."""
+    return best_of_chunks(accuracies(store), budgets, top)
+
+
+def front(store: RunStore, cost: str) -> pd.DataFrame:
+    """Return the Pareto front of accuracy and a cost (`pareto_front`)."""
+    return front_of_chunks(accuracies(store), cost=cost)
+
+
 def choose(store: RunStore) -> None:
     """Store the selected configurations of each budget that are not stored yet."""
-    units = {f"budget={budget}": budget for budget in budgets(store)}
+    units = {f"budget={budget}": str(budget) for budget in budgets(store)}
     missing = units.keys() - store.finished_units("selections")
     if not missing:
         return
-    searched = {unit.name for unit in supernets.plan(store)}
-    table = store.read_table("configurations")
-    accuracies = supernet_accuracies(table[table["supernet"].isin(searched)])
+    names = list(units.values())
+    fixed = pd.concat([part[part["configuration"].isin(names)] for part in accuracies(store)])
     for unit in missing:
-        chosen = select(accuracies, str(units[unit]), store.experiment.search.top)
-        store.write_table("selections", unit, chosen.to_dict("records"))
+        limit = fixed.loc[fixed["configuration"] == units[unit], "macs"]
+        top = store.experiment.search.top
+        within = best(store, [Budget("macs", float(limit.iloc[0]))], top + 1)  # the fixed one may be among them
+        candidates = pd.concat([within, fixed]).drop_duplicates("configuration")
+        store.write_table("selections", unit, select(candidates, units[unit], top).to_dict("records"))

@@ -18,7 +18,7 @@ from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster, Resources, connected
 from pipelines.progress import Reporter
 from pipelines.units import Unit, Work, pack_splits
-from pipelines.workers import WorkerPool
+from pipelines.workers import Shared, WorkerPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,18 @@ class Session:
                 session._close()
 
     def run(
-        self, stage: str, units: Sequence[Unit], work: Work, finished: Callable[[], set[str]], *, tune: bool = False
+        self,
+        stage: str,
+        units: Sequence[Unit],
+        work: Work,
+        finished: Callable[[], set[str]],
+        *,
+        tune: bool = False,
+        shared: Shared | None = None,
     ) -> None:
         """Do those of a stage's `units` that `finished` does not name, on actors or as trials of Ray Tune.
+
+        On actors, `shared` loads what units share, by name (`Unit.shared`).
 
         Raises UnitsFailedError, naming them, unless every unit is finished afterwards.
         """
@@ -69,7 +78,7 @@ class Session:
         with self.reporter.stage(stage, len(units), len(done)) as progress:
             if not todo:
                 return
-            cluster = self._join()
+            cluster = self.cluster()
             assert self._packed is not None
             threads = cluster.threads(len(units))
             if tune:
@@ -89,7 +98,7 @@ class Session:
             else:
                 if self._pool is None:
                     self._pool = WorkerPool(cluster, self._packed)
-                failed = self._pool.run(work, self.store, todo, threads=threads, progress=progress)
+                failed = self._pool.run(work, self.store, todo, threads=threads, progress=progress, shared=shared)
         done = finished()
         missing = [name for name in names if name not in done]
         if missing:
@@ -100,18 +109,19 @@ class Session:
                 "All others are stored; the same command again does only what is missing"
             )
 
-    def _tell_of_damage(self) -> None:
-        for file in self.store.damaged:
-            self.reporter.note(f"damaged file {file}: deleted; its unit is done again")
-        self.store.damaged.clear()
-
-    def _join(self) -> Cluster:
+    def cluster(self) -> Cluster:
+        """Return the cluster, joined now if it is not yet, with the images laid out on it."""
         if self._cluster is None:
             splits = load_dataset(self.store.experiment.data, root=self._source.root, download=self._source.download)
             self._cluster = self._stack.enter_context(connected(self._resources))
             self._packed = ray.put(pack_splits(splits))
             self._record_start(self._cluster)
         return self._cluster
+
+    def _tell_of_damage(self) -> None:
+        for file in self.store.damaged:
+            self.reporter.note(f"damaged file {file}: deleted; its unit is done again")
+        self.store.damaged.clear()
 
     def _record_start(self, cluster: Cluster) -> None:
         started = datetime.now(UTC)

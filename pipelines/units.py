@@ -34,6 +34,8 @@ class Unit:
     """What the stage's function needs to know; plain values."""
     cost: float = 1.0
     """About how much work it is, in any unit: the longest are started first."""
+    shared: str = ""
+    """Name of what it reads besides, like a supernet's weights; the driver lays that out once for all workers."""
 
 
 def require(store: RunStore, stage: str, wanted: Iterable[str], there: set[str]) -> None:
@@ -54,6 +56,10 @@ class Context:
     splits: Splits
     device: str
     report: Report
+    shared: Any = None
+    """What the unit's `shared` names: arrays in it are read-only memory that all workers of a node share."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What this worker keeps from one unit to the next."""
 
     @property
     def seed(self) -> int:
@@ -103,12 +109,15 @@ def pack_splits(splits: Splits) -> dict[str, Any]:
 
 def unpack_splits(packed: Mapping[str, Any], device: str) -> Splits:
     """Return what `pack_splits` packed, on `device`."""
-
-    def tensor(array: np.ndarray) -> Tensor:
-        with warnings.catch_warnings():
-            # The object store's memory is read-only; nothing writes into the images.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(array).to(device)
-
-    parts = {name: ImageSet(*(tensor(array) for array in packed[name])) for name in ("train", "validation", "test")}
+    parts = {
+        name: ImageSet(*(tensor_of(array).to(device) for array in packed[name]))
+        for name in ("train", "validation", "test")
+    }
     return Splits(packed["name"], parts["train"], parts["validation"], parts["test"], packed["classes"])
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """Return an array of Ray's object store as a tensor on the same memory, which nothing may write to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

@@ -143,13 +143,27 @@ class RunStore:
 
         Raises RunFolderError naming a damaged file, and InvalidValueError for an unknown table.
         """
-        parts = []
-        for file in self._table_files(name):
-            try:
-                parts.append(_read_unit(file))
-            except _DamagedFile as error:
-                raise RunFolderError(f"damaged file {file}: {error}; {_AGAIN}") from None
-        return (pa.concat_tables(parts) if parts else table(name).schema().empty_table()).to_pandas()
+        return _frame(name, [_read_sound_unit(file) for file in self._table_files(name)])
+
+    def read_units(self, name: str, units: Sequence[str], columns: Sequence[str] | None = None) -> pandas.DataFrame:
+        """Return the rows of some units that are stored, in the order given; of some columns only where they are named.
+
+        Raises RunFolderError naming a damaged or missing file, and InvalidValueError for an unknown table.
+        """
+        return _frame(name, [_read_sound_unit(self._table_file(name, unit), columns) for unit in units])
+
+    def set_column(self, name: str, unit: str, column: str, values: Sequence[Any]) -> None:
+        """Put `values`, one for each row, in place of a column of a stored unit; nothing else of it changes.
+
+        Raises ValueError for a value that the column may not hold, RunFolderError naming a damaged or missing file.
+        """
+        path = self._table_file(name, unit)
+        stored = _read_sound_unit(path)
+        field = stored.schema.field(column)
+        array = table(name).expand()[column].array(list(values), column)
+        with _whole_file(path) as file:
+            arrow = stored.set_column(stored.schema.get_field_index(column), field, array)
+            pq.write_table(arrow, file, write_page_checksum=True)
 
     def finished_units(self, name: str) -> set[str]:
         """Return the units of table `name` that are stored whole; a damaged file is deleted and noted in `damaged`."""
@@ -255,12 +269,23 @@ class _DamagedFile(Exception):
     """A stored unit cannot be read."""
 
 
-def _read_unit(file: Path) -> pa.Table:
+def _frame(name: str, parts: list[pa.Table]) -> pandas.DataFrame:
+    return (pa.concat_tables(parts) if parts else table(name).schema().empty_table()).to_pandas()
+
+
+def _read_sound_unit(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        return _read_unit(file, columns)
+    except _DamagedFile as error:
+        raise RunFolderError(f"damaged file {file}: {error}; {_AGAIN}") from None
+
+
+def _read_unit(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     # ParquetFile, for pyarrow's other readers make columns of folders like seed=0 on the way to the file.
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             rows = parquet.metadata.num_rows
-            stored = parquet.read()
+            stored = parquet.read(columns)
     except (pa.ArrowException, OSError) as error:
         raise _DamagedFile(error) from None
     if stored.num_rows != rows:

@@ -17,12 +17,15 @@ CONVENTIONS = ("actual", "paper")
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One call of a layer in a forward pass of one image."""
 
     module: nn.Module
+    """The layer."""
     input_size: tuple[int, ...]
+    """Shape of its input, (1, C, H, W) or (1, ..., features)."""
     output_size: tuple[int, ...]
+    """Shape of its output."""
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
@@ -31,8 +34,8 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     A SeriesConv2d counts as the bottleneck of its active group-size.
     """
     return sum(
-        _series_macs(call, call.module.group_size) if isinstance(call.module, SeriesConv2d) else _plain_macs(call)
-        for call in _calls(model, input_shape)
+        _series_macs(call, call.module.group_size) if isinstance(call.module, SeriesConv2d) else plain_macs(call)
+        for call in network_calls(model, input_shape)
     )
 
 
@@ -71,12 +74,12 @@ class CostTable:
         layer_macs: dict[int, dict[int, int]] = {
             id(layer): dict.fromkeys(layer.group_sizes, 0) for layer in layers.values()
         }
-        for call in _calls(supernet, input_shape):
+        for call in network_calls(supernet, input_shape):
             if isinstance(call.module, SeriesConv2d):
                 for size in call.module.group_sizes:
                     layer_macs[id(call.module)][size] += count(call, size)
             elif convention == "actual":
-                shared_macs += _plain_macs(call)
+                shared_macs += plain_macs(call)
         series = {id(p) for layer in layers.values() for p in layer.series_parameters()}
         shared_parameters = sum(p.numel() for p in supernet.parameters() if id(p) not in series)
         return cls(
@@ -107,11 +110,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _calls(model: nn.Module, input_shape: Sequence[int]) -> list[_Call]:
-    calls: list[_Call] = []
+def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
+    """Return each call of a convolution, linear or decomposed layer as `model` runs one image of (C, H, W)."""
+    calls: list[Call] = []
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append(_Call(module, tuple(inputs[0].shape), tuple(output.shape)))
+        calls.append(Call(module, tuple(inputs[0].shape), tuple(output.shape)))
 
     counted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | SeriesConv2d)]
     handles = [module.register_forward_hook(hook) for module in counted]
@@ -129,7 +133,8 @@ def _calls(model: nn.Module, input_shape: Sequence[int]) -> list[_Call]:
     return calls
 
 
-def _plain_macs(call: _Call) -> int:
+def plain_macs(call: Call) -> int:
+    """Return the MACs of a call of nn.Conv2d or nn.Linear."""
     module = call.module
     if isinstance(module, nn.Conv2d):
         places = _product(call.output_size[1:])
@@ -138,14 +143,21 @@ def _plain_macs(call: _Call) -> int:
     return _product(call.output_size[1:]) * module.in_features
 
 
-def _series_macs(call: _Call, group_size: int) -> int:
+def dense_macs(call: Call) -> int:
+    """Return the MACs of a call of a SeriesConv2d as the dense convolution that it equals."""
+    layer = call.module
+    assert isinstance(layer, SeriesConv2d)
+    return _product(call.output_size[1:]) * layer.in_channels * _product(layer.kernel_size)
+
+
+def _series_macs(call: Call, group_size: int) -> int:
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
     before, after = _product(call.input_size[2:]), _product(call.output_size[2:])
     return _bottleneck_macs(layer, group_size, before, after)
 
 
-def _series_macs_paper(call: _Call, group_size: int) -> int:
+def _series_macs_paper(call: Call, group_size: int) -> int:
     """Count with stride and padding on the first 1x1, as Table 1 of the paper has them."""
     layer = call.module
     assert isinstance(layer, SeriesConv2d)

@@ -1,18 +1,11 @@
-"""Accuracy of many configurations at once, exact, each shared prefix computed once.
-
-The same layer input leads to the same output whatever the later layers choose. The network is traced with torch.fx;
-its graph is run from one decomposed layer to the next, branching there, depth first, so that the live tensors are
-those of one path. A layer's group-sizes run as one convolution on stacked dense kernels.
-"""
+"""Accuracy of many configurations at once, exact, each shared prefix computed once."""
 
 from __future__ import annotations
 
-import operator
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 import torch
@@ -23,13 +16,47 @@ from gross_ray.data.augment import normalise
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
+from gross_ray.search.batch_plan import BatchPlan, default_memory_budget, measure_segments, plan_batches
+from gross_ray.search.graph import modules_out_of_place, trace
+from gross_ray.search.layer_forms import FORMS, LayerForm, Siblings, fastest_form
+from gross_ray.search.prefix_walk import Prefix, PrefixWalk
 from gross_ray.space import Configuration, SearchSpace
 
 COLUMNS = ("configuration", "correct", "total", "accuracy", "loss")
+FORM_CHOICES = ("auto", *FORMS)
+PRECISIONS = ("float32", "tf32", "bfloat16")
+ONE_BY_ONE_BATCH = 100
+"""Images of a batch where a network cannot be traced and no batch size is given."""
+TIMED_MACS = 5e8
+"""About how much of a layer's work is done each time that a form is timed."""
 
 
 class NotTraceableWarning(UserWarning):
     """A network cannot be traced, so that configurations are evaluated one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How configurations are evaluated; the counts are the same up to float rounding whatever is chosen."""
+
+    batch_size: int | None = None
+    """Images of a batch; None: as many as fit the memory budget."""
+    memory_budget: int | None = None
+    """Bytes that a batch's live tensors may take; None: the CPU's largest cache, or half of the GPU's free memory."""
+    form: str = "auto"
+    """How decomposed layers run: dense, bottleneck, or auto: whichever each layer and group-size is faster in."""
+    precision: str = "float32"
+    """float32 (the network's own dtype), tf32 (CUDA's faster products) or bfloat16 (autocast): both change counts."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InvalidValueError(f"batch_size = {self.batch_size}: must be 1 or more")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise InvalidValueError(f"memory_budget = {self.memory_budget} bytes: must be 1 or more")
+        if self.form not in FORM_CHOICES:
+            raise InvalidValueError(f"form = {self.form!r}: must be one of {', '.join(FORM_CHOICES)}")
+        if self.precision not in PRECISIONS:
+            raise InvalidValueError(f"precision = {self.precision!r}: must be one of {', '.join(PRECISIONS)}")
 
 
 def evaluate_configurations(
@@ -38,31 +65,24 @@ def evaluate_configurations(
     labels: Tensor,
     configurations: Iterable[Sequence[int]] | None = None,
     *,
-    batch_size: int = 100,
+    batch_size: int | None = None,
+    memory_budget: int | None = None,
+    form: str = "auto",
+    precision: str = "float32",
 ) -> pd.DataFrame:
     """Return what a forward pass of each configuration over all images would give.
 
     `images` are uint8 (N, 3, H, W), normalised here, or floating point, taken as they are; `labels` (N,) int64;
-    `configurations` default to the whole space. Columns: configuration (text), correct and total (images), accuracy,
-    loss (mean cross-entropy); rows in the order given. A network that torch.fx cannot trace is evaluated with one
-    pass a configuration, after a NotTraceableWarning that names the cause. Raises InvalidValueError for a
-    configuration outside the space, no images or a batch size below 1.
+    `configurations` default to the whole space; the other arguments are those of `EvaluationOptions`. Columns:
+    configuration (text), correct and total (images), accuracy, loss (mean cross-entropy); rows in the order given. A
+    network that torch.fx cannot trace is evaluated with one pass a configuration, after a NotTraceableWarning that
+    names the cause. Raises InvalidValueError for a configuration outside the space, no images, or an option outside
+    its range.
     """
+    options = EvaluationOptions(batch_size=batch_size, memory_budget=memory_budget, form=form, precision=precision)
     space = SearchSpace.of(supernet)
     chosen = list(space) if configurations is None else [space.check(one) for one in configurations]
-    if len(images) == 0 or len(images) != len(labels):
-        raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
-    if batch_size < 1:
-        raise InvalidValueError(f"batch_size = {batch_size}: must be 1 or more")
-    active, modes = get_configuration(supernet), {module: module.training for module in supernet.modules()}
-    supernet.eval()
-    try:
-        with torch.inference_mode():
-            correct, loss = _evaluate(supernet, images, labels, chosen, batch_size)
-    finally:
-        for module, training in modes.items():  # one by one: a frozen batch-norm stays frozen
-            module.training = training
-        set_configuration(supernet, active)
+    correct, loss = Evaluator(supernet, options).evaluate(images, labels, chosen)
     rows = [
         (str(one), count, len(labels), count / len(labels), total / len(labels))
         for one, count, total in zip(chosen, correct.tolist(), loss.tolist(), strict=True)
@@ -70,43 +90,197 @@ def evaluate_configurations(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _evaluate(
-    supernet: nn.Module, images: Tensor, labels: Tensor, chosen: list[Configuration], batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Return correct images (int64) and summed loss (float64) of each configuration."""
-    device = images.device
-    correct = torch.zeros(len(chosen), dtype=torch.int64, device=device)
-    loss = torch.zeros(len(chosen), dtype=torch.float64, device=device)
-    if not chosen:
-        return correct.cpu(), loss.cpu()
-    graph = _traced(supernet)
-    walk = None if graph is None else _PrefixWalk(supernet, graph, chosen)
-    with nullcontext() if walk is None else _modules_out_of_place(supernet):
-        for start in range(0, len(labels), batch_size):
-            batch, truth = images[start : start + batch_size], labels[start : start + batch_size]
-            if not batch.is_floating_point():
-                batch = normalise(batch)
-            batch = batch.contiguous(memory_format=torch.channels_last)
-            for place, logits in _logits(supernet, walk, batch, chosen):
-                correct[place] += (logits.argmax(dim=1) == truth).sum()
-                loss[place] += F.cross_entropy(logits, truth, reduction="sum").double()
-    return correct.cpu(), loss.cpu()
+class Evaluator:
+    """One supernet, ready to evaluate lists of its configurations: what is derived from its weights is kept.
+
+    A later change of the weights is not seen.
+    """
+
+    def __init__(
+        self,
+        supernet: nn.Module,
+        options: EvaluationOptions = EvaluationOptions(),  # noqa: B008 (frozen)
+        *,
+        forms: Mapping[str, LayerForm] | None = None,
+    ) -> None:
+        """Trace `supernet`; `forms`, by layer name, are taken as given in place of timing them (see `forms`)."""
+        self._supernet, self._options = supernet, options
+        self._space = SearchSpace.of(supernet)
+        self._given = dict(forms or {})
+        self._graph = _traced(supernet)
+        self._walk: PrefixWalk | None = None
+        self._joined = True
+        """Whether rows of several prefixes may share a batch: nothing in the network mixes rows."""
+
+    @property
+    def forms(self) -> dict[str, LayerForm]:
+        """The form of each decomposed layer that the network uses, by name, once something was evaluated."""
+        if self._walk is None:
+            return {}
+        layers = series_layers(self._supernet)
+        return {name: self._walk.siblings[layer].form for name, layer in layers.items() if layer in self._walk.siblings}
+
+    def evaluate(
+        self, images: Tensor, labels: Tensor, configurations: Sequence[Configuration]
+    ) -> tuple[Tensor, Tensor]:
+        """Return correct images (int64) and summed cross-entropy (float64) of each configuration, on the CPU."""
+        if len(images) == 0 or len(images) != len(labels):
+            raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
+        correct = torch.zeros(len(configurations), dtype=torch.int64)
+        loss = torch.zeros(len(configurations), dtype=torch.float64)
+        if not configurations:
+            return correct, loss
+        with torch.inference_mode(), _evaluating(self._supernet), _precision(self._options.precision, images.device):
+            if self._graph is None:
+                return self._one_by_one(images, labels, configurations)
+            with modules_out_of_place(self._supernet):
+                return self._by_prefix(images, labels, configurations, correct, loss)
+
+    def _by_prefix(
+        self, images: Tensor, labels: Tensor, configurations: Sequence[Configuration], correct: Tensor, loss: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self._walk is None:
+            self._walk = self._prepared(images)
+        walk, root = self._walk, None
+        root = walk.tree(configurations)
+        plan = self._plan(walk, images, configurations)
+        if max(plan.limits, default=1) > 1:
+            self._joined = self._joined and _rows_are_independent(walk, _batch(images[:2]), configurations)
+        totals: _Totals | None = None
+        for start in range(0, len(labels), plan.num_images):
+            found = _Totals(labels[start : start + plan.num_images])
+            walk.run(
+                _batch(images[start : start + plan.num_images]),
+                root,
+                found.add,
+                limits=plan.limits,
+                apart=not self._joined,
+            )
+            totals = found.joined(totals)
+        assert totals is not None
+        for leaf, count, total in zip(totals.leaves, totals.correct.tolist(), totals.loss.tolist(), strict=True):
+            correct[leaf.places] = count
+            loss[leaf.places] = total
+        return correct, loss
+
+    def _prepared(self, images: Tensor) -> PrefixWalk:
+        """Return the walk with each layer in its form, timed where it is not given."""
+        assert self._graph is not None
+        names = {layer: name for name, layer in series_layers(self._supernet).items()}
+        forms: dict[SeriesConv2d, LayerForm] = {}
+        default = "dense" if self._options.form == "auto" else self._options.form
+        walk = PrefixWalk(self._supernet, self._graph, {})
+        for layer, name in names.items():
+            forms[layer] = self._given.get(name) or LayerForm.uniform(layer, default)
+        to_time = [layer for layer, name in names.items() if self._options.form == "auto" and name not in self._given]
+        if to_time:
+            walk.siblings = {layer: Siblings(layer, LayerForm.uniform(layer, "bottleneck")) for layer in names}
+
+            def on_layer(layer: SeriesConv2d, inputs: Tensor) -> None:
+                if layer in to_time:
+                    forms[layer] = fastest_form(layer, _typical_rows(layer, inputs))
+
+            path = walk.tree([self._space[0]])
+            walk.run(_batch(images[:1]), path, lambda *_: None, limits=[1] * walk.num_layers, on_layer=on_layer)
+        walk.siblings = {layer: Siblings(layer, forms[layer]) for layer in walk.layers}
+        return walk
+
+    def _plan(self, walk: PrefixWalk, images: Tensor, configurations: Sequence[Configuration]) -> BatchPlan:
+        options = self._options
+        budget = options.memory_budget or default_memory_budget(images.device)
+        segments = measure_segments(walk, _batch(images[:1]), walk.tree(configurations[:1]))
+        siblings = [len(layer.group_sizes) for layer in walk.layers]
+        return plan_batches(segments, siblings, len(images), budget, batch_size=options.batch_size)
+
+    def _one_by_one(
+        self, images: Tensor, labels: Tensor, configurations: Sequence[Configuration]
+    ) -> tuple[Tensor, Tensor]:
+        size = self._options.batch_size or ONE_BY_ONE_BATCH
+        totals: _Totals | None = None
+        for start in range(0, len(labels), size):
+            batch, found = _batch(images[start : start + size]), _Totals(labels[start : start + size])
+            for configuration in configurations:
+                set_configuration(self._supernet, configuration)
+                found.add([Prefix(configuration)], self._supernet(batch))
+            totals = found.joined(totals)
+        assert totals is not None
+        return totals.correct.cpu(), totals.loss.cpu()
 
 
-def _logits(
-    supernet: nn.Module, walk: _PrefixWalk | None, batch: Tensor, chosen: list[Configuration]
-) -> Iterable[tuple[Tensor | int, Tensor]]:
-    if walk is not None:
-        yield from walk.run(batch)
-        return
-    for place, configuration in enumerate(chosen):
-        set_configuration(supernet, configuration)
-        yield place, supernet(batch)
+@dataclass
+class _Totals:
+    """Correct images and summed loss of each leaf, on the device, in the order in which the walk meets the leaves."""
+
+    labels: Tensor
+    leaves: list[Prefix] = field(default_factory=list)
+    _correct: list[Tensor] = field(default_factory=list)
+    _loss: list[Tensor] = field(default_factory=list)
+
+    def add(self, leaves: list[Prefix], logits: Tensor) -> None:
+        """Count for some leaves; logits (len(leaves) * N, classes)."""
+        num, truth = len(leaves), self.labels.repeat(len(leaves))
+        self.leaves += leaves
+        self._correct.append((logits.argmax(dim=1) == truth).view(num, -1).sum(dim=1))
+        losses = F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, truth, reduction="none")
+        self._loss.append(losses.view(num, -1).sum(dim=1, dtype=torch.float64))
+
+    @property
+    def correct(self) -> Tensor:
+        """Correct images, (leaves,) int64."""
+        return self._correct[0]
+
+    @property
+    def loss(self) -> Tensor:
+        """Summed cross-entropy, (leaves,) float64."""
+        return self._loss[0]
+
+    def joined(self, earlier: _Totals | None) -> _Totals:
+        """Return these totals of a batch, and those of the batches before it, as one."""
+        correct, loss = torch.cat(self._correct), torch.cat(self._loss)
+        if earlier is not None:
+            correct, loss = correct + earlier.correct, loss + earlier.loss
+        return _Totals(self.labels, self.leaves, [correct], [loss])
+
+
+def _batch(images: Tensor) -> Tensor:
+    batch = images if images.is_floating_point() else normalise(images)
+    return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
+
+
+def _typical_rows(layer: SeriesConv2d, inputs: Tensor) -> Tensor:
+    """Return as many copies of one row as give a form something to do."""
+    kernel = layer.kernel_size[0] * layer.kernel_size[1]
+    macs = layer.in_channels * layer.out_channels * kernel * inputs.shape[2] * inputs.shape[3]
+    rows = int(min(max(TIMED_MACS / macs / len(layer.group_sizes), 8), 128))
+    return inputs[:1].repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _rows_are_independent(walk: PrefixWalk, batch: Tensor, configurations: Sequence[Configuration]) -> bool:
+    """Return whether a few configurations give the same logits together as each for itself."""
+    few = [*configurations[:3], *configurations[-3:]]
+    found: list[dict[tuple[int, ...], Tensor]] = []
+    for together in (True, False):
+        logits: dict[tuple[int, ...], Tensor] = {}
+
+        def add(leaves: list[Prefix], rows: Tensor, logits: dict[tuple[int, ...], Tensor] = logits) -> None:
+            logits.update({leaf.sizes: part for leaf, part in zip(leaves, rows.chunk(len(leaves)), strict=True)})
+
+        try:
+            walk.run(batch, walk.tree(few), add, limits=[len(few)] * walk.num_layers, apart=not together)
+        except (RuntimeError, InvalidValueError):
+            if not together:
+                raise
+            return False  # a size written down while tracing, for one
+        found.append(logits)
+    tolerance = 1e-2 if batch.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return all(
+        torch.allclose(rows, found[1][sizes], rtol=tolerance, atol=tolerance) for sizes, rows in found[0].items()
+    )
 
 
 def _traced(supernet: nn.Module) -> fx.Graph | None:
     try:
-        return _out_of_place(_Tracer().trace(supernet), dict(supernet.named_modules(remove_duplicate=False)))
+        return trace(supernet)
     except Exception as error:  # torch.fx raises whatever the model's own code meets on symbolic values
         warnings.warn(
             f"this network cannot be traced ({type(error).__name__}: {error}); evaluating one configuration at a time",
@@ -116,162 +290,34 @@ def _traced(supernet: nn.Module) -> fx.Graph | None:
         return None
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, SeriesConv2d) or super().is_leaf_module(module, qualified_name)
-
-
-_OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-
-
-def _out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Graph:
-    """Rewrite what overwrites its input: sibling branches share the values from before the branch.
-
-    Whatever reads the overwritten value afterwards reads the new one instead. Raises ValueError for a function that
-    has no form that leaves its input alone.
-    """
-    later: set[fx.Node] = set(graph.nodes)
-    for node in graph.nodes:
-        later.discard(node)
-        if _rewritten(node, modules):
-            overwritten = node.args[0] if node.args else node.kwargs["input"]
-            for user in [user for user in overwritten.users if user in later]:
-                user.replace_input_with(overwritten, node)
-    return graph
-
-
-def _rewritten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Return whether `node` overwrote its first input; it no longer does (a module is switched by the caller)."""
-    if node.op == "call_module":
-        return getattr(modules[str(node.target)], "inplace", False) is True
-    if node.kwargs.get("out") is not None:
-        raise ValueError(f"{node.target} writes into `out`")
-    if node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
-        return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    overwrites = name.endswith("_") and not name.endswith("__")
-    if node.op == "call_method" and overwrites:
-        node.target = name[:-1]
-        return True
-    if node.op == "call_function" and node.target in _OUT_OF_PLACE:
-        node.target = _OUT_OF_PLACE[node.target]
-        return True
-    if node.op == "call_function" and overwrites and name not in ("and_", "or_", "not_", "is_"):  # those of `operator`
-        twin = getattr(F, name[:-1], None) or getattr(torch, name[:-1], None)
-        if twin is None:
-            raise ValueError(f"{name} overwrites its input")
-        node.target = twin
-        return True
-    return False
+@contextmanager
+def _evaluating(supernet: nn.Module) -> Iterator[None]:
+    """Set evaluation mode, and weights as channels_last needs them; put all back at the end, the configuration too."""
+    active, modes = get_configuration(supernet), {module: module.training for module in supernet.modules()}
+    weights = {module: module.weight.data for module in modes if isinstance(module, nn.Conv2d)}
+    supernet.eval()
+    try:
+        for conv, weight in weights.items():  # else each call would make that copy
+            conv.weight.data = weight.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for conv, weight in weights.items():
+            conv.weight.data = weight
+        for module, training in modes.items():  # one by one: a frozen batch-norm stays frozen
+            module.training = training
+        set_configuration(supernet, active)
 
 
 @contextmanager
-def _modules_out_of_place(model: nn.Module) -> Iterator[None]:
-    """Switch off `inplace` of all modules while it is open."""
-    switched = [module for module in model.modules() if getattr(module, "inplace", False) is True]
-    for module in switched:
-        module.inplace = False  # type: ignore[assignment]
-    try:
+def _precision(precision: str, device: torch.device) -> Iterator[None]:
+    if precision == "tf32" and device.type != "cuda":
+        raise InvalidValueError(f"precision = 'tf32' on {device.type}: only CUDA has it; use float32 or bfloat16")
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            wanted = "tf32" if precision == "tf32" else "ieee"  # by default torch gives convolutions tf32
+            for settings in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
+                stack.callback(setattr, settings, "fp32_precision", settings.fp32_precision)
+                settings.fp32_precision = wanted
+        if precision == "bfloat16":
+            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
         yield
-    finally:
-        for module in switched:
-            module.inplace = True  # type: ignore[assignment]
-
-
-@dataclass
-class _Prefix:
-    """A node of the prefix tree: the places of the configurations that end here, or what follows by group-size."""
-
-    places: list[int] = field(default_factory=list)
-    following: dict[int, _Prefix] = field(default_factory=dict)
-
-
-class _PrefixWalk:
-    """Runs a traced supernet over a prefix tree of configurations."""
-
-    def __init__(self, supernet: nn.Module, graph: fx.Graph, chosen: list[Configuration]) -> None:
-        names = {id(layer): place for place, layer in enumerate(series_layers(supernet).values())}
-        self._modules = dict(supernet.named_modules(remove_duplicate=False))
-        self._nodes = list(graph.nodes)
-        self._interpreter = fx.Interpreter(supernet, graph=graph)
-        # The places in a configuration of the decomposed layers, in the order in which the graph meets them first.
-        self._layer_of = {
-            node: names[id(self._modules[str(node.target)])]
-            for node in self._nodes
-            if node.op == "call_module" and isinstance(self._modules[str(node.target)], SeriesConv2d)
-        }
-        order = list(dict.fromkeys(self._layer_of.values()))
-        self._root = _Prefix()
-        for place, configuration in enumerate(chosen):
-            prefix = self._root
-            for layer in order:
-                prefix = prefix.following.setdefault(configuration[layer], _Prefix())
-            prefix.places.append(place)
-        self._last_use: dict[fx.Node, list[fx.Node]] = {}
-        last_user = {used: node for node in self._nodes for used in node.all_input_nodes}
-        for used, user in last_user.items():
-            self._last_use.setdefault(user, []).append(used)
-        self._kernels: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-
-    def run(self, batch: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yield (places, logits): the configurations at `places` all give `logits`."""
-        yield from self._walk(0, {"input": batch}, self._root, {})
-
-    def _walk(
-        self, start: int, values: dict[Any, Any], prefix: _Prefix, sizes: dict[int, int]
-    ) -> Iterable[tuple[Tensor, Tensor]]:
-        for index in range(start, len(self._nodes)):
-            node = self._nodes[index]
-            if node.op == "output":
-                yield torch.tensor(prefix.places, device=values[node.args[0]].device), values[node.args[0]]
-                return
-            layer = self._layer_of.get(node)
-            if layer is None:
-                values[node] = self._run_node(node, values)
-                self._forget(node, values)
-                continue
-            images = values[node.args[0]]
-            if layer in sizes:  # a shared layer met again: its group-size is chosen already
-                values[node] = self._siblings(node, images, (sizes[layer],))[0]
-                self._forget(node, values)
-                continue
-            choices = tuple(prefix.following)
-            self._forget(node, values)
-            for size, output in zip(choices, self._siblings(node, images, choices), strict=True):
-                branch = {**values, node: output}
-                yield from self._walk(index + 1, branch, prefix.following[size], {**sizes, layer: size})
-            return
-
-    def _run_node(self, node: fx.Node, values: dict[Any, Any]) -> Any:
-        if node.op == "placeholder":
-            return values.pop("input") if "input" in values else node.args[0]  # any other argument: its default
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: values[used])
-        return getattr(self._interpreter, node.op)(node.target, args, kwargs)
-
-    def _forget(self, node: fx.Node, values: dict[Any, Any]) -> None:
-        for used in self._last_use.get(node, ()):
-            values.pop(used, None)
-
-    def _siblings(self, node: fx.Node, images: Tensor, sizes: tuple[int, ...]) -> Sequence[Tensor]:
-        """Return the layer's output at each group-size: one convolution on the stacked dense kernels."""
-        layer = self._modules[str(node.target)]
-        assert isinstance(layer, SeriesConv2d)
-        key = (id(layer), sizes)
-        if key not in self._kernels:
-            kernels = [layer.bottleneck(size).dense_kernel() for size in sizes]
-            stacked = torch.cat(kernels).contiguous(memory_format=torch.channels_last)
-            self._kernels[key] = stacked
-        padding = layer.padding
-        if layer.padding_mode != "zeros":
-            images = F.pad(images, layer._padding_both_sides, mode=layer.padding_mode)
-            padding = (0, 0)
-        bias = None if layer.bias is None else layer.bias.repeat(len(sizes))
-        outputs = F.conv2d(images, self._kernels[key], bias, layer.stride, padding, layer.dilation)
-        # What follows is faster on whole tensors than on slices of one.
-        return [output.contiguous(memory_format=torch.channels_last) for output in outputs.split(layer.out_channels, 1)]

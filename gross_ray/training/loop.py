@@ -101,15 +101,15 @@ def accuracy(network: nn.Module, images: ImageSet) -> float:
     return count_correct(network, images) / len(images)
 
 
-def count_correct(network: nn.Module, images: ImageSet) -> int:
+def count_correct(network: nn.Module, images: ImageSet, *, batch_size: int = EVALUATION_BATCH) -> int:
     """Return the number of correctly classified images; the network is left in eval mode."""
     network.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.images.device)
     with torch.inference_mode():
-        for start in range(0, len(images), EVALUATION_BATCH):
-            batch = normalise(images.images[start : start + EVALUATION_BATCH])
+        for start in range(0, len(images), batch_size):
+            batch = normalise(images.images[start : start + batch_size])
             logits = network(batch.contiguous(memory_format=torch.channels_last))
-            correct += (logits.argmax(dim=1) == images.labels[start : start + EVALUATION_BATCH]).sum()
+            correct += (logits.argmax(dim=1) == images.labels[start : start + batch_size]).sum()
     return int(correct)
 
 

@@ -22,6 +22,7 @@ SETTINGS = [
     "decomposition.max_steps=15",
     "reconstruction.epochs=2",
     "finetuning.epochs=2",
+    "search.form=dense",
     "validation.seeds=1",
     "validation.finetuning.epochs=2",
 ]

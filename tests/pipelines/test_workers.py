@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -16,10 +18,11 @@ from gross_ray.data.images import ImageSet, Splits
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
+from pipelines import workers
 from pipelines.cluster import Cluster, Resources, connected
 from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, pack_splits
-from pipelines.workers import MAX_ATTEMPTS, WorkerPool
+from pipelines.workers import IN_FLIGHT, MAX_ATTEMPTS, Shared, WorkerPool
 
 THREADS = 3  # no worker's default on two cores
 
@@ -44,6 +47,8 @@ def work(context: Context, unit: Unit) -> str:
     attempts = _count(context.store.path / "attempts" / unit.name)
     if attempts <= unit.arguments.get("deaths", 0):
         os._exit(1)
+    if unit.shared:
+        return _describe_shared(context, unit)
     if unit.arguments.get("raises") == "ours":
         raise InvalidValueError(f"{unit.name} = 0: must be 1 or more")
     if unit.arguments.get("raises") == "unexpected":
@@ -51,6 +56,13 @@ def work(context: Context, unit: Unit) -> str:
     context.report(0.5, "half")
     sums = [int(part.images.sum()) for part in (context.splits.train, context.splits.test)]
     return f"{torch.get_num_threads()} threads, {context.device}, seed {context.seed}, {sums}"
+
+
+def _describe_shared(context: Context, unit: Unit) -> str:
+    array = context.shared["array"]
+    seen = context.kept.setdefault("seen", [])
+    seen.append(unit.name)
+    return f"{array.sum():g}, writeable {array.flags.writeable}, {len(seen)} on this worker"
 
 
 def _count(file: Path) -> int:
@@ -89,11 +101,13 @@ def store(tmp_path: Path) -> RunStore:
     return RunStore.create(tmp_path / "run", preset("quickstart").override(["seed=7"]))
 
 
-def _run(cluster: Cluster, splits: Splits, store: RunStore, units: list[Unit]) -> tuple[dict[str, str], Recorded]:
+def _run(
+    cluster: Cluster, splits: Splits, store: RunStore, units: list[Unit], shared: Shared | None = None
+) -> tuple[dict[str, str], Recorded]:
     progress = Recorded()
     pool = WorkerPool(cluster, ray.put(pack_splits(splits)))
     try:
-        return pool.run(work, store, units, threads=THREADS, progress=progress), progress
+        return pool.run(work, store, units, threads=THREADS, progress=progress, shared=shared), progress
     finally:
         pool.close()
 
@@ -138,3 +152,40 @@ def test_an_error_is_told_once_and_not_tried_again(cluster: Cluster, splits: Spl
     assert ours == "ours: failed: ours = 0: must be 1 or more"
     assert unexpected.startswith("unexpected: failed: ")
     assert "return str(1 // 0)" in unexpected  # where it happened: nobody expected it
+
+
+def test_what_units_share_is_loaded_once_and_read_in_place(cluster: Cluster, splits: Splits, store: RunStore) -> None:
+    units = [Unit(f"{name}{place}", shared=name) for name in ("one", "other") for place in range(3)]
+    loaded: list[str] = []
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        loaded.append(name)
+        return {"array": np.full(1000, {"one": 1.0, "other": 2.0}[name])}
+
+    failed, progress = _run(replace(cluster, num_cpus=1), splits, store, units, load)
+    assert failed == {}
+    assert loaded == ["one", "other"]
+    assert [progress.texts[unit.name] for unit in units] == [
+        f"{total}, writeable False, {count} on this worker"
+        for count, total in enumerate([1000, 1000, 1000, 2000, 2000, 2000], start=1)
+    ]
+
+
+def test_an_actor_has_two_units_and_only_the_one_under_way_is_blamed(
+    cluster: Cluster, splits: Splits, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most: list[int] = []
+    hand_out = workers._StageOnActors.hand_out
+
+    def watched(stage: workers._StageOnActors, queues: Any) -> None:
+        hand_out(stage, queues)
+        most.append(max(len(queue) for queue in queues.values()))
+
+    monkeypatch.setattr(workers._StageOnActors, "hand_out", watched)
+    units = [Unit("deadly", {"deaths": 99}, cost=9), *(Unit(f"innocent={place}") for place in range(5))]
+    failed, progress = _run(replace(cluster, num_cpus=1), splits, store, units)
+    assert max(most) == IN_FLIGHT == 2
+    assert list(failed) == ["deadly"]
+    assert len(progress.order) == 5
+    # Each innocent unit was started once, though some stood behind the deadly one each time that it killed.
+    assert _attempts(store) == {"deadly": MAX_ATTEMPTS, **{f"innocent={place}": 1 for place in range(5)}}

@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from gross_ray.data.augment import normalise
-from gross_ray.decomposition.surgery import extract, get_configuration, set_configuration
+from gross_ray.decomposition.surgery import extract, get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search import evaluator
-from gross_ray.search.evaluator import NotTraceableWarning, evaluate_configurations
+from gross_ray.search.evaluator import Evaluator, NotTraceableWarning, evaluate_configurations
+from gross_ray.search.graph import trace
+from gross_ray.search.layer_forms import LayerForm, Siblings
+from gross_ray.search.prefix_walk import PrefixWalk
 from gross_ray.space import SearchSpace
 
 CLASSES = 5
@@ -228,20 +231,107 @@ def test_some_configurations_in_any_order(case):
     agrees(table, [expected[place] for place in places])
 
 
-def test_a_prefix_is_computed_once(monkeypatch, random_supernet):
-    supernet, images, labels = build(*CASES["four-conv"], random_supernet)
-    calls = []
-    convolve = F.conv2d
+@pytest.mark.parametrize("limits", [(1, 1, 1), (2, 2, 6), (3, 6, 18)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_prefix_is_computed_once(limits, apart, random_supernet):
+    supernet, images, _ = build(*CASES["four-conv"], random_supernet)
+    siblings = {layer: Siblings(layer, LayerForm.uniform(layer, "dense")) for layer in series_layers(supernet).values()}
+    rows = {}
+    for name, layer in series_layers(supernet).items():
 
-    def counting(images, weight, *rest):
-        calls.append((weight.shape[1], weight.shape[0]))
-        return convolve(images, weight, *rest)
+        def counting(images, sizes, name=name, run=siblings[layer].run):
+            rows[name] = rows.get(name, 0) + len(images) * len(sizes)
+            return run(images, sizes)
 
-    monkeypatch.setattr(evaluator.F, "conv2d", counting)
-    evaluate_configurations(supernet, images, labels, batch_size=15)
-    # Two batches. conv1 is plain; conv2's three sizes run at once, then conv3's two for each, then conv4's three.
-    conv1, conv2, conv3, conv4 = (3, 32), (32, 3 * 32), (32, 2 * 64), (64, 3 * 64)
-    assert {shape: calls.count(shape) for shape in calls} == {conv1: 2, conv2: 2, conv3: 2 * 3, conv4: 2 * 3 * 2}
+        siblings[layer].run = counting
+    walk = PrefixWalk(supernet, trace(supernet), siblings)
+    leaves = []
+    with torch.inference_mode():
+        tree = walk.tree(list(SearchSpace.of(supernet)))
+        walk.run(images, tree, lambda found, _: leaves.extend(found), limits=limits, apart=apart)
+    # conv2 gives its three sizes for each image, conv3 its two for each of those, conv4 its three.
+    assert rows == {"conv2": 30 * 3, "conv3": 30 * 3 * 2, "conv4": 30 * 3 * 2 * 3}
+    assert len(leaves) == len({leaf.sizes for leaf in leaves}) == 18
+
+
+class CentringRows(Small):
+    """Rows of one batch change each other: what the images of other configurations may not do."""
+
+    def body(self, hidden):
+        hidden = self.first(hidden).relu()
+        return self.third(self.second(hidden - hidden.mean(dim=0)))
+
+
+class WritesDownTheBatch(Small):
+    def body(self, hidden):
+        num = hidden.size(0)
+        hidden = self.third(self.second(self.first(hidden)))
+        return hidden.reshape(num, 8, -1, 1)
+
+
+@pytest.mark.parametrize("network", [CentringRows, WritesDownTheBatch])
+def test_configurations_do_not_share_a_batch_where_rows_mix(network, random_supernet):
+    supernet, images, labels = build(network, {name: (1, 4) for name in NAMES}, random_supernet)
+    expected = one_by_one(supernet, images, labels, SearchSpace.of(supernet))
+    agrees(evaluate_configurations(supernet, images, labels, batch_size=len(images)), expected)
+
+
+@pytest.mark.parametrize("form", ["dense", "bottleneck", "auto"])
+@pytest.mark.parametrize("memory_budget", [10**6, 10**9])
+def test_float32_agrees_in_every_form(form, memory_budget, random_supernet):
+    make, sizes = CASES["residual"]
+    supernet, images, labels = build(make, sizes, random_supernet)
+    supernet, images = supernet.float(), images.float()
+    expected = one_by_one(supernet, images, labels, SearchSpace.of(supernet))
+    found = evaluate_configurations(supernet, images, labels, form=form, memory_budget=memory_budget)
+    assert sum(abs(found["correct"] - [row[1] for row in expected])) == 0  # of 30 images; no ties among them
+    assert found["loss"].tolist() == pytest.approx([row[3] for row in expected], abs=1e-5)
+
+
+def test_an_evaluator_is_used_again_and_takes_forms_that_are_known(random_supernet, monkeypatch):
+    supernet, images, labels = build(*CASES["residual"], random_supernet)
+    space = list(SearchSpace.of(supernet))
+    first = Evaluator(supernet)
+    expected = [tensor.tolist() for tensor in first.evaluate(images, labels, space)]
+    assert set(first.forms) == set(SearchSpace.of(supernet).layers)
+    monkeypatch.setattr(evaluator, "fastest_form", lambda *_: pytest.fail("timed again"))
+    again = Evaluator(supernet, forms=first.forms)
+    correct, loss = first.evaluate(images, labels, space[3:9])
+    assert correct.tolist() == expected[0][3:9]
+    assert loss.tolist() == pytest.approx(expected[1][3:9], abs=1e-9)  # other rows share a batch: rounding differs
+    assert [tensor.tolist() for tensor in again.evaluate(images, labels, space)] == expected
+    assert again.forms == first.forms
+
+
+def test_bfloat16_is_near(random_supernet):
+    supernet, images, labels = build(*CASES["residual"], random_supernet)
+    supernet, images = supernet.float(), images.float()
+    exact = evaluate_configurations(supernet, images, labels)
+    near = evaluate_configurations(supernet, images, labels, precision="bfloat16")
+    differences = (near["loss"] - exact["loss"]).abs()
+    assert 0 < differences.max() < 0.3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_a_gpu_counts_the_same(name, random_supernet):
+    supernet, images, labels = build(*CASES[name], random_supernet)
+    expected = one_by_one(supernet, images, labels, SearchSpace.of(supernet))
+    agrees(evaluate_configurations(supernet.cuda(), images.cuda(), labels.cuda()), expected)
+    tf32 = evaluate_configurations(supernet.float(), images.float().cuda(), labels.cuda(), precision="tf32")
+    assert tf32["loss"].tolist() == pytest.approx([row[3] for row in expected], abs=0.1)
+
+
+class TwoOutputs(Small):
+    def forward(self, images):
+        logits = self.head(self.first(self.stem(images)).mean(dim=(2, 3)))
+        return logits, logits
+
+
+def test_a_network_without_plain_logits_is_refused(random_supernet):
+    supernet = random_supernet(TwoOutputs().double(), {"first": (1, 4)})
+    with pytest.raises(InvalidValueError, match=r"returns a tuple: .* logits \(N, classes\)"):
+        evaluate_configurations(supernet, torch.randn(30, 3, 16, 16).double(), torch.zeros(30, dtype=torch.int64))
 
 
 def test_an_untraceable_network_warns_and_counts_the_same(random_supernet):
@@ -306,7 +396,9 @@ def test_bad_values_are_refused(random_supernet):
         evaluate_configurations(supernet, images[:0], labels[:0])
     with pytest.raises(InvalidValueError, match="group-size 3 .*second: 1, 4, 8"):
         evaluate_configurations(supernet, images, labels, [(1, 1, 1), (1, 3, 1)])
-    with pytest.raises(InvalidValueError, match="batch_size = 0"):
-        evaluate_configurations(supernet, images, labels, batch_size=0)
+    for option in ({"batch_size": 0}, {"memory_budget": 0}, {"form": "sparse"}, {"precision": "tf32"}):
+        ((name, value),) = option.items()
+        with pytest.raises(InvalidValueError, match=f"{name} = '?{value}"):
+            evaluate_configurations(supernet, images, labels, **option)
     with pytest.raises(InvalidValueError, match="decompose_model"):
         evaluate_configurations(Reordered(), images, labels)

@@ -1,0 +1,93 @@
+"""A network as a torch.fx graph whose nodes can be run more than once on the same values.
+
+Sibling branches of a search share the values from before their branch, so nothing may overwrite its input.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from gross_ray.decomposition.series import SeriesConv2d
+
+
+def trace(supernet: nn.Module) -> fx.Graph:
+    """Return the graph of `supernet`, decomposed layers as single nodes, no node overwriting another's value.
+
+    The in-place modules it calls are left as they are: run it within `modules_out_of_place`. Raises whatever the
+    network's own code meets on symbolic values, and ValueError for a function that can only overwrite.
+    """
+    return _out_of_place(_Tracer().trace(supernet), dict(supernet.named_modules(remove_duplicate=False)))
+
+
+@contextmanager
+def modules_out_of_place(model: nn.Module) -> Iterator[None]:
+    """Switch off `inplace` of all modules while it is open."""
+    switched = [module for module in model.modules() if getattr(module, "inplace", False) is True]
+    for module in switched:
+        module.inplace = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.inplace = True  # type: ignore[assignment]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, SeriesConv2d) or super().is_leaf_module(module, qualified_name)
+
+
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def _out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Graph:
+    """Rewrite what overwrites its input: sibling branches share the values from before the branch.
+
+    Whatever reads the overwritten value afterwards reads the new one instead. Raises ValueError for a function that
+    has no form that leaves its input alone.
+    """
+    later: set[fx.Node] = set(graph.nodes)
+    for node in graph.nodes:
+        later.discard(node)
+        if _rewritten(node, modules):
+            overwritten = node.args[0] if node.args else node.kwargs["input"]
+            for user in [user for user in overwritten.users if user in later]:
+                user.replace_input_with(overwritten, node)
+    return graph
+
+
+def _rewritten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Return whether `node` overwrote its first input; it no longer does (a module is switched by the caller)."""
+    if node.op == "call_module":
+        return getattr(modules[str(node.target)], "inplace", False) is True
+    if node.kwargs.get("out") is not None:
+        raise ValueError(f"{node.target} writes into `out`")
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    overwrites = name.endswith("_") and not name.endswith("__")
+    if node.op == "call_method" and overwrites:
+        node.target = name[:-1]
+        return True
+    if node.op == "call_function" and node.target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[node.target]
+        return True
+    if node.op == "call_function" and overwrites and name not in ("and_", "or_", "not_", "is_"):  # those of `operator`
+        twin = getattr(F, name[:-1], None) or getattr(torch, name[:-1], None)
+        if twin is None:
+            raise ValueError(f"{name} overwrites its input")
+        node.target = twin
+        return True
+    return False

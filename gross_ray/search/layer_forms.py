@@ -1,0 +1,145 @@
+"""A decomposed layer run at several group-sizes at once, each as the dense convolution that it equals or as bottleneck.
+
+Between the three convolutions of a bottleneck stands no non-linearity, so both forms give the same numbers up to
+rounding. Which is faster depends on the layer, the group-size and the device: `fastest_form` times them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gross_ray.decomposition.bottleneck import Bottleneck
+from gross_ray.decomposition.series import SeriesConv2d
+from gross_ray.errors import InvalidValueError
+
+FORMS = ("dense", "bottleneck")
+REPEATS = 3
+"""How often each form is timed; the fastest counts."""
+CLEARLY = 0.8
+"""Another form is taken only if it needs less than this share of the time of the stacked dense convolution: rounding
+then is the same from run to run unless the difference is worth it."""
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """How one layer is run."""
+
+    by_size: Mapping[int, str]
+    """dense or bottleneck, for each group-size."""
+    stacked: bool = True
+    """Whether the dense kernels of siblings run as one convolution with all their output channels."""
+
+    def __post_init__(self) -> None:
+        for form in self.by_size.values():
+            if form not in FORMS:
+                raise InvalidValueError(f"form = {form!r}: must be auto or one of {', '.join(FORMS)}")
+
+    @classmethod
+    def uniform(cls, layer: SeriesConv2d, form: str) -> LayerForm:
+        """Return the same form at every group-size of `layer`."""
+        return cls(dict.fromkeys(layer.group_sizes, form))
+
+
+class Siblings:
+    """One decomposed layer, prepared to run at any of its group-sizes; a later change of its weights is not seen."""
+
+    def __init__(self, layer: SeriesConv2d, form: LayerForm) -> None:
+        """Derive from `layer` what `form` needs: one dense kernel or one bottleneck for each group-size."""
+        self._layer, self.form = layer, form
+        dense = [size for size in layer.group_sizes if form.by_size[size] == "dense"]
+        self._place = {size: place for place, size in enumerate(dense)}
+        kernels = [layer.bottleneck(size).dense_kernel() for size in dense]
+        self._kernels = _channels_last(torch.cat(kernels)) if kernels else None
+        self._bottlenecks: dict[int, Bottleneck] = {}
+        for size in layer.group_sizes:
+            if form.by_size[size] == "bottleneck":
+                terms = layer.bottleneck(size)
+                self._bottlenecks[size] = Bottleneck(
+                    *(_channels_last(part) for part in (terms.pointwise_in, terms.grouped, terms.pointwise_out))
+                )
+
+    def run(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the layer's outputs at `sizes` one after the other, (len(sizes) * N, C_out, H', W')."""
+        outputs = []
+        for run in self._runs(sizes):
+            if run[0] in self._place:
+                outputs.append(self._run_dense(images, run))
+            else:
+                outputs.append(self._run_bottleneck(images, run[0]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _runs(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Return `sizes` cut where the next one cannot join the convolution of those before."""
+        runs: list[list[int]] = []
+        for size in sizes:
+            joins = self.form.stacked and runs and self._place.get(size, -1) == self._place.get(runs[-1][-1], -3) + 1
+            if joins:
+                runs[-1].append(size)
+            else:
+                runs.append([size])
+        return runs
+
+    def _run_dense(self, images: Tensor, sizes: list[int]) -> Tensor:
+        layer, channels = self._layer, self._layer.out_channels
+        assert self._kernels is not None
+        images, padding = self._padded(images)
+        first = self._place[sizes[0]] * channels
+        kernels = self._kernels[first : first + len(sizes) * channels]
+        bias = None if layer.bias is None else layer.bias.repeat(len(sizes))
+        stacked = F.conv2d(images, kernels, bias, layer.stride, padding, layer.dilation)
+        if len(sizes) == 1:
+            return stacked
+        num, _, height, width = stacked.shape
+        apart = stacked.permute(0, 2, 3, 1).unflatten(3, (len(sizes), channels)).permute(3, 0, 1, 2, 4)
+        return apart.reshape(len(sizes) * num, height, width, channels).permute(0, 3, 1, 2)
+
+    def _run_bottleneck(self, images: Tensor, size: int) -> Tensor:
+        layer, weights = self._layer, self._bottlenecks[size]
+        hidden, padding = self._padded(F.conv2d(images, weights.pointwise_in))
+        groups = layer.in_channels // size
+        hidden = F.conv2d(hidden, weights.grouped, None, layer.stride, padding, layer.dilation, groups)
+        return F.conv2d(hidden, weights.pointwise_out, layer.bias)
+
+    def _padded(self, images: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
+        layer = self._layer
+        if layer.padding_mode == "zeros":
+            return images, layer.padding
+        return F.pad(images, layer._padding_both_sides, mode=layer.padding_mode), (0, 0)
+
+
+def fastest_form(layer: SeriesConv2d, images: Tensor) -> LayerForm:
+    """Return the form in which `layer` needs least time on `images`, timed now on their device."""
+    sizes = layer.group_sizes
+    stacked = Siblings(layer, LayerForm.uniform(layer, "dense"))
+    apart = Siblings(layer, LayerForm(stacked.form.by_size, stacked=False))
+    bottleneck = Siblings(layer, LayerForm.uniform(layer, "bottleneck"))
+    together = _seconds(images, lambda: stacked.run(images, sizes))
+    one_each = _seconds(images, lambda: [apart.run(images, (size,)) for size in sizes])
+    dense = min(together, one_each if one_each < CLEARLY * together else together) / len(sizes)
+    by_size = {}
+    for size in sizes:
+        alone = _seconds(images, lambda size=size: bottleneck.run(images, (size,)))  # type: ignore[misc]
+        by_size[size] = "bottleneck" if alone < CLEARLY * dense else "dense"
+    return LayerForm(by_size, stacked=one_each >= CLEARLY * together)
+
+
+def _seconds(images: Tensor, work: Callable[[], object]) -> float:
+    def timed() -> float:
+        started = time.perf_counter()
+        work()
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        return time.perf_counter() - started
+
+    timed()  # warm-up
+    return min(timed() for _ in range(REPEATS))
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,206 @@
+"""A traced supernet run over the prefix tree of a list of configurations, each prefix once.
+
+The same layer input leads to the same output whatever the later layers choose. The walk goes from one decomposed layer
+to the next and branches there, depth first; siblings go on together, as more rows of one batch, as far as their
+number is within the limit for the layers that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gross_ray.decomposition.series import SeriesConv2d
+from gross_ray.decomposition.surgery import series_layers
+from gross_ray.errors import InvalidValueError
+from gross_ray.search.layer_forms import Siblings
+from gross_ray.space import Configuration
+
+
+@dataclass(slots=True)
+class Prefix:
+    """A node of the prefix tree: the configurations that end here, or what follows by group-size."""
+
+    sizes: tuple[int, ...] = ()
+    """The group-sizes chosen so far, in the order in which the graph meets the layers."""
+    places: list[int] = field(default_factory=list)
+    following: dict[int, Prefix] = field(default_factory=dict)
+
+
+Values = dict[fx.Node, Any]
+Found = Callable[[list[Prefix], Tensor], None]
+
+
+class PrefixWalk:
+    """The graph of one supernet, ready to run any list of its configurations."""
+
+    def __init__(self, supernet: nn.Module, graph: fx.Graph, siblings: Mapping[SeriesConv2d, Siblings]) -> None:
+        """Take the traced graph, and the prepared form of each decomposed layer that it meets."""
+        modules = dict(supernet.named_modules(remove_duplicate=False))
+        in_space = {id(layer): place for place, layer in enumerate(series_layers(supernet).values())}
+        self.siblings = dict(siblings)
+        self._nodes = list(graph.nodes)
+        self._input = next(node for node in self._nodes if node.op == "placeholder")
+        self._interpreter = fx.Interpreter(supernet, graph=graph)
+        self._layer_of: dict[fx.Node, SeriesConv2d] = {}
+        for node in self._nodes:
+            module = modules.get(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, SeriesConv2d):
+                self._layer_of[node] = module
+        self.layers = list(dict.fromkeys(self._layer_of.values()))
+        """The decomposed layers that the graph meets, in that order."""
+        self.num_layers = len(self.layers)
+        self._depth_of = {layer: depth for depth, layer in enumerate(self.layers)}
+        self._order = [in_space[id(layer)] for layer in self.layers]
+        self._last_use: dict[fx.Node, list[fx.Node]] = {}
+        last_user = {used: node for node in self._nodes for used in node.all_input_nodes}
+        for used, user in last_user.items():
+            self._last_use.setdefault(user, []).append(used)
+        self._from_images: set[fx.Node] = set()
+        for node in self._nodes:
+            if node.op == "placeholder" or any(used in self._from_images for used in node.all_input_nodes):
+                self._from_images.add(node)
+
+    def tree(self, configurations: Sequence[Configuration]) -> Prefix:
+        """Return the prefix tree of `configurations`, branching in the order in which the graph meets the layers."""
+        root = Prefix()
+        for place, configuration in enumerate(configurations):
+            prefix = root
+            for layer in self._order:
+                size = configuration[layer]
+                if size not in prefix.following:
+                    prefix.following[size] = Prefix((*prefix.sizes, size))
+                prefix = prefix.following[size]
+            prefix.places.append(place)
+        return root
+
+    def run(
+        self,
+        batch: Tensor,
+        root: Prefix,
+        found: Found,
+        *,
+        limits: Sequence[int],
+        apart: bool = False,
+        on_layer: Callable[[SeriesConv2d, Tensor], None] | None = None,
+        on_depth: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run all configurations of the tree on `batch`, (N, ...).
+
+        `found(leaves, logits)` is called with logits (len(leaves) * N, classes), leaf after leaf. `limits[d]` is the
+        most prefixes that go on together behind the d-th decomposed layer; with `apart`, none do (but the layer
+        itself still runs so many at once). `on_layer` sees the input of each layer that is
+        chosen, `on_depth(d)` is called where what follows d layers starts.
+        """
+        walk = _Walk(self, len(batch), found, limits, apart, on_layer, on_depth)
+        walk.go(0, {self._input: batch}, [root])
+
+
+@dataclass
+class _Walk:
+    """One pass over one batch."""
+
+    graph: PrefixWalk
+    num_images: int
+    found: Found
+    limits: Sequence[int]
+    apart: bool
+    on_layer: Callable[[SeriesConv2d, Tensor], None] | None
+    on_depth: Callable[[int], None] | None
+
+    def go(self, start: int, values: Values, prefixes: list[Prefix]) -> None:
+        """Run from node `start` on; rows of each value from the images: prefix after prefix, image after image."""
+        graph = self.graph
+        if self.on_depth is not None:
+            self.on_depth(len(prefixes[0].sizes))
+        for index in range(start, len(graph._nodes)):
+            node = graph._nodes[index]
+            if node.op == "output":
+                self.found(prefixes, self._logits(node, values, len(prefixes)))
+                return
+            layer = graph._layer_of.get(node)
+            if layer is not None:
+                self._branch(index, node, layer, values, prefixes)
+                return
+            if node is not self.graph._input:
+                values[node] = self._run_node(node, values)
+            self._forget(node, values)
+
+    def _branch(self, index: int, node: fx.Node, layer: SeriesConv2d, values: Values, prefixes: list[Prefix]) -> None:
+        """Run the layer at `index` and what follows it; empties `values`, so that nothing outlives its last use."""
+        depth = self.graph._depth_of[layer]
+        again = depth < len(prefixes[0].sizes)  # a shared layer met again: its group-size is chosen already
+        images = values[node.args[0]]  # type: ignore[index]
+        if self.on_layer is not None and not again:
+            self.on_layer(layer, images)
+        self._forget(node, values)
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for place, prefix in enumerate(prefixes):
+            sizes = (prefix.sizes[depth],) if again else tuple(prefix.following)
+            groups.setdefault(sizes, []).append(place)
+        pieces = [
+            (sizes[first : first + step], members)
+            for sizes, members in groups.items()
+            for step in [max(1, self.limits[depth] // len(members))]
+            for first in range(0, len(sizes), step)
+        ]
+        for number, (sizes, members) in enumerate(pieces, start=1):
+            branch = self._branched(values, members, len(prefixes), len(sizes))
+            inputs = images if len(members) == len(prefixes) else self._rows(images, members)
+            if number == len(pieces):
+                values.clear()
+                del images
+            outputs = self.graph.siblings[layer].run(inputs, sizes)
+            del inputs
+            chosen = [prefixes[place] for place in members]
+            following = chosen if again else [prefix.following[size] for size in sizes for prefix in chosen]
+            if not self.apart:
+                branch[node] = outputs
+                del outputs
+                self.go(index + 1, branch, following)
+                continue
+            for place, prefix in enumerate(following):
+                one = self._branched(branch, [place], len(following), 1)
+                one[node] = self._rows(outputs, [place])
+                self.go(index + 1, one, [prefix])
+
+    def _run_node(self, node: fx.Node, values: Values) -> Any:
+        if node.op == "placeholder":
+            return node.args[0]  # an argument after the images: its default
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: values[used])
+        return getattr(self.graph._interpreter, node.op)(node.target, args, kwargs)
+
+    def _forget(self, node: fx.Node, values: Values) -> None:
+        for used in self.graph._last_use.get(node, ()):
+            values.pop(used, None)
+
+    def _logits(self, node: fx.Node, values: Values, num_prefixes: int) -> Tensor:
+        result = node.args[0]
+        logits = values[result] if isinstance(result, fx.Node) else result
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != num_prefixes * self.num_images:
+            found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise InvalidValueError(f"the network returns {found}: it must return one tensor of logits (N, classes)")
+        return logits
+
+    def _rows(self, value: Tensor, members: list[int]) -> Tensor:
+        """Return the rows of some prefixes: a view where they are neighbours."""
+        count = self.num_images
+        if members == list(range(members[0], members[0] + len(members))):
+            return value.narrow(0, members[0] * count, len(members) * count)
+        return torch.cat([value.narrow(0, place * count, count) for place in members])
+
+    def _branched(self, values: Values, members: list[int], num_prefixes: int, times: int) -> Values:
+        """Return `values` for those of the prefixes that are `members`, so many times."""
+        branched = {}
+        for node, value in values.items():
+            follows_images = node in self.graph._from_images and isinstance(value, Tensor) and value.dim() > 0
+            if follows_images and len(value) == num_prefixes * self.num_images:
+                chosen = value if len(members) == num_prefixes else self._rows(value, members)
+                branched[node] = chosen if times == 1 else torch.cat([chosen] * times)
+            else:
+                branched[node] = value
+        return branched
