@@ -43,10 +43,10 @@ class _Dense(nn.Module):
     def __init__(self, layer: SeriesConv2d, group_size: int) -> None:
         super().__init__()
         self.kernel, self.bias = layer.bottleneck(group_size).dense_kernel().detach(), layer.bias
-        self.place = (layer.stride, layer.padding, layer.dilation)
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.conv2d(images, self.kernel, self.bias, *self.place)
+        return F.conv2d(images, self.kernel, self.bias, self.stride, self.padding, self.dilation)
 
 
 def main() -> None:

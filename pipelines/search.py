@@ -88,6 +88,7 @@ def finished(store: RunStore) -> set[str]:
 
 def run(session: Session) -> None:
     """Evaluate the shards that are missing, and select."""
+    budgets(session.store)  # one that no configuration has is found now, not after the search
     evaluate(session, STAGE, supernets.plan(session.store))
     choose(session.store)
 
@@ -95,7 +96,6 @@ def run(session: Session) -> None:
 def evaluate(session: Session, stage: str, supernet_units: Sequence[Unit]) -> None:
     """Evaluate the whole space in each of the supernets."""
     store = session.store
-    load_base(store)  # before `train`, say so
     trained = supernets.finished(store, supernets.FINETUNE)
     if not store.has_checkpoint(PLAN, "plan"):
         require(store, supernets.FINETUNE, {supernet_units[0].name}, trained)

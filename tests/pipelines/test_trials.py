@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from gross_ray.data.images import ImageSet, Splits
 from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
-from pipelines.cluster import Cluster, Resources, connected
+from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
 from pipelines.trials import run_trials
 from pipelines.units import Context, Unit, pack_splits
@@ -56,15 +54,6 @@ def work(context: Context, unit: Unit) -> str:
 
 
 FATES = {"seed=0": "ends", "seed=1": "dies once", "seed=2": "diverges", "seed=3": "ends"}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    here = sys.modules[__name__]
-    ray.cloudpickle.register_pickle_by_value(here)  # the workers do not see the folder of the tests
-    with connected(Resources(num_cpus=2, device="cpu")) as joined:
-        yield joined
-    ray.cloudpickle.unregister_pickle_by_value(here)
 
 
 @pytest.fixture(scope="module")

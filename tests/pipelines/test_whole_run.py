@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from miniature import assert_equal_tables, gross, run_command, tables
 
 from cli import main
+from gross_ray import read_table
 
 STAGE_SIGNS = {
     "train": "checkpoints/train-under-way/*.safetensors",
@@ -93,11 +94,44 @@ def test_a_damaged_table_and_a_lost_checkpoint_are_found_named_and_done_again(
     shutil.copytree(undisturbed[0], run)
     shard = sorted((run / "tables/configurations").glob("*.parquet"))[3]
     shard.write_bytes(shard.read_bytes()[:-100])
+    others = {file: file.stat().st_mtime_ns for file in shard.parent.iterdir() if file != shard}
     (run / "checkpoints/decompose/conv3,g=4,seed=0.safetensors").unlink()
     ended = subprocess.run(run_command(run), capture_output=True, text=True, check=False, timeout=400)
     assert ended.returncode == 0, ended.stderr
     assert f"damaged file tables/configurations/{shard.name}" in ended.stderr
+    assert {file: file.stat().st_mtime_ns for file in others} == others
     assert_equal_tables(undisturbed[0], run)
+
+
+def test_latency_is_measured_on_request_and_can_be_a_budget(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed[0], run)
+    early = gross("search", str(run), "--budget", "latency_ms=5")
+    assert early.returncode == 2
+    assert "gross search RUN --latency" in early.stderr
+    first = gross("search", str(run), "--latency", "--latency-batch", "2", "--num-cpus", "1")
+    assert first.returncode == 0, first.stderr
+    configurations, model = read_table(run, "configurations"), read_table(run, "latency_models")
+    assert len(model) == 1
+    assert model["batch_size"].tolist() == [2]
+    assert (configurations["latency_ms"] > 0).all()
+    assert configurations.groupby("configuration")["latency_ms"].nunique().eq(1).all()
+    parts = read_table(run, "latencies").set_index(["part", "group_size"])["latency_ms"]
+    row = configurations[configurations["configuration"] == "2-8-64"].iloc[0]
+    of_parts = parts["conv2", 2] + parts["conv3", 8] + parts["conv4", 64] + parts["rest"].iloc[0]
+    assert row["latency_ms"] == pytest.approx(model["offset_ms"][0] + model["slope"][0] * of_parts)
+    pd.testing.assert_frame_equal(
+        configurations.drop(columns="latency_ms"), tables(undisturbed[0])["configurations"].drop(columns="latency_ms")
+    )
+    limit = float(configurations["latency_ms"].median())
+    again = gross(
+        "search", str(run), "--latency", "--latency-batch", "2", "--budget", f"latency_ms={limit}", "--top", "3"
+    )
+    assert again.returncode == 0, again.stderr
+    assert "search latency: 1 units, 1 done already" in again.stderr
+    accuracy = configurations[configurations["latency_ms"] <= limit].groupby("configuration")["val_accuracy"].median()
+    assert accuracy.idxmax() in again.stdout or (accuracy == accuracy.max()).sum() > 1
+    pd.testing.assert_frame_equal(read_table(run, "latency_models"), model)
 
 
 def test_killed_in_each_stage_the_run_still_ends_with_equal_tables(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 from pipelines import workers
-from pipelines.cluster import Cluster, Resources, connected
+from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, pack_splits
 from pipelines.workers import IN_FLIGHT, MAX_ATTEMPTS, Shared, WorkerPool
@@ -74,15 +72,6 @@ def _count(file: Path) -> int:
 
 def _attempts(store: RunStore) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in (store.path / "attempts").iterdir()}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    here = sys.modules[__name__]
-    ray.cloudpickle.register_pickle_by_value(here)  # the workers do not see the folder of the tests
-    with connected(Resources(num_cpus=2, device="cpu")) as joined:
-        yield joined
-    ray.cloudpickle.unregister_pickle_by_value(here)
 
 
 @pytest.fixture(scope="module")
