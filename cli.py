@@ -242,6 +242,7 @@ def search(
     """
     from gross_ray.report.terminal import budget_table, front_table, latency_table, stage_results
     from pipelines import search as stage
+    from pipelines.latency import add_latency
     from pipelines.run import STAGES
 
     _refuse_alone("--budget", bool(budgets), {"--top": top})
@@ -250,7 +251,7 @@ def search(
     def do(session: Any) -> None:
         STAGES["search"].run(session)
         if latency:
-            stage.add_latency(session, batch_size=latency_batch or 1, threads=latency_threads or 1)
+            add_latency(session, batch_size=latency_batch or 1, threads=latency_threads or 1)
 
     store = _run_folder(run, preset_name, settings)
     _work(store, resources, source, do)

@@ -29,7 +29,8 @@ from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import decomposable_layers, empty_supernet, series_layers
 from gross_ray.experiment import DataOptions
 from gross_ray.models import build_model
-from gross_ray.search.evaluator import EvaluationOptions, Evaluator
+from gross_ray.search.evaluation_options import EvaluationOptions
+from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.sharding import segment_macs
 from gross_ray.training.loop import count_correct
 

@@ -189,7 +189,7 @@ def _store_supernet(store: RunStore, network: nn.Module, decomposed: nn.Module) 
 
 
 def _context(store: RunStore, splits: Splits) -> Context:
-    shared = search._load_shared(store, supernet.plan(store)[0].name)
+    shared = search.load_shared(store, supernet.plan(store)[0].name)
     return Context(store, splits, "cpu", lambda *_, **__: None, shared)
 
 
@@ -211,7 +211,7 @@ def _pooled(pool: WorkerPool, store: RunStore) -> tuple[float, float]:
     progress = _Times("benchmark", len(units), 0)
     started = time.perf_counter()
     failed = pool.run(
-        _timed_work, store, units, threads=1, progress=progress, shared=lambda name: search._load_shared(store, name)
+        _timed_work, store, units, threads=1, progress=progress, shared=lambda name: search.load_shared(store, name)
     )
     assert not failed, failed
     return time.perf_counter() - started, progress.worked

@@ -95,7 +95,8 @@ def _base(splits: Splits, seed: int, cache: Path | None) -> nn.Module:
 
 
 def _decompose(network: nn.Module, variant: Variant, seed: int) -> tuple[dict[str, list[Bottleneck]], dict[str, float]]:
-    bottlenecks, errors, cancellations = {}, [], []
+    bottlenecks: dict[str, list[Bottleneck]] = {}
+    errors, cancellations = [], []
     for name, conv in decomposable_layers(network).items():
         start = None
         bottlenecks[name] = []

@@ -14,7 +14,7 @@ from typing import Any
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import check_model_name
-from gross_ray.search.evaluator import FORM_CHOICES, PRECISIONS
+from gross_ray.search.evaluation_options import FORM_CHOICES, PRECISIONS
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:

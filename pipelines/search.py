@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
-import torch
 
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import MissingStageError
 from gross_ray.results.store import RunStore
 from gross_ray.search.cost import CostTable
-from gross_ray.search.evaluator import EvaluationOptions, Evaluator
-from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
+from gross_ray.search.evaluation_options import EvaluationOptions
+from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
 from gross_ray.search.selection import (
     COSTS,
@@ -26,7 +25,6 @@ from gross_ray.search.selection import (
     uniform,
 )
 from gross_ray.search.sharding import PrefixCosts, segment_macs
-from gross_ray.seeds import derived_generator
 from gross_ray.space import Configuration
 from pipelines import supernet as supernets
 from pipelines.networks import Base, load_base
@@ -103,7 +101,7 @@ def evaluate(session: Session, stage: str, supernet_units: Sequence[Unit]) -> No
     units = shards(store, supernet_units)
     done = finished(store)
     require(store, supernets.FINETUNE, {unit.shared for unit in units if unit.name not in done}, trained)
-    session.run(stage, units, work, lambda: finished(store), shared=lambda name: _load_shared(store, name))
+    session.run(stage, units, work, lambda: finished(store), shared=lambda name: load_shared(store, name))
 
 
 def _make_plan(session: Session, supernet: str) -> None:
@@ -118,11 +116,11 @@ def _make_plan(session: Session, supernet: str) -> None:
         [Unit("plan", {"workers": session.cluster().slots()}, shared=supernet)],
         plan_work,
         planned,
-        shared=lambda name: _load_shared(store, name),
+        shared=lambda name: load_shared(store, name),
     )
 
 
-def _load_shared(store: RunStore, supernet: str) -> dict[str, Any]:
+def load_shared(store: RunStore, supernet: str) -> dict[str, Any]:
     """Return a supernet's weights as arrays, and its group-sizes."""
     tensors, about = store.load_checkpoint(supernets.FINETUNE, supernet)
     return {"group_sizes": about["group_sizes"], "weights": {name: t.numpy() for name, t in tensors.items()}}
@@ -190,65 +188,27 @@ def work(context: Context, unit: Unit) -> str:
             "seed": arguments["seed"],
             "configuration": str(configuration),
             **dict(zip(layers, configuration, strict=True)),
-            "macs": searched.actual.macs(configuration),
-            "macs_paper": searched.paper.macs(configuration),
-            "parameters": searched.actual.parameters(configuration),
+            "macs": macs,
+            "macs_paper": macs_paper,
+            "parameters": parameters,
             "val_correct": count,
             "val_total": total,
             "val_accuracy": count / total,
             "val_loss": loss_sum / total,
             "latency_ms": None,
         }
-        for configuration, count, loss_sum in zip(configurations, correct.tolist(), loss.tolist(), strict=True)
+        for configuration, count, loss_sum, macs, macs_paper, parameters in zip(
+            configurations,
+            correct.tolist(),
+            loss.tolist(),
+            searched.actual.macs_of_all(configurations),
+            searched.paper.macs_of_all(configurations),
+            searched.actual.parameters_of_all(configurations),
+            strict=True,
+        )
     ]
     store.write_table("configurations", unit.name, rows, layers=base.space.layers)
     return f"{len(rows)} configurations, best {int(correct.max()) / total:.4f}"
-
-
-def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
-    """Time the parts of the supernet on the workers' device, and put `latency_ms` into the rows of `configurations`.
-
-    What was measured with this batch size and these threads is not measured again. Raises MissingStageError before
-    the search is done.
-    """
-    store, units = session.store, plan(session.store)
-    require(store, STAGE, [unit.name for unit in units], finished(store))
-    options = LatencyOptions(batch_size=batch_size, threads=threads)
-    name = f"batch={batch_size},threads={threads}"
-    session.run(
-        f"{STAGE} latency",
-        [Unit(name, asdict(options), shared=units[0].shared)],
-        latency_work,
-        lambda: store.finished_units("latencies") & store.finished_units("latency_models"),
-        shared=lambda supernet: _load_shared(store, supernet),
-    )
-    model = LatencyModel.from_tables(*(store.read_units(table, [name]) for table in ("latencies", "latency_models")))
-    layers = load_base(store).space.layers
-    for unit in sorted(store.finished_units("configurations")):
-        rows = store.read_units("configurations", [unit], [*(f"layer {layer}" for layer in layers), "latency_ms"])
-        predicted = model.predict_many({layer: rows[f"layer {layer}"].to_numpy() for layer in layers})
-        if not (rows["latency_ms"].to_numpy() == predicted).all():
-            store.set_column("configurations", unit, "latency_ms", predicted.tolist())
-
-
-def latency_work(context: Context, unit: Unit) -> str:
-    """Time the parts of one supernet: its weights do not matter."""
-    base = load_base(context.store)
-    supernet = empty_supernet(base.network, context.shared["group_sizes"])
-    with torch.no_grad():
-        for name, parameter in supernet.named_parameters():
-            parameter.copy_(tensor_of(context.shared["weights"][name]))
-    model = measure_latency(
-        supernet,
-        base.input_shape,
-        LatencyOptions(**unit.arguments),
-        generator=derived_generator(context.seed, "latency"),
-        device=context.device,
-        on_part=lambda done, total: context.report(done / total, f"{done} of {total} timings"),
-    )
-    context.store.write_table("latencies", unit.name, model.rows())
-    context.store.write_table("latency_models", unit.name, [model.summary()])
-    return f"median error {100 * model.median_error:.1f} % of {model.num_sampled} configurations, on {model.device}"
 
 
 def budgets(store: RunStore) -> list[Configuration]:

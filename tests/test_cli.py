@@ -16,7 +16,7 @@ from gross_ray.presets import PRESETS, preset
 from gross_ray.results.store import RunStore
 from gross_ray.results.tables import TABLES
 from gross_ray.search.selection import Budget, best_under, pareto_front
-from pipelines import search
+from pipelines import latency, search
 from pipelines.cluster import ray
 from pipelines.networks import new_network
 from pipelines.run import STAGES as PIPELINE
@@ -291,8 +291,9 @@ def did(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     stage = replace(PIPELINE["search"], run=lambda session: done.append(("search", session.store.path)))
     monkeypatch.setitem(PIPELINE, "search", stage)
-    for function in (best, front, add_latency):
-        monkeypatch.setattr(search, function.__name__, function, raising=False)
+    for function in (best, front):
+        monkeypatch.setattr(search, function.__name__, function)
+    monkeypatch.setattr(latency, "add_latency", add_latency)
     return done
 
 

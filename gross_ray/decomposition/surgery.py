@@ -130,13 +130,15 @@ def _batches(convs: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[
 def build_supernet(model: nn.Module, bottlenecks: Mapping[str, Sequence[Bottleneck]]) -> nn.Module:
     """Return a copy of `model` whose named convolutions are the series of the given bottlenecks."""
     convs = choose_layers(model, list(bottlenecks))
-    return _replaced(model, {name: SeriesConv2d.from_bottlenecks(convs[name], bottlenecks[name]) for name in convs})
+    return replace_modules(
+        model, {name: SeriesConv2d.from_bottlenecks(convs[name], bottlenecks[name]) for name in convs}
+    )
 
 
 def empty_supernet(model: nn.Module, group_sizes: Mapping[str, Sequence[int]]) -> nn.Module:
     """Return a copy of `model` with series of zeros, to load a checkpoint into."""
     convs = choose_layers(model, list(group_sizes))
-    return _replaced(model, {name: SeriesConv2d(convs[name], group_sizes[name]) for name in convs})
+    return replace_modules(model, {name: SeriesConv2d(convs[name], group_sizes[name]) for name in convs})
 
 
 def series_layers(supernet: nn.Module) -> dict[str, SeriesConv2d]:
@@ -163,13 +165,13 @@ def extract(supernet: nn.Module, configuration: Sequence[int]) -> nn.Module:
     """Return the network of one configuration, made of plain torch.nn modules only (a copy)."""
     checked = SearchSpace.of(supernet).check(configuration)
     layers = series_layers(supernet)
-    return _replaced(
+    return replace_modules(
         supernet, {name: layers[name].to_modules(size) for name, size in zip(layers, checked, strict=True)}
     )
 
 
-def _replaced(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a deep copy of `model` with modules replaced wherever they are used, so that sharing is kept."""
+def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a deep copy of `model` with the named modules replaced wherever they are used, so that sharing is kept."""
     copied = copy.deepcopy(model)
     new = {id(copied.get_submodule(name)): module for name, module in replacements.items()}
     if id(copied) in new:

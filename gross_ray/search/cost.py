@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
-from gross_ray.space import SearchSpace
+from gross_ray.space import Configuration, SearchSpace
 
 CONVENTIONS = ("actual", "paper")
 
@@ -93,16 +93,26 @@ class CostTable:
 
     def macs(self, configuration: Sequence[int]) -> int:
         """Return the MACs of `configuration` for one image."""
-        return self._sum(configuration, self._macs)
+        return self.macs_of_all([self._space.check(configuration)])[0]
 
     def parameters(self, configuration: Sequence[int]) -> int:
         """Return the number of parameters of `configuration`, biases and all other layers included."""
-        return self._sum(configuration, self._parameters)
+        return self.parameters_of_all([self._space.check(configuration)])[0]
 
-    def _sum(self, configuration: Sequence[int], costs: tuple[int, list[dict[int, int]]]) -> int:
-        shared, by_layer = costs
-        checked = self._space.check(configuration)
-        return shared + sum(layer[size] for layer, size in zip(by_layer, checked, strict=True))
+    def macs_of_all(self, configurations: Sequence[Configuration]) -> list[int]:
+        """Return the MACs of each of many members of the space, which are not checked again."""
+        return _sums(configurations, *self._macs)
+
+    def parameters_of_all(self, configurations: Sequence[Configuration]) -> list[int]:
+        """Return the parameters of each of many members of the space, which are not checked again."""
+        return _sums(configurations, *self._parameters)
+
+
+def _sums(configurations: Sequence[Configuration], shared: int, by_layer: list[dict[int, int]]) -> list[int]:
+    sums = [shared] * len(configurations)
+    for place, costs in enumerate(by_layer):
+        sums = [total + costs[one[place]] for total, one in zip(sums, configurations, strict=True)]
+    return sums
 
 
 def count_parameters(model: nn.Module) -> int:

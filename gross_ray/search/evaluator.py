@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -17,14 +17,13 @@ from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
 from gross_ray.search.batch_plan import BatchPlan, default_memory_budget, measure_segments, plan_batches
+from gross_ray.search.evaluation_options import EvaluationOptions, at_precision
 from gross_ray.search.graph import modules_out_of_place, trace
-from gross_ray.search.layer_forms import FORMS, LayerForm, Siblings, fastest_form
+from gross_ray.search.layer_forms import LayerForm, Siblings, fastest_form
 from gross_ray.search.prefix_walk import Prefix, PrefixWalk
 from gross_ray.space import Configuration, SearchSpace
 
 COLUMNS = ("configuration", "correct", "total", "accuracy", "loss")
-FORM_CHOICES = ("auto", *FORMS)
-PRECISIONS = ("float32", "tf32", "bfloat16")
 ONE_BY_ONE_BATCH = 100
 """Images of a batch where a network cannot be traced and no batch size is given."""
 TIMED_MACS = 5e8
@@ -33,30 +32,6 @@ TIMED_MACS = 5e8
 
 class NotTraceableWarning(UserWarning):
     """A network cannot be traced, so that configurations are evaluated one by one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """How configurations are evaluated; the counts are the same up to float rounding whatever is chosen."""
-
-    batch_size: int | None = None
-    """Images of a batch; None: as many as fit the memory budget."""
-    memory_budget: int | None = None
-    """Bytes that a batch's live tensors may take; None: the CPU's largest cache, or half of the GPU's free memory."""
-    form: str = "auto"
-    """How decomposed layers run: dense, bottleneck, or auto: whichever each layer and group-size is faster in."""
-    precision: str = "float32"
-    """float32 (the network's own dtype), tf32 (CUDA's faster products) or bfloat16 (autocast): both change counts."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InvalidValueError(f"batch_size = {self.batch_size}: must be 1 or more")
-        if self.memory_budget is not None and self.memory_budget < 1:
-            raise InvalidValueError(f"memory_budget = {self.memory_budget} bytes: must be 1 or more")
-        if self.form not in FORM_CHOICES:
-            raise InvalidValueError(f"form = {self.form!r}: must be one of {', '.join(FORM_CHOICES)}")
-        if self.precision not in PRECISIONS:
-            raise InvalidValueError(f"precision = {self.precision!r}: must be one of {', '.join(PRECISIONS)}")
 
 
 def evaluate_configurations(
@@ -130,7 +105,7 @@ class Evaluator:
         loss = torch.zeros(len(configurations), dtype=torch.float64)
         if not configurations:
             return correct, loss
-        with torch.inference_mode(), _evaluating(self._supernet), _precision(self._options.precision, images.device):
+        with torch.inference_mode(), _evaluating(self._supernet), at_precision(self._options.precision, images.device):
             if self._graph is None:
                 return self._one_by_one(images, labels, configurations)
             with modules_out_of_place(self._supernet):
@@ -306,18 +281,3 @@ def _evaluating(supernet: nn.Module) -> Iterator[None]:
         for module, training in modes.items():  # one by one: a frozen batch-norm stays frozen
             module.training = training
         set_configuration(supernet, active)
-
-
-@contextmanager
-def _precision(precision: str, device: torch.device) -> Iterator[None]:
-    if precision == "tf32" and device.type != "cuda":
-        raise InvalidValueError(f"precision = 'tf32' on {device.type}: only CUDA has it; use float32 or bfloat16")
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            wanted = "tf32" if precision == "tf32" else "ieee"  # by default torch gives convolutions tf32
-            for settings in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
-                stack.callback(setattr, settings, "fp32_precision", settings.fp32_precision)
-                settings.fp32_precision = wanted
-        if precision == "bfloat16":
-            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
-        yield

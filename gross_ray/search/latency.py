@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.surgery import _replaced, extract, series_layers
+from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import Configuration, SearchSpace
 
@@ -218,13 +218,13 @@ def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor)
     network(batch)
     for handle in handles:
         handle.remove()
-    works: dict[Any, _Work] = {REST: (_replaced(network, free), [batch])}
+    works: dict[Any, _Work] = {REST: (replace_modules(network, free), [batch])}
     for name, layer in layers.items():
         for size in layer.group_sizes:
             works[name, size] = (layer.to_modules(size).eval().to(device), free[name].inputs)
     for one in sampled:
         chosen = {name: works[name, size][0] for name, size in zip(layers, one, strict=True)}
-        works[one] = (_replaced(network, chosen), [batch])
+        works[one] = (replace_modules(network, chosen), [batch])
     return works
 
 

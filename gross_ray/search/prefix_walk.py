@@ -140,7 +140,7 @@ class _Walk:
         self._forget(node, values)
         groups: dict[tuple[int, ...], list[int]] = {}
         for place, prefix in enumerate(prefixes):
-            sizes = (prefix.sizes[depth],) if again else tuple(prefix.following)
+            sizes = (prefix.sizes[depth],) if again else tuple(sorted(prefix.following))
             groups.setdefault(sizes, []).append(place)
         pieces = [
             (sizes[first : first + step], members)

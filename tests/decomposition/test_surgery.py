@@ -87,7 +87,7 @@ def test_at_full_rank_the_outputs_are_those_of_the_original(network, images):
     torch.testing.assert_close(extract(supernet, (8, 8))(images), network(images), rtol=0, atol=1e-9)
 
 
-def test_a_shared_layer_is_replaced_everywhere_by_one_series(network, images):
+def test_a_shared_layer_isreplace_modules_everywhere_by_one_series(network, images):
     supernet = decompose_model(network, options=QUICK)
     assert isinstance(supernet.body[0], SeriesConv2d)
     assert supernet.again[0] is supernet.body[0]

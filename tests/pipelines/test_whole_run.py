@@ -138,11 +138,14 @@ def test_killed_in_each_stage_the_run_still_ends_with_equal_tables(
     undisturbed: tuple[Path, str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
+    stored: dict[Path, int] = {}
     for stage, sign in STAGE_SIGNS.items():
         _kill_at(run, stage, sign)
+        stored |= {file: file.stat().st_mtime_ns for file in run.glob("tables/*/[!.]*.parquet")}
     ended = subprocess.run(run_command(run), capture_output=True, text=True, check=False, timeout=400)
     assert ended.returncode == 0, ended.stderr
     assert_equal_tables(undisturbed[0], run)
+    assert {file: file.stat().st_mtime_ns for file in stored} == stored  # what was stored is not done again
     assert list(run.rglob(".*.tmp")) == []
 
 

@@ -10,7 +10,8 @@ from gross_ray.decomposition.surgery import default_group_sizes
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search.batch_plan import SegmentMemory, default_memory_budget, plan_batches
-from gross_ray.search.evaluator import EvaluationOptions, Evaluator
+from gross_ray.search.evaluation_options import EvaluationOptions
+from gross_ray.search.evaluator import Evaluator
 from gross_ray.space import SearchSpace
 
 MIB = 2**20

@@ -1,0 +1,55 @@
+"""How configurations are evaluated: batches, forms and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from gross_ray.errors import InvalidValueError
+from gross_ray.search.layer_forms import FORMS
+
+FORM_CHOICES = ("auto", *FORMS)
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How configurations are evaluated; the counts are the same up to float rounding whatever is chosen."""
+
+    batch_size: int | None = None
+    """Images of a batch; None: as many as fit the memory budget."""
+    memory_budget: int | None = None
+    """Bytes that a batch's live tensors may take; None: the CPU's largest cache, or half of the GPU's free memory."""
+    form: str = "auto"
+    """How decomposed layers run: dense, bottleneck, or auto: whichever each layer and group-size is faster in."""
+    precision: str = "float32"
+    """float32 (the network's own dtype), tf32 (CUDA's faster products) or bfloat16 (autocast): both change counts."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InvalidValueError(f"batch_size = {self.batch_size}: must be 1 or more")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise InvalidValueError(f"memory_budget = {self.memory_budget} bytes: must be 1 or more")
+        if self.form not in FORM_CHOICES:
+            raise InvalidValueError(f"form = {self.form!r}: must be one of {', '.join(FORM_CHOICES)}")
+        if self.precision not in PRECISIONS:
+            raise InvalidValueError(f"precision = {self.precision!r}: must be one of {', '.join(PRECISIONS)}")
+
+
+@contextmanager
+def at_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Compute in `precision` while it is open; raises InvalidValueError where `device` lacks it."""
+    if precision == "tf32" and device.type != "cuda":
+        raise InvalidValueError(f"precision = 'tf32' on {device.type}: only CUDA has it; use float32 or bfloat16")
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            wanted = "tf32" if precision == "tf32" else "ieee"  # by default torch gives convolutions tf32
+            for settings in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
+                stack.callback(setattr, settings, "fp32_precision", settings.fp32_precision)
+                settings.fp32_precision = wanted
+        if precision == "bfloat16":
+            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
+        yield
