@@ -127,12 +127,12 @@ def _text(name: str, meaning: str, *, unit: str = "", choices: tuple[str, ...] =
     return Column(name=name, type=pa.string(), meaning=meaning, unit=unit, choices=choices)
 
 
-def _count(name: str, meaning: str, unit: str = "", low: float = 0) -> Column:
-    return Column(name=name, type=pa.int64(), meaning=meaning, unit=unit, low=low)
+def _count(name: str, meaning: str, unit: str = "", low: float = 0, *, nullable: bool = False) -> Column:
+    return Column(name=name, type=pa.int64(), meaning=meaning, unit=unit, low=low, nullable=nullable)
 
 
-def _real(name: str, meaning: str, unit: str = "", low: float = 0) -> Column:
-    return Column(name=name, type=pa.float64(), meaning=meaning, unit=unit, low=low)
+def _real(name: str, meaning: str, unit: str = "", low: float = 0, *, nullable: bool = False) -> Column:
+    return Column(name=name, type=pa.float64(), meaning=meaning, unit=unit, low=low, nullable=nullable)
 
 
 def _accuracy(name: str, meaning: str, *, low: float = 0, nullable: bool = False) -> Column:
@@ -253,12 +253,10 @@ _TABLES = (
             _VAL_TOTAL,
             _VAL_ACCURACY,
             _real("val_loss", "Mean cross-entropy on the validation split", "nats"),
-            Column(
-                name="latency_ms",
-                type=pa.float64(),
-                meaning="Predicted time of one batch's forward pass (see latency_models); missing where not measured",
-                unit="ms",
-                low=0,
+            _real(
+                "latency_ms",
+                "Predicted time of one batch's forward pass (see latency_models); missing where not measured",
+                "ms",
                 nullable=True,
             ),
         ),
@@ -269,14 +267,7 @@ _TABLES = (
         columns=(
             *_WHERE_TIMED,
             _text("part", "Name of the decomposed layer; `rest` for all other layers together"),
-            Column(
-                name="group_size",
-                type=pa.int64(),
-                meaning="Group-size of the layer; missing for `rest`",
-                unit="channels",
-                low=1,
-                nullable=True,
-            ),
+            _count("group_size", "Group-size of the layer; missing for `rest`", "channels", 1, nullable=True),
             _real("latency_ms", "Median time of one batch", "ms"),
         ),
     ),

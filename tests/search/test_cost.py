@@ -4,6 +4,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Twice
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,19 +47,6 @@ def residual():
 
 RESIDUAL_SIZES = {"1.conv1": (1, 4), "2.conv1": (2, 8), "2.conv2": (3, 12), "3.conv1": (1, 2, 4), "3.conv2": (16,)}
 RESIDUAL_IMAGE = (3, 13, 10)
-
-
-class Twice(nn.Module):
-    """A decomposed layer that runs twice, at two sizes."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3)
-        self.shared = nn.Conv2d(4, 4, 3)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, images):
-        return self.head(self.shared(self.shared(self.stem(images))).mean(dim=(2, 3)))
 
 
 def macs_by_torch(model, image):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from networks import Twice
 from torch import nn
 
 from gross_ray.decomposition.series import SeriesConv2d
@@ -20,20 +21,6 @@ from gross_ray.space import Configuration, SearchSpace
 SIZES = {"conv2": (1, 4, 32), "conv3": (2, 16), "conv4": (1, 8, 16, 64)}
 IMAGE = (3, 16, 16)
 REST_MS = 3.0
-
-
-class Twice(nn.Module):
-    """A decomposed layer that runs twice, at two sizes, its output overwritten in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3)
-        self.shared = nn.Conv2d(4, 4, 3)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, images):
-        hidden = self.shared(torch.relu_(self.shared(self.stem(images))))
-        return self.head(hidden.mean(dim=(2, 3)))
 
 
 class Idle(nn.Module):
