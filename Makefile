@@ -33,6 +33,7 @@ format: setup
 
 benchmarks: setup
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/search_on_ray.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/decomposition.py
 	$(BIN)/python benchmarks/workers.py
