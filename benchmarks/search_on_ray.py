@@ -16,6 +16,7 @@ import argparse
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +48,12 @@ from pipelines.units import Context, Unit, Work, pack_splits
 from pipelines.workers import WorkerPool
 
 CHEAP_LAYERS = 10
+_PANDAS = """
+import pandas, resource, sys
+table = pandas.read_parquet(sys.argv[1] + "/tables/configurations")
+most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(f"all {len(table)} rows and {len(table.columns)} columns in a process with pandas alone: {most:.0f} MiB at most")
+"""
 
 
 def main() -> None:
@@ -136,8 +143,15 @@ def _million(folder: Path, options: argparse.Namespace) -> None:
         _tell(f"searched, stored and selected in {time.perf_counter() - started:.0f} s")
     print(search.best(store, [Budget("parameters", 4000)], 3).to_string(index=False))
     _tell("best under a budget")
-    table = read_table(store.path, "configurations")
-    _tell(f"{len(table)} rows read back")
+    rows = sum(len(store.read_units("configurations", [unit])) for unit in store.finished_units("configurations"))
+    _tell(f"{rows} rows read back, a shard at a time")
+    chosen = read_table(store.path, "configurations", ["configuration", "macs", "val_accuracy"])
+    _tell(f"{len(chosen)} rows of three columns as one frame")
+    print(
+        subprocess.run(
+            [sys.executable, "-c", _PANDAS, str(store.path)], check=True, capture_output=True, text=True
+        ).stdout
+    )
 
 
 def _cheap(num_classes: int, image_size: int) -> nn.Module:

@@ -59,9 +59,9 @@ def compare(store: RunStore) -> None:
         return
     validations = store.read_table("validations")
     fixed = validations[validations["kind"] == "fixed"].groupby("configuration")["val_accuracy"].mean()
-    configurations = store.read_table("configurations")
     for unit in missing:
-        rows = configurations[configurations["supernet"] == unit.name]
+        shards = [shard.name for shard in search.shards(store, [unit])]
+        rows = store.read_units("configurations", shards, ["configuration", "val_accuracy"])
         ours = rows.set_index("configuration")["val_accuracy"]
         table = [
             {

@@ -9,10 +9,11 @@ import pandas as pd
 from gross_ray.errors import InvalidValueError
 from gross_ray.results.store import RunStore
 from gross_ray.search.correlation import rank_correlation
-from gross_ray.search.selection import Budget, supernet_accuracies
+from gross_ray.search.selection import COSTS, Budget, supernet_accuracies
 from gross_ray.seeds import derived_generator
 
 Row = Sequence[str]
+_SEARCHED = ("alpha", "scaling", "seed", "configuration", *COSTS, "val_accuracy")
 
 
 def results(store: RunStore, *, markdown: bool = False) -> str:
@@ -64,7 +65,7 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
     if selections.empty:
         return f"{title}\nmissing: run `gross search`"
     options = store.experiment.supernet
-    configurations = store.read_table("configurations")
+    configurations = store.read_table("configurations", _SEARCHED)
     scaling = options.scaling if options.alpha > 0 else "index"
     searched = configurations[(configurations["alpha"] == options.alpha) & (configurations["scaling"] == scaling)]
     supernet = supernet_accuracies(searched[searched["seed"] < options.seeds]).set_index("configuration")

@@ -229,6 +229,38 @@ def test_rows_come_back_as_they_were_written(store):
     assert pq.read_schema(path).field("macs").metadata[b"unit"] == b"MACs an image"
 
 
+LAYERS = ("conv2", "features.3")
+
+
+def test_some_columns_of_some_units(store):
+    assert list(store.read_table("configurations", ["macs", "configuration"]).columns) == ["macs", "configuration"]
+    for seed in range(3):
+        store.write_table("configurations", f"seed={seed}", configuration_rows(seed), layers=LAYERS)
+    frame = store.read_units("configurations", ["seed=2", "seed=0"], ["layer conv2", "seed"])
+    rows = [*configuration_rows(2), *configuration_rows(0)]
+    assert frame.to_dict("records") == [{name: row[name] for name in ("layer conv2", "seed")} for row in rows]
+    assert read_table(store.path, "configurations", ["seed"])["seed"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    with pytest.raises(InvalidValueError, match="'configurations' has no column 'layer conv9'; .*layer features.3"):
+        store.read_table("configurations", ["macs", "layer conv9"])
+    with pytest.raises(RunFolderError, match="damaged file .*seed=7"):
+        store.read_units("configurations", ["seed=7"])
+
+
+def test_a_column_is_replaced_and_nothing_else(store):
+    path = store.write_table("configurations", "seed=0", configuration_rows(0), layers=LAYERS)
+    before = store.read_table("configurations")
+    store.set_column("configurations", "seed=0", "latency_ms", [1.5, 2.5, 3.5, 4.5])
+    after = store.read_table("configurations")
+    assert after["latency_ms"].tolist() == [1.5, 2.5, 3.5, 4.5]
+    pandas.testing.assert_frame_equal(after.drop(columns="latency_ms"), before.drop(columns="latency_ms"))
+    assert pq.read_schema(path).equals(tables.schema("configurations", LAYERS), check_metadata=True)
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="'latency_ms': -1"):
+        store.set_column("configurations", "seed=0", "latency_ms", [1.5, -1.0, 3.5, 4.5])
+    assert path.read_bytes() == whole
+    assert list(path.parent.glob(".*")) == []
+
+
 def test_writing_a_unit_again_replaces_it(store):
     store.write_table("history", "seed=0", rows_of(0, 3))
     store.write_table("history", "seed=0", rows_of(0, 2))
