@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 
 from gross_ray.decomposition.surgery import empty_supernet
+from gross_ray.results.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
 from gross_ray.seeds import derived_generator
 from pipelines import search
@@ -24,7 +26,7 @@ def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
     store, units = session.store, search.plan(session.store)
     require(store, search.STAGE, [unit.name for unit in units], search.finished(store))
     options = LatencyOptions(batch_size=batch_size, threads=threads)
-    name = f"batch={batch_size},threads={threads}"
+    name = f"device={session.cluster().device},batch={batch_size},threads={threads}"
     session.run(
         f"{search.STAGE} latency",
         [Unit(name, asdict(options), shared=units[0].shared)],
@@ -34,11 +36,26 @@ def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
     )
     model = LatencyModel.from_tables(*(store.read_units(table, [name]) for table in ("latencies", "latency_models")))
     layers = load_base(store).space.layers
-    for unit in sorted(store.finished_units("configurations")):
-        rows = store.read_units("configurations", [unit], [*(f"layer {layer}" for layer in layers), "latency_ms"])
-        predicted = model.predict_many({layer: rows[f"layer {layer}"].to_numpy() for layer in layers})
-        if not (rows["latency_ms"].to_numpy() == predicted).all():
-            store.set_column("configurations", unit, "latency_ms", predicted.tolist())
+    changed = [unit for unit in sorted(store.finished_units("configurations")) if _differs(store, model, unit, layers)]
+    for unit in changed:  # first none, then all: a run killed in between never mixes two measurements
+        missing = [None] * len(store.read_units("configurations", [unit], ["latency_ms"]))
+        store.set_column("configurations", unit, "latency_ms", missing)
+    for unit in changed:
+        store.set_column("configurations", unit, "latency_ms", _predicted(store, model, unit, layers)[0])
+
+
+def _differs(store: RunStore, model: LatencyModel, unit: str, layers: Sequence[str]) -> bool:
+    predicted, stored = _predicted(store, model, unit, layers)
+    return predicted != stored
+
+
+def _predicted(
+    store: RunStore, model: LatencyModel, unit: str, layers: Sequence[str]
+) -> tuple[list[float], list[float]]:
+    """Return what the model predicts for a shard's rows, and what is stored."""
+    rows = store.read_units("configurations", [unit], [*(f"layer {layer}" for layer in layers), "latency_ms"])
+    predicted = model.predict_many({layer: rows[f"layer {layer}"].to_numpy() for layer in layers})
+    return predicted.tolist(), rows["latency_ms"].tolist()
 
 
 def work(context: Context, unit: Unit) -> str:

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
+import torch
 
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import MissingStageError
 from gross_ray.results.store import RunStore
+from gross_ray.search.batch_plan import default_memory_budget
 from gross_ray.search.cost import CostTable
 from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.evaluator import Evaluator
@@ -46,6 +48,8 @@ class SearchPlan:
 
     shards: list[range]
     forms: dict[str, LayerForm]
+    memory_budget: int
+    """Bytes of live tensors on each worker."""
 
 
 def load_plan(store: RunStore) -> SearchPlan:
@@ -57,6 +61,7 @@ def load_plan(store: RunStore) -> SearchPlan:
             name: LayerForm({int(size): each for size, each in form["by_size"].items()}, form["stacked"])
             for name, form in about["forms"].items()
         },
+        about["memory_budget"],
     )
 
 
@@ -64,13 +69,13 @@ def shards(store: RunStore, supernet_units: Sequence[Unit]) -> list[Unit]:
     """Return the units that evaluate the whole space in each supernet: neighbours, which share prefixes, together."""
     return [
         Unit(
-            f"{unit.name},shard={place}",
+            f"{unit.name},start={shard.start},stop={shard.stop}",
             {"supernet": unit.name, **unit.arguments, "start": shard.start, "stop": shard.stop},
             len(shard),
             shared=unit.name,
         )
         for unit in supernet_units
-        for place, shard in enumerate(load_plan(store).shards)
+        for shard in load_plan(store).shards
     ]
 
 
@@ -111,9 +116,18 @@ def _make_plan(session: Session, supernet: str) -> None:
     def planned() -> set[str]:
         return {"plan"} if store.has_checkpoint(PLAN, "plan") else set()
 
+    for name in store.finished_units("configurations"):  # of a plan that is lost: its shards would overlap the new ones
+        store.delete_unit("configurations", name)
+    cluster = session.cluster()
+    workers = cluster.slots()
+    arguments = {
+        "workers": workers,
+        "threads": cluster.threads(SHARDS_A_WORKER * workers),
+        "gpus": cluster.gpus_per_unit,
+    }
     session.run(
         f"{STAGE} plan",
-        [Unit("plan", {"workers": session.cluster().slots()}, shared=supernet)],
+        [Unit("plan", arguments, shared=supernet)],
         plan_work,
         planned,
         shared=lambda name: load_shared(store, name),
@@ -136,36 +150,45 @@ class _Searched:
     paper: CostTable
 
     @classmethod
-    def of(cls, context: Context, forms: dict[str, LayerForm] | None) -> _Searched:
+    def of(cls, context: Context, forms: dict[str, LayerForm] | None, memory_budget: int) -> _Searched:
         base = load_base(context.store)
         supernet = empty_supernet(base.network, context.shared["group_sizes"])
         weights = {name: tensor_of(array) for name, array in context.shared["weights"].items()}
         supernet.load_state_dict(weights, assign=True)  # the node's one copy, not another one for each worker
+        supernet.eval()
         actual, paper = (CostTable.of(supernet, base.input_shape, convention=one) for one in ("actual", "paper"))
         search = context.store.experiment.search
-        options = EvaluationOptions(
-            memory_budget=search.memory_budget or None, form=search.form, precision=search.precision
-        )
+        options = EvaluationOptions(memory_budget=memory_budget, form=search.form, precision=search.precision)
         return cls(base, Evaluator(supernet.to(context.device), options, forms=forms), actual, paper)
 
 
 def plan_work(context: Context, unit: Unit) -> str:
     """Store the plan of the search."""
-    searched = _Searched.of(context, None)
+    workers, threads, gpus = (unit.arguments[name] for name in ("workers", "threads", "gpus"))
+    torch.set_num_threads(threads)  # those that the shards will have, for the forms are timed here
+    memory_budget = context.store.experiment.search.memory_budget
+    if not memory_budget:
+        memory_budget = default_memory_budget(torch.device(context.device))
+        if context.device == "cuda":
+            memory_budget = int(memory_budget * min(1.0, gpus))
+    searched = _Searched.of(context, None, memory_budget)
     base, validation = searched.base, context.splits.validation
     searched.evaluator.evaluate(validation.images[:1], validation.labels[:1], base.space[:1])
     forms = searched.evaluator.forms
     supernet = empty_supernet(base.network, context.shared["group_sizes"])
-    num = max(SHARDS_A_WORKER * unit.arguments["workers"], -(-len(base.space) // MOST_CONFIGURATIONS))
+    num = max(SHARDS_A_WORKER * workers, -(-len(base.space) // MOST_CONFIGURATIONS))
     cut = PrefixCosts(base.space, segment_macs(supernet, base.input_shape)).cut(num)
     about = {
         "shards": [[shard.start, shard.stop] for shard in cut],
         "forms": {name: asdict(form) for name, form in forms.items()},
+        "memory_budget": memory_budget,
     }
     context.store.save_checkpoint(PLAN, "plan", {}, about)
+    found = f"{len(base.space)} configurations in {len(cut)} shards"
+    if reason := searched.evaluator.not_traceable:
+        return f"{found}, one by one: this network cannot be traced ({reason})"
     bottlenecks = sum(one == "bottleneck" for form in forms.values() for one in form.by_size.values())
-    total = sum(len(form.by_size) for form in forms.values())
-    return f"{len(base.space)} configurations in {len(cut)} shards; {bottlenecks} of {total} layer forms as bottlenecks"
+    return f"{found}; {bottlenecks} of {sum(len(form.by_size) for form in forms.values())} layer forms as bottlenecks"
 
 
 def work(context: Context, unit: Unit) -> str:
@@ -173,7 +196,8 @@ def work(context: Context, unit: Unit) -> str:
     arguments, store = unit.arguments, context.store
     if arguments["supernet"] not in context.kept:
         context.kept.clear()  # one supernet at a time
-        context.kept[arguments["supernet"]] = _Searched.of(context, load_plan(store).forms)
+        planned = load_plan(store)
+        context.kept[arguments["supernet"]] = _Searched.of(context, planned.forms, planned.memory_budget)
     searched: _Searched = context.kept[arguments["supernet"]]
     base, validation = searched.base, context.splits.validation
     configurations = base.space[arguments["start"] : arguments["stop"]]

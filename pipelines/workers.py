@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ MAX_ATTEMPTS = 3
 """How often a unit is tried whose worker dies."""
 IN_FLIGHT = 2
 """Units that an actor has at most: one under way, and the next so that it never waits for the driver."""
+PATIENCE_SECONDS = 60.0
+"""How long no worker may be up before that is told."""
 POLL_SECONDS = 1.0
 """How often the units under way are asked for their state."""
 
@@ -56,6 +59,7 @@ class WorkerPool:
         """Start nothing yet: actors are started as a stage needs them."""
         self._cluster, self._packed = cluster, packed_splits
         self._actors: list[Any] = []
+        self._start_failures = 0
 
     def run(
         self,
@@ -75,20 +79,55 @@ class WorkerPool:
         while len(self._actors) < wanted:
             self._actors.append(self._start())
         stage = _StageOnActors(work, store, units, threads, progress, shared)
-        queues: dict[Any, deque[_Task]] = {actor: deque() for actor in self._actors[:wanted]}
+        queues: dict[Any, deque[_Task]] = {}
+        # Units go only to actors that are up: one for which the cluster has no room any more would keep them for ever.
+        starting = {actor.state.remote(): actor for actor in self._actors[:wanted]}
+        self._start_failures, waiting_since = 0, time.monotonic()
         while stage.todo or any(queues.values()):
-            stage.hand_out(queues)
-            ray.wait([task.reference for queue in queues.values() for task in queue], timeout=POLL_SECONDS)
+            self._take_up(starting, queues)
+            stage.hand_out(queues, len(queues) + len(starting))
+            if not queues and not starting:
+                stage.give_up(
+                    f"no worker could be started in {self._start_failures} attempts; look at the nodes' memory"
+                )
+                break
+            if queues:
+                waiting_since = time.monotonic()
+            elif time.monotonic() - waiting_since > PATIENCE_SECONDS:
+                progress.note("waiting for a worker: the cluster has no free core or GPU for one")
+                waiting_since = time.monotonic()
+            tasks = [task.reference for queue in queues.values() for task in queue]
+            ray.wait([*tasks, *starting], timeout=POLL_SECONDS)
             for actor, queue in list(queues.items()):
                 if stage.collect(queue):
                     continue
                 stage.lost(queue)
                 del queues[actor]
-                self._actors.remove(actor)
-                self._actors.append(self._start())
-                queues[self._actors[-1]] = deque()
+                self._replace(actor, starting)
             progress.under_way(_states(queues))
         return stage.failed
+
+    def _take_up(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]]) -> None:
+        """Move the actors that are up from `starting` to `queues`; try again those that failed to start."""
+        ready, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0) if starting else ([], [])
+        for reference in ready:
+            actor = starting.pop(reference)
+            try:
+                ray.get(reference)
+                queues[actor] = deque()
+            except ray.exceptions.RayError:
+                self._start_failures += 1
+                if self._start_failures < MAX_ATTEMPTS:
+                    self._replace(actor, starting)
+                else:
+                    self._actors.remove(actor)
+
+    def _replace(self, actor: Any, starting: dict[ray.ObjectRef, Any]) -> None:
+        """Start an actor in place of one that is dead."""
+        ray.kill(actor)  # one that Ray's memory monitor took a task from may live on
+        self._actors.remove(actor)
+        self._actors.append(self._start())
+        starting[self._actors[-1].state.remote()] = self._actors[-1]
 
     def close(self) -> None:
         """End the actors, so that their cores are free."""
@@ -130,11 +169,11 @@ class _StageOnActors:
         self._shared: dict[str, ray.ObjectRef] = {}
         self._users = Counter(unit.shared for unit in units)
 
-    def hand_out(self, queues: Mapping[Any, deque[_Task]]) -> None:
-        """Give each actor a unit, and the next one while there are enough for all."""
+    def hand_out(self, queues: Mapping[Any, deque[_Task]], num_workers: int) -> None:
+        """Give each actor a unit, and the next one while there are enough for all workers, those still starting too."""
         for length in range(IN_FLIGHT):
             for actor, queue in queues.items():
-                enough = length == 0 or len(self.todo) >= len(queues)
+                enough = length == 0 or len(self.todo) >= num_workers
                 if len(queue) == length and self.todo and enough:
                     unit = self.todo.popleft()
                     shared = self._reference(unit.shared)
@@ -148,13 +187,13 @@ class _StageOnActors:
                 return True
             try:
                 text = ray.get(queue[0].reference)
-            except ray.exceptions.RayActorError:
-                return False
             except ray.exceptions.RayTaskError as error:
                 unit = self._ended(queue)
                 self.failed[unit.name] = f"{type(error.cause).__name__}: {error.cause}"
                 expected = isinstance(error.cause, GrossRayError)
                 self._progress.note(f"{unit.name}: failed: {error.cause if expected else error}")
+            except ray.exceptions.RayError:  # it died, or its node did, or the memory monitor killed it
+                return False
             else:
                 self._progress.unit_done(self._ended(queue).name, text)
         return True
@@ -173,6 +212,11 @@ class _StageOnActors:
             )
             self._release(unit)
         self.todo.extendleft(reversed(waiting))
+
+    def give_up(self, reason: str) -> None:
+        """Fail what is still to do."""
+        self.failed |= dict.fromkeys((unit.name for unit in self.todo), reason)
+        self.todo.clear()
 
     def _ended(self, queue: deque[_Task]) -> Unit:
         unit = queue.popleft().unit
@@ -199,6 +243,6 @@ def _states(queues: Mapping[Any, deque[_Task]]) -> dict[str, tuple[float, str]]:
     for reference in ready:
         try:
             states[asked[reference]] = ray.get(reference)
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayError:
             continue  # its unit reports the death
     return states

@@ -170,9 +170,15 @@ def extract(supernet: nn.Module, configuration: Sequence[int]) -> nn.Module:
     )
 
 
-def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a deep copy of `model` with the named modules replaced wherever they are used, so that sharing is kept."""
-    copied = copy.deepcopy(model)
+def replace_modules(
+    model: nn.Module, replacements: Mapping[str, nn.Module], *, share_weights: bool = False
+) -> nn.Module:
+    """Return a deep copy of `model` with the named modules replaced wherever they are used, so that sharing is kept.
+
+    With `share_weights` the copy has the parameters and buffers of `model` itself.
+    """
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share_weights else {}
+    copied = copy.deepcopy(model, kept)
     new = {id(copied.get_submodule(name)): module for name, module in replacements.items()}
     if id(copied) in new:
         return new[id(copied)]

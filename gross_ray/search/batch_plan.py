@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,7 +52,8 @@ class SegmentMemory:
 def default_memory_budget(device: torch.device) -> int:
     """Return the bytes that a walk may keep alive where none are given: the cache's size, or half of a GPU's rest."""
     if device.type == "cuda":
-        return int(SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(SHARE_OF_FREE * (torch.cuda.mem_get_info(device)[0] + unused))
     names = ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE")
     sizes = [os.sysconf(name) for name in names if name in os.sysconf_names]
     return int(CACHES_ON_CPU * max([size for size in sizes if size > 0], default=USUAL_CACHE))
@@ -76,16 +77,7 @@ def plan_batches(
         return images * _bytes_an_image(segments, prefixes) <= memory_budget
 
     ones = [1] * len(segments)
-    alone = _bytes_an_image(segments, ones)
-    least = batch_size or 1
-    if least * alone > memory_budget:
-        raise InvalidValueError(
-            f"memory_budget = {memory_budget} bytes: {least} image{'s' * (least > 1)} need {least * alone}; "
-            f"give at least that{', or a smaller batch_size' if batch_size else ''}"
-        )
-    images = batch_size or min(memory_budget // alone, num_images)
-    if batch_size is None:  # batches of about equal size
-        images = -(-num_images // -(-num_images // images))
+    images = images_of_batch(_bytes_an_image(segments, ones), num_images, memory_budget, batch_size)
     prefixes = list(ones)
     for depth, siblings in enumerate(num_siblings, start=1):
         for together in range(siblings, 0, -1):
@@ -94,6 +86,23 @@ def plan_batches(
                 prefixes = wider
                 break
     return BatchPlan(images, tuple(prefixes[1:]))
+
+
+def images_of_batch(bytes_an_image: int, num_images: int, memory_budget: int, batch_size: int | None) -> int:
+    """Return how many images fit `memory_budget` bytes, in batches of about equal size; `batch_size` where it is given.
+
+    Raises InvalidValueError if one image alone, or that many, do not fit.
+    """
+    least = batch_size or 1
+    if least * bytes_an_image > memory_budget:
+        raise InvalidValueError(
+            f"memory_budget = {memory_budget} bytes: {least} image{'s' * (least > 1)} need {least * bytes_an_image}; "
+            f"give at least that{', or a smaller batch_size' if batch_size else ''}"
+        )
+    if batch_size is not None:
+        return batch_size
+    most = min(memory_budget // max(bytes_an_image, 1), num_images)
+    return -(-num_images // -(-num_images // most))
 
 
 def _bytes_an_image(segments: Sequence[SegmentMemory], prefixes: Sequence[int]) -> int:
@@ -111,9 +120,17 @@ def _bytes_an_image(segments: Sequence[SegmentMemory], prefixes: Sequence[int]) 
     return most
 
 
-def measure_segments(walk: PrefixWalk, image: Tensor, path: Prefix) -> list[SegmentMemory]:
-    """Return what each segment needs, from one pass of `image`, (1, ...), along the one path of a tree."""
+def measure_segments(walk: PrefixWalk, image: Tensor, paths: Sequence[Prefix]) -> list[SegmentMemory]:
+    """Return what each segment needs: the most over passes of `image`, (1, ...), along some trees of one path."""
     batch = torch.cat([image] * PROBE_IMAGES)
+    found = [_measure_path(walk, batch, path) for path in paths]
+    return [
+        SegmentMemory(*(max(figures) for figures in zip(*map(astuple, segments), strict=True)))
+        for segments in zip(*found, strict=True)
+    ]
+
+
+def _measure_path(walk: PrefixWalk, batch: Tensor, path: Prefix) -> list[SegmentMemory]:
     alive = _AliveBytes(batch)
     starts: list[int] = []
     peaks: list[int] = []
@@ -136,7 +153,16 @@ def measure_segments(walk: PrefixWalk, image: Tensor, path: Prefix) -> list[Segm
     with alive:
         walk.run(batch, path, lambda *_: None, limits=[1] * walk.num_layers, on_layer=on_layer, on_depth=on_depth)
     figures = zip(starts, [*peaks, alive.peak], [*helds, 0], [*layers, 0], strict=True)
-    return [SegmentMemory(*(-(-figure // PROBE_IMAGES) for figure in each)) for each in figures]
+    return [SegmentMemory(*(-(-figure // len(batch)) for figure in each)) for each in figures]
+
+
+def bytes_of_pass(network: nn.Module, image: Tensor) -> int:
+    """Return the most bytes alive for each image in a forward pass of `network`."""
+    batch = torch.cat([image] * PROBE_IMAGES)
+    alive = _AliveBytes(batch)
+    with alive:
+        network(batch)
+    return -(-alive.peak // PROBE_IMAGES)
 
 
 class _AliveBytes(TorchDispatchMode):

@@ -124,11 +124,12 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
     """Return each call of a convolution, linear or decomposed layer as `model` runs one image of (C, H, W)."""
     calls: list[Call] = []
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append(Call(module, tuple(inputs[0].shape), tuple(output.shape)))
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        images = args[0] if args else kwargs["input"]
+        calls.append(Call(module, tuple(images.shape), tuple(output.shape)))
 
     counted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | SeriesConv2d)]
-    handles = [module.register_forward_hook(hook) for module in counted]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
     modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,28 +11,39 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gross_ray.data.augment import normalise
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.batch_plan import BatchPlan, default_memory_budget, measure_segments, plan_batches
+from gross_ray.search.batch_plan import (
+    BatchPlan,
+    bytes_of_pass,
+    default_memory_budget,
+    images_of_batch,
+    measure_segments,
+    plan_batches,
+)
 from gross_ray.search.evaluation_options import EvaluationOptions, at_precision
 from gross_ray.search.graph import modules_out_of_place, trace
-from gross_ray.search.layer_forms import LayerForm, Siblings, fastest_form
+from gross_ray.search.layer_forms import FORMS, LayerForm, Siblings, fastest_form
 from gross_ray.search.prefix_walk import Prefix, PrefixWalk
 from gross_ray.space import Configuration, SearchSpace
 
 COLUMNS = ("configuration", "correct", "total", "accuracy", "loss")
-ONE_BY_ONE_BATCH = 100
-"""Images of a batch where a network cannot be traced and no batch size is given."""
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""How far the logits of the traced network may be from its own, relative to the largest: float rounding."""
 TIMED_MACS = 5e8
 """About how much of a layer's work is done each time that a form is timed."""
 
 
 class NotTraceableWarning(UserWarning):
     """A network cannot be traced, so that configurations are evaluated one by one."""
+
+
+class NotTraceableError(Exception):
+    """A network cannot be traced, or its graph does something else than the network."""
 
 
 def evaluate_configurations(
@@ -68,7 +80,8 @@ def evaluate_configurations(
 class Evaluator:
     """One supernet, ready to evaluate lists of its configurations: what is derived from its weights is kept.
 
-    A later change of the weights is not seen.
+    A later change of the weights is not seen. `not_traceable` says why configurations are evaluated one by one, if
+    they are: as bottlenecks then, whatever the form.
     """
 
     def __init__(
@@ -78,14 +91,14 @@ class Evaluator:
         *,
         forms: Mapping[str, LayerForm] | None = None,
     ) -> None:
-        """Trace `supernet`; `forms`, by layer name, are taken as given in place of timing them (see `forms`)."""
+        """Take a supernet; `forms`, by layer name, are taken as given in place of timing them (see `forms`)."""
         self._supernet, self._options = supernet, options
         self._space = SearchSpace.of(supernet)
         self._given = dict(forms or {})
-        self._graph = _traced(supernet)
         self._walk: PrefixWalk | None = None
         self._joined = True
         """Whether rows of several prefixes may share a batch: nothing in the network mixes rows."""
+        self.not_traceable: str | None = None
 
     @property
     def forms(self) -> dict[str, LayerForm]:
@@ -101,50 +114,77 @@ class Evaluator:
         """Return correct images (int64) and summed cross-entropy (float64) of each configuration, on the CPU."""
         if len(images) == 0 or len(images) != len(labels):
             raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
+        parameter = next(self._supernet.parameters())
+        if images.device != parameter.device:
+            raise InvalidValueError(f"images on {images.device}, the network on {parameter.device}: move one of them")
+        self._dtype = parameter.dtype
         correct = torch.zeros(len(configurations), dtype=torch.int64)
         loss = torch.zeros(len(configurations), dtype=torch.float64)
         if not configurations:
             return correct, loss
-        with torch.inference_mode(), _evaluating(self._supernet), at_precision(self._options.precision, images.device):
-            if self._graph is None:
-                return self._one_by_one(images, labels, configurations)
-            with modules_out_of_place(self._supernet):
-                return self._by_prefix(images, labels, configurations, correct, loss)
-
-    def _by_prefix(
-        self, images: Tensor, labels: Tensor, configurations: Sequence[Configuration], correct: Tensor, loss: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if self._walk is None:
-            self._walk = self._prepared(images)
-        walk, root = self._walk, None
-        root = walk.tree(configurations)
-        plan = self._plan(walk, images, configurations)
-        if max(plan.limits, default=1) > 1:
-            self._joined = self._joined and _rows_are_independent(walk, _batch(images[:2]), configurations)
-        totals: _Totals | None = None
-        for start in range(0, len(labels), plan.num_images):
-            found = _Totals(labels[start : start + plan.num_images])
-            walk.run(
-                _batch(images[start : start + plan.num_images]),
-                root,
-                found.add,
-                limits=plan.limits,
-                apart=not self._joined,
-            )
-            totals = found.joined(totals)
-        assert totals is not None
+        with torch.inference_mode(), evaluation_mode(self._supernet):
+            plan = self._prepared_plan(images, configurations)
+            totals = _Totals(labels, [])
+            with at_precision(self._options.precision, images.device):
+                for found in self._batches(plan, images, labels, configurations):
+                    totals = found.joined(totals)
         for leaf, count, total in zip(totals.leaves, totals.correct.tolist(), totals.loss.tolist(), strict=True):
             correct[leaf.places] = count
             loss[leaf.places] = total
         return correct, loss
 
-    def _prepared(self, images: Tensor) -> PrefixWalk:
+    def _prepared_plan(self, images: Tensor, configurations: Sequence[Configuration]) -> BatchPlan:
+        """Prepare the walk, the first time, and return what runs together."""
+        if self._walk is None and self.not_traceable is None:
+            try:
+                with _graph_faults():
+                    with at_precision(self._options.precision, images.device):
+                        self._walk = self._new_walk(images)
+                    plan = self._plan(self._walk, images)
+                    with at_precision("float32", images.device):
+                        self._check(self._walk, plan, images, configurations)
+                return plan
+            except NotTraceableError as error:
+                self._walk, self.not_traceable = None, str(error)
+                warnings.warn(
+                    f"this network cannot be traced ({error}); evaluating one configuration at a time, as bottlenecks",
+                    NotTraceableWarning,
+                    stacklevel=4,
+                )
+        if self._walk is not None:
+            return self._plan(self._walk, images)
+        set_configuration(self._supernet, configurations[-1])
+        needed = bytes_of_pass(self._supernet, self._batch(images[:1]))
+        return BatchPlan(images_of_batch(needed, len(images), self._budget(images), self._options.batch_size), ())
+
+    def _batches(
+        self, plan: BatchPlan, images: Tensor, labels: Tensor, configurations: Sequence[Configuration]
+    ) -> Iterator[_Totals]:
+        """Evaluate batch after batch, each with the same leaves in the same order."""
+        root = self._walk.tree(configurations) if self._walk else None
+        leaves = [Prefix(one, [place]) for place, one in enumerate(configurations)]
+        for start in range(0, len(labels), plan.num_images):
+            batch = self._batch(images[start : start + plan.num_images])
+            found = _Totals(labels[start : start + plan.num_images], [])
+            if self._walk is not None and root is not None:
+                with modules_out_of_place(self._supernet):
+                    self._walk.run(batch, root, found.add, limits=plan.limits, apart=not self._joined)
+            else:
+                for leaf in leaves:
+                    set_configuration(self._supernet, leaf.sizes)
+                    found.add([leaf], self._supernet(batch.clone()))
+            yield found
+
+    def _new_walk(self, images: Tensor) -> PrefixWalk:
         """Return the walk with each layer in its form, timed where it is not given."""
-        assert self._graph is not None
+        try:
+            traced = trace(self._supernet)
+        except Exception as error:  # torch.fx raises whatever the model's own code meets on symbolic values
+            raise NotTraceableError(f"{type(error).__name__}: {error}") from None
         names = {layer: name for name, layer in series_layers(self._supernet).items()}
         forms: dict[SeriesConv2d, LayerForm] = {}
         default = "dense" if self._options.form == "auto" else self._options.form
-        walk = PrefixWalk(self._supernet, self._graph, {})
+        walk = PrefixWalk(self._supernet, traced, {})
         for layer, name in names.items():
             forms[layer] = self._given.get(name) or LayerForm.uniform(layer, default)
         to_time = [layer for layer, name in names.items() if self._options.form == "auto" and name not in self._given]
@@ -153,33 +193,76 @@ class Evaluator:
 
             def on_layer(layer: SeriesConv2d, inputs: Tensor) -> None:
                 if layer in to_time:
-                    forms[layer] = fastest_form(layer, _typical_rows(layer, inputs))
+                    forms[layer] = fastest_form(layer, _typical_rows(layer, inputs, self._budget(images)))
 
-            path = walk.tree([self._space[0]])
-            walk.run(_batch(images[:1]), path, lambda *_: None, limits=[1] * walk.num_layers, on_layer=on_layer)
-        walk.siblings = {layer: Siblings(layer, forms[layer]) for layer in walk.layers}
+            path, once = walk.tree([self._space[0]]), [1] * walk.num_layers
+            with modules_out_of_place(self._supernet):
+                walk.run(self._batch(images[:1]), path, lambda *_: None, limits=once, on_layer=on_layer)
+        with torch.autocast(images.device.type, enabled=False):  # the kernels are as exact as the weights
+            walk.siblings = {layer: Siblings(layer, forms[layer]) for layer in walk.layers}
         return walk
 
-    def _plan(self, walk: PrefixWalk, images: Tensor, configurations: Sequence[Configuration]) -> BatchPlan:
-        options = self._options
-        budget = options.memory_budget or default_memory_budget(images.device)
-        segments = measure_segments(walk, _batch(images[:1]), walk.tree(configurations[:1]))
-        siblings = [len(layer.group_sizes) for layer in walk.layers]
-        return plan_batches(segments, siblings, len(images), budget, batch_size=options.batch_size)
+    def _budget(self, images: Tensor) -> int:
+        return self._options.memory_budget or default_memory_budget(images.device)
 
-    def _one_by_one(
-        self, images: Tensor, labels: Tensor, configurations: Sequence[Configuration]
-    ) -> tuple[Tensor, Tensor]:
-        size = self._options.batch_size or ONE_BY_ONE_BATCH
-        totals: _Totals | None = None
-        for start in range(0, len(labels), size):
-            batch, found = _batch(images[start : start + size]), _Totals(labels[start : start + size])
-            for configuration in configurations:
-                set_configuration(self._supernet, configuration)
-                found.add([Prefix(configuration)], self._supernet(batch))
-            totals = found.joined(totals)
-        assert totals is not None
-        return totals.correct.cpu(), totals.loss.cpu()
+    def _plan(self, walk: PrefixWalk, images: Tensor) -> BatchPlan:
+        names = {layer: name for name, layer in series_layers(self._supernet).items()}
+        in_form = {
+            form: {
+                names[layer]: next((size for size in layer.group_sizes if siblings.form.by_size[size] == form), None)
+                for layer, siblings in walk.siblings.items()
+            }
+            for form in FORMS
+        }
+        paths = [
+            walk.tree(
+                [
+                    Configuration(
+                        [sizes.get(name) or all_sizes[0] for name, all_sizes in self._space.group_sizes.items()]
+                    )
+                ]
+            )
+            for sizes in in_form.values()
+        ]
+        with modules_out_of_place(self._supernet), at_precision(self._options.precision, images.device):
+            segments = measure_segments(walk, self._batch(images[:1]), paths)
+        siblings = [len(layer.group_sizes) for layer in walk.layers]
+        return plan_batches(segments, siblings, len(images), self._budget(images), batch_size=self._options.batch_size)
+
+    def _check(
+        self, walk: PrefixWalk, plan: BatchPlan, images: Tensor, configurations: Sequence[Configuration]
+    ) -> None:
+        """Compare a few configurations with forward passes of their own, and see whether rows may share a batch."""
+        few = list(dict.fromkeys([*configurations[:3], *configurations[-3:]]))
+        batch = self._batch(images[: min(2, plan.num_images)])
+        alone = {}
+        for one in few:
+            set_configuration(self._supernet, one)
+            alone[one] = self._supernet(batch.clone())
+
+        def fault(apart: bool) -> str:
+            worst = 0.0
+
+            def compare(leaves: list[Prefix], rows: Tensor) -> None:
+                nonlocal worst
+                for leaf, part in zip(leaves, rows.chunk(len(leaves)), strict=True):
+                    expected = alone[few[leaf.places[0]]]
+                    worst = max(worst, _difference(part, expected))
+
+            try:
+                with modules_out_of_place(self._supernet), _graph_faults():
+                    walk.run(batch, walk.tree(few), compare, limits=plan.limits, apart=apart)
+            except (NotTraceableError, InvalidValueError) as error:
+                return str(error)
+            return f"its graph gives other logits, by {worst:.1e}" if worst > TOLERANCE[self._dtype] else ""
+
+        self._joined = not fault(apart=False)
+        if not self._joined and (reason := fault(apart=True)):
+            raise NotTraceableError(reason)
+
+    def _batch(self, images: Tensor) -> Tensor:
+        batch = images if images.is_floating_point() else normalise(images).to(self._dtype)
+        return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
 
 
 @dataclass
@@ -187,7 +270,7 @@ class _Totals:
     """Correct images and summed loss of each leaf, on the device, in the order in which the walk meets the leaves."""
 
     labels: Tensor
-    leaves: list[Prefix] = field(default_factory=list)
+    leaves: list[Prefix]
     _correct: list[Tensor] = field(default_factory=list)
     _loss: list[Tensor] = field(default_factory=list)
 
@@ -209,64 +292,48 @@ class _Totals:
         """Summed cross-entropy, (leaves,) float64."""
         return self._loss[0]
 
-    def joined(self, earlier: _Totals | None) -> _Totals:
+    def joined(self, earlier: _Totals) -> _Totals:
         """Return these totals of a batch, and those of the batches before it, as one."""
         correct, loss = torch.cat(self._correct), torch.cat(self._loss)
-        if earlier is not None:
+        if earlier.leaves:
             correct, loss = correct + earlier.correct, loss + earlier.loss
         return _Totals(self.labels, self.leaves, [correct], [loss])
 
 
-def _batch(images: Tensor) -> Tensor:
-    batch = images if images.is_floating_point() else normalise(images)
-    return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest logit."""
+    if found.shape != expected.shape:
+        return math.inf
+    scale = float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    if math.isnan(difference):
+        return 0.0 if torch.allclose(found, expected, equal_nan=True) else math.inf
+    return difference / scale if scale else difference
 
 
-def _typical_rows(layer: SeriesConv2d, inputs: Tensor) -> Tensor:
-    """Return as many copies of one row as give a form something to do."""
-    kernel = layer.kernel_size[0] * layer.kernel_size[1]
+def _typical_rows(layer: SeriesConv2d, inputs: Tensor, memory_budget: int) -> Tensor:
+    """Return as many copies of one row as give a form something to do, and fit the memory with all that it makes."""
+    kernel, sizes = layer.kernel_size[0] * layer.kernel_size[1], len(layer.group_sizes)
     macs = layer.in_channels * layer.out_channels * kernel * inputs.shape[2] * inputs.shape[3]
-    rows = int(min(max(TIMED_MACS / macs / len(layer.group_sizes), 8), 128))
+    channels = 3 * layer.in_channels + 2 * sizes * layer.out_channels
+    needed = channels * inputs.shape[2] * inputs.shape[3] * inputs.element_size()
+    rows = int(min(max(TIMED_MACS / macs / sizes, 8), 128, max(memory_budget // needed, 1)))
     return inputs[:1].repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
 
 
-def _rows_are_independent(walk: PrefixWalk, batch: Tensor, configurations: Sequence[Configuration]) -> bool:
-    """Return whether a few configurations give the same logits together as each for itself."""
-    few = [*configurations[:3], *configurations[-3:]]
-    found: list[dict[tuple[int, ...], Tensor]] = []
-    for together in (True, False):
-        logits: dict[tuple[int, ...], Tensor] = {}
-
-        def add(leaves: list[Prefix], rows: Tensor, logits: dict[tuple[int, ...], Tensor] = logits) -> None:
-            logits.update({leaf.sizes: part for leaf, part in zip(leaves, rows.chunk(len(leaves)), strict=True)})
-
-        try:
-            walk.run(batch, walk.tree(few), add, limits=[len(few)] * walk.num_layers, apart=not together)
-        except (RuntimeError, InvalidValueError):
-            if not together:
-                raise
-            return False  # a size written down while tracing, for one
-        found.append(logits)
-    tolerance = 1e-2 if batch.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return all(
-        torch.allclose(rows, found[1][sizes], rtol=tolerance, atol=tolerance) for sizes, rows in found[0].items()
-    )
-
-
-def _traced(supernet: nn.Module) -> fx.Graph | None:
+@contextmanager
+def _graph_faults() -> Iterator[None]:
+    """Raise NotTraceableError for what a graph may fail with and the network itself would not."""
     try:
-        return trace(supernet)
-    except Exception as error:  # torch.fx raises whatever the model's own code meets on symbolic values
-        warnings.warn(
-            f"this network cannot be traced ({type(error).__name__}: {error}); evaluating one configuration at a time",
-            NotTraceableWarning,
-            stacklevel=4,
-        )
-        return None
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, LookupError) as error:
+        raise NotTraceableError(f"its graph fails: {type(error).__name__}: {error}") from None
 
 
 @contextmanager
-def _evaluating(supernet: nn.Module) -> Iterator[None]:
+def evaluation_mode(supernet: nn.Module) -> Iterator[None]:
     """Set evaluation mode, and weights as channels_last needs them; put all back at the end, the configuration too."""
     active, modes = get_configuration(supernet), {module: module.training for module in supernet.modules()}
     weights = {module: module.weight.data for module in modes if isinstance(module, nn.Conv2d)}

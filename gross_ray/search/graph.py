@@ -8,21 +8,39 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gross_ray.decomposition.series import SeriesConv2d
 
 
-def trace(supernet: nn.Module) -> fx.Graph:
-    """Return the graph of `supernet`, decomposed layers as single nodes, no node overwriting another's value.
+@dataclass(frozen=True)
+class Traced:
+    """A network's graph, and the tensors that its code makes: `get_attr` nodes name them."""
 
-    The in-place modules it calls are left as they are: run it within `modules_out_of_place`. Raises whatever the
-    network's own code meets on symbolic values, and ValueError for a function that can only overwrite.
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+
+
+def trace(supernet: nn.Module) -> Traced:
+    """Return the graph of `supernet` in its present mode, decomposed layers as single nodes.
+
+    No node overwrites another's value; in-place modules are left as they are: run it within `modules_out_of_place`.
+    Raises whatever the network's own code meets on symbolic values, and ValueError for a function that can only
+    overwrite, or arguments without a fixed number.
     """
-    return _out_of_place(_Tracer().trace(supernet), dict(supernet.named_modules(remove_duplicate=False)))
+    before = set(vars(supernet))
+    try:
+        graph = _Tracer().trace(supernet)
+    finally:  # the tracer leaves them on the network
+        constants = {name: vars(supernet).pop(name) for name in set(vars(supernet)) - before}
+    for node in graph.nodes:
+        if node.op == "placeholder" and str(node.target).startswith("*"):
+            raise ValueError(f"forward takes {node.target}")
+    return Traced(_out_of_place(graph, dict(supernet.named_modules(remove_duplicate=False))), constants)
 
 
 @contextmanager
@@ -79,6 +97,8 @@ def _rewritten(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     overwrites = name.endswith("_") and not name.endswith("__")
     if node.op == "call_method" and overwrites:
+        if not callable(getattr(torch.Tensor, name[:-1], None)):
+            raise ValueError(f"{name} overwrites its input")
         node.target = name[:-1]
         return True
     if node.op == "call_function" and node.target in _OUT_OF_PLACE:

@@ -218,13 +218,13 @@ def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor)
     network(batch)
     for handle in handles:
         handle.remove()
-    works: dict[Any, _Work] = {REST: (replace_modules(network, free), [batch])}
+    works: dict[Any, _Work] = {REST: (replace_modules(network, free, share_weights=True), [batch])}
     for name, layer in layers.items():
         for size in layer.group_sizes:
             works[name, size] = (layer.to_modules(size).eval().to(device), free[name].inputs)
     for one in sampled:
         chosen = {name: works[name, size][0] for name, size in zip(layers, one, strict=True)}
-        works[one] = (replace_modules(network, chosen), [batch])
+        works[one] = (replace_modules(network, chosen, share_weights=True), [batch])
     return works
 
 

@@ -38,7 +38,7 @@ class LayerForm:
     def __post_init__(self) -> None:
         for form in self.by_size.values():
             if form not in FORMS:
-                raise InvalidValueError(f"form = {form!r}: must be auto or one of {', '.join(FORMS)}")
+                raise InvalidValueError(f"form = {form!r}: must be one of {', '.join(FORMS)}")
 
     @classmethod
     def uniform(cls, layer: SeriesConv2d, form: str) -> LayerForm:

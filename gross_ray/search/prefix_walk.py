@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
+from gross_ray.search.graph import Traced
 from gross_ray.search.layer_forms import Siblings
 from gross_ray.space import Configuration
 
@@ -38,14 +39,15 @@ Found = Callable[[list[Prefix], Tensor], None]
 class PrefixWalk:
     """The graph of one supernet, ready to run any list of its configurations."""
 
-    def __init__(self, supernet: nn.Module, graph: fx.Graph, siblings: Mapping[SeriesConv2d, Siblings]) -> None:
-        """Take the traced graph, and the prepared form of each decomposed layer that it meets."""
+    def __init__(self, supernet: nn.Module, traced: Traced, siblings: Mapping[SeriesConv2d, Siblings]) -> None:
+        """Take the traced network, and the prepared form of each decomposed layer that it meets."""
         modules = dict(supernet.named_modules(remove_duplicate=False))
         in_space = {id(layer): place for place, layer in enumerate(series_layers(supernet).values())}
         self.siblings = dict(siblings)
-        self._nodes = list(graph.nodes)
+        self._nodes = list(traced.graph.nodes)
+        self._constants = traced.constants
         self._input = next(node for node in self._nodes if node.op == "placeholder")
-        self._interpreter = fx.Interpreter(supernet, graph=graph)
+        self._interpreter = fx.Interpreter(supernet, graph=traced.graph)
         self._layer_of: dict[fx.Node, SeriesConv2d] = {}
         for node in self._nodes:
             module = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -171,6 +173,8 @@ class _Walk:
     def _run_node(self, node: fx.Node, values: Values) -> Any:
         if node.op == "placeholder":
             return node.args[0]  # an argument after the images: its default
+        if node.op == "get_attr" and node.target in self.graph._constants:
+            return self.graph._constants[str(node.target)]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: values[used])
         return getattr(self.graph._interpreter, node.op)(node.target, args, kwargs)
 

@@ -17,8 +17,9 @@ from gross_ray.space import SearchSpace
 def segment_macs(supernet: nn.Module, input_shape: Sequence[int]) -> list[int]:
     """Return the MACs for one image of (C, H, W): before any decomposed layer, then from each layer to the next.
 
-    A decomposed layer counts as the dense convolution that it equals, at every group-size; layers are in the order of
-    the space.
+    A decomposed layer counts as the dense convolution that it equals, at every group-size. Layers are in the order of
+    the space, that of their definition: where the forward pass meets them in another one, or one of them twice, shards
+    still cost about the same, but share fewer prefixes than they could.
     """
     order = {id(layer): place for place, layer in enumerate(series_layers(supernet).values(), start=1)}
     macs = [0] * (len(order) + 1)

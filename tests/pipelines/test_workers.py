@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,9 @@ def test_an_actor_has_two_units_and_only_the_one_under_way_is_blamed(
     most: list[int] = []
     hand_out = workers._StageOnActors.hand_out
 
-    def watched(stage: workers._StageOnActors, queues: Any) -> None:
-        hand_out(stage, queues)
-        most.append(max(len(queue) for queue in queues.values()))
+    def watched(stage: workers._StageOnActors, queues: Any, num_workers: int) -> None:
+        hand_out(stage, queues, num_workers)
+        most.append(max(map(len, queues.values()), default=0))
 
     monkeypatch.setattr(workers._StageOnActors, "hand_out", watched)
     units = [Unit("deadly", {"deaths": 99}, cost=9), *(Unit(f"innocent={place}") for place in range(5))]
@@ -178,3 +179,50 @@ def test_an_actor_has_two_units_and_only_the_one_under_way_is_blamed(
     assert len(progress.order) == 5
     # Each innocent unit was started once, though some stood behind the deadly one each time that it killed.
     assert _attempts(store) == {"deadly": MAX_ATTEMPTS, **{f"innocent={place}": 1 for place in range(5)}}
+
+
+class _Doomed:
+    """An actor whose start always fails."""
+
+    def __init__(self, *_: object) -> None:
+        os._exit(1)
+
+    def state(self) -> None:
+        """Never runs."""
+
+
+def test_workers_that_cannot_start_end_the_stage(
+    cluster: Cluster, splits: Splits, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WorkerPool, "_start", lambda _: ray.remote(num_cpus=1)(_Doomed).remote())
+    failed, progress = _run(replace(cluster, num_cpus=1), splits, store, [Unit("one"), Unit("other")])
+    assert progress.order == []
+    assert set(failed) == {"one", "other"}
+    assert all("no worker could be started in 3 attempts" in reason for reason in failed.values())
+
+
+def test_the_stage_goes_on_with_the_workers_there_is_room_for(
+    cluster: Cluster, splits: Splits, store: RunStore
+) -> None:
+    """As after the loss of a node: the cluster was counted with more cores than it has now."""
+    failed, progress = _run(
+        replace(cluster, num_cpus=4 * THREADS), splits, store, [Unit(f"unit={n}") for n in range(6)]
+    )
+    assert failed == {}
+    assert len(progress.order) == 6
+
+
+def test_the_memory_monitors_error_is_a_death(
+    cluster: Cluster, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise ray.exceptions.OutOfMemoryError("the memory monitor killed it")
+
+    unit, progress = Unit("hungry"), Recorded()
+    stage = workers._StageOnActors(work, store, [unit], 1, progress, None)
+    queue = deque([workers._Task(stage.todo.popleft(), ray.put("done"))])
+    monkeypatch.setattr(workers.ray, "get", killed)
+    assert stage.collect(queue) is False
+    for _ in range(MAX_ATTEMPTS):
+        stage.lost(queue)
+    assert "died 3 times; look for too little memory" in stage.failed["hungry"]

@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from gross_ray.models import four_conv
 from gross_ray.search.batch_plan import SegmentMemory, default_memory_budget, plan_batches
 from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.evaluator import Evaluator
+from gross_ray.search.layer_forms import LayerForm
 from gross_ray.space import SearchSpace
 
 MIB = 2**20
@@ -42,9 +45,25 @@ class Residual(nn.Module):
         return self.fc((hidden + self.conv4(hidden).relu()).mean(dim=(2, 3)))
 
 
+class Narrow(nn.Sequential):
+    """Layers whose bottlenecks are much wider than their outputs."""
+
+    def __init__(self):
+        convs = (nn.Conv2d(channels, 64 - channels, 3, padding=1) for channels in (56, 8, 56))
+        names = OrderedDict(zip(("conv2", "conv3", "conv4"), convs, strict=True))
+        super().__init__(OrderedDict(conv1=nn.Conv2d(3, 56, 1), **names))
+        self.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)])
+
+
+def _mixed(group_sizes):
+    return LayerForm({size: "bottleneck" if size == group_sizes[-1] else "dense" for size in group_sizes})
+
+
 CASES = {
     "four-conv": (lambda: four_conv(5), "dense", (2, 8, 32)),
     "four-conv, bottlenecks": (lambda: four_conv(5), "bottleneck", (4, 16)),
+    "four-conv, mixed": (lambda: four_conv(5), "mixed", (4, 16)),
+    "narrow, mixed": (Narrow, "mixed", (8, 32)),
     "residual": (Residual, "dense", (2, 8, 32)),
 }
 
@@ -63,7 +82,11 @@ def test_the_memory_budget_is_kept_to_a_tenth(name, choice, random_supernet):
     images = torch.randint(256, (150, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(5, (150,))
     for mib in budgets:
-        evaluator = Evaluator(supernet, EvaluationOptions(memory_budget=mib * MIB, form=form))
+        forms = None
+        if form == "mixed":
+            forms = {layer: _mixed(each) for layer, each in sizes.items()}
+        options = EvaluationOptions(memory_budget=mib * MIB, form="auto" if form == "mixed" else form)
+        evaluator = Evaluator(supernet, options, forms=forms)
         evaluator.evaluate(images[:1], labels[:1], chosen[:1])  # dense kernels are derived once
         peak = profiled_peak(lambda: evaluator.evaluate(images, labels, chosen))  # noqa: B023
         assert peak <= 1.1 * mib * MIB
@@ -89,6 +112,18 @@ def test_a_larger_budget_gives_no_smaller_batches(found, num_images, siblings, b
     assert 1 <= small.num_images <= num_images
     assert -(-num_images // small.num_images) >= -(-num_images // plan(2 * budget).num_images)
     assert list(small.limits) == sorted(small.limits)
+
+
+def test_preparing_keeps_to_the_budget_too(random_supernet):
+    torch.manual_seed(0)
+    supernet = random_supernet(four_conv(5), {f"conv{n}": (8, 16, 32) for n in (2, 3, 4)})
+    images, labels = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8), torch.randint(5, (20,))
+    space = list(SearchSpace.of(supernet))
+    kernels = 4 * 3 * 9 * (32 * 32 + 32 * 64 + 64 * 64)  # the dense kernels of all three sizes, kept
+    for form in ("auto", "dense"):
+        evaluator = Evaluator(supernet, EvaluationOptions(memory_budget=MIB, form=form))
+        peak = profiled_peak(lambda: evaluator.evaluate(images, labels, space))  # noqa: B023
+        assert peak <= 1.1 * MIB + 3 * kernels  # while they are derived and timed, there are more of them
 
 
 def test_one_image_that_does_not_fit_is_refused(random_supernet):

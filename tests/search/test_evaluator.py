@@ -130,6 +130,75 @@ class OverwritingFunctions(Small):
         return self.third(hidden) - 2 * kept
 
 
+class Viewed(Small):
+    """Overwrites a part of a value through a view of it, and the whole behind the back of an alias."""
+
+    def body(self, hidden):
+        hidden = self.first(hidden)
+        hidden[:, :4].mul_(-2)
+        return self.third(self.second(hidden))
+
+
+class Chunked(Small):
+    def body(self, hidden):
+        hidden = self.first(hidden)
+        one, _ = hidden.chunk(2, 1)
+        one.relu_()
+        return self.third(self.second(hidden))
+
+
+class Aliased(Small):
+    def __init__(self):
+        super().__init__()
+        self.same = nn.Identity()
+
+    def body(self, hidden):
+        hidden = self.first(hidden)
+        same = self.same(hidden)
+        self.relu(hidden)
+        return self.third(self.second(hidden)) + same
+
+
+class Filling(Small):
+    def body(self, hidden):
+        hidden = self.first(hidden)
+        bias = hidden.mean(dim=1, keepdim=True)
+        bias.fill_(0.3)
+        return self.third(self.second(hidden + bias))
+
+
+class ManyArguments(Small):
+    def forward(self, *images, **options):
+        return super().forward(images[0])
+
+    body = Reordered.body
+
+
+class ModeDependent(Small):
+    """What a mode decides in the network's own code, in place of a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def body(self, hidden):
+        hidden = F.batch_norm(self.first(hidden), self.mean, self.var, training=self.training)
+        hidden = F.dropout(self.second(hidden), 0.5, self.training)
+        if self.training:
+            hidden = hidden * 3
+        return self.third(hidden * torch.full((1,), 1.5, dtype=hidden.dtype))
+
+
+class Keywords(Small):
+    """Calls a plain convolution by keyword."""
+
+    def forward(self, images):
+        return self.head(self.body(self.stem(input=images).relu()).mean(dim=(2, 3)))
+
+    body = Reordered.body
+
+
 class Untraceable(Small):
     def body(self, hidden):
         hidden = self.first(hidden)
@@ -165,6 +234,7 @@ CASES = {
     "in-place modules": (OverwritingModules, {name: (1, 2, 4) for name in NAMES}),
     "in-place functions": (OverwritingFunctions, {name: (1, 4) for name in NAMES}),
     "default argument": (WithOptions, {name: (1, 4) for name in NAMES}),
+    "keyword argument": (Keywords, {name: (1, 4) for name in NAMES}),
 }
 
 
@@ -347,6 +417,45 @@ def test_an_untraceable_network_warns_and_counts_the_same(random_supernet):
     assert supernet.training and get_configuration(supernet) == (4, 1, 4)
 
 
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (Viewed, "its graph gives other logits"),
+        (Chunked, "its graph gives other logits"),
+        (Aliased, "its graph gives other logits"),
+        (Filling, "fill_ overwrites its input"),
+        (ManyArguments, r"forward takes \*"),
+    ],
+)
+@pytest.mark.parametrize("form", ["auto", "dense"])
+def test_a_graph_that_does_something_else_is_not_used(network, reason, form, random_supernet):
+    supernet, images, labels = build(network, {name: (1, 4) for name in NAMES}, random_supernet)
+    expected = one_by_one(supernet, images, labels, SearchSpace.of(supernet))
+    with pytest.warns(NotTraceableWarning, match=reason):
+        agrees(evaluate_configurations(supernet, images, labels, form=form), expected)
+
+
+def test_the_training_mode_leaves_no_trace(random_supernet):
+    supernet, images, labels = build(ModeDependent, {name: (1, 4) for name in NAMES}, random_supernet)
+    expected = one_by_one(supernet, images, labels, SearchSpace.of(supernet))
+    supernet.train()
+    buffers, attributes = {n: b.clone() for n, b in supernet.named_buffers()}, set(vars(supernet))
+    agrees(evaluate_configurations(supernet, images, labels), expected)
+    assert supernet.training
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in supernet.named_buffers())
+    assert set(vars(supernet)) == attributes
+
+
+def test_a_network_evaluated_one_by_one_keeps_to_the_budget(random_supernet):
+    supernet, images, labels = build(Untraceable, {name: (1, 4) for name in NAMES}, random_supernet)
+    expected = one_by_one(supernet, images, labels, SearchSpace.of(supernet))
+    supernet_of_one = pytest.warns(NotTraceableWarning)
+    with supernet_of_one, pytest.raises(InvalidValueError, match="memory_budget = 1000 bytes: 1 image need"):
+        evaluate_configurations(supernet, images, labels, memory_budget=1000)
+    with pytest.warns(NotTraceableWarning):
+        agrees(evaluate_configurations(supernet, images, labels, memory_budget=300_000), expected)
+
+
 @pytest.mark.parametrize("name", ["residual", "in-place modules"])
 def test_the_supernet_is_left_as_it_was(name, random_supernet):
     supernet, images, labels = build(*CASES[name], random_supernet)
@@ -377,8 +486,10 @@ def test_bytes_are_normalised_here(random_supernet, generator):
     supernet, _, labels = build(*CASES["other order"], random_supernet)
     images = torch.randint(256, (len(labels), 3, 16, 16), generator=generator).to(torch.uint8)
     supernet = supernet.float()
-    pd_bytes = evaluate_configurations(supernet, images, labels)
-    pd_floats = evaluate_configurations(supernet, normalise(images), labels)
+    pd_bytes = evaluate_configurations(supernet, images, labels, form="dense")
+    pd_floats = evaluate_configurations(supernet, normalise(images), labels, form="dense")
+    in_double = evaluate_configurations(supernet.double(), images, labels)
+    assert in_double["loss"].tolist() == pytest.approx(pd_floats["loss"].tolist(), abs=1e-5)
     assert pd_bytes.equals(pd_floats)
     assert pd_bytes["correct"].nunique() > 1
 

@@ -106,5 +106,5 @@ def test_the_faster_form_is_chosen(random_supernet, monkeypatch):
 
 
 def test_an_unknown_form_is_refused():
-    with pytest.raises(InvalidValueError, match="'sparse'.*auto.*dense, bottleneck"):
+    with pytest.raises(InvalidValueError, match="'sparse'.*one of dense, bottleneck"):
         LayerForm({1: "sparse"})
