@@ -43,7 +43,8 @@ class _Dense(nn.Module):
 
     def __init__(self, layer: SeriesConv2d, group_size: int) -> None:
         super().__init__()
-        self.kernel, self.bias = layer.bottleneck(group_size).dense_kernel().detach(), layer.bias
+        kernel = layer.bottleneck(group_size).dense_kernel().detach()
+        self.kernel, self.bias = kernel.contiguous(memory_format=torch.channels_last), layer.bias
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
 
     def forward(self, images: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def _context(store: RunStore, splits: Splits) -> Context:
 
 
 def _plan(store: RunStore, splits: Splits) -> None:
-    search.plan_work(_context(store, splits), Unit("plan", {"workers": 2}))
+    search.plan_work(_context(store, splits), Unit("plan", {"workers": 2, "threads": 1, "on_device": 2}))
 
 
 def _loop(store: RunStore, splits: Splits) -> float:

@@ -175,7 +175,7 @@ class SearchOptions:
     precision: str = "float32"
     """float32, tf32 (CUDA only) or bfloat16: the latter two are faster where the device has them, and change counts."""
     memory_budget: int = 0
-    """Bytes of live tensors on each worker; 0: the CPU's largest cache, or half of a GPU's free memory."""
+    """Bytes of live tensors on each worker; 0: its share of the CPU's largest cache, or of half of a GPU's memory."""
 
     def __post_init__(self) -> None:
         _settle(self, "search.")

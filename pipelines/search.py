@@ -40,6 +40,8 @@ SHARDS_A_WORKER = 4
 the workers' shares are, against prefixes computed more than once."""
 MOST_CONFIGURATIONS = 20_000
 """Configurations of one shard at most: what a worker holds in memory until they are stored."""
+LEAST_BUDGET = 4 * 2**20
+"""Bytes of live tensors that a worker's share of the cache is taken for at least: below, overhead decides."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,9 @@ def _make_plan(session: Session, supernet: str) -> None:
         store.delete_unit("configurations", name)
     cluster = session.cluster()
     workers = cluster.slots()
-    arguments = {
-        "workers": workers,
-        "threads": cluster.threads(SHARDS_A_WORKER * workers),
-        "gpus": cluster.gpus_per_unit,
-    }
+    threads = cluster.threads(SHARDS_A_WORKER * workers)
+    on_device = 1 / cluster.gpus_per_unit if cluster.device == "cuda" else cluster.cores_per_node / threads
+    arguments = {"workers": workers, "threads": threads, "on_device": max(1, int(on_device))}
     session.run(
         f"{STAGE} plan",
         [Unit("plan", arguments, shared=supernet)],
@@ -164,13 +164,11 @@ class _Searched:
 
 def plan_work(context: Context, unit: Unit) -> str:
     """Store the plan of the search."""
-    workers, threads, gpus = (unit.arguments[name] for name in ("workers", "threads", "gpus"))
+    workers, threads, on_device = (unit.arguments[name] for name in ("workers", "threads", "on_device"))
     torch.set_num_threads(threads)  # those that the shards will have, for the forms are timed here
     memory_budget = context.store.experiment.search.memory_budget
-    if not memory_budget:
-        memory_budget = default_memory_budget(torch.device(context.device))
-        if context.device == "cuda":
-            memory_budget = int(memory_budget * min(1.0, gpus))
+    if not memory_budget:  # workers share a node's cache, or a GPU
+        memory_budget = max(default_memory_budget(torch.device(context.device)) // on_device, LEAST_BUDGET)
     searched = _Searched.of(context, None, memory_budget)
     base, validation = searched.base, context.splits.validation
     searched.evaluator.evaluate(validation.images[:1], validation.labels[:1], base.space[:1])
