@@ -50,7 +50,7 @@ FUNCTIONS: dict[str, list[Any]] = {
         "*",
         ("convention", "actual"),
     ],
-    "read_table": [("run", NONE), ("name", NONE)],
+    "read_table": [("run", NONE), ("name", NONE), ("columns", None)],
     "export_onnx": [("model", NONE), ("path", NONE), ("input_shape", NONE)],
 }
 METHODS: list[tuple[Any, list[Any]]] = [
