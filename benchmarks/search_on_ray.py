@@ -49,9 +49,10 @@ from pipelines.workers import WorkerPool
 
 CHEAP_LAYERS = 10
 _PANDAS = """
-import pandas, resource, sys
+import pandas, sys
 table = pandas.read_parquet(sys.argv[1] + "/tables/configurations")
-most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+lines = open("/proc/self/status").read().splitlines()  # ru_maxrss would be the parent's, which was larger
+most = int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 print(f"all {len(table)} rows and {len(table.columns)} columns in a process with pandas alone: {most:.0f} MiB at most")
 """
 
