@@ -69,6 +69,7 @@ def load_plan(store: RunStore) -> SearchPlan:
 
 def shards(store: RunStore, supernet_units: Sequence[Unit]) -> list[Unit]:
     """Return the units that evaluate the whole space in each supernet: neighbours, which share prefixes, together."""
+    planned = load_plan(store).shards
     return [
         Unit(
             f"{unit.name},start={shard.start},stop={shard.stop}",
@@ -77,7 +78,7 @@ def shards(store: RunStore, supernet_units: Sequence[Unit]) -> list[Unit]:
             shared=unit.name,
         )
         for unit in supernet_units
-        for shard in load_plan(store).shards
+        for shard in planned
     ]
 
 

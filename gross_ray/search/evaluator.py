@@ -162,7 +162,6 @@ class Evaluator:
     ) -> Iterator[_Totals]:
         """Evaluate batch after batch, each with the same leaves in the same order."""
         root = self._walk.tree(configurations) if self._walk else None
-        leaves = [Prefix(one, [place]) for place, one in enumerate(configurations)]
         for start in range(0, len(labels), plan.num_images):
             batch = self._batch(images[start : start + plan.num_images])
             found = _Totals(labels[start : start + plan.num_images], [])
@@ -170,9 +169,9 @@ class Evaluator:
                 with modules_out_of_place(self._supernet):
                     self._walk.run(batch, root, found.add, limits=plan.limits, apart=not self._joined)
             else:
-                for leaf in leaves:
-                    set_configuration(self._supernet, leaf.sizes)
-                    found.add([leaf], self._supernet(batch.clone()))
+                for place, one in enumerate(configurations):
+                    set_configuration(self._supernet, one)
+                    found.add([Prefix(one, [place])], self._supernet(batch.clone()))
             yield found
 
     def _new_walk(self, images: Tensor) -> PrefixWalk:
