@@ -319,7 +319,7 @@ def status(run: Path) -> None:
     from pipelines.run import status as stages
 
     store = RunStore.open(run)
-    click.echo(f"{store.path}: {store.experiment.name}, experiment {store.experiment.fingerprint()}")
+    click.echo(f"{store.storage}: {store.experiment.name}, experiment {store.experiment.fingerprint()}")
     for name, done, planned in stages(store):
         count = "waits for an earlier stage" if planned is None else f"{done} of {planned} units"
         click.echo(f"  {name:<12} {count}")

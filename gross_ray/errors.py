@@ -20,6 +20,10 @@ class RunFolderError(GrossRayError):
     """A run folder belongs to another experiment, is in use, or holds a damaged file."""
 
 
+class StorageError(GrossRayError):
+    """A store of files refuses, is full, or does not answer."""
+
+
 class MissingStageError(GrossRayError):
     """A stage was asked for whose input an earlier stage has not stored yet."""
 

@@ -40,7 +40,7 @@ def median_seed(store: RunStore) -> int:
     wanted = store.experiment.training.seeds
     if len(networks) < wanted:
         raise MissingStageError(
-            f"{len(networks)} of {wanted} base networks are stored in {store.path}: run `gross train` on it first"
+            f"{len(networks)} of {wanted} base networks are stored in {store.storage}: run `gross train` on it first"
         )
     ordered = networks.sort_values(["val_accuracy", "seed"], kind="stable")
     return int(ordered["seed"].iloc[(len(ordered) - 1) // 2])
@@ -111,5 +111,5 @@ def load_validated(store: RunStore, configuration: str, seed: int) -> tuple[nn.M
     unit = f"{chosen},seed={seed}"
     if not store.has_checkpoint("validate", unit):
         there = ", ".join(sorted(store.finished_units("validations"))) or "none"
-        raise MissingStageError(f"{unit} is not validated in {store.path}; there are: {there}")
+        raise MissingStageError(f"{unit} is not validated in {store.storage}; there are: {there}")
     return extract(load_supernet(store, "validate", unit, base), chosen), base.input_shape

@@ -249,7 +249,7 @@ def accuracies(store: RunStore) -> Iterator[pd.DataFrame]:
     missing = [unit.name for unit in units if not store.has_unit("configurations", unit.name)]
     if missing:
         raise MissingStageError(
-            f"{len(missing)} of {len(units)} shards are not stored in {store.path}: run `gross search` on it first"
+            f"{len(missing)} of {len(units)} shards are not stored in {store.storage}: run `gross search` on it first"
         )
     by_range: dict[int, list[str]] = {}
     for unit in units:

@@ -43,7 +43,7 @@ def require(store: RunStore, stage: str, wanted: Iterable[str], there: set[str])
     names = set(wanted)
     if names - there:
         raise MissingStageError(
-            f"{len(names & there)} of {len(names)} units of {stage} are stored in {store.path}: "
+            f"{len(names & there)} of {len(names)} units of {stage} are stored in {store.storage}: "
             f"run `gross {stage}` on it first"
         )
 

@@ -36,7 +36,7 @@ def selected_configurations(store: RunStore) -> list[Configuration]:
     """Return the selected configurations of every budget; raises MissingStageError before `search` is done."""
     selections = store.read_table("selections")
     if set(selections["budget"]) != {str(budget) for budget in search.budgets(store)}:
-        raise MissingStageError(f"nothing is selected yet in {store.path}: run `gross search` on it first")
+        raise MissingStageError(f"nothing is selected yet in {store.storage}: run `gross search` on it first")
     return list(dict.fromkeys(Configuration.parse(text) for text in selections["configuration"]))
 
 

@@ -9,134 +9,131 @@ RUN/checkpoints/STAGE/UNIT.json             the same description, for people; ne
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import socket
-import uuid
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError
+from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment
+from gross_ray.results import lock
+from gross_ray.results.storage import Storage
 from gross_ray.results.tables import SCHEMA_VERSION, VERSION_KEY, table
 
 # pyarrow leaves out of a folder what begins with a dot or an underscore: such a unit would silently be missing.
 _NAME = re.compile(r"[A-Za-z0-9=,+-][A-Za-z0-9=,._+-]{0,149}")
-_AGAIN = "delete that file and run the same command again"
+_AGAIN = "run its stage again: the file is deleted and its unit done anew"
 _DESCRIPTION = "gross_ray.description"
+_CHECKSUM = "gross_ray.crc32"
+_EXPERIMENT = "experiment.json"
 
 
 class RunStore:
-    """A run folder: the tables and checkpoints of one experiment.
+    """A run folder, local or in a bucket: the tables and checkpoints of one experiment.
 
-    Pickles to its path and experiment, so that workers can write into it; they must see the same file system.
+    Pickles to its address and experiment, so that workers can write into it; they must be able to reach it.
     """
 
-    def __init__(self, path: Path, experiment: Experiment) -> None:
+    def __init__(self, storage: Storage, experiment: Experiment) -> None:
         """Hold an existing folder: use `create` or `open`."""
-        self.path = path
-        """The run folder, absolute."""
+        self.storage = storage
+        """Where its files are; as text, the address as it may be shown."""
         self.experiment = experiment
         """The experiment that the folder belongs to."""
         self.damaged: list[str] = []
-        """Files, relative to `path`, that `finished_units` found damaged and deleted."""
+        """Files, named from the run folder on, that were found damaged and deleted."""
 
-    def __reduce__(self) -> tuple[type[RunStore], tuple[Path, Experiment]]:
-        return RunStore, (self.path, self.experiment)
+    def __reduce__(self) -> tuple[type[RunStore], tuple[Storage, Experiment]]:
+        return RunStore, (self.storage, self.experiment)
+
+    @property
+    def path(self) -> Path:
+        """The run folder, absolute; raises InvalidValueError where it is in a bucket."""
+        if self.storage.folder is None:
+            raise InvalidValueError(f"{self.storage} is no folder of this machine: use its tables through read_table")
+        return self.storage.folder
 
     @classmethod
-    def create(cls, path: str | Path, experiment: Experiment) -> RunStore:
-        """Make the run folder of `experiment`, or open it if it is there already.
+    def create(cls, address: str | Path, experiment: Experiment) -> RunStore:
+        """Make the run folder of `experiment` at a path or URI, or open it if it is there already.
 
         Raises RunFolderError if the folder belongs to another experiment (naming the first field that differs),
-        holds other files, or cannot be made.
+        holds other files, or cannot be made, and InvalidValueError for a URI that pyarrow does not know.
         """
-        store = cls(Path(path).resolve(), experiment)
+        store = cls(Storage(address), experiment)
+        storage = store.storage
         try:
-            store.path.mkdir(parents=True, exist_ok=True)
-            if not store._experiment_file.exists():
-                foreign = [file.name for file in store.path.iterdir() if not _is_ours(file)]
+            storage.make()
+            if not storage.exists(_EXPERIMENT):
+                foreign = [name for name in storage.entries() if not _is_ours(name)]
                 if foreign:
                     raise RunFolderError(
-                        f"{store.path} is not a run folder and not empty (it holds {min(foreign)!r}): "
+                        f"{storage} is not a run folder and not empty (it holds {min(foreign)!r}): "
                         "give a new or empty folder with --out"
                     )
-                with _whole_file(store._experiment_file) as file:
-                    file.write(experiment.to_json().encode())
-        except OSError as error:
+                storage.write(_EXPERIMENT, experiment.to_json().encode())
+        except StorageError as error:
             raise RunFolderError(
-                f"cannot make the run folder {store.path}: {error}; give another one with --out"
+                f"cannot make the run folder {storage}: {error}; give another one with --out"
             ) from None
         store._check_experiment()
         return store
 
     @classmethod
-    def open(cls, path: str | Path) -> RunStore:
+    def open(cls, address: str | Path) -> RunStore:
         """Open an existing run folder; raises RunFolderError if it is missing or its experiment.json is damaged."""
-        path = Path(path).resolve()
-        return cls(path, _read_experiment(path))
+        storage = Storage(address)
+        return cls(storage, _read_experiment(storage))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this driver alone; the kernel lets go of it when the process dies.
+        """Hold the folder for this driver alone; a dead owner's lock is taken over.
 
-        Raises RunFolderError naming the host and process that hold it, or if it now belongs to another experiment.
+        Raises RunFolderError naming host, process and time of the driver that holds it, or if it now belongs to
+        another experiment.
         """
-        with (self.path / ".lock").open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-                raise RunFolderError(
-                    f"run folder {self.path} is in use by {owner}: wait until it ends, stop it, or give another --out"
-                ) from None
-            except OSError as error:
-                raise RunFolderError(
-                    f"cannot lock {file.name}: {error}; give an --out on a file system that has locks"
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            try:
-                self._check_experiment()  # two drivers may have created the folder at the same moment
-                yield
-            finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it with a forked child
+        with lock.held(self.storage):
+            self._check_experiment()  # two drivers may have created the folder at the same moment
+            yield
 
     def remove_leftovers(self) -> None:
-        """Delete the temporary files of writers that were killed; only for a driver that holds the lock."""
-        for pattern in (".*.tmp", "tables/*/.*.tmp", "checkpoints/*/.*.tmp"):
-            for file in self.path.glob(pattern):
-                file.unlink(missing_ok=True)
+        """Delete what killed writers left, and damaged checkpoints (noted in `damaged`).
+
+        Only for a driver that holds the lock.
+        """
+        self.storage.remove_leftovers()
+        for stage in self.storage.folders("checkpoints"):
+            folder = f"checkpoints/{stage}"
+            for name in self.storage.names(folder):
+                if name.endswith(".safetensors") and not name.startswith("."):
+                    try:
+                        _read_checkpoint(self.storage, f"{folder}/{name}")
+                    except _DamagedFile:
+                        self._forget_damaged(f"{folder}/{name}")
 
     # Tables
 
     def write_table(
         self, name: str, unit: str, rows: Sequence[Mapping[str, Any]], *, layers: Sequence[str] = ()
-    ) -> Path:
+    ) -> None:
         """Store the rows of a completed unit in table `name`, in place of what the unit stored before.
 
-        Return the file. Raises ValueError naming the column that is missing, unknown or holds a wrong value, and
-        InvalidValueError for an unknown table or a unit that cannot be a file's name.
+        Raises ValueError naming the column that is missing, unknown or holds a wrong value, InvalidValueError for an
+        unknown table or a unit that cannot be a file's name, and StorageError.
         """
         arrow = table(name).to_arrow(rows, layers)
-        path = self._table_file(name, unit)
-        with _whole_file(path) as file:
-            pq.write_table(arrow, file, write_page_checksum=True)
-        return path
+        self.storage.write(_table_file(name, unit), _parquet(arrow))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Return the rows of all units, in the natural order of the units' names (seed=2 before seed=10).
@@ -145,120 +142,126 @@ class RunStore:
 
         Raises RunFolderError naming a damaged file, and InvalidValueError for an unknown table.
         """
-        return _frame(name, [_read_sound_unit(file, columns) for file in self._table_files(name)], columns)
+        return self.read_units(name, self._units(name), columns)
 
     def read_units(self, name: str, units: Sequence[str], columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Return the rows of some units that are stored, in the order given; of some columns only where they are named.
 
         Raises RunFolderError naming a damaged or missing file, and InvalidValueError for an unknown table.
         """
-        return _frame(name, [_read_sound_unit(self._table_file(name, unit), columns) for unit in units], columns)
+        parts = [self._read_sound_unit(_table_file(name, unit), columns) for unit in units]
+        if not parts:
+            return table(name).schema().empty_table().to_pandas().reindex(columns=columns)
+        return pa.concat_tables(parts).to_pandas()
 
     def set_column(self, name: str, unit: str, column: str, values: Sequence[Any]) -> None:
         """Put `values`, one for each row, in place of a column of a stored unit; nothing else of it changes.
 
         Raises ValueError for a value that the column may not hold, RunFolderError naming a damaged or missing file.
         """
-        path = self._table_file(name, unit)
-        stored = _read_sound_unit(path)
+        file = _table_file(name, unit)
+        stored = self._read_sound_unit(file)
         field = stored.schema.field(column)
         array = table(name).expand()[column].array(list(values), column)
-        with _whole_file(path) as file:
-            arrow = stored.set_column(stored.schema.get_field_index(column), field, array)
-            pq.write_table(arrow, file, write_page_checksum=True)
+        arrow = stored.set_column(stored.schema.get_field_index(column), field, array)
+        self.storage.write(file, _parquet(arrow))
 
     def finished_units(self, name: str) -> set[str]:
         """Return the units of table `name` that are stored whole; a damaged file is deleted and noted in `damaged`."""
         units = set()
-        for file in self._table_files(name):
+        for unit in self._units(name):
+            file = _table_file(name, unit)
             try:
-                _read_unit(file)
-                units.add(file.stem)
+                _read_unit(self.storage, file)
+                units.add(unit)
             except _DamagedFile:
-                file.unlink(missing_ok=True)
-                self.damaged.append(str(file.relative_to(self.path)))
+                self._forget_damaged(file)
         return units
 
     def has_unit(self, name: str, unit: str) -> bool:
         """Return whether a unit of table `name` is stored; its content is not looked at, as `finished_units` does."""
-        return self._table_file(name, unit).exists()
+        return self.storage.exists(_table_file(name, unit))
 
     def delete_unit(self, name: str, unit: str) -> None:
         """Forget what a unit stored in table `name`, if anything."""
-        self._table_file(name, unit).unlink(missing_ok=True)
+        self.storage.delete(_table_file(name, unit))
 
     # Checkpoints
 
     def save_checkpoint(
         self, stage: str, unit: str, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
-    ) -> Path:
-        """Store tensors of any device, stride and sharing, with a description of plain JSON values; return the file."""
-        path = self._checkpoint_file(stage, unit)
+    ) -> None:
+        """Store tensors of any device, stride and sharing, with a description of plain JSON values.
+
+        Raises InvalidValueError for a stage or unit that cannot be a file's name, and StorageError.
+        """
+        file = _checkpoint_file(stage, unit)
         text = json.dumps(dict(description))
         copies = {
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        with _whole_file(path) as file:
-            file.write(save(copies, metadata={_DESCRIPTION: text}))
-        with _whole_file(_beside(path)) as file:
-            file.write(json.dumps(dict(description), indent=2).encode())
-        return path
+        metadata = {_DESCRIPTION: text, _CHECKSUM: _checksum(copies, text)}
+        self.storage.write(file, save(copies, metadata=metadata))
+        self.storage.write(_beside(file), json.dumps(dict(description), indent=2).encode())
 
     def load_checkpoint(self, stage: str, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors, on the CPU, and their description.
 
         Raises MissingStageError if nothing is stored, RunFolderError naming the file if it is damaged.
         """
-        path = self._checkpoint_file(stage, unit)
-        if not path.exists():
-            raise MissingStageError(
-                f"stage {stage!r} has stored nothing for unit {unit!r} in {self.path}: run that stage first"
-            )
+        file = _checkpoint_file(stage, unit)
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                description = json.loads(file.metadata()[_DESCRIPTION])
-                return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"damaged checkpoint {path}: {error!r}; {_AGAIN}") from None
+            return _read_checkpoint(self.storage, file)
+        except FileNotFoundError:
+            raise MissingStageError(
+                f"stage {stage!r} has stored nothing for unit {unit!r} in {self.storage}: run that stage first"
+            ) from None
+        except _DamagedFile as error:
+            raise RunFolderError(f"damaged checkpoint {self.storage.shown(file)}: {error}; {_AGAIN}") from None
 
     def has_checkpoint(self, stage: str, unit: str) -> bool:
         """Return whether a checkpoint is stored."""
-        return self._checkpoint_file(stage, unit).exists()
+        return self.storage.exists(_checkpoint_file(stage, unit))
 
     def delete_checkpoint(self, stage: str, unit: str) -> None:
         """Delete a checkpoint, if there is one."""
-        path = self._checkpoint_file(stage, unit)
-        path.unlink(missing_ok=True)
-        _beside(path).unlink(missing_ok=True)
+        file = _checkpoint_file(stage, unit)
+        self.storage.delete(file)
+        self.storage.delete(_beside(file))
 
-    # File names
+    def _units(self, name: str) -> list[str]:
+        files = self.storage.names(f"tables/{table(name).name}")
+        units = [file.removesuffix(".parquet") for file in files if file.endswith(".parquet") and file[0] not in "._"]
+        return sorted(units, key=_natural)
 
-    @property
-    def _experiment_file(self) -> Path:
-        return self.path / "experiment.json"
+    def _read_sound_unit(self, file: str, columns: Sequence[str] | None = None) -> pa.Table:
+        try:
+            unit = _read_unit(self.storage, file, columns)
+        except _DamagedFile as error:
+            raise RunFolderError(f"damaged file {self.storage.shown(file)}: {error}; {_AGAIN}") from None
+        for name in columns or ():
+            if name not in unit.column_names:  # pyarrow leaves it out without a word
+                with self.storage.open(file) as opened:
+                    there = ", ".join(pq.read_schema(opened).names)
+                raise InvalidValueError(f"table {file.split('/')[1]!r} has no column {name!r}; its columns: {there}")
+        return unit
 
-    def _table_file(self, name: str, unit: str) -> Path:
-        return self.path / "tables" / table(name).name / f"{_checked(unit, 'unit')}.parquet"
-
-    def _table_files(self, name: str) -> list[Path]:
-        files = (self.path / "tables" / table(name).name).glob("[!._]*.parquet")
-        return sorted(files, key=lambda file: _natural(file.stem))
-
-    def _checkpoint_file(self, stage: str, unit: str) -> Path:
-        return self.path / "checkpoints" / _checked(stage, "stage") / f"{_checked(unit, 'unit')}.safetensors"
+    def _forget_damaged(self, file: str) -> None:
+        self.storage.delete(file)
+        self.damaged.append(file)
 
     def _check_experiment(self) -> None:
-        stored = _read_experiment(self.path)
+        stored = _read_experiment(self.storage)
         if stored != self.experiment:
             raise RunFolderError(
-                f"{self.path} belongs to another experiment; the first field that differs: "
+                f"{self.storage} belongs to another experiment; the first field that differs: "
                 f"{self.experiment.first_difference(stored)}. Give another folder with --out, or the same settings"
             )
 
 
 def read_table(run: str | Path, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
-    """Return table `name` of the run folder `run`: all units stored so far, all columns or those named.
+    """Return table `name` of the run folder `run`, a path or URI: all units stored so far, all columns or those named.
 
     docs/tables.md describes them.
 
@@ -273,28 +276,16 @@ class _DamagedFile(Exception):
     """A stored unit cannot be read."""
 
 
-def _frame(name: str, parts: list[pa.Table], columns: Sequence[str] | None) -> pandas.DataFrame:
-    if not parts:
-        return table(name).schema().empty_table().to_pandas().reindex(columns=columns)
-    return pa.concat_tables(parts).to_pandas()
+def _parquet(arrow: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(arrow, sink, write_page_checksum=True)
+    return sink.getvalue()
 
 
-def _read_sound_unit(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    try:
-        unit = _read_unit(file, columns)
-    except _DamagedFile as error:
-        raise RunFolderError(f"damaged file {file}: {error}; {_AGAIN}") from None
-    for name in columns or ():
-        if name not in unit.column_names:  # pyarrow leaves it out without a word
-            there = ", ".join(pq.read_schema(file).names)
-            raise InvalidValueError(f"table {file.parent.name!r} has no column {name!r}; its columns: {there}")
-    return unit
-
-
-def _read_unit(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def _read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
     # ParquetFile, for pyarrow's other readers make columns of folders like seed=0 on the way to the file.
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        with storage.open(file) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
             rows = parquet.metadata.num_rows
             stored = parquet.read(columns)
     except (pa.ArrowException, OSError) as error:
@@ -304,53 +295,62 @@ def _read_unit(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     version = (stored.schema.metadata or {}).get(VERSION_KEY, b"none").decode()
     if version != str(SCHEMA_VERSION):  # whole, only not ours to read: never deleted
         raise RunFolderError(
-            f"{file} has schema version {version}, this gross_ray reads {SCHEMA_VERSION}: "
+            f"{storage.shown(file)} has schema version {version}, this gross_ray reads {SCHEMA_VERSION}: "
             "use the gross_ray that wrote it, or give another folder"
         )
     return stored
 
 
-def _read_experiment(path: Path) -> Experiment:
-    file = path / "experiment.json"
+def _read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a checkpoint's tensors and description. Raises FileNotFoundError and _DamagedFile."""
+    content = storage.read(file)
     try:
-        return Experiment.from_json(file.read_text(encoding="utf-8"))
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header["__metadata__"]
+        if metadata[_CHECKSUM] != _checksum(tensors, metadata[_DESCRIPTION]):
+            raise ValueError("its content has changed since it was written")
+        return tensors, json.loads(metadata[_DESCRIPTION])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _DamagedFile(repr(error)) from None
+
+
+def _checksum(tensors: Mapping[str, Tensor], description: str) -> str:
+    """Return the CRC-32 of contiguous tensors, in the order of their names, and their description."""
+    value = zlib.crc32(description.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+def _read_experiment(storage: Storage) -> Experiment:
+    try:
+        return Experiment.from_json(storage.read(_EXPERIMENT).decode())
     except (FileNotFoundError, NotADirectoryError):
         raise RunFolderError(
-            f"{path} is not a run folder (it has no experiment.json): give the --out of a run"
+            f"{storage} is not a run folder (it has no {_EXPERIMENT}): give the --out of a run"
         ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(
-            f"{file} is damaged or of another gross_ray: {error}; restore it, or give another folder"
+            f"{storage.shown(_EXPERIMENT)} is damaged or of another gross_ray: {error}; "
+            "restore it, or give another folder"
         ) from None
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that takes the place of `path` when the block ends well, and is deleted if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too outlives a power cut
-    finally:
-        os.close(folder)
+def _table_file(name: str, unit: str) -> str:
+    return f"tables/{table(name).name}/{_checked(unit, 'unit')}.parquet"
 
 
-def _is_ours(file: Path) -> bool:
-    return file.name == ".lock" or (file.name.startswith(".experiment.json.") and file.name.endswith(".tmp"))
+def _checkpoint_file(stage: str, unit: str) -> str:
+    return f"checkpoints/{_checked(stage, 'stage')}/{_checked(unit, 'unit')}.safetensors"
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.json")
+def _is_ours(name: str) -> bool:
+    return name == lock.LOCK or (name.startswith(f".{_EXPERIMENT}.") and name.endswith(".tmp"))
+
+
+def _beside(file: str) -> str:
+    return f"{file.removesuffix('.safetensors')}.json"
 
 
 def _checked(name: str, kind: str) -> str:

@@ -3,10 +3,8 @@ import os
 import pickle
 import random
 import signal
-import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -16,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError
+from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment, TrainingOptions
 from gross_ray.results import store as store_module
 from gross_ray.results import tables
@@ -154,74 +152,12 @@ def test_a_store_pickles_to_its_path_and_experiment(store):
     assert (copy.path, copy.experiment, copy.damaged) == (store.path, store.experiment, [])
 
 
-# The lock
-
-HOLD = """
-import sys, time
-from gross_ray.results.store import RunStore
-with RunStore.open(sys.argv[1]).lock():
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_second_driver_is_refused_by_the_first_one_s_host_and_pid_until_that_is_killed(store):
-    with start(HOLD, store.path) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            owner = f"process {process.pid} on {socket.gethostname()}"
-            with pytest.raises(RunFolderError, match=f"in use by {owner}: wait until it ends, stop it"), store.lock():
-                pass
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    with store.lock():
-        assert (store.path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def test_the_lock_is_let_go_of_at_the_end_and_after_an_error(store):
-    with pytest.raises(KeyError), store.lock():
-        raise KeyError
-    with store.lock(), pytest.raises(RunFolderError, match=f"process {os.getpid()} "), store.lock():
-        pass
-    with store.lock():
-        pass
-
-
-def test_a_forked_child_that_lives_on_does_not_keep_the_lock(store):
-    with store.lock():
-        child = os.fork()
-        if not child:
-            signal.pause()
-    try:
-        with store.lock():
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def test_the_lock_is_refused_if_the_folder_became_another_experiment_s(store):
-    other = replace(store.experiment, seed=5)
-    (store.path / "experiment.json").write_text(other.to_json())
-    with pytest.raises(RunFolderError, match=r"seed \(0, not 5\)"), store.lock():
-        pass
-
-
-def test_a_file_system_without_locks_is_named(store, monkeypatch):
-    def no_locks(*_):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(store_module.fcntl, "flock", no_locks)
-    with pytest.raises(RunFolderError, match=r"cannot lock .*\.lock.*a file system that has locks"), store.lock():
-        pass
-
-
 # Tables
 
 
 def test_rows_come_back_as_they_were_written(store):
-    path = store.write_table("configurations", "seed=0,shard=0", configuration_rows(0), layers=("conv2", "features.3"))
+    path = store.path / "tables/configurations/seed=0,shard=0.parquet"
+    store.write_table("configurations", "seed=0,shard=0", configuration_rows(0), layers=("conv2", "features.3"))
     assert path == store.path / "tables" / "configurations" / "seed=0,shard=0.parquet"
     frame = store.read_table("configurations")
     assert frame.to_dict("records") == configuration_rows(0)
@@ -247,7 +183,8 @@ def test_some_columns_of_some_units(store):
 
 
 def test_a_column_is_replaced_and_nothing_else(store):
-    path = store.write_table("configurations", "seed=0", configuration_rows(0), layers=LAYERS)
+    path = store.path / "tables/configurations/seed=0.parquet"
+    store.write_table("configurations", "seed=0", configuration_rows(0), layers=LAYERS)
     before = store.read_table("configurations")
     store.set_column("configurations", "seed=0", "latency_ms", [1.5, 2.5, 3.5, 4.5])
     after = store.read_table("configurations")
@@ -358,7 +295,7 @@ def test_a_write_that_fails_before_the_replace_keeps_the_old_unit_and_no_leftove
 
     monkeypatch.setattr(os, "replace", fail)
     for unit in ("seed=0", "seed=1"):
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(StorageError, match="no space left"):
             store.write_table("history", unit, rows_of(1, 1))
     monkeypatch.undo()
     assert os.listdir(store.path / "tables" / "history") == ["seed=0.parquet"]
@@ -392,10 +329,9 @@ def test_a_writer_killed_before_the_replace_leaves_no_unit(store, kind):
 
 
 def test_leftovers_are_removed_and_nothing_else(store):
-    kept = [
-        store.write_table("history", "seed=0", rows_of(0)),
-        store.save_checkpoint("train", "seed=0", {"a": torch.ones(2)}, {}),
-    ]
+    store.write_table("history", "seed=0", rows_of(0))
+    store.save_checkpoint("train", "seed=0", {"a": torch.ones(2)}, {})
+    kept = [store.path / "tables/history/seed=0.parquet", store.path / "checkpoints/train/seed=0.safetensors"]
     for file in kept:
         file.with_name(f".{file.name}.0123.tmp").write_text("half")
     store.remove_leftovers()
@@ -430,9 +366,12 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_unit_is_named_removed_and_can_be_done_again(store, damage):
     store.write_table("history", "seed=0", rows_of(0))
-    path = store.write_table("history", "seed=1", rows_of(1))
+    path = store.path / "tables/history/seed=1.parquet"
+    store.write_table("history", "seed=1", rows_of(1))
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(RunFolderError, match=r"damaged file .*seed=1\.parquet.*delete that file and run the same"):
+    with pytest.raises(
+        RunFolderError, match=r"damaged file .*seed=1\.parquet.*run its stage again: the file is deleted"
+    ):
         store.read_table("history")
     assert store.finished_units("history") == {"seed=0"}
     assert store.damaged == ["tables/history/seed=1.parquet"]
@@ -443,7 +382,8 @@ def test_a_damaged_unit_is_named_removed_and_can_be_done_again(store, damage):
 
 
 def test_a_file_cut_at_any_length_is_damaged(store):
-    path = store.write_table("selections", "all", [])
+    path = store.path / "tables/selections/all.parquet"
+    store.write_table("selections", "all", [])
     content = path.read_bytes()
     for length in range(0, len(content), 37):
         path.write_bytes(content[:length])
@@ -454,7 +394,8 @@ def test_a_file_cut_at_any_length_is_damaged(store):
 
 def test_a_unit_of_another_schema_version_is_refused_and_kept(store, monkeypatch):
     monkeypatch.setattr(tables, "SCHEMA_VERSION", 99)
-    path = store.write_table("history", "seed=0", rows_of(0))
+    path = store.path / "tables/history/seed=0.parquet"
+    store.write_table("history", "seed=0", rows_of(0))
     monkeypatch.undo()
     for read in (store.read_table, store.finished_units):
         with pytest.raises(RunFolderError, match="schema version 99, this gross_ray reads "):
@@ -535,7 +476,8 @@ def awkward_tensors():
 def test_tensors_and_description_come_back(store):
     description = {"layers": ["conv2"], "g": 16, "relative_error": 0.1 + 0.2, "text": "é", "none": None}
     tensors = awkward_tensors()
-    path = store.save_checkpoint("train", "seed=0", tensors, description)
+    path = store.path / "checkpoints/train/seed=0.safetensors"
+    store.save_checkpoint("train", "seed=0", tensors, description)
     assert path == store.path / "checkpoints" / "train" / "seed=0.safetensors"
     loaded, told = store.load_checkpoint("train", "seed=0")
     assert told == description
@@ -562,7 +504,8 @@ def test_a_checkpoint_replaced_or_deleted_leaves_what_was_loaded_alone(store):
 
 
 def test_the_description_is_read_from_the_tensors_file_not_the_one_beside(store):
-    path = store.save_checkpoint("train", "seed=0", {"a": torch.ones(4)}, {"step": 3})
+    path = store.path / "checkpoints/train/seed=0.safetensors"
+    store.save_checkpoint("train", "seed=0", {"a": torch.ones(4)}, {"step": 3})
     beside = path.with_name("seed=0.json")
     assert '"step": 3' in beside.read_text()
     beside.unlink()
@@ -582,18 +525,29 @@ def test_a_missing_checkpoint_names_stage_and_unit(store):
         store.load_checkpoint("train", "seed=0")
 
 
-@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "a flipped byte"])
-def test_a_damaged_checkpoint_is_named(store, damage):
-    path = store.save_checkpoint("train", "seed=0", {"a": torch.ones(4)}, {})
-    path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(
-        RunFolderError, match=r"damaged checkpoint .*train/seed=0\.safetensors.*delete that file and run"
-    ):
+CHECKPOINT_DAMAGES = {name: damage for name, damage in DAMAGES.items() if name != "a flipped byte"} | {
+    "a flipped byte of a tensor": lambda content: flip(content, len(content) - 1),
+    "a flipped byte of the description": lambda content: content.replace(b"hello", b"hallo"),
+}
+
+
+@pytest.mark.parametrize("damage", CHECKPOINT_DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_deleted_by_the_next_driver(store, damage):
+    path = store.path / "checkpoints/train/seed=0.safetensors"
+    for unit in ("seed=0", "seed=1"):
+        store.save_checkpoint("train", unit, {"a": torch.ones(4), "b": torch.tensor(True)}, {"note": "hello"})
+    path.write_bytes(CHECKPOINT_DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(RunFolderError, match=r"damaged checkpoint .*train/seed=0\.safetensors.*run its stage again"):
         store.load_checkpoint("train", "seed=0")
+    store.remove_leftovers()
+    assert store.damaged == ["checkpoints/train/seed=0.safetensors"]
+    assert not store.has_checkpoint("train", "seed=0")
+    assert store.load_checkpoint("train", "seed=1")[1] == {"note": "hello"}
 
 
 def test_a_tensors_file_of_someone_else_is_no_checkpoint(store):
-    path = store.save_checkpoint("train", "seed=0", {"a": torch.ones(4)}, {})
+    path = store.path / "checkpoints/train/seed=0.safetensors"
+    store.save_checkpoint("train", "seed=0", {"a": torch.ones(4)}, {})
     path.write_bytes(store_module.save({"a": torch.ones(4)}))
     with pytest.raises(RunFolderError, match="damaged checkpoint"):
         store.load_checkpoint("train", "seed=0")
@@ -608,8 +562,11 @@ def test_delete_checkpoint(store):
 
 
 def test_files_are_readable_by_those_that_the_umask_allows(store):
-    checkpoint = store.save_checkpoint("train", "seed=0", {"a": torch.ones(4)}, {})
+    checkpoint = store.path / "checkpoints/train/seed=0.safetensors"
+    store.save_checkpoint("train", "seed=0", {"a": torch.ones(4)}, {})
     plain = store.path / "plain"
     plain.write_text("")
-    for file in (checkpoint, store.write_table("selections", "all", []), store.path / "experiment.json"):
+    store.write_table("selections", "all", [])
+    table = store.path / "tables/selections/all.parquet"
+    for file in (checkpoint, table, store.path / "experiment.json"):
         assert file.stat().st_mode == plain.stat().st_mode

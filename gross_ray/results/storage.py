@@ -1,0 +1,244 @@
+"""Files below one root: a local folder, or a bucket that pyarrow's filesystems know. Each is either whole or not there.
+
+A store that does not answer is asked again, with growing pauses; one that refuses is not. No message shows a secret.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from gross_ray.errors import InvalidValueError, StorageError
+
+PATIENCE_SECONDS = 300.0
+"""How long a store that does not answer is asked again."""
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SECRET_FIELD = re.compile(r"key|secret|token|password|credential|sig", re.IGNORECASE)
+_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY")
+# What a repetition would meet again. pyarrow hands on the store's word for it and nothing else.
+_REFUSED = re.compile(
+    r"ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_TOKEN|"
+    r"EXPIRED_TOKEN|TOKEN_REFRESH|UNRECOGNIZED_CLIENT|PERMISSION|PRECONDITION|Unauthenticated|PermissionDenied|"
+    r"HTTP status 40[0-7]|Bucket .* not found|does not exist",
+    re.IGNORECASE,
+)
+_REMEDIES = {
+    errno.ENOSPC: "free space there; the same command again does what is missing",
+    errno.EDQUOT: "free space below your quota; the same command again does what is missing",
+    errno.EACCES: "give yourself the right to it, or give another --out",
+    errno.EPERM: "give yourself the right to it, or give another --out",
+    errno.EROFS: "give an --out that can be written",
+}
+
+Result = TypeVar("Result")
+
+
+class Storage:
+    """The files of one root, by their names below it ("tables/runs/a.parquet"). Pickles to its address."""
+
+    def __init__(self, address: str | Path) -> None:
+        """Take a local path or a URI (s3://bucket/folder, gs://, file://, ...); nothing is made or looked at yet.
+
+        Raises InvalidValueError for a URI that pyarrow does not know.
+        """
+        self._address = str(address)
+        uri = _URI.match(self._address)
+        if uri is None or self._address.startswith("file://"):
+            local = unquote(urlsplit(self._address).path) if uri else self._address
+            self.folder: Path | None = Path(local).resolve()
+            """The root where it is a local folder."""
+            self.filesystem: fs.FileSystem = fs.LocalFileSystem()
+            """pyarrow's filesystem."""
+            self.root = str(self.folder)
+            """The root's path in `filesystem`."""
+        else:
+            self.folder = None
+            self.filesystem, self.root = _filesystem(self._address)
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
+        return Storage, (self._address if self.folder is None else str(self.folder),)
+
+    def __str__(self) -> str:
+        """Return the root as it may be shown: without the secrets that a URI may hold."""
+        return _without_secrets(self._address, self._address) if self.folder is None else str(self.folder)
+
+    def shown(self, name: str) -> str:
+        """Return where a file is, as it may be shown."""
+        return f"{str(self).split('?')[0].rstrip('/')}/{name}"
+
+    def path(self, name: str) -> str:
+        """Return a file's path in `filesystem`."""
+        return f"{self.root}/{name}"
+
+    def make(self) -> None:
+        """Make the root where it is a local folder; a bucket's folders are only names. Raises StorageError."""
+        if self.folder is not None:
+            self._do("make", "", lambda: self._local("").mkdir(parents=True, exist_ok=True))
+
+    def write(self, name: str, data: bytes | memoryview | pa.Buffer) -> None:
+        """Store a file, in place of the one of that name. Raises StorageError, with the old file as it was."""
+        if self.folder is not None:
+            self._do("write", name, lambda: _replace(self._local(name), data))
+        else:
+            self._do("write", name, lambda: self._put(name, data))
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content. Raises FileNotFoundError and StorageError."""
+
+        def all_of_it() -> bytes:
+            with self.filesystem.open_input_file(self.path(name)) as file:
+                return file.read()
+
+        return self._do("read", name, all_of_it)
+
+    def open(self, name: str) -> pa.NativeFile:
+        """Return a file opened for reading at any place. Raises FileNotFoundError and StorageError."""
+        if self.folder is None:  # fetched whole: a store that fails half-way through is asked again
+            return pa.BufferReader(self.read(name))
+        return self._do("read", name, lambda: self.filesystem.open_input_file(self.path(name)))
+
+    def exists(self, name: str) -> bool:
+        """Return whether a file is there. Raises StorageError."""
+        return self._info("look for", name).type == fs.FileType.File
+
+    def names(self, folder: str = "") -> list[str]:
+        """Return the names of the files in a folder, without those in folders below. Raises StorageError."""
+        return [info.base_name for info in self._list(folder) if info.type == fs.FileType.File]
+
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of the folders in a folder. Raises StorageError."""
+        return [info.base_name for info in self._list(folder) if info.type == fs.FileType.Directory]
+
+    def entries(self) -> list[str]:
+        """Return the names of what is at the root, hidden files too. Raises StorageError."""
+        return [info.base_name for info in self._list("")]
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there. Raises StorageError."""
+
+        def away() -> None:
+            with suppress(FileNotFoundError):
+                self.filesystem.delete_file(self.path(name))
+
+        self._do("delete", name, away)
+
+    def remove_leftovers(self) -> None:
+        """Delete the temporary files of local writers that were killed; an unfinished upload leaves nothing to see."""
+        if self.folder is not None:
+            for pattern in (".*.tmp", "*/*/.*.tmp"):
+                for file in self.folder.glob(pattern):
+                    file.unlink(missing_ok=True)
+
+    def _local(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / name
+
+    def _put(self, name: str, data: bytes | memoryview | pa.Buffer) -> None:
+        path = self.path(name)
+        if not self.filesystem.type_name.startswith(("s3", "gcs", "abfs")):
+            self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
+        with self.filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+    def _info(self, what: str, name: str) -> fs.FileInfo:
+        return self._do(what, name, lambda: self.filesystem.get_file_info(self.path(name)))
+
+    def _list(self, folder: str) -> list[fs.FileInfo]:
+        path = self.path(folder) if folder else self.root
+        selector = fs.FileSelector(path, allow_not_found=True)
+        return self._do("list", folder, lambda: self.filesystem.get_file_info(selector))
+
+    def _do(self, what: str, name: str, action: Callable[[], Result]) -> Result:
+        """Do something to a file: again where a store does not answer, with a StorageError where it refuses."""
+        started, pause = time.monotonic(), FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return action()
+            except (FileNotFoundError, NotADirectoryError):
+                if what == "read":
+                    raise
+                raise StorageError(
+                    f"cannot {what} {self.shown(name)}: there is no such folder or bucket; make it, or give another"
+                ) from None
+            except (OSError, pa.ArrowException) as error:
+                reason = _without_secrets(str(error), self._address).strip().splitlines()[0]
+                if self.folder is not None or _REFUSED.search(reason) or isinstance(error, PermissionError):
+                    number = error.errno if isinstance(error, OSError) else None
+                    remedy = _REMEDIES.get(number or 0, _REMEDY_HERE if self.folder is not None else _REMEDY_THERE)
+                    raise StorageError(f"cannot {what} {self.shown(name)}: {reason}; {remedy}") from None
+                if time.monotonic() - started + pause > PATIENCE_SECONDS:
+                    raise StorageError(
+                        f"cannot {what} {self.shown(name)}: no answer for {PATIENCE_SECONDS:g} s ({reason}); "
+                        "when the store is back, the same command again does what is missing"
+                    ) from None
+            time.sleep(pause * random.uniform(0.5, 1.0))  # not all workers at the same moment
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+_REMEDY_HERE = "look at the disk; the same command again does what is missing"
+_REMEDY_THERE = "look at the address and at what its credentials allow"
+
+
+def _replace(path: Path, data: bytes | memoryview | pa.Buffer) -> None:
+    """Write a temporary file that takes the place of `path`, and is deleted where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too outlives a power cut
+    finally:
+        os.close(folder)
+
+
+@lru_cache(maxsize=32)
+def _filesystem(address: str) -> tuple[fs.FileSystem, str]:
+    # Once for each process and address: pyarrow asks the network for a bucket's region.
+    try:
+        if not urlsplit(address).netloc:
+            raise ValueError("it names no bucket")
+        filesystem, root = fs.FileSystem.from_uri(address)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = _without_secrets(str(error), address).strip().splitlines()[0]
+        raise InvalidValueError(
+            f"cannot use {_without_secrets(address, address)} for a run: {reason}; "
+            "give a local folder, or a URI like s3://bucket/folder"
+        ) from None
+    return filesystem, root.rstrip("/")
+
+
+def _without_secrets(text: str, address: str) -> str:
+    """Return a text with every secret of the address and of the environment replaced by ***."""
+    parts = urlsplit(address)
+    secrets = [parts.username, parts.password] if "@" in parts.netloc else []
+    fields = (field.partition("=") for field in parts.query.split("&"))
+    secrets += [value for name, _, value in fields if _SECRET_FIELD.search(name)]
+    secrets += [unquote(secret) for secret in secrets if secret]
+    secrets += [os.environ.get(name) for name in _SECRET_VARIABLES]
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text

@@ -1,0 +1,297 @@
+"""Run folders in a bucket, against a real server of the S3 protocol on loopback; and what is told where one refuses."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from gross_ray.errors import InvalidValueError, RunFolderError, StorageError
+from gross_ray.experiment import Experiment
+from gross_ray.results import lock
+from gross_ray.results import storage as storage_module
+from gross_ray.results.storage import Storage
+from gross_ray.results.store import RunStore, read_table
+
+SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    """Moto's S3 server; its port."""
+    port = free_port()
+    log = subprocess.DEVNULL
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", port)
+                connection.request("PUT", "/runs")
+                assert connection.getresponse().status == 200
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Door(ThreadingHTTPServer):
+    """Stands before the server, and answers itself for as long as it is told to."""
+
+    daemon_threads = True
+
+    def __init__(self, behind: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Request)
+        self.behind = behind
+        self.refusals: list[tuple[int, str]] = []
+
+
+class _Request(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Door
+
+    def handle_any(self) -> None:
+        body = self._body()
+        if self.server.refusals:
+            status, code = self.server.refusals.pop(0)
+            answer = f"<Error><Code>{code}</Code><Message>told so</Message></Error>".encode()
+            headers = {"Content-Type": "application/xml"}
+        else:
+            connection = http.client.HTTPConnection("127.0.0.1", self.server.behind)
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
+            connection.request(self.command, self.path, body, headers)
+            response = connection.getresponse()
+            status, answer, headers = response.status, response.read(), dict(response.getheaders())
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length") if self.command == "HEAD" else None
+        self.send_header("Content-Length", length or str(len(answer)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def door(server: int) -> Iterator[Door]:
+    door = Door(server)
+    thread = threading.Thread(target=door.serve_forever)
+    thread.start()
+    yield door
+    door.shutdown()
+    thread.join()
+    door.server_close()
+
+
+def uri(port: int, folder: str, bucket: str = "runs") -> str:
+    secret = SECRET.replace("/", "%2F").replace("+", "%2B")
+    query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    return f"s3://AKIDEXAMPLE:{secret}@{bucket}/{folder}?{query}"
+
+
+NETWORK = {
+    "seed": 0,
+    "val_correct": 8,
+    "val_total": 10,
+    "val_accuracy": 0.8,
+    "test_accuracy": 0.7,
+    "macs": 1000,
+    "parameters": 100,
+}
+
+
+def test_a_run_folder_in_a_bucket_is_made_written_read_and_read_by_pandas_alone(server: int) -> None:
+    address = uri(server, "deep/run=1")
+    with pytest.raises(RunFolderError, match=r"s3://.*deep/run=1.* is not a run folder") as caught:
+        RunStore.open(address)
+    assert SECRET not in str(caught.value)
+    store = RunStore.create(address, Experiment(name="test"))
+    worker = pickle.loads(pickle.dumps(store))
+    for seed in (10, 2):
+        worker.write_table("networks", f"seed={seed}", [NETWORK | {"seed": seed}])
+    assert RunStore.create(address, Experiment(name="test")).finished_units("networks") == {"seed=2", "seed=10"}
+    frame = read_table(address, "networks")
+    assert frame["seed"].tolist() == [2, 10]
+    filesystem = store.storage.filesystem
+    plain = pd.read_parquet(store.storage.path("tables/networks"), filesystem=filesystem)
+    pd.testing.assert_frame_equal(plain.sort_values("seed", ignore_index=True), frame)
+    with pytest.raises(RunFolderError, match=r"seed \(3, not 0\)"):
+        RunStore.create(address, Experiment(name="test", seed=3))
+    store.delete_unit("networks", "seed=2")
+    store.delete_unit("networks", "seed=2")
+    assert not store.has_unit("networks", "seed=2")
+
+
+def test_a_bucket_is_locked(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.3)
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.2)
+    store = RunStore.create(uri(server, "locked"), Experiment(name="test"))
+    with store.lock(), pytest.raises(RunFolderError, match="is in use by process"), store.lock():
+        pass
+    with store.lock():
+        pass
+
+
+def test_checkpoints_and_damaged_files_in_a_bucket(server: int) -> None:
+    store = RunStore.create(uri(server, "checkpoints"), Experiment(name="test"))
+    tensors = {"a": torch.arange(300_000.0), "b": torch.tensor([True])}
+    for unit in ("seed=0", "seed=1"):
+        store.save_checkpoint("train", unit, tensors, {"epoch": 3})
+        store.write_table("networks", unit, [NETWORK])
+    loaded, about = store.load_checkpoint("train", "seed=0")
+    assert about == {"epoch": 3}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    file = "checkpoints/train/seed=1.safetensors"
+    store.storage.write(file, store.storage.read(file)[:-1] + b"x")
+    store.storage.write("tables/networks/seed=0.parquet", b"PAR1")
+    store.remove_leftovers()
+    assert store.damaged == [file]
+    assert store.finished_units("networks") == {"seed=1"}
+    assert store.damaged == [file, "tables/networks/seed=0.parquet"]
+    assert not store.has_checkpoint("train", "seed=1")
+
+
+def test_an_unfinished_write_leaves_the_old_file(door: Door, server: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.0)
+    storage = Storage(uri(door.server_address[1], "unfinished"))
+    storage.write("tables/a", b"old")
+    door.refusals += [(500, "InternalError")] * 100
+    with pytest.raises(StorageError, match="cannot write .*unfinished/tables/a: no answer for 0 s"):
+        storage.write("tables/a", b"new" * 5_000_000)
+    door.refusals.clear()
+    assert storage.read("tables/a") == b"old"
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: (pauses.append(seconds), sleep(seconds / 50)))
+    store = RunStore.create(uri(door.server_address[1], "moody"), Experiment(name="test"))
+    door.refusals += [(503, "SlowDown")] * 80
+    store.write_table("networks", "seed=0", [NETWORK])
+    assert door.refusals == []
+    assert len(pauses) >= 2, "pyarrow's own repetitions were enough: this tests nothing"
+    assert all(later > earlier / 2 for earlier, later in zip(pauses, pauses[1:], strict=False))
+    door.refusals += [(503, "SlowDown")] * 80
+    assert store.read_table("networks")["seed"].tolist() == [0]
+    assert door.refusals == []
+
+
+def test_a_store_that_is_away_for_longer_is_named_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(storage_module, "FIRST_PAUSE_SECONDS", 0.1)
+    port = free_port()
+    with pytest.raises(RunFolderError, match="no answer for 1 s .*same command again") as caught:
+        RunStore.create(uri(port, "away"), Experiment(name="test"))
+    assert "EXAMPLE" not in str(caught.value)
+    assert "s3://***:***@runs/away" in str(caught.value)
+
+
+def test_a_store_that_refuses_says_what_it_refused_at_once(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: pytest.fail("asked again"))
+    storage = Storage(uri(door.server_address[1], "closed"))
+    door.refusals += [(403, "AccessDenied")] * 10
+    with pytest.raises(
+        StorageError, match=r"cannot write s3://\*\*\*:\*\*\*@runs/closed/tables/a: .*ACCESS_DENIED"
+    ) as caught:
+        storage.write("tables/a", b"x")
+    assert "EXAMPLE" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_bucket_that_is_not_there_is_named(server: int) -> None:
+    with pytest.raises(RunFolderError, match="cannot make the run folder .*nowhere/run") as caught:
+        RunStore.create(uri(server, "run", bucket="nowhere"), Experiment(name="test"))
+    assert "EXAMPLE" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["nonsense://bucket/run", "s3://", "gs:///run"])
+def test_an_address_that_pyarrow_does_not_know_is_refused(address: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"cannot use {address}.*like s3://bucket/folder"):
+        Storage(address)
+
+
+def test_secrets_of_the_query_and_of_the_environment_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "from-the-environment")
+    address = "s3://user:p%2Fw@b/run?access_token=abc%2Bdef&region=eu"
+    text = storage_module._without_secrets(f"{address} and p/w and abc+def and from-the-environment", address)
+    assert text == "s3://***:***@b/run?access_token=***&region=eu and *** and *** and ***"
+
+
+# Local folders
+
+
+def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
+    store = RunStore.create(f"file://{tmp_path}/a%20run", Experiment(name="test"))
+    assert store.path == tmp_path / "a run"
+    assert str(store.storage) == str(tmp_path / "a run")
+
+
+def test_a_bucket_is_no_path(server: int) -> None:
+    store = RunStore(Storage(uri(server, "no-path")), Experiment())
+    with pytest.raises(InvalidValueError, match="is no folder of this machine"):
+        store.path  # noqa: B018
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_is_named_and_keeps_what_is_stored(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount: {mounted.stderr.decode()}")
+    try:
+        store = RunStore.create(disk / "run", Experiment(name="test"))
+        store.write_table("networks", "seed=0", [NETWORK])
+        store.save_checkpoint("train", "seed=0", {"a": torch.ones(10)}, {})
+        for unit in ("seed=0", "seed=1"):
+            with pytest.raises(StorageError, match=f"cannot write .*{unit}.safetensors: .*No space left.*free space"):
+                store.save_checkpoint("train", unit, {"a": torch.ones(100_000)}, {})
+        assert torch.equal(store.load_checkpoint("train", "seed=0")[0]["a"], torch.ones(10))
+        assert not store.has_checkpoint("train", "seed=1")
+        assert [file for file in disk.rglob("*.tmp")] == []
+        store.save_checkpoint("train", "seed=1", {"a": torch.ones(20)}, {})
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
