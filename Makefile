@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/quickstart
 
-.PHONY: run setup test lint format benchmarks clean
+.PHONY: run setup test test-faults lint format benchmarks clean
 .DELETE_ON_ERROR:
 
 run: setup
@@ -21,6 +21,9 @@ setup: .venv/installed
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-faults: setup
+	GROSS_RAY_FAULT_SEED=$${GROSS_RAY_FAULT_SEED:-$$(date +%s)} $(BIN)/python -m pytest -m faults -v tests/pipelines
 
 lint: setup
 	$(BIN)/ruff check .

@@ -33,16 +33,18 @@ class _Group(click.Group):
             where = f" (see {context.command_path} --help)" if context else ""
             click.echo(f"Error: {error.format_message()}{where}", err=True)
             sys.exit(2)
-        except click.Abort:
+        except (click.Abort, KeyboardInterrupt) as error:  # click's versions differ in which of the two it is
+            from pipelines.signals import Terminated
+
             click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
-            sys.exit(130)
+            sys.exit(143 if any(isinstance(one, Terminated) for one in (error, error.__cause__)) else 130)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from gross_ray.errors import DivergedError, GrossRayError, UnitsFailedError
+        from gross_ray.errors import DivergedError, GrossRayError, StorageError, UnitsFailedError
 
         try:
             return super().invoke(ctx)
-        except (UnitsFailedError, DivergedError) as error:
+        except (UnitsFailedError, DivergedError, StorageError) as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
         except GrossRayError as error:
@@ -124,7 +126,7 @@ def _experiment(preset_name: str, settings: tuple[str, ...]) -> Any:
     return experiment
 
 
-def _run_folder(run: Path, preset_name: str | None, settings: tuple[str, ...]) -> Any:
+def _run_folder(run: str, preset_name: str | None, settings: tuple[str, ...]) -> Any:
     """Open a run folder, or create it where an experiment is given; both must agree."""
     from gross_ray.errors import InvalidValueError
     from gross_ray.results.store import RunStore
@@ -146,10 +148,10 @@ def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None]) ->
 
 @main.command()
 @click.option("--preset", "preset_name", required=True, help=PRESET_HELP)
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Run folder.")
+@click.option("--out", required=True, help="Run folder, or a URI like s3://bucket/folder.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP)
 @_work_options
-def run(preset_name: str, out: Path, settings: tuple[str, ...], resources: Any, source: Any) -> None:
+def run(preset_name: str, out: str, settings: tuple[str, ...], resources: Any, source: Any) -> None:
     """Do every stage, from training to the table of results; the same command again continues.
 
     \b
@@ -170,10 +172,10 @@ def _stage_command(name: str, description: str) -> click.Command:
         name,
         help=f"{description}\n\n\b\nExample:\n  gross {name} runs/quickstart",
     )
-    @click.argument("run", metavar="RUN", type=click.Path(file_okay=False, path_type=Path))
+    @click.argument("run", metavar="RUN")
     @_experiment_options
     @_work_options
-    def command(run: Path, preset_name: str | None, settings: tuple[str, ...], resources: Any, source: Any) -> None:
+    def command(run: str, preset_name: str | None, settings: tuple[str, ...], resources: Any, source: Any) -> None:
         from gross_ray.report.terminal import stage_results
         from pipelines.run import STAGES
 
@@ -200,7 +202,7 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, values: tuple
 
 
 @main.command()
-@click.argument("run", metavar="RUN", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("run", metavar="RUN")
 @click.option(
     "--budget",
     "budgets",
@@ -218,7 +220,7 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, values: tuple
 @_experiment_options
 @_work_options
 def search(
-    run: Path,
+    run: str,
     budgets: tuple[Any, ...],
     top: int | None,
     pareto: bool,
@@ -307,8 +309,8 @@ def _as_setting(value: Any) -> str:
 
 
 @main.command()
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
-def status(run: Path) -> None:
+@click.argument("run", metavar="RUN")
+def status(run: str) -> None:
     """Show how far each stage of RUN is.
 
     \b
@@ -326,11 +328,11 @@ def status(run: Path) -> None:
 
 
 @main.command()
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN")
 @click.argument("table", metavar="TABLE")
 @click.option("--rows", type=click.IntRange(min=0), default=20, show_default=True, help="Rows to print; 0: all.")
 @click.option("--csv", is_flag=True, help="Print all rows as CSV.")
-def show(run: Path, table: str, rows: int, csv: bool) -> None:
+def show(run: str, table: str, rows: int, csv: bool) -> None:
     """Print a table of RUN (docs/tables.md describes them).
 
     \b
@@ -351,9 +353,9 @@ def show(run: Path, table: str, rows: int, csv: bool) -> None:
 
 
 @main.command()
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN")
 @click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
-def report(run: Path, markdown: bool) -> None:
+def report(run: str, markdown: bool) -> None:
     """Print the results of RUN: the paper's Tables 2 and 3, and the sweep over alpha; says what is missing.
 
     \b
@@ -367,11 +369,11 @@ def report(run: Path, markdown: bool) -> None:
 
 
 @main.command()
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN")
 @click.option("--configuration", required=True, help="Group-sizes in layer order, like 8-16-64.")
 @click.option("--to", "target", required=True, type=click.Path(dir_okay=False, path_type=Path), help="FILE.onnx")
 @click.option("--seed", default=0, show_default=True, help="Which repeat of the validated configuration.")
-def export(run: Path, configuration: str, target: Path, seed: int) -> None:
+def export(run: str, configuration: str, target: Path, seed: int) -> None:
     """Write a validated configuration of RUN as a plain network in ONNX.
 
     \b

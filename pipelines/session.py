@@ -15,6 +15,7 @@ import ray
 from gross_ray.data.images import load_dataset
 from gross_ray.errors import UnitsFailedError
 from gross_ray.results.store import RunStore
+from pipelines import signals
 from pipelines.cluster import Cluster, Resources, connected
 from pipelines.progress import Reporter
 from pipelines.units import Unit, Work, pack_splits
@@ -46,14 +47,16 @@ class Session:
     @classmethod
     @contextmanager
     def opened(cls, store: RunStore, resources: Resources, source: DataSource, reporter: Reporter) -> Iterator[Session]:
-        """Hold the run folder's lock, and close everything at the end."""
-        with store.lock():
+        """Hold the run folder's lock, and close everything at the end, after SIGINT and SIGTERM too."""
+        with signals.orderly(), store.lock():
             store.remove_leftovers()
             session = cls(store, resources, source, reporter)
+            session._tell_of_damage()
             try:
                 yield session
             finally:
-                session._close()
+                with signals.ignored():
+                    session._close()
 
     def run(
         self,
@@ -114,6 +117,7 @@ class Session:
         if self._cluster is None:
             splits = load_dataset(self.store.experiment.data, root=self._source.root, download=self._source.download)
             self._cluster = self._stack.enter_context(connected(self._resources))
+            signals.raise_on_signals()
             self._packed = ray.put(pack_splits(splits))
             self._record_start(self._cluster)
         return self._cluster

@@ -55,7 +55,8 @@ def run_trials(
         ),
         run_config=tune.RunConfig(
             name=f"{name}-{time.strftime('%Y%m%dT%H%M%S')}",
-            storage_path=str(store.path / "tune"),
+            storage_path=store.storage.path("tune"),
+            storage_filesystem=store.storage.filesystem,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             callbacks=[watch],
             verbose=0,

@@ -1,4 +1,6 @@
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,16 @@ from gross_ray.decomposition.surgery import build_supernet, choose_layers
 torch.set_num_threads(1)
 settings.register_profile("gross_ray", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("gross_ray")
+sys.path.insert(0, str(Path(__file__).parent))  # s3_server.py
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of an S3 server on loopback with an empty bucket called runs."""
+    from s3_server import serving
+
+    with serving() as port:
+        yield port
 
 
 @pytest.fixture

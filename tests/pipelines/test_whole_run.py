@@ -29,16 +29,8 @@ STAGE_SIGNS = {
 """A file that is there while the stage is under way: the first unit or epoch of it is stored."""
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    out = tmp_path_factory.mktemp("whole") / "run"
-    ended = subprocess.run(run_command(out), capture_output=True, text=True, check=False, timeout=400)
-    assert ended.returncode == 0, ended.stderr
-    return out, ended.stdout
-
-
-def test_every_table_is_complete(undisturbed: tuple[Path, str]) -> None:
-    stored = tables(undisturbed[0])
+def test_every_table_is_complete(whole_run: tuple[Path, str]) -> None:
+    stored = tables(whole_run[0])
     assert len(stored["networks"]) == 2
     assert len(stored["decompositions"].query("seed == 0")) == 19
     assert len(stored["configurations"]) == 2 * 252
@@ -50,16 +42,16 @@ def test_every_table_is_complete(undisturbed: tuple[Path, str]) -> None:
     assert set(stored["alpha_sweep"]["alpha"]) == {0.0, 4.0}
 
 
-def test_pandas_alone_reads_the_tables(undisturbed: tuple[Path, str]) -> None:
-    run = undisturbed[0]
+def test_pandas_alone_reads_the_tables(whole_run: tuple[Path, str]) -> None:
+    run = whole_run[0]
     plain = pd.read_parquet(run / "tables" / "configurations")
     key = ["supernet", "configuration"]
     ours = tables(run)["configurations"].sort_values(key, ignore_index=True)
     pd.testing.assert_frame_equal(plain.sort_values(key, ignore_index=True), ours)
 
 
-def test_the_run_ends_with_the_papers_tables(undisturbed: tuple[Path, str]) -> None:
-    run, printed = undisturbed
+def test_the_run_ends_with_the_papers_tables(whole_run: tuple[Path, str]) -> None:
+    run, printed = whole_run
     for text in ("Table 2", "full", "fixed 16-16-16", "Table 3", "4-4-4 (fixed)", "Figure 1"):
         assert text in printed
     report = gross("report", str(run))
@@ -67,8 +59,8 @@ def test_the_run_ends_with_the_papers_tables(undisturbed: tuple[Path, str]) -> N
     assert report.stdout.strip() == printed.strip()
 
 
-def test_the_same_command_again_does_nothing(undisturbed: tuple[Path, str]) -> None:
-    run = undisturbed[0]
+def test_the_same_command_again_does_nothing(whole_run: tuple[Path, str]) -> None:
+    run = whole_run[0]
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
     ended = subprocess.run(run_command(run), capture_output=True, text=True, check=False, timeout=100)
     assert ended.returncode == 0, ended.stderr
@@ -76,8 +68,8 @@ def test_the_same_command_again_does_nothing(undisturbed: tuple[Path, str]) -> N
     assert after == before
 
 
-def test_status_and_single_stages(undisturbed: tuple[Path, str]) -> None:
-    run = str(undisturbed[0])
+def test_status_and_single_stages(whole_run: tuple[Path, str]) -> None:
+    run = str(whole_run[0])
     status = CliRunner().invoke(main, ["status", run])
     assert status.exit_code == 0
     assert "19 of 19 units" in status.stdout
@@ -88,10 +80,10 @@ def test_status_and_single_stages(undisturbed: tuple[Path, str]) -> None:
 
 
 def test_a_damaged_table_and_a_lost_checkpoint_are_found_named_and_done_again(
-    undisturbed: tuple[Path, str], tmp_path: Path
+    whole_run: tuple[Path, str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(undisturbed[0], run)
+    shutil.copytree(whole_run[0], run)
     shard = sorted((run / "tables/configurations").glob("*.parquet"))[3]
     shard.write_bytes(shard.read_bytes()[:-100])
     others = {file: file.stat().st_mtime_ns for file in shard.parent.iterdir() if file != shard}
@@ -100,12 +92,12 @@ def test_a_damaged_table_and_a_lost_checkpoint_are_found_named_and_done_again(
     assert ended.returncode == 0, ended.stderr
     assert f"damaged file tables/configurations/{shard.name}" in ended.stderr
     assert {file: file.stat().st_mtime_ns for file in others} == others
-    assert_equal_tables(undisturbed[0], run)
+    assert_equal_tables(whole_run[0], run)
 
 
-def test_latency_is_measured_on_request_and_can_be_a_budget(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+def test_latency_is_measured_on_request_and_can_be_a_budget(whole_run: tuple[Path, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(undisturbed[0], run)
+    shutil.copytree(whole_run[0], run)
     early = gross("search", str(run), "--budget", "latency_ms=5")
     assert early.returncode == 2
     assert "gross search RUN --latency" in early.stderr
@@ -121,7 +113,7 @@ def test_latency_is_measured_on_request_and_can_be_a_budget(undisturbed: tuple[P
     of_parts = parts["conv2", 2] + parts["conv3", 8] + parts["conv4", 64] + parts["rest"].iloc[0]
     assert row["latency_ms"] == pytest.approx(model["offset_ms"][0] + model["slope"][0] * of_parts)
     pd.testing.assert_frame_equal(
-        configurations.drop(columns="latency_ms"), tables(undisturbed[0])["configurations"].drop(columns="latency_ms")
+        configurations.drop(columns="latency_ms"), tables(whole_run[0])["configurations"].drop(columns="latency_ms")
     )
     limit = float(configurations["latency_ms"].median())
     again = gross(
@@ -134,9 +126,7 @@ def test_latency_is_measured_on_request_and_can_be_a_budget(undisturbed: tuple[P
     pd.testing.assert_frame_equal(read_table(run, "latency_models"), model)
 
 
-def test_killed_in_each_stage_the_run_still_ends_with_equal_tables(
-    undisturbed: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_killed_in_each_stage_the_run_still_ends_with_equal_tables(whole_run: tuple[Path, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     stored: dict[Path, int] = {}
     for stage, sign in STAGE_SIGNS.items():
@@ -144,7 +134,7 @@ def test_killed_in_each_stage_the_run_still_ends_with_equal_tables(
         stored |= {file: file.stat().st_mtime_ns for file in run.glob("tables/*/[!.]*.parquet")}
     ended = subprocess.run(run_command(run), capture_output=True, text=True, check=False, timeout=400)
     assert ended.returncode == 0, ended.stderr
-    assert_equal_tables(undisturbed[0], run)
+    assert_equal_tables(whole_run[0], run)
     assert {file: file.stat().st_mtime_ns for file in stored} == stored  # what was stored is not done again
     assert list(run.rglob(".*.tmp")) == []
 

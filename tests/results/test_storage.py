@@ -5,9 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import pickle
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from s3_server import SECRET, free_port, uri
 
 from gross_ray.errors import InvalidValueError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment
@@ -24,39 +23,6 @@ from gross_ray.results import lock
 from gross_ray.results import storage as storage_module
 from gross_ray.results.storage import Storage
 from gross_ray.results.store import RunStore, read_table
-
-SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    """Moto's S3 server; its port."""
-    port = free_port()
-    log = subprocess.DEVNULL
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                connection = http.client.HTTPConnection("127.0.0.1", port)
-                connection.request("PUT", "/runs")
-                assert connection.getresponse().status == 200
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.1)
-        yield port
-    finally:
-        process.kill()
-        process.wait()
 
 
 class Door(ThreadingHTTPServer):
@@ -113,20 +79,14 @@ class _Request(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def door(server: int) -> Iterator[Door]:
-    door = Door(server)
+def door(s3_port: int) -> Iterator[Door]:
+    door = Door(s3_port)
     thread = threading.Thread(target=door.serve_forever)
     thread.start()
     yield door
     door.shutdown()
     thread.join()
     door.server_close()
-
-
-def uri(port: int, folder: str, bucket: str = "runs") -> str:
-    secret = SECRET.replace("/", "%2F").replace("+", "%2B")
-    query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-    return f"s3://AKIDEXAMPLE:{secret}@{bucket}/{folder}?{query}"
 
 
 NETWORK = {
@@ -140,8 +100,8 @@ NETWORK = {
 }
 
 
-def test_a_run_folder_in_a_bucket_is_made_written_read_and_read_by_pandas_alone(server: int) -> None:
-    address = uri(server, "deep/run=1")
+def test_a_run_folder_in_a_bucket_is_made_written_read_and_read_by_pandas_alone(s3_port: int) -> None:
+    address = uri(s3_port, "deep/run=1")
     with pytest.raises(RunFolderError, match=r"s3://.*deep/run=1.* is not a run folder") as caught:
         RunStore.open(address)
     assert SECRET not in str(caught.value)
@@ -162,18 +122,18 @@ def test_a_run_folder_in_a_bucket_is_made_written_read_and_read_by_pandas_alone(
     assert not store.has_unit("networks", "seed=2")
 
 
-def test_a_bucket_is_locked(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_is_locked(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.3)
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.2)
-    store = RunStore.create(uri(server, "locked"), Experiment(name="test"))
+    store = RunStore.create(uri(s3_port, "locked"), Experiment(name="test"))
     with store.lock(), pytest.raises(RunFolderError, match="is in use by process"), store.lock():
         pass
     with store.lock():
         pass
 
 
-def test_checkpoints_and_damaged_files_in_a_bucket(server: int) -> None:
-    store = RunStore.create(uri(server, "checkpoints"), Experiment(name="test"))
+def test_checkpoints_and_damaged_files_in_a_bucket(s3_port: int) -> None:
+    store = RunStore.create(uri(s3_port, "checkpoints"), Experiment(name="test"))
     tensors = {"a": torch.arange(300_000.0), "b": torch.tensor([True])}
     for unit in ("seed=0", "seed=1"):
         store.save_checkpoint("train", unit, tensors, {"epoch": 3})
@@ -191,7 +151,7 @@ def test_checkpoints_and_damaged_files_in_a_bucket(server: int) -> None:
     assert not store.has_checkpoint("train", "seed=1")
 
 
-def test_an_unfinished_write_leaves_the_old_file(door: Door, server: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_write_leaves_the_old_file(door: Door, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.0)
     storage = Storage(uri(door.server_address[1], "unfinished"))
     storage.write("tables/a", b"old")
@@ -239,9 +199,9 @@ def test_a_store_that_refuses_says_what_it_refused_at_once(door: Door, monkeypat
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_a_bucket_that_is_not_there_is_named(server: int) -> None:
+def test_a_bucket_that_is_not_there_is_named(s3_port: int) -> None:
     with pytest.raises(RunFolderError, match="cannot make the run folder .*nowhere/run") as caught:
-        RunStore.create(uri(server, "run", bucket="nowhere"), Experiment(name="test"))
+        RunStore.create(uri(s3_port, "run", bucket="nowhere"), Experiment(name="test"))
     assert "EXAMPLE" not in str(caught.value)
 
 
@@ -267,8 +227,8 @@ def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
     assert str(store.storage) == str(tmp_path / "a run")
 
 
-def test_a_bucket_is_no_path(server: int) -> None:
-    store = RunStore(Storage(uri(server, "no-path")), Experiment())
+def test_a_bucket_is_no_path(s3_port: int) -> None:
+    store = RunStore(Storage(uri(s3_port, "no-path")), Experiment())
     with pytest.raises(InvalidValueError, match="is no folder of this machine"):
         store.path  # noqa: B018
 

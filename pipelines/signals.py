@@ -1,0 +1,56 @@
+"""SIGINT and SIGTERM end a run in order: what is stored stays, Ray's processes end, the exit status says which."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# Tune's own handler makes `fit` return as if all were done; here the interrupt goes on to who started it.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived."""
+
+
+@contextmanager
+def orderly() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGINT and Terminated on SIGTERM while the block runs, in the main thread."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    raise_on_signals()
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def raise_on_signals() -> None:
+    """Install the handlers of `orderly` again: Ray puts its own in their place as it starts."""
+    _set(dict.fromkeys(SIGNALS, _raise))
+
+
+@contextmanager
+def ignored() -> Iterator[None]:
+    """Let the block, a cleaning up, end whatever arrives."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    _set(dict.fromkeys(SIGNALS, signal.SIG_IGN))
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _raise(number: int, _: FrameType | None) -> None:
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _set(handlers: dict[signal.Signals, signal._HANDLER]) -> None:
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        for number, handler in handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -1,0 +1,251 @@
+"""What can go wrong with a run, done to it on purpose, and what must hold afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from miniature import CLOCKS, ROOT, command
+
+from gross_ray import read_table
+from gross_ray.results.store import RunStore
+from pipelines.run import status
+
+MARK = "GROSS_RAY_TEST_RUN"
+"""Environment variable by which all processes of one driver are known: children inherit it."""
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """What a stage stores: patterns below the run folder, and a file that is there while it is under way."""
+
+    own: tuple[str, ...]
+    sign: str
+
+
+def _training(stage: str, prefix: str = "") -> StageFiles:
+    own = (f"checkpoints/{stage}/{prefix}*", f"tables/history/{stage},{prefix}*")
+    return StageFiles(own, f"checkpoints/{stage}-under-way/{prefix}*.safetensors")
+
+
+_SWEPT = "alpha=0,"
+STAGES = {
+    "train": StageFiles((*_training("train").own, "tables/networks/*"), _training("train").sign),
+    "decompose": StageFiles(("checkpoints/decompose/*", "tables/decompositions/*"), "tables/decompositions/*.parquet"),
+    "reconstruct": _training("reconstruct"),
+    "finetune": _training("finetune"),
+    "search": StageFiles(
+        ("tables/configurations/*", "tables/selections/*", "checkpoints/search-plan/*"),
+        "tables/configurations/*.parquet",
+    ),
+    "validate": StageFiles(
+        ("checkpoints/validate/*", "tables/validations/*", "tables/history/validate-*", "tables/history/validate,*"),
+        "checkpoints/validate-finetune-under-way/*.safetensors",
+    ),
+    "sweep-alpha": StageFiles(
+        (
+            *_training("reconstruct", _SWEPT).own,
+            *_training("finetune", _SWEPT).own,
+            f"tables/configurations/{_SWEPT}*",
+            "tables/alpha_sweep/*",
+            "tables/alpha_trials/*",
+        ),
+        _training("finetune", _SWEPT).sign,
+    ),
+}
+
+
+def before_stage(undisturbed: Path, stage: str, run: Path) -> Path:
+    """Copy a finished run without what `stage` stored."""
+    shutil.copytree(undisturbed, run)
+    removed = [file for pattern in STAGES[stage].own for file in run.glob(pattern)]
+    assert removed, f"{stage}: nothing to remove"
+    for file in removed:
+        file.unlink()
+    return run
+
+
+@contextmanager
+def driver(run: Path | str, stage: str, log: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start `gross STAGE RUN` in a process group of its own, killed at the end; nothing of it may be left then."""
+    mark = uuid.uuid4().hex
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command(stage, str(run), "--num-cpus", "2", *more),
+            stdout=output,
+            stderr=output,
+            env=os.environ | {MARK: mark},
+            start_new_session=True,
+            cwd=ROOT,
+        )
+    process.mark = mark  # type: ignore[attr-defined]
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        assert_nothing_left(mark)
+
+
+def resume(run: Path | str, stage: str, log: Path) -> str:
+    """Run the same command to its end; return what it printed."""
+    place = log.stat().st_size if log.exists() else 0
+    with driver(run, stage, log) as process:
+        assert process.wait(300) == 0, log.read_text()
+    return log.read_bytes()[place:].decode()
+
+
+def at_a_moment(process: subprocess.Popen[bytes], run: Path, stage: str, log: Path, moment: float) -> None:
+    """Wait until the stage is under way, and so many seconds more, or until the driver has ended."""
+    deadline = time.monotonic() + 200
+    while not any(run.glob(STAGES[stage].sign)):
+        assert process.poll() is None, f"{stage}: ended before:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"{stage}: no sign of it:\n{log.read_text()}"
+        time.sleep(0.01)
+    time.sleep(moment)
+
+
+def workers(mark: str) -> list[int]:
+    """Return the processes of a driver in which Ray does its work now."""
+    return [pid for pid, title in _marked(mark) if re.match(r"ray::(?!IDLE)", title)]
+
+
+def assert_nothing_left(mark: str) -> None:
+    deadline = time.monotonic() + 30
+    while left := _marked(mark):
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.1)
+
+
+def _marked(mark: str) -> list[tuple[int, str]]:
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                    title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if title:  # a zombie has none
+                        found.append((int(folder.name), title))
+            except OSError:
+                continue  # it has just ended
+    return found
+
+
+def stored(run: Path) -> dict[Path, int]:
+    """Return the finished units of a run, and when each was written."""
+    return {file: file.stat().st_mtime_ns for file in run.glob("tables/*/[!.]*.parquet")}
+
+
+def epochs_under_way(run: Path) -> dict[str, list[float]]:
+    """Return the seconds of each epoch that a unit under way has stored, by `STAGE,UNIT`."""
+    found = {}
+    for file in run.glob("checkpoints/*-under-way/*.json"):
+        stage = file.parent.name.removesuffix("-under-way")
+        epochs = json.loads(file.read_text())["history"]
+        found[f"{stage},{file.stem}"] = [epoch["seconds"] for epoch in epochs]
+    return found
+
+
+def assert_epochs_kept(run: Path, before: dict[str, list[float]]) -> None:
+    """Each epoch stored before a fault is in the history as it was: done again, it would have taken other seconds."""
+    history = read_table(run, "history")
+    for name, seconds in before.items():
+        stage, unit = name.split(",", 1)
+        rows = history[(history["stage"] == stage) & (history["unit"] == unit)].sort_values("epoch")
+        assert rows["seconds"].tolist()[: len(seconds)] == seconds, name
+
+
+def assert_as_undisturbed(run: Path | str, undisturbed: Path, stage: str) -> None:
+    """Every unit of the stage is finished, and all that is stored equals what the undisturbed run stored."""
+    store, other = RunStore.open(run), RunStore.open(undisturbed)
+    done = {name: (finished, planned) for name, finished, planned in status(store)}
+    assert done[stage][0] == done[stage][1], done
+    for table in (
+        "networks",
+        "history",
+        "decompositions",
+        "configurations",
+        "selections",
+        "validations",
+        "alpha_sweep",
+    ):
+        units = sorted(store.finished_units(table))
+        assert set(units) <= other.finished_units(table)
+        ours, theirs = (each.read_units(table, units).drop(columns=CLOCKS, errors="ignore") for each in (store, other))
+        pd.testing.assert_frame_equal(ours, theirs, check_exact=True, obj=table)
+    assert store.damaged == []
+
+
+# Faults. Each is given the driver's process, the run folder and a generator for its moment.
+
+
+def kill_driver(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+    process.kill()
+    assert process.wait(20) == -signal.SIGKILL
+
+
+def terminate_driver(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+    process.terminate()
+    assert process.wait(60) == 143
+
+
+def interrupt_all(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+    """As Ctrl-C on a terminal does: the whole process group gets it."""
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+
+
+def kill_worker(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+    victims = workers(process.mark)  # type: ignore[attr-defined]
+    if victims:  # at a random moment there may be none: the stage has just ended
+        os.kill(moments.choice(sorted(victims)), signal.SIGKILL)
+    assert process.wait(300) == 0
+
+
+def damage_tables(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+    kill_driver(process, run, moments)
+    _damage(sorted(run.glob("tables/*/[!.]*.parquet")), moments)
+
+
+def damage_checkpoints(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+    kill_driver(process, run, moments)
+    _damage(sorted(run.glob("checkpoints/*/[!.]*.safetensors")), moments)
+
+
+def damage_tune(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+    kill_driver(process, run, moments)
+    _damage(sorted(file for file in run.glob("tune/**/*") if file.is_file()), moments)
+
+
+def _damage(files: list[Path], moments: random.Random) -> None:
+    for file in moments.sample(files, min(3, len(files))):
+        content = bytearray(file.read_bytes())
+        for _ in range(20):
+            if content:
+                content[moments.randrange(len(content))] ^= 0xFF
+        file.write_bytes(bytes(content))
+
+
+Fault = Callable[[subprocess.Popen[bytes], Path, random.Random], None]
+FAULTS: dict[str, Fault] = {
+    "driver killed": kill_driver,
+    "driver terminated": terminate_driver,
+    "interrupted": interrupt_all,
+    "worker killed": kill_worker,
+    "damaged tables": damage_tables,
+    "damaged checkpoints": damage_checkpoints,
+    "damaged Tune files": damage_tune,
+}

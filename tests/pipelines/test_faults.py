@@ -1,0 +1,95 @@
+"""Faults in each stage: afterwards the same command ends with the tables of a run that nothing disturbed.
+
+`make test` injects the faults below `QUICK`, as soon as the stage is under way; `make test-faults` all of the matrix in
+docs/reliability.md, at random moments.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from faults import (
+    FAULTS,
+    STAGES,
+    assert_as_undisturbed,
+    assert_epochs_kept,
+    at_a_moment,
+    before_stage,
+    driver,
+    epochs_under_way,
+    resume,
+    stored,
+)
+
+QUICK = [("finetune", "driver terminated"), ("search", "worker killed"), ("validate", "interrupted")]
+REPEATS = int(os.environ.get("GROSS_RAY_FAULT_REPEATS", "1"))
+SEED = int(os.environ.get("GROSS_RAY_FAULT_SEED", "0"))
+KEEPS_ALL = {"driver killed", "driver terminated", "interrupted", "worker killed", "damaged Tune files"}
+"""Faults that spoil nothing stored: no finished unit and no stored epoch may be done again."""
+
+
+def _inject(undisturbed: Path, tmp_path: Path, stage: str, fault: str, moments: random.Random, moment: float) -> None:
+    run, log = before_stage(undisturbed, stage, tmp_path / "run"), tmp_path / "log"
+    with driver(run, stage, log) as process:
+        at_a_moment(process, run, stage, log, moment)
+        if process.poll() is None:
+            FAULTS[fault](process, run, moments)
+        kept, epochs = stored(run), epochs_under_way(run)
+    resume(run, stage, log)
+    assert_as_undisturbed(run, undisturbed, stage)
+    if fault in KEEPS_ALL:
+        assert stored(run).items() >= kept.items()
+        assert_epochs_kept(run, epochs)
+    assert list(run.rglob(".*.tmp")) == []
+
+
+@pytest.mark.parametrize(("stage", "fault"), QUICK)
+def test_quick(whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: str) -> None:
+    _inject(whole_run[0], tmp_path, stage, fault, random.Random(SEED), 0.0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("repeat", range(REPEATS))
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_matrix(whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: str, repeat: int) -> None:
+    moments = random.Random(f"{SEED} {stage} {fault} {repeat}")
+    _inject(whole_run[0], tmp_path, stage, fault, moments, moments.uniform(0.0, 3.0))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=() if stage == "decompose" else pytest.mark.faults) for stage in STAGES]
+)
+def test_a_full_disk(whole_run: tuple[Path, str], tmp_path: Path, stage: str) -> None:
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    begun = before_stage(whole_run[0], stage, tmp_path / "begun")
+    shutil.rmtree(begun / "tune")
+    kilobytes = sum(-(-file.stat().st_size // 4096) * 4 for file in begun.rglob("*") if file.is_file()) + 400
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("cannot mount a file system here")
+    try:
+        run = disk / "run"
+        shutil.copytree(begun, run)
+        with (run / "filler").open("wb") as filler, pytest.raises(OSError, match="No space"):
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        with driver(run, stage, log) as process:
+            assert process.wait(300) == 1, log.read_text()
+        assert "No space left on device" in log.read_text()
+        assert "Traceback" not in log.read_text()
+        assert list(run.rglob(".*.tmp")) == []
+        (run / "filler").unlink()
+        subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+        resume(run, stage, log)
+        assert_as_undisturbed(run, whole_run[0], stage)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
