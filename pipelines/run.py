@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gross_ray.errors import MissingStageError
+from gross_ray.errors import MissingStageError, UnitsFailedError
 from gross_ray.results.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train, validate
 from pipelines.session import Session
@@ -49,9 +49,22 @@ STAGES: dict[str, Stage] = {
 
 
 def run_all(session: Session) -> None:
-    """Do every stage; what is stored is not done again."""
+    """Do every stage; what is stored is not done again.
+
+    Where units fail, the stages that do not need them still run. Raises UnitsFailedError, naming them, at the end.
+    """
+    failures: list[str] = []
     for stage in STAGES.values():
-        stage.run(session)
+        try:
+            stage.run(session)
+        except UnitsFailedError as error:
+            failures.append(str(error))
+        except MissingStageError:
+            if not failures:
+                raise
+            break  # it needs what failed
+    if failures:
+        raise UnitsFailedError("\n".join(failures))
 
 
 def status(store: RunStore) -> list[tuple[str, int, int | None]]:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gross_ray.errors import GrossRayError, RunFolderError
+from gross_ray.errors import GrossRayError, RunFolderError, StorageError
 from gross_ray.results.storage import Storage
 
 LOCK = ".lock"
@@ -72,9 +72,12 @@ def _flock(storage: Storage, path: Path) -> Iterator[None]:
             raise RunFolderError(
                 f"cannot lock {file.name}: {error}; give an --out on a file system that has locks"
             ) from None
-        file.truncate(0)
-        file.write(_owner(_me()))
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(_owner(_me()))
+            file.flush()
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error}; free space, or give another --out") from None
         try:
             yield
         finally:

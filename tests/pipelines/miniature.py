@@ -34,7 +34,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "cli.py"), *arguments]
 
 
-def run_command(out: Path, *more: str) -> list[str]:
+def run_command(out: Path | str, *more: str) -> list[str]:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     return command("run", "--preset", "quickstart", "--out", str(out), "--num-cpus", "2", *settings, *more)
 
@@ -43,13 +43,13 @@ def gross(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=300)
 
 
-def tables(run: Path) -> dict[str, pd.DataFrame]:
+def tables(run: Path | str) -> dict[str, pd.DataFrame]:
     """Return every table of a run that its experiment alone decides, without the clocks."""
     decided = [name for name in TABLES if name not in ("runs", "latencies", "latency_models")]
     return {name: read_table(run, name).drop(columns=CLOCKS, errors="ignore") for name in decided}
 
 
-def assert_equal_tables(one: Path, other: Path) -> None:
+def assert_equal_tables(one: Path | str, other: Path | str) -> None:
     theirs = tables(other)
     for name, frame in tables(one).items():
         assert len(frame), f"table {name} is empty"

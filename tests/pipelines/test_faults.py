@@ -78,10 +78,9 @@ def test_a_full_disk(whole_run: tuple[Path, str], tmp_path: Path, stage: str) ->
     try:
         run = disk / "run"
         shutil.copytree(begun, run)
-        with (run / "filler").open("wb") as filler, pytest.raises(OSError, match="No space"):
+        with (run / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
             while True:
                 filler.write(bytes(4096))
-                filler.flush()
         with driver(run, stage, log) as process:
             assert process.wait(300) == 1, log.read_text()
         assert "No space left on device" in log.read_text()
