@@ -2,14 +2,11 @@ import importlib
 import re
 import statistics
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 import gross_ray
 from gross_ray.decomposition.surgery import choose_layers, default_group_sizes, empty_supernet
@@ -79,30 +76,6 @@ def test_the_checks_above_can_fail() -> None:
     assert not any(exists(name) for name in dotted_names(text))
     assert exists("gross_ray.decomposition.btd.BlockTerms.core")
     assert named_paths(text) == ["gross_ray/no.py"]
-
-
-@pytest.fixture
-def cluster() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
-
-
-def test_cluster_file_is_lawful_for_ray(cluster: dict[str, Any]) -> None:
-    validate_config(prepare_config(cluster))
-
-
-@pytest.mark.parametrize("change", [{"setup_comands": []}, {"head_node_type": "heads"}, {"max_workers": -1}])
-def test_the_cluster_check_can_fail(cluster: dict[str, Any], change: dict[str, Any]) -> None:
-    with pytest.raises(Exception, match=next(iter(change)) + "|heads|minimum"):
-        validate_config(prepare_config(deepcopy(cluster) | change))
-
-
-def test_cluster_file_fits_this_project(cluster: dict[str, Any]) -> None:
-    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
-    assert cluster["docker"]["image"].startswith(f"rayproject/ray:{pinned['ray']}-")
-    folder = next(there for there, here in cluster["file_mounts"].items() if here == ".")
-    assert cluster["setup_commands"] == [f"pip install --quiet --constraint {folder}/constraints.txt {folder}"]
-    workers = cluster["available_node_types"]["gpu_worker"]
-    assert 0 == workers["min_workers"] < workers["max_workers"] <= cluster["max_workers"]
 
 
 class Evaluated(NamedTuple):
