@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +136,28 @@ def _run_folder(run: Path, preset_name: str | None, settings: tuple[str, ...]) -
     return RunStore.open(run)
 
 
-def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None]) -> None:
+def _callbacks(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[Any]:
+    from pipelines.callbacks import load_callbacks
+
+    return load_callbacks(values)
+
+
+_callback_option = click.option(
+    "--callback",
+    "callbacks",
+    metavar="MODULE:NAME",
+    multiple=True,
+    callback=_callbacks,
+    help="A ray.tune.Callback, or a function that makes one, to be told of the trials of validate and sweep-alpha; "
+    "may be repeated.",
+)
+
+
+def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None], callbacks: Sequence[Any] = ()) -> None:
     from pipelines.progress import Reporter
     from pipelines.session import Session
 
-    with Session.opened(store, resources, source, Reporter()) as session:
+    with Session.opened(store, resources, source, Reporter(), callbacks=callbacks) as session:
         do(session)
 
 
@@ -148,8 +165,11 @@ def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None]) ->
 @click.option("--preset", "preset_name", required=True, help=PRESET_HELP)
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Run folder.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP)
+@_callback_option
 @_work_options
-def run(preset_name: str, out: Path, settings: tuple[str, ...], resources: Any, source: Any) -> None:
+def run(
+    preset_name: str, out: Path, settings: tuple[str, ...], callbacks: list[Any], resources: Any, source: Any
+) -> None:
     """Do every stage, from training to the table of results; the same command again continues.
 
     \b
@@ -161,7 +181,7 @@ def run(preset_name: str, out: Path, settings: tuple[str, ...], resources: Any, 
     from pipelines.run import run_all
 
     store = _run_folder(out, preset_name, settings)
-    _work(store, resources, source, run_all)
+    _work(store, resources, source, run_all, callbacks)
     click.echo(results(store))
 
 
@@ -273,11 +293,59 @@ def _refuse_alone(owner: str, given: bool, options: dict[str, int | None]) -> No
             raise click.UsageError(f"{name} {value} without {owner}: it says nothing then; add {owner} or leave it out")
 
 
-for _name, _description in {
-    "validate": "Train the fixed and the selected configurations on their own.",
-    "sweep-alpha": "Train supernets over the sampling temperature alpha and compare them.",
-}.items():
-    main.add_command(_stage_command(_name, _description))
+@main.command()
+@click.argument("run", metavar="RUN", type=click.Path(file_okay=False, path_type=Path))
+@_callback_option
+@_experiment_options
+@_work_options
+def validate(
+    run: Path,
+    callbacks: list[Any],
+    preset_name: str | None,
+    settings: tuple[str, ...],
+    resources: Any,
+    source: Any,
+) -> None:
+    """Train the fixed and the selected configurations on their own, each a trial of Ray Tune.
+
+    \b
+    Example:
+      gross validate runs/quickstart
+      gross validate runs/quickstart --callback my_callbacks:Notify
+    """
+    from gross_ray.report.terminal import stage_results
+    from pipelines.run import STAGES
+
+    store = _run_folder(run, preset_name, settings)
+    _work(store, resources, source, STAGES["validate"].run, callbacks)
+    click.echo(stage_results(store, "validate"))
+
+
+@main.command("sweep-alpha")
+@click.argument("run", metavar="RUN", type=click.Path(file_okay=False, path_type=Path))
+@_callback_option
+@_experiment_options
+@_work_options
+def sweep_alpha(
+    run: Path,
+    callbacks: list[Any],
+    preset_name: str | None,
+    settings: tuple[str, ...],
+    resources: Any,
+    source: Any,
+) -> None:
+    """Train supernets over the sampling temperature alpha and compare them, each a trial of Ray Tune.
+
+    \b
+    Example:
+      gross sweep-alpha runs/quickstart
+    """
+    from gross_ray.report.terminal import stage_results
+    from pipelines.run import STAGES
+
+    store = _run_folder(run, preset_name, settings)
+    _work(store, resources, source, STAGES["sweep-alpha"].run, callbacks)
+    click.echo(stage_results(store, "sweep-alpha"))
 
 
 @main.command()

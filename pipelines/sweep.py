@@ -8,6 +8,7 @@ from __future__ import annotations
 from gross_ray.results.store import RunStore
 from pipelines import search, supernet, validate
 from pipelines.session import Session
+from pipelines.tuning import Tuning
 from pipelines.units import Context, Unit
 
 STAGE = "sweep-alpha"
@@ -39,7 +40,7 @@ def run(session: Session) -> None:
     if not {unit.name for unit in units} <= supernet.finished(store, supernet.RECONSTRUCT):
         supernet.require_decompositions(store)
     validate.run_fixed(session)
-    session.run(STAGE, units, work, lambda: supernet.finished(store, supernet.FINETUNE), tune=True)
+    session.run(STAGE, units, work, lambda: supernet.finished(store, supernet.FINETUNE), tuning=Tuning())
     search.evaluate(session, f"{STAGE} search", units)
     compare(store)
 
