@@ -86,7 +86,7 @@ class Session:
         tuning: Tuning | None = None,
         shared: Shared | None = None,
     ) -> None:
-        """Do those of a stage's `units` that `finished` does not name, on actors or, with `tuning`, as Ray Tune's trials.
+        """Do those of a stage's `units` that `finished` lacks: on actors, or with `tuning` as trials of Ray Tune.
 
         On actors, `shared` loads what units share, by name (`Unit.shared`).
 

@@ -17,7 +17,7 @@ TIME = "trial_epoch"
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial that ended or was stopped. Of one whose process died too often nothing is told: it is not accounted for."""
+    """A trial that ended or was stopped; one whose process died too often is not told of, nor accounted for."""
 
     name: str
     """The trial's name in the stage's accounts."""

@@ -11,6 +11,7 @@ from gross_ray.results.store import RunStore
 from gross_ray.search.correlation import rank_correlation
 from gross_ray.search.selection import COSTS, Budget, supernet_accuracies
 from gross_ray.seeds import derived_generator
+from gross_ray.training.sampling import settled_scaling
 
 Row = Sequence[str]
 _SEARCHED = ("alpha", "scaling", "seed", "configuration", *COSTS, "val_accuracy")
@@ -66,7 +67,7 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
         return f"{title}\nmissing: run `gross search`"
     options = store.experiment.supernet
     configurations = store.read_table("configurations", _SEARCHED)
-    scaling = options.scaling if options.alpha > 0 else "index"
+    scaling = settled_scaling(options.alpha, options.scaling)
     searched = configurations[(configurations["alpha"] == options.alpha) & (configurations["scaling"] == scaling)]
     supernet = supernet_accuracies(searched[searched["seed"] < options.seeds]).set_index("configuration")
     shown = {*selections["budget"], *selections["configuration"]}
