@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +286,7 @@ def search(
     click.echo("\n\n".join(parts))
 
 
-def _refuse_alone(owner: str, given: bool, options: dict[str, int | None]) -> None:
+def _refuse_alone(owner: str, given: bool, options: Mapping[str, float | None]) -> None:
     """Refuse those of `options` that are set where the option that they belong to is not."""
     for name, value in options.items():
         if value is not None and not given:
@@ -323,29 +323,64 @@ def validate(
 
 @main.command("sweep-alpha")
 @click.argument("run", metavar="RUN", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--scheduler",
+    type=click.Choice(["none", "asha"]),
+    default="none",
+    show_default=True,
+    help="asha: stop trials early whose metric is below the median of those that got as far; none before a tenth "
+    "of the fine-tuning.",
+)
+@click.option(
+    "--search",
+    type=click.Choice(["grid", "optuna"]),
+    default="grid",
+    show_default=True,
+    help="grid: the experiment's sweep, compared with the fixed configurations; optuna: alpha continuous, and one of "
+    "the experiment's scalings.",
+)
+@click.option("--trials", type=int, help="Supernets to train in all under --search optuna [20].")
+@click.option("--alpha-low", type=float, help="Smallest alpha under --search optuna [0].")
+@click.option("--alpha-high", type=float, help="Largest alpha under --search optuna [8].")
 @_callback_option
 @_experiment_options
 @_work_options
 def sweep_alpha(
     run: Path,
+    scheduler: str,
+    search: str,
+    trials: int | None,
+    alpha_low: float | None,
+    alpha_high: float | None,
     callbacks: list[Any],
     preset_name: str | None,
     settings: tuple[str, ...],
     resources: Any,
     source: Any,
 ) -> None:
-    """Train supernets over the sampling temperature alpha and compare them, each a trial of Ray Tune.
+    """Train supernets over the sampling temperature alpha, each a trial of Ray Tune, and compare them.
+
+    The metric of a trial, by which a scheduler stops and a search proposes, is supernet_accuracy: the mean accuracy of
+    the fixed configurations in the supernet, on the validation split, after the latest epoch. The trials are in the
+    table alpha_trials.
 
     \b
     Example:
       gross sweep-alpha runs/quickstart
+      gross sweep-alpha runs/quickstart --scheduler asha
+      gross sweep-alpha runs/quickstart --search optuna --trials 30 --alpha-high 6
     """
-    from gross_ray.report.terminal import stage_results
-    from pipelines.run import STAGES
+    from gross_ray.report.terminal import stage_results, trials_table
+    from pipelines import sweep
+    from pipelines.alpha_trials import OptunaOptions
 
+    limits = {"trials": trials, "alpha_low": alpha_low, "alpha_high": alpha_high}
+    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    _refuse_alone("--search optuna", search == "optuna", {f"--{name.replace('_', '-')}": given[name] for name in given})
+    optuna = OptunaOptions(**given) if search == "optuna" else None
     store = _run_folder(run, preset_name, settings)
-    _work(store, resources, source, STAGES["sweep-alpha"].run, callbacks)
-    click.echo(stage_results(store, "sweep-alpha"))
+    _work(store, resources, source, lambda session: sweep.run(session, scheduler=scheduler, optuna=optuna), callbacks)
+    click.echo(trials_table(store) if optuna else stage_results(store, "sweep-alpha"))
 
 
 @main.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,10 +46,8 @@ class Tuning:
     on_end: Callable[[Ended], object] = field(default=_nothing)
     """Told of each trial that ended, on the driver, before the next one is proposed."""
 
-    @property
-    def first_metrics(self) -> dict[str, float]:
-        """What a trial reports if it fails before its first epoch: Tune insists on the metrics it compares by."""
-        return {METRIC: math.nan, TIME: 0} if self.scheduler or self.search else {}
+    first_metrics: dict[str, float] = field(default_factory=dict)
+    """What a trial reports that fails before its first epoch: Tune insists on the metrics that it compares by."""
 
 
 def trial_config(unit: Unit) -> dict[str, Any]:
