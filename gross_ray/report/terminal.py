@@ -137,9 +137,7 @@ def trials_table(store: RunStore, *, markdown: bool = False) -> str:
         ]
         for trial in searched.itertuples()
     ]
-    title = (
-        "Sampling temperatures proposed by Optuna: fixed configurations in the supernet (validation split)"
-    )
+    title = "Sampling temperatures proposed by Optuna: fixed configurations in the supernet (validation split)"
     return _page(title, ["trial", "alpha", "seed", "epochs", "in supernet (val)", "status"], rows, markdown)
 
 
