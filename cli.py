@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +138,28 @@ def _run_folder(run: str, preset_name: str | None, settings: tuple[str, ...]) ->
     return RunStore.open(run)
 
 
-def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None]) -> None:
+def _callbacks(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[Any]:
+    from pipelines.callbacks import load_callbacks
+
+    return load_callbacks(values)
+
+
+_callback_option = click.option(
+    "--callback",
+    "callbacks",
+    metavar="MODULE:NAME",
+    multiple=True,
+    callback=_callbacks,
+    help="A ray.tune.Callback, or a function that makes one, to be told of the trials of validate and sweep-alpha; "
+    "may be repeated.",
+)
+
+
+def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None], callbacks: Sequence[Any] = ()) -> None:
     from pipelines.progress import Reporter
     from pipelines.session import Session
 
-    with Session.opened(store, resources, source, Reporter()) as session:
+    with Session.opened(store, resources, source, Reporter(), callbacks=callbacks) as session:
         do(session)
 
 
@@ -150,8 +167,11 @@ def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None]) ->
 @click.option("--preset", "preset_name", required=True, help=PRESET_HELP)
 @click.option("--out", required=True, help="Run folder, or a URI like s3://bucket/folder.")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP)
+@_callback_option
 @_work_options
-def run(preset_name: str, out: str, settings: tuple[str, ...], resources: Any, source: Any) -> None:
+def run(
+    preset_name: str, out: str, settings: tuple[str, ...], callbacks: list[Any], resources: Any, source: Any
+) -> None:
     """Do every stage, from training to the table of results; the same command again continues.
 
     \b
@@ -163,7 +183,7 @@ def run(preset_name: str, out: str, settings: tuple[str, ...], resources: Any, s
     from pipelines.run import run_all
 
     store = _run_folder(out, preset_name, settings)
-    _work(store, resources, source, run_all)
+    _work(store, resources, source, run_all, callbacks)
     click.echo(results(store))
 
 
@@ -268,18 +288,101 @@ def search(
     click.echo("\n\n".join(parts))
 
 
-def _refuse_alone(owner: str, given: bool, options: dict[str, int | None]) -> None:
+def _refuse_alone(owner: str, given: bool, options: Mapping[str, float | None]) -> None:
     """Refuse those of `options` that are set where the option that they belong to is not."""
     for name, value in options.items():
         if value is not None and not given:
             raise click.UsageError(f"{name} {value} without {owner}: it says nothing then; add {owner} or leave it out")
 
 
-for _name, _description in {
-    "validate": "Train the fixed and the selected configurations on their own.",
-    "sweep-alpha": "Train supernets over the sampling temperature alpha and compare them.",
-}.items():
-    main.add_command(_stage_command(_name, _description))
+@main.command()
+@click.argument("run", metavar="RUN")
+@_callback_option
+@_experiment_options
+@_work_options
+def validate(
+    run: str,
+    callbacks: list[Any],
+    preset_name: str | None,
+    settings: tuple[str, ...],
+    resources: Any,
+    source: Any,
+) -> None:
+    """Train the fixed and the selected configurations on their own, each a trial of Ray Tune.
+
+    \b
+    Example:
+      gross validate runs/quickstart
+      gross validate runs/quickstart --callback my_callbacks:Notify
+    """
+    from gross_ray.report.terminal import stage_results
+    from pipelines.run import STAGES
+
+    store = _run_folder(run, preset_name, settings)
+    _work(store, resources, source, STAGES["validate"].run, callbacks)
+    click.echo(stage_results(store, "validate"))
+
+
+@main.command("sweep-alpha")
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--scheduler",
+    type=click.Choice(["none", "asha"]),
+    default="none",
+    show_default=True,
+    help="asha: stop trials early whose metric is below the median of those that got as far; none before a tenth "
+    "of the fine-tuning.",
+)
+@click.option(
+    "--search",
+    type=click.Choice(["grid", "optuna"]),
+    default="grid",
+    show_default=True,
+    help="grid: the experiment's sweep, compared with the fixed configurations; optuna: alpha continuous, and one of "
+    "the experiment's scalings.",
+)
+@click.option("--trials", type=int, help="Supernets to train in all under --search optuna [20].")
+@click.option("--alpha-low", type=float, help="Smallest alpha under --search optuna [0].")
+@click.option("--alpha-high", type=float, help="Largest alpha under --search optuna [8].")
+@_callback_option
+@_experiment_options
+@_work_options
+def sweep_alpha(
+    run: str,
+    scheduler: str,
+    search: str,
+    trials: int | None,
+    alpha_low: float | None,
+    alpha_high: float | None,
+    callbacks: list[Any],
+    preset_name: str | None,
+    settings: tuple[str, ...],
+    resources: Any,
+    source: Any,
+) -> None:
+    """Train supernets over the sampling temperature alpha, each a trial of Ray Tune, and compare them.
+
+    The metric of a trial, by which a scheduler stops and a search proposes, is supernet_accuracy: the mean accuracy of
+    the fixed configurations in the supernet, on the validation split, after the latest epoch. The trials are in the
+    table alpha_trials.
+
+    \b
+    Example:
+      gross sweep-alpha runs/quickstart
+      gross sweep-alpha runs/quickstart --scheduler asha
+      gross sweep-alpha runs/quickstart --search optuna --trials 30 --alpha-high 6
+    """
+    from gross_ray.report.terminal import stage_results, trials_table
+    from pipelines import sweep
+    from pipelines.alpha_trials import OptunaOptions
+
+    limits = {"trials": trials, "alpha_low": alpha_low, "alpha_high": alpha_high}
+    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    _refuse_alone("--search optuna", search == "optuna", {f"--{name.replace('_', '-')}": given[name] for name in given})
+    optuna = OptunaOptions(**given) if search == "optuna" else None
+    store = _run_folder(run, preset_name, settings)
+    _work(store, resources, source, lambda session: sweep.run(session, scheduler=scheduler, optuna=optuna), callbacks)
+    click.echo(trials_table(store) if optuna else stage_results(store, "sweep-alpha"))
 
 
 @main.command()

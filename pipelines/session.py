@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any
 
 import ray
 
@@ -18,6 +19,7 @@ from gross_ray.results.store import RunStore
 from pipelines import signals
 from pipelines.cluster import Cluster, Resources, connected
 from pipelines.progress import Reporter
+from pipelines.tuning import Tuning
 from pipelines.units import Unit, Work, pack_splits
 from pipelines.workers import Shared, WorkerPool
 
@@ -35,9 +37,17 @@ class DataSource:
 class Session:
     """Joins Ray and loads the images when the first unit has to be done, and not before."""
 
-    def __init__(self, store: RunStore, resources: Resources, source: DataSource, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        store: RunStore,
+        resources: Resources,
+        source: DataSource,
+        reporter: Reporter,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
         """Use `opened`, which also closes the session."""
         self.store, self.reporter = store, reporter
+        self._callbacks = callbacks
         self._resources, self._source = resources, source
         self._stack = ExitStack()
         self._cluster: Cluster | None = None
@@ -46,11 +56,22 @@ class Session:
 
     @classmethod
     @contextmanager
-    def opened(cls, store: RunStore, resources: Resources, source: DataSource, reporter: Reporter) -> Iterator[Session]:
-        """Hold the run folder's lock, and close everything at the end, after SIGINT and SIGTERM too."""
+    def opened(
+        cls,
+        store: RunStore,
+        resources: Resources,
+        source: DataSource,
+        reporter: Reporter,
+        *,
+        callbacks: Sequence[Any] = (),
+    ) -> Iterator[Session]:
+        """Hold the run folder's lock, and close everything at the end, after SIGINT and SIGTERM too.
+
+        `callbacks` are `ray.tune.Callback`s, told of the trials of every stage that runs on Ray Tune.
+        """
         with signals.orderly(), store.lock():
             store.remove_leftovers()
-            session = cls(store, resources, source, reporter)
+            session = cls(store, resources, source, reporter, callbacks)
             session._tell_of_damage()
             try:
                 yield session
@@ -65,10 +86,10 @@ class Session:
         work: Work,
         finished: Callable[[], set[str]],
         *,
-        tune: bool = False,
+        tuning: Tuning | None = None,
         shared: Shared | None = None,
     ) -> None:
-        """Do those of a stage's `units` that `finished` does not name, on actors or as trials of Ray Tune.
+        """Do those of a stage's `units` that `finished` lacks: on actors, or with `tuning` as trials of Ray Tune.
 
         On actors, `shared` loads what units share, by name (`Unit.shared`).
 
@@ -84,7 +105,7 @@ class Session:
             cluster = self.cluster()
             assert self._packed is not None
             threads = cluster.threads(len(units))
-            if tune:
+            if tuning is not None:
                 from pipelines.trials import run_trials  # Ray Tune takes a second that other stages need not wait
 
                 self._release_workers()
@@ -97,6 +118,8 @@ class Session:
                     packed_splits=self._packed,
                     threads=threads,
                     progress=progress,
+                    tuning=tuning,
+                    callbacks=self._callbacks,
                 )
             else:
                 if self._pool is None:

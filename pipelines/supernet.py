@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import nn
 
 from gross_ray.decomposition.surgery import build_supernet
@@ -10,7 +13,7 @@ from gross_ray.results.store import RunStore
 from gross_ray.seeds import derive_seed
 from gross_ray.space import SearchSpace
 from gross_ray.training.loop import EpochRecord
-from gross_ray.training.sampling import ConfigurationSampler
+from gross_ray.training.sampling import ConfigurationSampler, settled_scaling
 from gross_ray.training.stages import finetune, reconstruct
 from pipelines import decompose
 from pipelines.decompose import stored_terms
@@ -21,11 +24,15 @@ from pipelines.units import Context, EpochSlot, Unit, require
 RECONSTRUCT = "reconstruct"
 FINETUNE = "finetune"
 
+Measure = Callable[[nn.Module, EpochRecord], dict[str, float]]
+"""Measures a supernet after an epoch, by name; it may leave any configuration active."""
+
 
 def supernet_unit(alpha: float, scaling: str, seed: int) -> Unit:
-    """Return the unit of one supernet. Without temperature the two scalings are the same supernet."""
-    scaling = scaling if alpha > 0 else "index"
-    name = f"alpha={alpha:g},scaling={scaling},seed={seed}"
+    """Return the unit of one supernet. Its name gives alpha exactly; without temperature both scalings are one."""
+    scaling = settled_scaling(alpha, scaling)
+    written = f"{alpha:g}"
+    name = f"alpha={written if float(written) == alpha else repr(alpha)},scaling={scaling},seed={seed}"
     return Unit(name, {"alpha": alpha, "scaling": scaling, "seed": seed})
 
 
@@ -64,59 +71,62 @@ def require_decompositions(store: RunStore) -> None:
     require(store, decompose.STAGE, wanted, decompose.finished(store))
 
 
-def reconstruct_work(context: Context, unit: Unit, share: tuple[float, float] = (0.0, 1.0)) -> str:
-    """Build one supernet from its decompositions and reconstruct the responses; `share` is its part of the progress."""
+def reconstruct_work(
+    context: Context, unit: Unit, share: tuple[float, float] = (0.0, 1.0), measure: Measure | None = None
+) -> str:
+    """Build one supernet from its decompositions and reconstruct the responses.
+
+    `share` is its part of the unit's progress; what `measure` returns is reported beside each epoch's metrics.
+    """
     store, schedule = context.store, context.store.experiment.reconstruction
     base = load_base(store)
     terms = stored_terms(store, base.space.group_sizes, unit.arguments["seed"])
     supernet = build_supernet(base.network, {name: [one.to_bottleneck() for one in terms[name]] for name in terms})
-    slot = EpochSlot(store, RECONSTRUCT, unit.name)
-    history = reconstruct(
-        supernet.to(context.device),
-        base.network.to(context.device),
+    training = partial(reconstruct, supernet.to(context.device), base.network.to(context.device))
+    last = _train(context, unit, RECONSTRUCT, supernet, schedule, training, share, measure)
+    return f"response error {last.train_loss:.4f}"
+
+
+def finetune_work(
+    context: Context, unit: Unit, share: tuple[float, float] = (0.0, 1.0), measure: Measure | None = None
+) -> str:
+    """Fine-tune one reconstructed supernet; `share` and `measure` as in `reconstruct_work`."""
+    supernet = load_supernet(context.store, RECONSTRUCT, unit.name).to(context.device)
+    schedule = context.store.experiment.finetuning
+    last = _train(context, unit, FINETUNE, supernet, schedule, partial(finetune, supernet), share, measure)
+    return f"loss {last.train_loss:.4f}, largest configuration {last.val_accuracy:.4f}"
+
+
+def _train(
+    context: Context,
+    unit: Unit,
+    stage: str,
+    supernet: nn.Module,
+    schedule: Schedule,
+    training: Callable[..., list[EpochRecord]],
+    share: tuple[float, float],
+    measure: Measure | None,
+) -> EpochRecord:
+    """Do one training of a supernet from its last epoch, store the result, and return the last epoch's record."""
+    store, alpha, scaling = context.store, unit.arguments["alpha"], unit.arguments["scaling"]
+    slot = EpochSlot(store, stage, unit.name)
+
+    def report(record: EpochRecord) -> None:
+        done = share[0] + (share[1] - share[0]) * record.epoch / schedule.epochs
+        measured = {} if measure is None else measure(supernet, record)
+        text = f"{stage} epoch {record.epoch}, loss {record.train_loss:.4f}"
+        context.report(done, text, **metrics(record), **measured)
+
+    history = training(
         context.splits,
         schedule,
-        seed=derive_seed(context.seed, RECONSTRUCT, unit.name),
-        sampler=_sampler(supernet, unit),
+        seed=derive_seed(context.seed, stage, unit.name),
+        sampler=ConfigurationSampler(SearchSpace.of(supernet), alpha, scaling=scaling),
         checkpoint=slot,
-        on_epoch=lambda record: _report(context, "reconstruct", record, schedule, share),
+        on_epoch=report,
     )
-    _store(store, RECONSTRUCT, unit, supernet, history, slot)
-    return f"response error {history[-1].train_loss:.4f}"
-
-
-def finetune_work(context: Context, unit: Unit, share: tuple[float, float] = (0.0, 1.0)) -> str:
-    """Fine-tune one reconstructed supernet; `share` is its part of the progress."""
-    store, schedule = context.store, context.store.experiment.finetuning
-    supernet = load_supernet(store, RECONSTRUCT, unit.name).to(context.device)
-    slot = EpochSlot(store, FINETUNE, unit.name)
-    history = finetune(
-        supernet,
-        context.splits,
-        schedule,
-        seed=derive_seed(context.seed, FINETUNE, unit.name),
-        sampler=_sampler(supernet, unit),
-        checkpoint=slot,
-        on_epoch=lambda record: _report(context, "finetune", record, schedule, share),
-    )
-    _store(store, FINETUNE, unit, supernet, history, slot)
-    return f"loss {history[-1].train_loss:.4f}, largest configuration {history[-1].val_accuracy:.4f}"
-
-
-def _sampler(supernet: nn.Module, unit: Unit) -> ConfigurationSampler:
-    return ConfigurationSampler(SearchSpace.of(supernet), unit.arguments["alpha"], scaling=unit.arguments["scaling"])
-
-
-def _store(
-    store: RunStore, stage: str, unit: Unit, supernet: nn.Module, history: list[EpochRecord], slot: EpochSlot
-) -> None:
     save_supernet(store, stage, unit.name, supernet, dict(unit.arguments))
     rows = history_rows(stage, unit.name, unit.arguments["seed"], history)
     store.write_table("history", f"{stage},{unit.name}", rows)
     slot.clear()
-
-
-def _report(context: Context, what: str, record: EpochRecord, schedule: Schedule, share: tuple[float, float]) -> None:
-    start, end = share
-    done = start + (end - start) * record.epoch / schedule.epochs
-    context.report(done, f"{what} epoch {record.epoch}, loss {record.train_loss:.4f}", **metrics(record))
+    return history[-1]

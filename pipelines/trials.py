@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,10 +16,11 @@ import torch
 from ray import tune
 from ray.tune import Callback
 
-from gross_ray.errors import GrossRayError
+from gross_ray.errors import DivergedError, GrossRayError
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
+from pipelines.tuning import Ended, Tuning, trial_config
 from pipelines.units import Context, Unit, Work, unpack_splits
 
 MAX_FAILURES = 2
@@ -34,41 +37,53 @@ def run_trials(
     packed_splits: ray.ObjectRef,
     threads: int,
     progress: StageProgress,
+    tuning: Tuning | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, str]:
     """Do each unit as a trial of one Tune experiment, and return why those failed that did, by name.
 
-    Tune's own files (results, TensorBoard events) are under RUN/tune. What is not in the returned failures may still
-    be missing, if Tune was interrupted: the caller looks at what is stored.
+    Under a search the units only say how many trials are asked for and by which names: it proposes what each one does.
+    `callbacks` are the user's. Tune's own files (results, TensorBoard events) are under RUN/tune. What is not in the
+    returned failures may still be missing, if Tune was interrupted: the caller looks at what is stored.
     """
+    tuning = tuning or Tuning()
     gpus = cluster.gpus_per_unit if cluster.device == "cuda" else 0
-    trainable = tune.with_parameters(
-        _trial, packed=_Reference(packed_splits), setup=(work, store, cluster.device, threads)
-    )
-    watch = _Watch(progress)
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
-        param_space={
-            "unit": tune.grid_search([{"name": unit.name, **unit.arguments} for unit in _longest_first(units)])
-        },
-        tune_config=tune.TuneConfig(
-            reuse_actors=True, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
-        ),
-        run_config=tune.RunConfig(
-            name=f"{name}-{time.strftime('%Y%m%dT%H%M%S')}",
-            storage_path=store.storage.path("tune"),
-            storage_filesystem=store.storage.filesystem,
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[watch],
-            verbose=0,
-        ),
-    )
+    setup = _Setup(work, store, cluster.device, threads, tuning.first_metrics)
+    trainable = tune.with_parameters(_trial, packed=_Reference(packed_splits), setup=setup)
+    watch = _Watch(progress, tuning)
+    asked: dict[str, Any] = {}
+    grid: dict[str, Any] = {}
     with _quiet():
+        if tuning.search is not None:
+            asked = {
+                "search_alg": tuning.search([unit.name for unit in units]),
+                "num_samples": len(units),
+                "max_concurrent_trials": cluster.slots(threads),
+            }
+        else:
+            grid = {"unit": tune.grid_search([trial_config(unit) for unit in _longest_first(units)])}
+        if tuning.scheduler is not None:
+            asked["scheduler"] = tuning.scheduler()
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
+            param_space=grid,
+            tune_config=tune.TuneConfig(
+                reuse_actors=True, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name, **asked
+            ),
+            run_config=tune.RunConfig(
+                name=f"{name}-{time.strftime('%Y%m%dT%H%M%S')}",
+                storage_path=store.storage.path("tune"),
+                storage_filesystem=store.storage.filesystem,
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+                callbacks=[watch, *callbacks],
+                verbose=0,
+            ),
+        )
         results = tuner.fit()
     failed = dict(watch.failed)
     for result in (results[place] for place in range(len(results))):
-        if result.error is not None:
-            unit = (result.config or {}).get("unit", {}).get("name", "a trial")
-            failed.setdefault(unit, str(result.error).strip().splitlines()[-1])
+        if result.error is not None and result.config:
+            failed.setdefault(_account(result.config), str(result.error).strip().splitlines()[-1])
     return failed
 
 
@@ -79,48 +94,81 @@ class _Reference:
         self.reference = reference
 
 
-def _trial(config: dict[str, Any], packed: _Reference, setup: tuple[Work, RunStore, str, int]) -> None:
-    work, store, device, threads = setup
-    torch.set_num_threads(threads)
-    arguments = dict(config["unit"])
-    unit = Unit(arguments.pop("name"), arguments)
-    splits = unpack_splits(ray.get(packed.reference), device)
-    last: dict[str, float] = {"share": 0.0}
+@dataclass(frozen=True)
+class _Setup:
+    """What all trials of an experiment share."""
+
+    work: Work
+    store: RunStore
+    device: str
+    threads: int
+    first_metrics: dict[str, float]
+
+
+def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
+    torch.set_num_threads(setup.threads)
+    last: dict[str, Any] = {"share": 0.0, **setup.first_metrics}
 
     def report(share: float, text: str, **metrics: float) -> None:
         last.update(share=share, **metrics)
         tune.report({**last, "state": text})
 
     try:
-        text = work(Context(store, splits, device, report), unit)
-    except GrossRayError as error:  # a repetition would meet the same
-        tune.report({**last, "state": "failed", "failed": str(error)})
+        splits = unpack_splits(ray.get(packed.reference), setup.device)
+        text = setup.work(Context(setup.store, splits, setup.device, report), _unit(config))
+    except ray.exceptions.RayError:  # a node or process is gone, not an error of the work: tried again
+        raise
+    except Exception as error:  # a repetition would meet the same
+        failure = {"state": "failed", "failed": _told(error), "diverged": isinstance(error, DivergedError)}
+        if not isinstance(error, GrossRayError):
+            failure["traceback"] = traceback.format_exc()
+        tune.report({**last, **failure})
     else:
         tune.report({**last, "share": 1.0, "state": text})
 
 
-class _Watch(Callback):
-    """Turns Tune's events into progress."""
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, GrossRayError) else f"{type(error).__name__}: {error}"
 
-    def __init__(self, progress: StageProgress) -> None:
-        self._progress = progress
+
+def _unit(config: dict[str, Any]) -> Unit:
+    arguments = dict(config["unit"])
+    return Unit(arguments.pop("name"), arguments)
+
+
+def _account(config: dict[str, Any]) -> str:
+    """Return the name under which the stage asked for a trial: its unit's, unless a search proposed that."""
+    return config.get("trial", config["unit"]["name"])
+
+
+class _Watch(Callback):
+    """Turns Tune's events into progress, and tells the stage of each trial's end."""
+
+    def __init__(self, progress: StageProgress, tuning: Tuning) -> None:
+        self._progress, self._tuning = progress, tuning
         self._states: dict[str, tuple[float, str]] = {}
         self.failed: dict[str, str] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        name = trial.config["unit"]["name"]
-        if "failed" in result:
-            self.failed[name] = result["failed"]
-        self._states[name] = (float(result["share"]), str(result["state"]))
+        self._states[trial.config["unit"]["name"]] = (float(result["share"]), str(result["state"]))
         self._progress.under_way({unit: state for unit, state in self._states.items() if state[0] < 1})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        name = trial.config["unit"]["name"]
-        text = self._states.pop(name, (1.0, ""))[1]
-        if name in self.failed:
-            self._progress.note(f"{name}: failed: {self.failed[name]}")
+        unit, result = _unit(trial.config), trial.last_result
+        if "share" not in result:  # taken from the queue before it began
+            return
+        self._states.pop(unit.name, None)
+        failed = result.get("failed")
+        stopped = failed is None and result["share"] < 1
+        name = _account(trial.config)
+        self._tuning.on_end(Ended(name, unit, result, stopped, failed, result.get("diverged", False)))
+        if failed is not None:
+            self.failed[name] = failed
+            self._progress.note(f"{unit.name}: failed: {result.get('traceback', failed)}")
+        elif stopped:
+            self._progress.unit_done(unit.name, f"stopped early, after {result['state']}")
         else:
-            self._progress.unit_done(name, text)
+            self._progress.unit_done(unit.name, result["state"])
 
 
 def _longest_first(units: Sequence[Unit]) -> list[Unit]:

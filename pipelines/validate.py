@@ -20,6 +20,7 @@ from pipelines import search
 from pipelines.decompose import layer_terms
 from pipelines.networks import history_rows, load_base, metrics, save_supernet
 from pipelines.session import Session
+from pipelines.tuning import Tuning
 from pipelines.units import Context, EpochSlot, Unit
 
 STAGE = "validate"
@@ -64,14 +65,14 @@ def finished(store: RunStore) -> set[str]:
 
 def run(session: Session) -> None:
     """Validate the configurations that are missing."""
-    session.run(STAGE, plan(session.store), work, lambda: finished(session.store), tune=True)
+    session.run(STAGE, plan(session.store), work, lambda: finished(session.store), tuning=Tuning())
 
 
 def run_fixed(session: Session) -> None:
     """Validate the fixed configurations that are missing: the sweep over alpha is compared with them."""
     store = session.store
     units = units_of(store, fixed_configurations(store), "fixed")
-    session.run(f"{STAGE} fixed", units, work, lambda: finished(store), tune=True)
+    session.run(f"{STAGE} fixed", units, work, lambda: finished(store), tuning=Tuning())
 
 
 def work(context: Context, unit: Unit) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from gross_ray.presets import PRESETS, preset
 from gross_ray.results.store import RunStore
 from gross_ray.results.tables import TABLES
 from gross_ray.search.selection import Budget, best_under, pareto_front
-from pipelines import latency, search
+from pipelines import latency, search, sweep
+from pipelines.alpha_trials import OptunaOptions
 from pipelines.cluster import ray
 from pipelines.networks import new_network
 from pipelines.run import STAGES as PIPELINE
@@ -370,3 +372,53 @@ def test_a_wrong_search_is_refused_before_any_work(
         assert part in line
     assert did == []
     assert listing(run) == ["experiment.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--search", "bayes"], ["--search", "'bayes'", "'grid', 'optuna'"]),
+        (["--scheduler", "hyperband"], ["--scheduler", "'hyperband'", "'none', 'asha'"]),
+        (["--trials", "3"], ["--trials 3 without --search optuna"]),
+        (["--alpha-low", "1"], ["--alpha-low 1.0 without --search optuna"]),
+        (["--search", "grid", "--alpha-high", "4"], ["--alpha-high 4.0 without --search optuna"]),
+        (["--search", "optuna", "--trials", "0"], ["trials = 0", "1 or more"]),
+        (["--search", "optuna", "--alpha-low", "5", "--alpha-high", "4"], ["alpha from 5 to 4"]),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_any_work(run: Path, arguments: list[str], parts: list[str]) -> None:
+    line = mistake("sweep-alpha", run, *arguments)
+    for part in parts:
+        assert part in line
+    assert listing(run) == ["experiment.json"]
+
+
+def test_a_search_without_optuna_is_refused_before_any_work(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    line = mistake("sweep-alpha", run, "--search", "optuna")
+    assert line == "Error: Optuna is not installed; install it with: pip install 'gross-ray[optuna]'"
+    assert listing(run) == ["experiment.json"]
+
+
+def test_a_search_before_the_decompositions_names_their_stage(trained: Path) -> None:
+    assert "run `gross decompose` on it first" in mistake("sweep-alpha", trained, "--search", "optuna", "--trials", "2")
+
+
+def test_a_sweep_says_by_what_trials_are_compared() -> None:
+    shown = " ".join(gross("sweep-alpha", "--help").stdout.split())
+    assert "supernet_accuracy: the mean accuracy of the fixed configurations in the supernet" in shown
+
+
+def test_the_sweep_gets_what_was_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(sweep, "run", lambda session, **how: asked.append(how))
+    assert gross("sweep-alpha", run).exit_code == 0
+    ended = gross(
+        "sweep-alpha", run, "--scheduler", "asha", "--search", "optuna", "--trials", "7", "--alpha-high", "2.5"
+    )
+    assert ended.exit_code == 0
+    assert "proposed by Optuna" in ended.stdout
+    assert asked == [
+        {"scheduler": "none", "optuna": None},
+        {"scheduler": "asha", "optuna": OptunaOptions(trials=7, alpha_low=0.0, alpha_high=2.5)},
+    ]

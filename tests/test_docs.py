@@ -59,12 +59,16 @@ def names_of(page: str) -> Iterator[Any]:
         yield pytest.param(name, id=f"{page}-{name}")
 
 
-@pytest.mark.parametrize("name", [*names_of("docs/method.md"), *names_of("CONTRIBUTING.md")])
+@pytest.mark.parametrize(
+    "name", [*names_of("docs/method.md"), *names_of("docs/tuning.md"), *names_of("CONTRIBUTING.md")]
+)
 def test_names_in_the_documents_exist(name: str) -> None:
     assert exists(name)
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", "docs/cluster.md", "docs/method.md"])
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "README.md", "docs/cluster.md", "docs/method.md", "docs/tuning.md"]
+)
 def test_paths_in_the_documents_exist(page: str) -> None:
     missing = [path for path in named_paths((ROOT / page).read_text(encoding="utf-8")) if not (ROOT / path).exists()]
     assert missing == []

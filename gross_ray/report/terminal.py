@@ -11,6 +11,7 @@ from gross_ray.results.store import RunStore
 from gross_ray.search.correlation import rank_correlation
 from gross_ray.search.selection import COSTS, Budget, supernet_accuracies
 from gross_ray.seeds import derived_generator
+from gross_ray.training.sampling import settled_scaling
 
 Row = Sequence[str]
 _SEARCHED = ("alpha", "scaling", "seed", "configuration", *COSTS, "val_accuracy")
@@ -23,6 +24,8 @@ def results(store: RunStore, *, markdown: bool = False) -> str:
         selection_table(store, markdown=markdown),
         sweep_table(store, markdown=markdown),
     ]
+    if (store.read_table("alpha_trials")["search"] == "optuna").any():
+        parts.append(trials_table(store, markdown=markdown))
     return "\n\n".join(parts)
 
 
@@ -66,7 +69,7 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
         return f"{title}\nmissing: run `gross search`"
     options = store.experiment.supernet
     configurations = store.read_table("configurations", _SEARCHED)
-    scaling = options.scaling if options.alpha > 0 else "index"
+    scaling = settled_scaling(options.alpha, options.scaling)
     searched = configurations[(configurations["alpha"] == options.alpha) & (configurations["scaling"] == scaling)]
     supernet = supernet_accuracies(searched[searched["seed"] < options.seeds]).set_index("configuration")
     shown = {*selections["budget"], *selections["configuration"]}
@@ -97,7 +100,7 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
 
 def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
     """Return Figure 1's numbers: accuracy in the supernet less that on its own, for each alpha (validation split)."""
-    sweep = store.read_table("alpha_sweep")
+    sweep, trials = store.read_table("alpha_sweep"), store.read_table("alpha_trials")
     title = "Sampling temperature: supernet less fixed, percentage points (validation split, Figure 1)"
     if sweep.empty:
         return f"{title}\nmissing: run `gross sweep-alpha`"
@@ -108,7 +111,34 @@ def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
         seeds = group["seed"].nunique()
         name = f"{alpha:g}" if alpha == 0 else f"{alpha:g} {scaling}"
         rows.append([name, *(f"{100 * means[one]:+.2f}" for one in configurations), str(seeds)])
-    return _page(title, ["alpha", *configurations, "n"], rows, markdown)
+    stopped = trials[(trials["search"] == "grid") & (trials["status"] == "stopped")]
+    notes = [
+        f"not compared, stopped early: {trial.unit}, after epoch {trial.epochs} "
+        f"(fixed configurations {100 * trial.supernet_accuracy:.2f})"
+        for trial in stopped.itertuples()
+    ]
+    return _page(title, ["alpha", *configurations, "n"], rows, markdown, notes)
+
+
+def trials_table(store: RunStore, *, markdown: bool = False) -> str:
+    """Return the trials of the search for alpha, the best first."""
+    trials = store.read_table("alpha_trials")
+    searched = trials[trials["search"] == "optuna"].sort_values(
+        ["supernet_accuracy", "trial"], ascending=[False, True], na_position="last"
+    )
+    rows = [
+        [
+            str(trial.trial),
+            f"{trial.alpha:g}" if trial.alpha == 0 else f"{trial.alpha:g} {trial.scaling}",
+            str(trial.seed),
+            str(trial.epochs),
+            "-" if pd.isna(trial.supernet_accuracy) else f"{100 * trial.supernet_accuracy:.2f}",
+            trial.status,
+        ]
+        for trial in searched.itertuples()
+    ]
+    title = "Sampling temperatures proposed by Optuna: fixed configurations in the supernet (validation split)"
+    return _page(title, ["trial", "alpha", "seed", "epochs", "in supernet (val)", "status"], rows, markdown)
 
 
 def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:

@@ -123,8 +123,8 @@ class Table:
         return pa.Table.from_arrays(arrays, schema=self.schema(layers))
 
 
-def _text(name: str, meaning: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Column:
-    return Column(name=name, type=pa.string(), meaning=meaning, unit=unit, choices=choices)
+def _text(name: str, meaning: str, *, unit: str = "", choices: tuple[str, ...] = (), nullable: bool = False) -> Column:
+    return Column(name=name, type=pa.string(), meaning=meaning, unit=unit, choices=choices, nullable=nullable)
 
 
 def _count(name: str, meaning: str, unit: str = "", low: float = 0, *, nullable: bool = False) -> Column:
@@ -293,6 +293,32 @@ _TABLES = (
             _accuracy("supernet_accuracy", "Accuracy in the supernet, validation split"),
             _accuracy("fixed_accuracy", "Accuracy when trained on its own, validation split"),
             _accuracy("difference", "supernet_accuracy - fixed_accuracy", low=-1),
+        ),
+    ),
+    Table(
+        name="alpha_trials",
+        meaning="One trial of `gross sweep-alpha`: a supernet of the grid, or one that a search proposed.",
+        columns=(
+            _text("search", "Who proposed it: the experiment's grid, or Optuna", choices=("grid", "optuna")),
+            _count("trial", "Its place in the grid, or in the order of the search's proposals, from 0"),
+            _text("unit", "Unit that trains the supernet; its checkpoints have this name"),
+            _ALPHA,
+            _SCALING,
+            _seed("Which supernet"),
+            _text("scheduler", "Who could stop it early, when it ended", choices=("none", "asha")),
+            _text(
+                "status",
+                "What became of it: proposed (not ended yet), completed, stopped early, or failed (it diverged)",
+                choices=("proposed", "completed", "stopped", "failed"),
+            ),
+            _count("epochs", "Epochs done when it ended, of reconstruction and fine-tuning together", "epochs"),
+            _accuracy(
+                "supernet_accuracy",
+                "Mean of the fixed configurations' accuracies in the supernet after those epochs, validation split; "
+                "missing where not measured",
+                nullable=True,
+            ),
+            _text("reason", "Why it failed; missing otherwise", nullable=True),
         ),
     ),
     Table(

@@ -27,6 +27,11 @@ def sampling_probabilities(num_group_sizes: int, alpha: float, *, scaling: str =
     return torch.softmax(-step * place, dim=0)
 
 
+def settled_scaling(alpha: float, scaling: str) -> str:
+    """Return the scaling under which a supernet is known: without temperature both are the same, and called "index"."""
+    return scaling if alpha > 0 else "index"
+
+
 class ConfigurationSampler:
     """Draws each layer's group-size independently by Eq. 8."""
 

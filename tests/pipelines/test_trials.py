@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import ray
 import torch
+from ray.tune import Callback
+from tensorboardX.proto import event_pb2
 
 from gross_ray.data.images import ImageSet, Splits
 from gross_ray.errors import DivergedError
@@ -16,7 +20,8 @@ from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
-from pipelines.trials import run_trials
+from pipelines.trials import MAX_FAILURES, run_trials
+from pipelines.tuning import Ended, Tuning
 from pipelines.units import Context, Unit, pack_splits
 
 
@@ -50,10 +55,35 @@ def work(context: Context, unit: Unit) -> str:
         os._exit(1)
     if unit.arguments["fate"] == "diverges":
         raise DivergedError("the loss is not finite in epoch 3: try a lower learning rate")
+    if unit.arguments["fate"] == "is a bug":
+        raise KeyError("conv7")
+    if unit.arguments["fate"] == "always dies":
+        os._exit(1)
     return f"{torch.get_num_threads()} threads, {int(context.splits.train.images.sum())}"
 
 
-FATES = {"seed=0": "ends", "seed=1": "dies once", "seed=2": "diverges", "seed=3": "ends"}
+FATES = {
+    "seed=0": "ends",
+    "seed=1": "dies once",
+    "seed=2": "diverges",
+    "seed=3": "ends",
+    "seed=4": "is a bug",
+    "seed=5": "always dies",
+}
+
+
+class Seen(Callback):
+    """What a user may write: told of every result and every trial's end, on the driver."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, list[float]] = {}
+        self.ended: list[str] = []
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        self.losses.setdefault(trial.config["unit"]["name"], []).append(result["loss"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.ended.append(trial.config["unit"]["name"])
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +93,19 @@ def splits() -> Splits:
     return Splits("tiny", part, part, part, ("one", "other"))
 
 
+class Outcome(NamedTuple):
+    store: RunStore
+    failed: dict[str, str]
+    progress: Recorded
+    told: dict[str, Ended]
+    seen: Seen
+
+
 @pytest.fixture(scope="module")
-def ended(
-    cluster: Cluster, splits: Splits, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunStore, dict[str, str], Recorded]:
+def ended(cluster: Cluster, splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     store, progress = RunStore.create(tmp_path_factory.mktemp("trials") / "run", preset("quickstart")), Recorded()
+    told: dict[str, Ended] = {}
+    seen = Seen()
     failed = run_trials(
         "validate",
         work,
@@ -77,39 +115,83 @@ def ended(
         packed_splits=ray.put(pack_splits(splits)),
         threads=1,
         progress=progress,
+        tuning=Tuning(on_end=lambda ended: told.update({ended.name: ended})),
+        callbacks=[seen],
     )
-    return store, failed, progress
+    return Outcome(store, failed, progress, told, seen)
 
 
-Ended = tuple[RunStore, dict[str, str], Recorded]
+def test_every_sound_unit_is_done(ended: Outcome, splits: Splits) -> None:
+    assert set(ended.progress.texts) == {"seed=0", "seed=1", "seed=3"}
+    assert ended.progress.done == 3
+    assert set(ended.progress.texts.values()) == {f"1 threads, {int(splits.train.images.sum())}"}
+    assert (1 / 3, "epoch 1") in ended.progress.states["seed=0"]
 
 
-def test_every_sound_unit_is_done(ended: Ended, splits: Splits) -> None:
-    _, _, progress = ended
-    assert set(progress.texts) == {"seed=0", "seed=1", "seed=3"}
-    assert progress.done == 3
-    assert set(progress.texts.values()) == {f"1 threads, {int(splits.train.images.sum())}"}
-    assert (1 / 3, "epoch 1") in progress.states["seed=0"]
+def test_a_trial_is_started_again_only_where_its_process_died(ended: Outcome) -> None:
+    attempts = {file.name: file.stat().st_size for file in (ended.store.path / "attempts").iterdir()}
+    assert attempts == {"seed=0": 1, "seed=1": 2, "seed=2": 1, "seed=3": 1, "seed=4": 1, "seed=5": 1 + MAX_FAILURES}
 
 
-def test_a_trial_is_started_again_where_its_process_died_and_not_where_it_met_our_error(ended: Ended) -> None:
-    attempts = {file.name: file.stat().st_size for file in (ended[0].path / "attempts").iterdir()}
-    assert attempts == {"seed=0": 1, "seed=1": 2, "seed=2": 1, "seed=3": 1}
-
-
-def test_the_failures_are_named(ended: Ended) -> None:
-    _, failed, progress = ended
+def test_the_failures_are_named(ended: Outcome) -> None:
     message = "the loss is not finite in epoch 3: try a lower learning rate"
-    assert failed == {"seed=2": message}
-    assert [note for note in progress.notes if message in note] == [f"seed=2: failed: {message}"]
+    died = ended.failed.pop("seed=5")
+    assert "died" in died
+    assert ended.failed == {"seed=2": message, "seed=4": "KeyError: 'conv7'"}
+    notes = {note.split(":")[0]: note for note in ended.progress.notes}
+    assert set(notes) == {"seed=2", "seed=4"}
+    assert notes["seed=2"] == f"seed=2: failed: {message}"
+    assert 'raise KeyError("conv7")' in notes["seed=4"]  # a bug is told with its place
 
 
-def test_the_metrics_are_in_tunes_files(ended: Ended) -> None:
-    (experiment,) = (path for path in (ended[0].path / "tune").iterdir() if path.is_dir())
+def test_each_end_is_told_to_the_stage_but_not_a_death(ended: Outcome) -> None:
+    found = {name: (one.failed, one.diverged, one.stopped) for name, one in ended.told.items()}
+    assert found == {name: (None, False, False) for name in ("seed=0", "seed=1", "seed=3")} | {
+        "seed=2": ("the loss is not finite in epoch 3: try a lower learning rate", True, False),
+        "seed=4": ("KeyError: 'conv7'", False, False),
+    }
+    assert {one.unit.arguments["fate"] for one in ended.told.values()} == {*FATES.values()} - {"always dies"}
+    assert ended.told["seed=0"].metrics["loss"] == 4.0
+
+
+def test_a_callback_of_the_user_is_told_all_that_tune_tells(ended: Outcome) -> None:
+    assert ended.seen.losses["seed=0"] == [8.0, 4.0, 4.0]
+    assert ended.seen.losses["seed=1"] == [8.0, 4.0, 8.0, 4.0, 4.0]
+    assert sorted(ended.seen.ended) == [name for name in FATES if name != "seed=5"]
+
+
+def trial_folder(store: RunStore, unit: str) -> Path:
+    (experiment,) = (path for path in (store.path / "tune").iterdir() if path.is_dir())
     assert experiment.name.startswith("validate-")
-    (sound,) = experiment.glob("seed=0_*/result.json")
-    results: list[dict[str, Any]] = [json.loads(line) for line in sound.read_text().splitlines()]
+    (folder,) = experiment.glob(f"{unit}_*")
+    return folder
+
+
+def test_the_metrics_are_in_tunes_files(ended: Outcome) -> None:
+    lines = (trial_folder(ended.store, "seed=0") / "result.json").read_text().splitlines()
+    results: list[dict[str, Any]] = [json.loads(line) for line in lines]
     assert [result["loss"] for result in results] == [8.0, 4.0, 4.0]
     assert [result["share"] for result in results] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    (diverged,) = experiment.glob("seed=2_*/result.json")
-    assert json.loads(diverged.read_text().splitlines()[-1])["failed"].startswith("the loss is not finite")
+    diverged = (trial_folder(ended.store, "seed=2") / "result.json").read_text().splitlines()[-1]
+    assert json.loads(diverged)["failed"].startswith("the loss is not finite")
+
+
+def scalars(file: Path) -> dict[str, dict[int, float]]:
+    """Read a TensorBoard event file: records of (length, its checksum, an Event, its checksum)."""
+    found: dict[str, dict[int, float]] = {}
+    content = file.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        event = event_pb2.Event.FromString(content[12 : 12 + length])
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+        content = content[16 + length :]
+    return found
+
+
+def test_tensorboard_finds_the_metrics_of_each_epoch(ended: Outcome) -> None:
+    (file,) = trial_folder(ended.store, "seed=3").glob("events.out.tfevents.*")
+    found = scalars(file)
+    assert found["ray/tune/loss"] == {1: 8.0, 2: 4.0, 3: 4.0}
+    assert found["ray/tune/share"] == pytest.approx({1: 1 / 3, 2: 2 / 3, 3: 1.0})
