@@ -19,6 +19,7 @@ from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, Work, unpack_splits
+from pipelines.versions import Versions
 
 MAX_FAILURES = 2
 """How often a trial is started again whose process died; it goes on from its last epoch."""
@@ -42,7 +43,10 @@ def run_trials(
     """
     gpus = cluster.gpus_per_unit if cluster.device == "cuda" else 0
     trainable = tune.with_parameters(
-        _trial, packed=_Reference(packed_splits), setup=(work, store, cluster.device, threads)
+        _trial,
+        packed=_Reference(packed_splits),
+        setup=(work, store, cluster.device, threads),
+        versions=Versions.here(),
     )
     watch = _Watch(progress)
     tuner = tune.Tuner(
@@ -78,7 +82,9 @@ class _Reference:
         self.reference = reference
 
 
-def _trial(config: dict[str, Any], packed: _Reference, setup: tuple[Work, RunStore, str, int]) -> None:
+def _trial(
+    config: dict[str, Any], packed: _Reference, setup: tuple[Work, RunStore, str, int], versions: Versions
+) -> None:
     work, store, device, threads = setup
     torch.set_num_threads(threads)
     arguments = dict(config["unit"])
@@ -91,6 +97,7 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: tuple[Work, RunSto
         tune.report({**last, "state": text})
 
     try:
+        versions.check()
         text = work(Context(store, splits, device, report), unit)
     except GrossRayError as error:  # a repetition would meet the same
         tune.report({**last, "state": "failed", "failed": str(error)})

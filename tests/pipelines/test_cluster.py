@@ -29,6 +29,7 @@ def no_address_around(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_cpus": 0}, "num_cpus = 0: must be 1 or more"),
         ({"gpus_per_unit": 0.0}, r"gpus_per_unit = 0\.0: must be above 0"),
         ({"gpus_per_unit": -1.0}, r"gpus_per_unit = -1\.0: must be above 0"),
+        ({"gpus_per_unit": 1.5}, r"gpus_per_unit = 1\.5: must be a whole number above 1"),
         ({"num_cpus": 2, "address": "10.0.0.1:6379"}, r"num_cpus = 2 with the running cluster 10\.0\.0\.1:6379"),
     ],
 )
@@ -59,6 +60,8 @@ def _cluster(num_cpus: int, *, gpus: float = 0, per_unit: float = 0.25, cores_pe
         (_cluster(8, gpus=2, per_unit=1.0), 2),
         (_cluster(8, gpus=2, per_unit=0.3), 6),
         (_cluster(8, gpus=1, per_unit=0.1), 8),
+        (_cluster(8, gpus=2, per_unit=0.6), 2),  # what is left of two GPUs is no third share
+        (_cluster(8, gpus=5, per_unit=2), 2),
     ],
 )
 def test_slots(there: Cluster, slots: int) -> None:
@@ -97,7 +100,9 @@ def test_ray_is_joined_or_started_and_left_as_it_was_found() -> None:
         assert started.device == ("cuda" if num_gpus else "cpu")
         asked = num_gpus + 3
         with (
-            pytest.raises(ResourcesError, match=f"asks for {asked:g} GPU, the cluster has {num_gpus:g}; use --device"),
+            pytest.raises(
+                ResourcesError, match=f"asks for 1 CPU core and {asked:g} GPU on one node; the cluster has 1 "
+            ),
             connected(Resources(device="cuda", gpus_per_unit=asked)),
         ):
             pass
