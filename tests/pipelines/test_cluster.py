@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from gross_ray.errors import InvalidValueError, ResourcesError
+from pipelines import cluster
 from pipelines.cluster import Cluster, Resources, connected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,3 +138,27 @@ def test_an_address_where_nothing_listens_is_told_in_one_line(address: str) -> N
     assert message.startswith(f"cannot reach the cluster at {address}: ")
     assert "Connection refused" in message
     assert "\n" not in message
+
+
+def test_other_versions_of_ray_or_python_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.utils import check_version_info
+
+    def refused(**_: object) -> None:
+        check_version_info({"ray_version": "2.1.0", "python_version": "3.8.1"}, "node 10.0.0.1:6379")
+
+    monkeypatch.setattr(cluster.ray, "init", refused)
+    with pytest.raises(ResourcesError) as error, connected(Resources(address="auto")):
+        pass
+    import ray
+
+    ours = f"Ray {ray.__version__} with Python {platform.python_version()}"
+    assert str(error.value) == (
+        f"the cluster at auto runs Ray 2.1.0 with Python 3.8.1, this process {ours}: use the same versions of both"
+    )
+
+
+def test_more_threads_than_a_node_has_cores_are_refused() -> None:
+    there = _cluster(8, cores_per_node=2)
+    there.require_threads(2)
+    with pytest.raises(ResourcesError, match="3 CPU threads are asked for, the smallest node has 2 CPU cores: ask"):
+        there.require_threads(3)
