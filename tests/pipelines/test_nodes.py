@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +15,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import ray
-from miniature import tables
+from miniature import ROOT, tables
 
+from gross_ray.errors import ResourcesError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train, validate
-from pipelines.cluster import Resources
+from pipelines.cluster import Resources, connected
 from pipelines.progress import Reporter, StageProgress
 from pipelines.session import DataSource, Session
 from pipelines.units import Context, Unit
@@ -57,15 +61,19 @@ class Nodes:
         self.address: str = self._machines.address
         self.restore()
 
-    def restore(self, **environment: str) -> None:
-        """Have two nodes again, new ones with `environment` for their processes."""
-        while len(self._machines.worker_nodes) < 2:
+    def restore(self, count: int = 2, **environment: str) -> None:
+        """Have so many nodes again, new ones with `environment` for their processes."""
+        while len(self._machines.worker_nodes) < count:
             self._machines.add_node(**self._worker, env_vars=environment)
 
     def lose(self, node_id: str) -> None:
         """Kill a node whole."""
         (node,) = (one for one in self._machines.worker_nodes if one.node_id == node_id)
         self._machines.remove_node(node, allow_graceful=False)
+
+    def lose_all(self) -> None:
+        for node in list(self._machines.worker_nodes):
+            self._machines.remove_node(node, allow_graceful=False)
 
     def close(self) -> None:
         self._machines.shutdown()
@@ -203,3 +211,79 @@ def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
     for name, table in tables(expected).items():
         assert len(table), f"table {name} is empty"
         pd.testing.assert_frame_equal(found[name], table, check_exact=True, obj=name)
+
+
+DRIVER = """
+import sys
+import ray
+from pipelines.cluster import Resources, connected, connected
+from pipelines.progress import StageProgress
+from pipelines.units import Unit, pack_splits
+from pipelines.workers import WorkerPool
+from gross_ray.data.images import load_dataset
+from gross_ray.experiment import DataOptions
+from gross_ray.errors import ResourcesError
+from gross_ray.presets import preset
+from gross_ray.results.store import RunStore
+
+
+def work(context, unit):
+    import gross_ray
+    (context.store.path / "done").touch()
+    return gross_ray.__file__
+
+
+class Printed(StageProgress):
+    def unit_done(self, unit, text):
+        print("done", text)
+
+
+address, run, travels = sys.argv[1:]
+if travels == "no":
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+with connected(Resources(address=address, device="cpu")) as cluster:
+    store = RunStore.create(run, preset("quickstart"))
+    packed = ray.put(pack_splits(load_dataset(DataOptions(name="sample", limit_train=2))))
+    WorkerPool(cluster, packed).run(work, store, [Unit("one")], threads=1, progress=Printed("one", 1, 0))
+"""
+
+
+def test_the_code_travels_to_the_nodes_and_where_it_does_not_another_one_is_refused(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    stale, run, driver = tmp_path / "stale", tmp_path / "run", tmp_path / "driver" / "driver.py"
+    for package in ("gross_ray", "pipelines"):
+        shutil.copytree(ROOT / package, stale / package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (stale / "gross_ray/seeds.py").open("a") as file:
+        file.write("# changed\n")
+    driver.parent.mkdir()
+    driver.write_text(DRIVER)
+    nodes.lose_all()
+    nodes.restore(1, PYTHONPATH=str(stale))
+
+    def ended(travels: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        words = [sys.executable, str(driver), nodes.address, str(run), travels]
+        return subprocess.run(
+            words, cwd=driver.parent, env=environment, capture_output=True, text=True, check=False, timeout=100
+        )
+
+    without = ended("no")
+    assert without.returncode == 1
+    message = without.stderr.strip().splitlines()[-1]
+    assert message.startswith("gross_ray.errors.VersionMismatchError: the worker on node ")
+    assert f"it imports gross_ray from {stale / 'gross_ray'}: install the same versions there" in message
+    assert message.count("(sources ") == 2
+    assert not (run / "done").exists()
+
+    travelled = ended("yes")
+    assert travelled.returncode == 0, travelled.stderr
+    (line,) = (line for line in travelled.stdout.splitlines() if line.startswith("done "))
+    assert "py_modules_files" in line
+    assert (run / "done").exists()
+
+
+def test_a_unit_that_fits_on_no_node_is_refused_at_once(nodes: Nodes) -> None:
+    asked = Resources(address=nodes.address, device="cuda", gpus_per_unit=1.0)
+    with pytest.raises(ResourcesError, match="1 CPU core and 1 GPU on one node; the cluster has"), connected(asked):
+        pass
