@@ -36,5 +36,9 @@ class ResourcesError(GrossRayError):
     """An experiment asks for resources that the cluster does not have."""
 
 
+class VersionMismatchError(GrossRayError):
+    """A worker runs another gross_ray, torch or Python than its driver."""
+
+
 class UnitsFailedError(GrossRayError):
     """Some units of work did not end; all others are stored."""

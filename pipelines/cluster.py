@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +24,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray  # noqa: E402
 
 from gross_ray.errors import InvalidValueError, ResourcesError  # noqa: E402
+from pipelines.autoscaler import NodeKind, autoscaling_config, may_come  # noqa: E402
+from pipelines.versions import PACKAGES  # noqa: E402
 
 DEVICES = ("auto", "cpu", "cuda")
 CONNECT_SECONDS = 10.0
 """How long a named cluster may take to answer."""
+HEAD_SECONDS = 120.0
+"""How long a cluster's head may take to run a first small task, the code's way there included."""
 THREAD_EFFICIENCY = 0.85
 """n threads do n^0.85 times the work of one (measured: 1.8 times with 2, training the four-conv network)."""
 
@@ -50,6 +56,8 @@ class Resources:
             raise InvalidValueError(f"num_cpus = {self.num_cpus}: must be 1 or more")
         if self.gpus_per_unit <= 0:
             raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0")
+        if self.gpus_per_unit > 1 and not float(self.gpus_per_unit).is_integer():
+            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be a whole number above 1")
         if self.num_cpus is not None and self.joined_address is not None:
             raise InvalidValueError(
                 f"num_cpus = {self.num_cpus} with the running cluster {self.joined_address}: "
@@ -64,21 +72,27 @@ class Resources:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the connected cluster has, and how units of work are placed on it."""
+    """What the cluster has on nodes that a unit of work fits on, those that its autoscaler may add included."""
 
     num_cpus: int
     num_gpus: float
     device: str
     gpus_per_unit: float
     cores_per_node: int
-    """Cores of the smallest node that has any: a unit never asks for more."""
+    """Cores of the smallest of these nodes: a unit never asks for more."""
+    autoscales: bool = False
+    """Whether nodes come as work waits for them, and go when nothing runs on them."""
 
     def slots(self, threads: int = 1) -> int:
         """Return how many units of work, of so many CPU threads each, run at the same time at most."""
         slots = max(1, self.num_cpus // threads)
-        if self.device == "cuda":
-            return max(1, min(slots, int(self.num_gpus / self.gpus_per_unit)))
-        return slots
+        if self.device != "cuda":
+            return slots
+        if self.gpus_per_unit < 1:  # Ray never cuts a unit's share out of two GPUs
+            on_gpus = int(self.num_gpus) * int(1 / self.gpus_per_unit)
+        else:
+            on_gpus = int(self.num_gpus / self.gpus_per_unit)
+        return max(1, min(slots, on_gpus))
 
     def threads(self, num_units: int) -> int:
         """Return the CPU threads of each of `num_units` equal units with which all of them end soonest.
@@ -91,18 +105,27 @@ class Cluster:
 
         return min(range(1, self.cores_per_node + 1), key=duration)
 
+    def require_threads(self, threads: int) -> None:
+        """Raise ResourcesError unless a node has cores for so many threads of one unit."""
+        if threads > self.cores_per_node:
+            raise ResourcesError(
+                f"{threads} CPU threads are asked for, the smallest node has {self.cores_per_node} CPU cores: "
+                "ask for fewer, or take the small nodes out of the cluster"
+            )
+
 
 @contextmanager
 def connected(resources: Resources) -> Iterator[Cluster]:
-    """Connect to Ray while the block runs.
+    """Connect to Ray while the block runs; to a running cluster the code of gross_ray travels along.
 
-    Raises ResourcesError if the cluster cannot be reached or lacks what was asked for.
+    Raises ResourcesError if the cluster cannot be reached, or will never have what is asked for.
     """
     started_here = not ray.is_initialized()
     if started_here:
         _connect(resources)
     try:
-        yield _describe(resources)
+        alone = started_here and resources.joined_address is None
+        yield _describe(resources, None if alone else _autoscaling_config())
     finally:
         if started_here:
             ray.shutdown()
@@ -114,14 +137,30 @@ def _connect(resources: Resources) -> None:
     try:
         if address is not None:
             _check_listening(address)
-            ray.init(address=address, **quiet)
+            ray.init(address=address, runtime_env=_runtime_env(), **quiet)
         else:
             cores = resources.num_cpus or os.cpu_count() or 1
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         where = f"the cluster at {address}" if address else "Ray on this machine"
+        versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+        if len(versions) == 2:
+            (their_ray, their_python), (our_ray, our_python) = versions
+            raise ResourcesError(
+                f"{where} runs Ray {their_ray} with Python {their_python}, this process Ray {our_ray} with "
+                f"Python {our_python}: use the same versions of both"
+            ) from None
         reason = str(error).splitlines()[0]
         raise ResourcesError(f"cannot reach {where}: {reason}; check --address and that it runs") from None
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Return what workers of a running cluster need: this code, whatever is installed there."""
+    return {
+        "py_modules": [str(package) for package in PACKAGES],
+        "excludes": ["__pycache__"],
+        "env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"]},
+    }
 
 
 def _check_listening(address: str) -> None:
@@ -131,18 +170,47 @@ def _check_listening(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
 
 
-def _describe(resources: Resources) -> Cluster:
-    there = ray.cluster_resources()
-    num_cpus, num_gpus = int(there.get("CPU", 0)), float(there.get("GPU", 0))
-    if num_cpus < 1:
-        raise ResourcesError("the cluster has no CPU core to work on; start it with num_cpus of 1 or more")
+def _autoscaling_config() -> dict[str, Any] | None:
+    """Return what the cluster's autoscaler was configured with, None if it has none, through a task on the head."""
+    read = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(autoscaling_config)
+    try:
+        return ray.get(read.remote(ray.get_runtime_context().gcs_address), timeout=HEAD_SECONDS)
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ResourcesError(
+            f"the cluster's head cannot run gross_ray's code: {reason}; look at `ray status`"
+        ) from None
+
+
+def _describe(resources: Resources, config: dict[str, Any] | None) -> Cluster:
+    """Count what is there and what may come; `config` is the autoscaler's."""
+    alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    shapes = Counter((int(has.get("CPU", 0)), float(has.get("GPU", 0))) for has in alive)
+    there = [NodeKind(*shape, count) for shape, count in shapes.items()]
+    coming = may_come(config, there) if config is not None else []
     device = resources.device
     if device == "auto":
-        device = "cuda" if num_gpus > 0 else "cpu"
-    if device == "cuda" and num_gpus < resources.gpus_per_unit:
-        raise ResourcesError(
-            f"a unit of work asks for {resources.gpus_per_unit:g} GPU, the cluster has {num_gpus:g}; "
-            "use --device cpu, or a cluster with GPUs"
-        )
-    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return Cluster(num_cpus, num_gpus, device, resources.gpus_per_unit, min(count for count in cores if count > 0))
+        device = "cuda" if any(node.num_gpus for node in there + coming) else "cpu"
+    asked = resources.gpus_per_unit if device == "cuda" else 0.0
+    fitting = [node for node in there + coming if node.num_cpus >= 1 and node.num_gpus >= asked]
+    if not fitting:
+        raise ResourcesError(_what_is_missing(asked, there, coming if config is not None else None))
+    return Cluster(
+        sum(node.num_cpus * node.count for node in fitting),
+        sum(node.num_gpus * node.count for node in fitting),
+        device,
+        resources.gpus_per_unit,
+        min(node.num_cpus for node in fitting),
+        config is not None,
+    )
+
+
+def _what_is_missing(asked: float, there: list[NodeKind], coming: list[NodeKind] | None) -> str:
+    unit, remedy = "1 CPU core", "start a node with cores"
+    if asked:
+        unit += f" and {asked:g} GPU on one node"
+        remedy = "use --device cpu, lower --gpus-per-unit, or add nodes with that many GPUs"
+    added = "no autoscaler on its head"
+    if coming is not None:
+        added = f"an autoscaler that may add {', '.join(map(str, coming)) or 'no node more'}"
+    return f"a unit of work asks for {unit}; the cluster has {', '.join(map(str, there))}, and {added}: {remedy}"

@@ -26,6 +26,7 @@ def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
     store, units = session.store, search.plan(session.store)
     require(store, search.STAGE, [unit.name for unit in units], search.finished(store))
     options = LatencyOptions(batch_size=batch_size, threads=threads)
+    session.cluster().require_threads(threads)
     name = f"device={session.cluster().device},batch={batch_size},threads={threads}"
     session.run(
         f"{search.STAGE} latency",

@@ -19,6 +19,7 @@ from gross_ray.results.store import RunStore
 from pipelines import signals
 from pipelines.cluster import Cluster, Resources, connected
 from pipelines.progress import Reporter
+from pipelines.threads import threads_of_stage
 from pipelines.tuning import Tuning
 from pipelines.units import Unit, Work, pack_splits
 from pipelines.workers import Shared, WorkerPool
@@ -104,7 +105,7 @@ class Session:
                 return
             cluster = self.cluster()
             assert self._packed is not None
-            threads = cluster.threads(len(units))
+            threads = threads_of_stage(self.store, stage, cluster, len(units))
             if tuning is not None:
                 from pipelines.trials import run_trials  # Ray Tune takes a second that other stages need not wait
 

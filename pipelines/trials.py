@@ -22,6 +22,7 @@ from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
 from pipelines.tuning import Ended, Tuning, trial_config
 from pipelines.units import Context, Unit, Work, unpack_splits
+from pipelines.versions import Versions
 
 MAX_FAILURES = 2
 """How often a trial is started again whose process died; it goes on from its last epoch."""
@@ -48,7 +49,7 @@ def run_trials(
     """
     tuning = tuning or Tuning()
     gpus = cluster.gpus_per_unit if cluster.device == "cuda" else 0
-    setup = _Setup(work, store, cluster.device, threads, tuning.first_metrics)
+    setup = _Setup(work, store, cluster.device, threads, tuning.first_metrics, Versions.here())
     trainable = tune.with_parameters(_trial, packed=_Reference(packed_splits), setup=setup)
     watch = _Watch(progress, tuning)
     asked: dict[str, Any] = {}
@@ -103,6 +104,7 @@ class _Setup:
     device: str
     threads: int
     first_metrics: dict[str, float]
+    versions: Versions
 
 
 def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
@@ -114,6 +116,7 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
         tune.report({**last, "state": text})
 
     try:
+        setup.versions.check()
         splits = unpack_splits(ray.get(packed.reference), setup.device)
         text = setup.work(Context(setup.store, splits, setup.device, report), _unit(config))
     except ray.exceptions.RayError:  # a node or process is gone, not an error of the work: tried again

@@ -11,11 +11,12 @@ from typing import Any
 import ray
 import torch
 
-from gross_ray.errors import GrossRayError
+from gross_ray.errors import GrossRayError, VersionMismatchError
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, Work, unpack_splits
+from pipelines.versions import Versions
 
 MAX_ATTEMPTS = 3
 """How often a unit is tried whose worker dies."""
@@ -33,11 +34,17 @@ Shared = Callable[[str], Any]
 class _Worker:
     """One process that does units, one after the other; a second thread answers how far it is."""
 
-    def __init__(self, packed: dict[str, Any], device: str) -> None:
-        self._splits = unpack_splits(packed, device)
+    def __init__(self, packed: dict[str, Any], device: str, versions: Versions) -> None:
         self._device = device
         self._state = (0.0, "starting")
         self._kept: dict[str, Any] = {}
+        self._refused: VersionMismatchError | None = None
+        try:
+            versions.check()
+        except VersionMismatchError as error:  # raised in here, it would reach the driver as text alone
+            self._refused = error
+        else:
+            self._splits = unpack_splits(packed, device)
 
     def do(self, work: Work, store: RunStore, unit: Unit, threads: int, shared: Any) -> str:
         torch.set_num_threads(threads)
@@ -46,6 +53,8 @@ class _Worker:
 
     @ray.method(concurrency_group="state")
     def state(self) -> tuple[float, str]:
+        if self._refused is not None:
+            raise self._refused
         return self._state
 
     def _report(self, share: float, text: str, **_: float) -> None:
@@ -59,7 +68,9 @@ class WorkerPool:
         """Start nothing yet: actors are started as a stage needs them."""
         self._cluster, self._packed = cluster, packed_splits
         self._actors: list[Any] = []
+        self._versions = Versions.here()
         self._start_failures = 0
+        self._last_failure = ""
 
     def run(
         self,
@@ -74,6 +85,8 @@ class WorkerPool:
         """Do all units, the most costly first, and return why those failed that did, by name.
 
         What `shared` loads goes into Ray's object store once for each name, and out again behind its last unit.
+
+        Raises VersionMismatchError as soon as a worker comes up that runs other versions than this driver.
         """
         wanted = min(self._cluster.slots(threads), len(units))
         while len(self._actors) < wanted:
@@ -88,13 +101,17 @@ class WorkerPool:
             stage.hand_out(queues, len(queues) + len(starting))
             if not queues and not starting:
                 stage.give_up(
-                    f"no worker could be started in {self._start_failures} attempts; look at the nodes' memory"
+                    f"no worker could be started in {self._start_failures} attempts ({self._last_failure}); "
+                    "look at the nodes' memory"
                 )
                 break
+            if self._cluster.autoscales and not stage.todo:
+                self._give_back(starting, queues)
             if queues:
                 waiting_since = time.monotonic()
             elif time.monotonic() - waiting_since > PATIENCE_SECONDS:
-                progress.note("waiting for a worker: the cluster has no free core or GPU for one")
+                on_its_way = "; its autoscaler is asked for nodes" if self._cluster.autoscales else ""
+                progress.note(f"waiting for a worker: the cluster has no free core or GPU for one{on_its_way}")
                 waiting_since = time.monotonic()
             tasks = [task.reference for queue in queues.values() for task in queue]
             ray.wait([*tasks, *starting], timeout=POLL_SECONDS)
@@ -115,8 +132,11 @@ class WorkerPool:
             try:
                 ray.get(reference)
                 queues[actor] = deque()
-            except ray.exceptions.RayError:
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
                 self._start_failures += 1
+                self._last_failure = str(error).strip().splitlines()[-1].strip()
                 if self._start_failures < MAX_ATTEMPTS:
                     self._replace(actor, starting)
                 else:
@@ -129,6 +149,14 @@ class WorkerPool:
         self._actors.append(self._start())
         starting[self._actors[-1].state.remote()] = self._actors[-1]
 
+    def _give_back(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]]) -> None:
+        """End the actors for which no unit is left, so that the autoscaler takes their nodes back or starts none."""
+        for actor in [*starting.values(), *(actor for actor, queue in queues.items() if not queue)]:
+            ray.kill(actor)
+            self._actors.remove(actor)
+            queues.pop(actor, None)
+        starting.clear()
+
     def close(self) -> None:
         """End the actors, so that their cores are free."""
         for actor in self._actors:
@@ -138,7 +166,7 @@ class WorkerPool:
     def _start(self) -> Any:
         gpus = self._cluster.gpus_per_unit if self._cluster.device == "cuda" else 0
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "concurrency_groups": {"state": 1}}
-        return ray.remote(**options)(_Worker).remote(self._packed, self._cluster.device)
+        return ray.remote(**options)(_Worker).remote(self._packed, self._cluster.device, self._versions)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from gross_ray.errors import InvalidValueError, ResourcesError
+from pipelines import cluster
 from pipelines.cluster import Cluster, Resources, connected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +31,7 @@ def no_address_around(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_cpus": 0}, "num_cpus = 0: must be 1 or more"),
         ({"gpus_per_unit": 0.0}, r"gpus_per_unit = 0\.0: must be above 0"),
         ({"gpus_per_unit": -1.0}, r"gpus_per_unit = -1\.0: must be above 0"),
+        ({"gpus_per_unit": 1.5}, r"gpus_per_unit = 1\.5: must be a whole number above 1"),
         ({"num_cpus": 2, "address": "10.0.0.1:6379"}, r"num_cpus = 2 with the running cluster 10\.0\.0\.1:6379"),
     ],
 )
@@ -59,6 +62,8 @@ def _cluster(num_cpus: int, *, gpus: float = 0, per_unit: float = 0.25, cores_pe
         (_cluster(8, gpus=2, per_unit=1.0), 2),
         (_cluster(8, gpus=2, per_unit=0.3), 6),
         (_cluster(8, gpus=1, per_unit=0.1), 8),
+        (_cluster(8, gpus=2, per_unit=0.6), 2),  # what is left of two GPUs is no third share
+        (_cluster(8, gpus=5, per_unit=2), 2),
     ],
 )
 def test_slots(there: Cluster, slots: int) -> None:
@@ -97,7 +102,9 @@ def test_ray_is_joined_or_started_and_left_as_it_was_found() -> None:
         assert started.device == ("cuda" if num_gpus else "cpu")
         asked = num_gpus + 3
         with (
-            pytest.raises(ResourcesError, match=f"asks for {asked:g} GPU, the cluster has {num_gpus:g}; use --device"),
+            pytest.raises(
+                ResourcesError, match=f"asks for 1 CPU core and {asked:g} GPU on one node; the cluster has 1 "
+            ),
             connected(Resources(device="cuda", gpus_per_unit=asked)),
         ):
             pass
@@ -131,3 +138,27 @@ def test_an_address_where_nothing_listens_is_told_in_one_line(address: str) -> N
     assert message.startswith(f"cannot reach the cluster at {address}: ")
     assert "Connection refused" in message
     assert "\n" not in message
+
+
+def test_other_versions_of_ray_or_python_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.utils import check_version_info
+
+    def refused(**_: object) -> None:
+        check_version_info({"ray_version": "2.1.0", "python_version": "3.8.1"}, "node 10.0.0.1:6379")
+
+    monkeypatch.setattr(cluster.ray, "init", refused)
+    with pytest.raises(ResourcesError) as error, connected(Resources(address="auto")):
+        pass
+    import ray
+
+    ours = f"Ray {ray.__version__} with Python {platform.python_version()}"
+    assert str(error.value) == (
+        f"the cluster at auto runs Ray 2.1.0 with Python 3.8.1, this process {ours}: use the same versions of both"
+    )
+
+
+def test_more_threads_than_a_node_has_cores_are_refused() -> None:
+    there = _cluster(8, cores_per_node=2)
+    there.require_threads(2)
+    with pytest.raises(ResourcesError, match="3 CPU threads are asked for, the smallest node has 2 CPU cores: ask"):
+        there.require_threads(3)

@@ -1,0 +1,67 @@
+"""What an autoscaler may add to the cluster: read where its process runs, for Ray itself does not tell.
+
+This runs on the head, which may have no torch: the standard library and PyYAML (Ray's own) only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """A number of nodes with the same cores and GPUs."""
+
+    num_cpus: int
+    num_gpus: float
+    count: int = 1
+
+    def __str__(self) -> str:
+        cores = f"{self.num_cpus} CPU core{'s' if self.num_cpus != 1 else ''}"
+        gpus = f" and {self.num_gpus:g} GPU{'s' if self.num_gpus > 1 else ''}" if self.num_gpus else ""
+        return f"{self.count} node{'s' if self.count != 1 else ''} of {cores}{gpus}"
+
+
+def autoscaling_config(gcs_address: str, processes: Path = Path("/proc")) -> dict[str, Any] | None:
+    """Return the configuration of the autoscaler of the cluster at `gcs_address`, whose monitor runs on this machine.
+
+    None where there is none: a cluster of fixed size, or one whose autoscaler runs elsewhere (KubeRay).
+    """
+    for file in processes.glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_text(errors="replace").split("\0")
+        except OSError:  # the process has ended
+            continue
+        options = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        path = options.get("--autoscaling-config")
+        if path and options.get("--gcs-address") == gcs_address:
+            return yaml.safe_load(Path(path).expanduser().read_text())
+    return None
+
+
+def may_come(config: dict[str, Any], there: list[NodeKind]) -> list[NodeKind]:
+    """Return the nodes that an autoscaler with this configuration may add to those that are `there`, the head included.
+
+    Nodes with GPUs first, then the larger ones, as far as `max_workers` of the whole cluster goes.
+    """
+    most = config.get("max_workers", 0)
+    kinds = []
+    for name, kind in config["available_node_types"].items():
+        if name == config.get("head_node_type"):
+            continue
+        resources = kind.get("resources") or {}
+        num_cpus, num_gpus = int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+        up = sum(node.count for node in there if (node.num_cpus, node.num_gpus) == (num_cpus, num_gpus))
+        kinds.append(NodeKind(num_cpus, num_gpus, max(0, min(kind.get("max_workers", most), most) - up)))
+    room = max(0, most + 1 - sum(node.count for node in there))
+    added = []
+    for kind in sorted(kinds, key=lambda kind: (-kind.num_gpus, -kind.num_cpus)):
+        count = min(kind.count, room)
+        room -= count
+        if count:
+            added.append(NodeKind(kind.num_cpus, kind.num_gpus, count))
+    return added

@@ -1,0 +1,120 @@
+"""What an autoscaler's configuration lets come, and where the configuration is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gross_ray.errors import ResourcesError
+from pipelines import cluster
+from pipelines.autoscaler import NodeKind, autoscaling_config, may_come
+from pipelines.cluster import Cluster, Resources
+
+HEAD, SMALL, LARGE = NodeKind(0, 0.0), NodeKind(4, 0.0), NodeKind(8, 1.0)
+
+
+def _config(most: int, **kinds: tuple[dict[str, int], int | None]) -> dict[str, Any]:
+    types = {
+        name: {"resources": resources} | ({} if count is None else {"max_workers": count})
+        for name, (resources, count) in kinds.items()
+    }
+    head = {"head": {"resources": {"CPU": 0}, "max_workers": 0}}
+    return {"max_workers": most, "head_node_type": "head", "available_node_types": head | types}
+
+
+TWO_KINDS = _config(5, small=({"CPU": 4}, 4), large=({"CPU": 8, "GPU": 1}, 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "there", "coming"),
+    [
+        (_config(4, gpu=({"CPU": 8, "GPU": 1}, 4)), [HEAD], [NodeKind(8, 1.0, 4)]),
+        (_config(4, gpu=({"CPU": 8, "GPU": 1}, 9)), [HEAD], [NodeKind(8, 1.0, 4)]),  # the cluster's limit
+        (_config(4, gpu=({"CPU": 8, "GPU": 1}, None)), [HEAD], [NodeKind(8, 1.0, 4)]),
+        (_config(4, gpu=({"CPU": 8, "GPU": 1}, 4)), [HEAD, NodeKind(8, 1.0, 3)], [NodeKind(8, 1.0, 1)]),
+        (_config(4, gpu=({"CPU": 8, "GPU": 1}, 4)), [HEAD, NodeKind(8, 1.0, 4)], []),
+        (_config(0, gpu=({"CPU": 8, "GPU": 1}, 4)), [HEAD], []),
+        (TWO_KINDS, [HEAD], [NodeKind(8, 1.0, 2), NodeKind(4, 0.0, 3)]),
+        (TWO_KINDS, [HEAD, NodeKind(4, 0.0, 4)], [NodeKind(8, 1.0, 1)]),
+    ],
+)
+def test_what_may_come(config: dict[str, Any], there: list[NodeKind], coming: list[NodeKind]) -> None:
+    assert may_come(config, there) == coming
+
+
+def test_the_configuration_is_the_one_of_this_clusters_monitor(tmp_path: Path) -> None:
+    for place, (address, most) in enumerate([("10.0.0.1:6379", 3), ("10.0.0.2:6379", 7)]):
+        process, file = tmp_path / f"proc/{place + 10}", tmp_path / f"{place}.yaml"
+        process.mkdir(parents=True)
+        file.write_text(f"max_workers: {most}")
+        words = ["python", "-u", "monitor.py", f"--gcs-address={address}", f"--autoscaling-config={file}", ""]
+        (process / "cmdline").write_text("\0".join(words))
+    fixed = tmp_path / "proc/30"
+    fixed.mkdir()
+    (fixed / "cmdline").write_text("python\0monitor.py\0--gcs-address=10.0.0.3:6379\0")
+    (tmp_path / "proc/31").mkdir()  # has ended meanwhile
+    assert autoscaling_config("10.0.0.1:6379", tmp_path / "proc") == {"max_workers": 3}
+    assert autoscaling_config("10.0.0.2:6379", tmp_path / "proc") == {"max_workers": 7}
+    assert autoscaling_config("10.0.0.3:6379", tmp_path / "proc") is None
+
+
+def _described(
+    monkeypatch: pytest.MonkeyPatch, there: list[NodeKind], config: dict[str, Any] | None, **asked: Any
+) -> Cluster:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": kind.num_cpus, "GPU": kind.num_gpus}}
+        for kind in there
+        for _ in range(kind.count)
+    ]
+    dead = {"Alive": False, "Resources": {"CPU": 64, "GPU": 64}}
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [*nodes, dead])
+    return cluster._describe(Resources(**asked), config)
+
+
+def test_only_nodes_that_a_unit_fits_on_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [HEAD, NodeKind(64, 0.0, 3), NodeKind(8, 1.0, 2)]
+    assert _described(monkeypatch, there, None) == Cluster(16, 2.0, "cuda", 0.25, 8)
+    assert _described(monkeypatch, there, None, device="cpu") == Cluster(208, 2.0, "cpu", 0.25, 8)
+
+
+def test_what_may_come_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _described(monkeypatch, [HEAD], TWO_KINDS) == Cluster(16, 2.0, "cuda", 0.25, 8, autoscales=True)
+    assert _described(monkeypatch, [HEAD], TWO_KINDS, device="cpu") == Cluster(28, 2.0, "cpu", 0.25, 4, autoscales=True)
+    assert _described(monkeypatch, [HEAD], TWO_KINDS).slots() == 8
+
+
+@pytest.mark.parametrize(
+    ("there", "config", "asked", "message"),
+    [
+        (
+            [HEAD, NodeKind(4, 1.0, 2)],
+            None,
+            {"device": "cuda", "gpus_per_unit": 2.0},  # 2 GPUs there are, and on no node
+            "a unit of work asks for 1 CPU core and 2 GPU on one node; the cluster has 1 node of 0 CPU cores, "
+            "2 nodes of 4 CPU cores and 1 GPU, and no autoscaler on its head: "
+            "use --device cpu, lower --gpus-per-unit, or add nodes with that many GPUs",
+        ),
+        (
+            [HEAD],
+            TWO_KINDS,
+            {"device": "cuda", "gpus_per_unit": 2.0},
+            "the cluster has 1 node of 0 CPU cores, and an autoscaler that may add "
+            "2 nodes of 8 CPU cores and 1 GPU, 3 nodes of 4 CPU cores: use --device cpu",
+        ),
+        ([HEAD, NodeKind(0, 1.0)], None, {}, "asks for 1 CPU core and 0.25 GPU on one node; the cluster has"),
+        ([HEAD], None, {}, "a unit of work asks for 1 CPU core; the cluster has 1 node of 0 CPU cores, and no auto"),
+        ([HEAD], _config(0), {}, "an autoscaler that may add no node more: start a node with cores"),
+    ],
+)
+def test_what_never_fits_is_told_at_once(
+    there: list[NodeKind],
+    config: dict[str, Any] | None,
+    asked: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ResourcesError) as refused:
+        _described(monkeypatch, there, config, **asked)
+    assert message in str(refused.value)

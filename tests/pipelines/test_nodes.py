@@ -1,0 +1,289 @@
+"""Several nodes: the code travels, and a node that is lost in mid-search or mid-sweep changes no table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import ray
+from miniature import ROOT, tables
+
+from gross_ray.errors import ResourcesError
+from gross_ray.presets import preset
+from gross_ray.results.store import RunStore
+from pipelines import decompose, search, supernet, sweep, train, validate
+from pipelines.cluster import Resources, connected
+from pipelines.progress import Reporter, StageProgress
+from pipelines.session import DataSource, Session
+from pipelines.units import Context, Unit
+
+FAST_FAILOVER = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 500,
+    "health_check_failure_threshold": 2,
+}
+SETTINGS = [
+    "data.limit_train=128",
+    "data.limit_validation=40",
+    "data.limit_test=40",
+    "training.epochs=1",
+    "training.milestones=[]",
+    "training.seeds=1",
+    "decomposition.max_steps=3",
+    "decomposition.group_sizes=[1,4,16]",
+    "search.form=dense",
+    "validation.seeds=1",
+]
+
+
+class Nodes:
+    """A head without cores and two nodes with one core each; one can be lost, and another one come."""
+
+    def __init__(self) -> None:
+        from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+        from ray.cluster_utils import Cluster as Machines
+
+        ensure_token_if_auth_enabled()
+        memory = 80 * 2**20
+        self._worker = {"num_cpus": 1, "object_store_memory": memory}
+        head = {"num_cpus": 0, "object_store_memory": memory, "include_dashboard": False}
+        self._machines = Machines(initialize_head=True, head_node_args={**head, "_system_config": FAST_FAILOVER})
+        self.address: str = self._machines.address
+        self.restore()
+
+    def restore(self, count: int = 2, **environment: str) -> None:
+        """Have so many nodes again, new ones with `environment` for their processes."""
+        while len(self._machines.worker_nodes) < count:
+            self._machines.add_node(**self._worker, env_vars=environment)
+
+    def lose(self, node_id: str) -> None:
+        """Kill a node whole."""
+        (node,) = (one for one in self._machines.worker_nodes if one.node_id == node_id)
+        self._machines.remove_node(node, allow_graceful=False)
+
+    def lose_all(self) -> None:
+        for node in list(self._machines.worker_nodes):
+            self._machines.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        self._machines.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes(request: pytest.FixtureRequest) -> Iterator[Nodes]:
+    ray.cloudpickle.register_pickle_by_value(request.module)
+    there = Nodes()
+    yield there
+    there.close()
+    ray.cloudpickle.unregister_pickle_by_value(request.module)
+
+
+class Quiet(Reporter):
+    @contextmanager
+    def stage(self, name: str, total: int, done: int) -> Iterator[StageProgress]:
+        yield StageProgress(name, total, done)
+
+
+def _work_on(store: RunStore, nodes: Nodes, *stages: Callable[[Session], None]) -> None:
+    resources = Resources(address=nodes.address, device="cpu")
+    with Session.opened(store, resources, DataSource(), Quiet()) as session:
+        for stage in stages:
+            stage(session)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run as it stands before its search, and the same at its end."""
+    store = RunStore.create(tmp_path_factory.mktemp("nodes") / "run", preset("quickstart").override(SETTINGS))
+    before = store.path.with_name("before")
+
+    def copy(_: Session) -> None:
+        shutil.copytree(store.path, before)
+
+    first = (train.run, decompose.run, supernet.run_reconstruct, supernet.run_finetune, validate.run_fixed)
+    _work_on(store, nodes, *first, copy, search.run, sweep.run)
+    return before, store.path
+
+
+def _mark_start(context: Context, unit: Unit) -> None:
+    """Note on which node a unit was started, each time that it was."""
+    marks = context.store.path.parent / "starts" / unit.name
+    marks.parent.mkdir(exist_ok=True)
+    with marks.open("a") as file:
+        file.write(ray.get_runtime_context().get_node_id() + "\n")
+
+
+def _starts(run: Path) -> dict[str, list[str]]:
+    return {file.name: file.read_text().split() for file in (run.parent / "starts").iterdir()}
+
+
+def slow_shard(context: Context, unit: Unit) -> str:
+    _mark_start(context, unit)
+    time.sleep(0.3)
+    return SHARD(context, unit)
+
+
+def slow_trial(context: Context, unit: Unit) -> str:
+    _mark_start(context, unit)
+    report = context.report
+
+    def slow_report(share: float, text: str, **metrics: float) -> object:
+        time.sleep(0.3)
+        return report(share, text, **metrics)
+
+    context.report = slow_report
+    return TRIAL(context, unit)
+
+
+SHARD, TRIAL = search.work, sweep.work
+
+
+class Loss(threading.Thread):
+    """Loses the node on which a unit is under way, as soon as there is one."""
+
+    def __init__(self, nodes: Nodes, run: Path, under_way: Callable[[], list[str]]) -> None:
+        super().__init__(daemon=True)
+        self._nodes, self._run, self._under_way = nodes, run, under_way
+        self.lost = ""
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not self.lost:
+            if units := self._under_way():
+                node = _starts(self._run)[units[0]][-1]
+                self._nodes.lose(node)
+                self.lost = node
+            time.sleep(0.01)
+
+
+@contextmanager
+def _loss(nodes: Nodes, run: Path, under_way: Callable[[], list[str]]) -> Iterator[Loss]:
+    loss = Loss(nodes, run, under_way)
+    loss.start()
+    yield loss
+    loss.join()
+    assert loss.lost, "no unit was seen under way"
+
+
+def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
+    nodes: Nodes, undisturbed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, expected = undisturbed
+    run = tmp_path / "run"
+    shutil.copytree(before, run)
+    shards, epochs = run / "tables/configurations", run / "checkpoints/finetune-under-way"
+
+    def under_way_in_search() -> list[str]:
+        done = {file.stem for file in shards.glob("*.parquet")}
+        return [unit for unit in _starts(run) if "start=" in unit and unit not in done] if done else []
+
+    def under_way_in_sweep() -> list[str]:
+        return [file.stem for file in epochs.glob("alpha=*.safetensors")]
+
+    monkeypatch.setattr(search, "work", slow_shard)
+    monkeypatch.setattr(sweep, "work", slow_trial)
+    with _loss(nodes, run, under_way_in_search) as first:
+        _work_on(RunStore.open(run), nodes, search.run)
+    starts = _starts(run)
+    assert len(starts) == len(list(shards.glob("*.parquet"))) >= 4
+    (where,) = (where for where in starts.values() if len(where) > 1)  # what the lost node was doing, and nothing else
+    assert where[0] == first.lost
+    assert where[1:] == [next(each for each in sum(starts.values(), []) if each != first.lost)]
+
+    nodes.restore()
+    with _loss(nodes, run, under_way_in_sweep) as second:
+        _work_on(RunStore.open(run), nodes, sweep.run)
+    (where,) = (where for unit, where in _starts(run).items() if "start=" not in unit)
+    assert len(where) == 2
+    assert where[0] == second.lost != where[1]
+
+    found = tables(run)
+    for name, table in tables(expected).items():
+        assert len(table), f"table {name} is empty"
+        pd.testing.assert_frame_equal(found[name], table, check_exact=True, obj=name)
+
+
+DRIVER = """
+import sys
+import ray
+from pipelines.cluster import Resources, connected, connected
+from pipelines.progress import StageProgress
+from pipelines.units import Unit, pack_splits
+from pipelines.workers import WorkerPool
+from gross_ray.data.images import load_dataset
+from gross_ray.experiment import DataOptions
+from gross_ray.errors import ResourcesError
+from gross_ray.presets import preset
+from gross_ray.results.store import RunStore
+
+
+def work(context, unit):
+    import gross_ray
+    (context.store.path / "done").touch()
+    return gross_ray.__file__
+
+
+class Printed(StageProgress):
+    def unit_done(self, unit, text):
+        print("done", text)
+
+
+address, run, travels = sys.argv[1:]
+if travels == "no":
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+with connected(Resources(address=address, device="cpu")) as cluster:
+    store = RunStore.create(run, preset("quickstart"))
+    packed = ray.put(pack_splits(load_dataset(DataOptions(name="sample", limit_train=2))))
+    WorkerPool(cluster, packed).run(work, store, [Unit("one")], threads=1, progress=Printed("one", 1, 0))
+"""
+
+
+def test_the_code_travels_to_the_nodes_and_where_it_does_not_another_one_is_refused(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    stale, run, driver = tmp_path / "stale", tmp_path / "run", tmp_path / "driver" / "driver.py"
+    for package in ("gross_ray", "pipelines"):
+        shutil.copytree(ROOT / package, stale / package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (stale / "gross_ray/seeds.py").open("a") as file:
+        file.write("# changed\n")
+    driver.parent.mkdir()
+    driver.write_text(DRIVER)
+    nodes.lose_all()
+    nodes.restore(1, PYTHONPATH=str(stale))
+
+    def ended(travels: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        words = [sys.executable, str(driver), nodes.address, str(run), travels]
+        return subprocess.run(
+            words, cwd=driver.parent, env=environment, capture_output=True, text=True, check=False, timeout=100
+        )
+
+    without = ended("no")
+    assert without.returncode == 1
+    message = without.stderr.strip().splitlines()[-1]
+    assert message.startswith("gross_ray.errors.VersionMismatchError: the worker on node ")
+    assert f"it imports gross_ray from {stale / 'gross_ray'}: install the same versions there" in message
+    assert message.count("(sources ") == 2
+    assert not (run / "done").exists()
+
+    travelled = ended("yes")
+    assert travelled.returncode == 0, travelled.stderr
+    (line,) = (line for line in travelled.stdout.splitlines() if line.startswith("done "))
+    assert "py_modules_files" in line
+    assert (run / "done").exists()
+
+
+def test_a_unit_that_fits_on_no_node_is_refused_at_once(nodes: Nodes) -> None:
+    asked = Resources(address=nodes.address, device="cuda", gpus_per_unit=1.0)
+    with pytest.raises(ResourcesError, match="1 CPU core and 1 GPU on one node; the cluster has"), connected(asked):
+        pass
