@@ -83,13 +83,19 @@ def _grid(session: Session, scheduler: str) -> None:
     def accounted() -> set[str]:
         return completed(store) | (stopped(store) if scheduler == "asha" else set())
 
-    session.run(STAGE, units, work, accounted, tuning=_tuning(store, GRID, scheduler, numbers))
+    failed: UnitsFailedError | None = None
+    try:
+        session.run(STAGE, units, work, accounted, tuning=_tuning(store, GRID, scheduler, numbers))
+    except UnitsFailedError as error:  # the others are compared all the same
+        failed = error
     whole = [unit for unit in units if unit.name in completed(store)]
-    if len(whole) < len(units):
-        session.reporter.note(f"{STAGE}: {len(units) - len(whole)} of {len(units)} stopped early, and not compared")
+    if early := stopped(store) & numbers.keys():
+        session.reporter.note(f"{STAGE}: {len(early)} of {len(units)} stopped early, and not compared")
     if whole:
         search.evaluate(session, f"{STAGE} search", whole)
         compare(store, whole)
+    if failed is not None:
+        raise failed
 
 
 def _search(session: Session, scheduler: str, options: OptunaOptions) -> None:
