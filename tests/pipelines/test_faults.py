@@ -6,8 +6,10 @@ docs/reliability.md, at random moments.
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,6 +27,10 @@ from faults import (
     resume,
     stored,
 )
+from miniature import ROOT
+
+from gross_ray.results.store import RunStore
+from pipelines.run import STAGES as PLANS
 
 QUICK = [("finetune", "driver terminated"), ("search", "worker killed"), ("validate", "interrupted")]
 REPEATS = int(os.environ.get("GROSS_RAY_FAULT_REPEATS", "1"))
@@ -92,3 +98,54 @@ def test_a_full_disk(whole_run: tuple[Path, str], tmp_path: Path, stage: str) ->
         assert_as_undisturbed(run, whole_run[0], stage)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+LEARNING_RATES = {
+    "train": "training",
+    "reconstruct": "reconstruction",
+    "finetune": "finetuning",
+    "validate": "validation.finetuning",
+    "sweep-alpha": "finetuning",
+}
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=() if stage == "validate" else pytest.mark.faults) for stage in LEARNING_RATES]
+)
+def test_a_loss_that_is_not_finite(whole_run: tuple[Path, str], tmp_path: Path, stage: str) -> None:
+    """Each unit that diverges is named with step and learning rate; with the old rate the run ends as undisturbed."""
+    run, log = before_stage(whole_run[0], stage, tmp_path / "run"), tmp_path / "log"
+    file = run / "experiment.json"
+    sound = file.read_text()
+    wrong = json.loads(sound)
+    place = wrong
+    for part in LEARNING_RATES[stage].split("."):
+        place = place[part]
+    place["lr"] = 1e9
+    file.write_text(json.dumps(wrong))
+    with driver(run, stage, log) as process:
+        assert process.wait(300) == 1, log.read_text()
+    told = log.read_text()
+    assert "Traceback" not in told
+    units = [unit.name for unit in PLANS[stage].plan(RunStore.open(run))]
+    missing = [unit for unit in units if f"{unit}: failed: the loss became" in told]
+    assert missing and set(missing) == set(units) - PLANS[stage].finished(RunStore.open(run))
+    assert re.search(r"the loss became (nan|inf) at step \d+ of epoch \d+ with learning rate 1e\+09; lower", told)
+    file.write_text(sound)
+    for row in run.glob("tables/alpha_trials/*"):  # a trial that diverged is not tried again by itself
+        row.unlink()
+    resume(run, stage, log)
+    assert_as_undisturbed(run, whole_run[0], stage)
+
+
+def test_the_documents_matrix_is_the_one_that_is_tested() -> None:
+    text = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0][1:] == list(STAGES)
+    named = {row[0]: row[1:] for row in rows[2:]}
+    assert named.keys() == {*FAULTS, "full disk", "loss not finite", "node lost"}
+    for fault in FAULTS:
+        assert set(named[fault]) <= {"equal", "equal, in `make test`"}
+        assert {stage for stage, cell in zip(STAGES, named[fault], strict=True) if cell != "equal"} == {
+            stage for stage, quick in QUICK if quick == fault
+        }
