@@ -22,6 +22,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray  # noqa: E402
+from ray._private import ray_constants  # noqa: E402
 
 from gross_ray.errors import InvalidValueError, ResourcesError  # noqa: E402
 from pipelines.autoscaler import NodeKind, autoscaling_config, may_come  # noqa: E402
@@ -140,7 +141,8 @@ def _connect(resources: Resources) -> None:
             ray.init(address=address, runtime_env=_runtime_env(), **quiet)
         else:
             cores = resources.num_cpus or os.cpu_count() or 1
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+            with _loopback_alone():
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     except (OSError, RuntimeError, ValueError) as error:
         where = f"the cluster at {address}" if address else "Ray on this machine"
         versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
@@ -152,6 +154,25 @@ def _connect(resources: Resources) -> None:
             ) from None
         reason = str(error).splitlines()[0]
         raise ResourcesError(f"cannot reach {where}: {reason}; check --address and that it runs") from None
+
+
+@contextmanager
+def _loopback_alone() -> Iterator[None]:
+    """Let Ray start on 127.0.0.1: by itself it listens on all of this machine's addresses.
+
+    It has this for machines other than Linux, read as it is imported, here and in the processes that it starts.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, was_on = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = was_on
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _runtime_env() -> dict[str, Any]:

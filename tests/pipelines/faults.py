@@ -120,17 +120,18 @@ def at_a_moment(process: subprocess.Popen[bytes], run: Path, stage: str, log: Pa
 
 def workers(mark: str) -> list[int]:
     """Return the processes of a driver in which Ray does its work now."""
-    return [pid for pid, title in _marked(mark) if re.match(r"ray::(?!IDLE)", title)]
+    return [pid for pid, title in marked(mark) if re.match(r"ray::(?!IDLE)", title)]
 
 
 def assert_nothing_left(mark: str) -> None:
     deadline = time.monotonic() + 30
-    while left := _marked(mark):
+    while left := marked(mark):
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.1)
 
 
-def _marked(mark: str) -> list[tuple[int, str]]:
+def marked(mark: str) -> list[tuple[int, str]]:
+    """Return the living processes of a driver, and their command lines."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

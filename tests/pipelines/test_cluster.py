@@ -7,10 +7,12 @@ import platform
 import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import MARK, assert_nothing_left, marked
 
 from gross_ray.errors import InvalidValueError, ResourcesError
 from pipelines import cluster
@@ -162,3 +164,56 @@ def test_more_threads_than_a_node_has_cores_are_refused() -> None:
     there.require_threads(2)
     with pytest.raises(ResourcesError, match="3 CPU threads are asked for, the smallest node has 2 CPU cores: ask"):
         there.require_threads(3)
+
+
+LISTENS = """
+import ray
+from pipelines.cluster import Resources, connected
+with connected(Resources(num_cpus=1)):
+    @ray.remote
+    class Actor:
+        def up(self): return True
+    actor = Actor.remote()
+    ray.get(actor.up.remote())
+    print("up", flush=True)
+    input()
+"""
+
+
+def _listening(pids: list[int]) -> set[str]:
+    """Return the addresses, in the kernel's hexadecimal, on which processes wait for connections."""
+    addresses = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A":  # listening
+                addresses[f"socket:[{words[9]}]"] = words[1].split(":")[0]
+    found = set()
+    for pid in pids:
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                found.add(addresses.get(os.readlink(file)))
+            except OSError:
+                continue  # closed meanwhile
+    return {address for address in found if address is not None}
+
+
+def test_nothing_listens_beyond_loopback() -> None:
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENS],
+        cwd=ROOT,
+        env=os.environ | {MARK: mark},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        addresses = _listening([pid for pid, _ in marked(mark)])
+        assert addresses, "nothing listens at all: this tests nothing"
+        loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+        assert addresses <= loopback
+    finally:
+        process.communicate("\n", timeout=60)
+    assert_nothing_left(mark)
