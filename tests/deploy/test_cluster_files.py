@@ -173,6 +173,11 @@ def test_fits_this_project(config: dict[str, Any]) -> None:
         assert config["setup_commands"][0].split(" || ")[1].startswith(f"python{python} -m venv ")
         starts = [config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]]
         assert all(line.startswith("RAY_AUTH_MODE=token ") for line in starts)
+        # Found by starting it: without the first no worker ever joins, without the second `ray down` stops nothing.
+        assert " RAY_enable_autoscaler_v2=0 " in starts[0]
+        assert any(
+            line.endswith("'export PATH=~/gross_ray_env/bin:$PATH' >> ~/.bashrc") for line in config["setup_commands"]
+        )
     for here in config["file_mounts"].values():
         # The token's place is Ray's own; the file itself is made by `ray get-auth-token --generate`.
         assert here == "~/.ray/auth_token" or (ROOT / here / "constraints.txt").exists()
