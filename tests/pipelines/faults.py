@@ -190,63 +190,68 @@ def assert_as_undisturbed(run: Path | str, undisturbed: Path, stage: str) -> Non
     assert store.damaged == []
 
 
-# Faults. Each is given the driver's process, the run folder and a generator for its moment.
+# Faults. Each is given the driver's process, the run folder and a generator for its choices; it returns the status with
+# which the driver ended.
 
 
-def kill_driver(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+def kill_driver(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
     process.kill()
-    assert process.wait(20) == -signal.SIGKILL
+    return process.wait(20)
 
 
-def terminate_driver(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+def terminate_driver(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
     process.terminate()
-    assert process.wait(60) == 143
+    return process.wait(60)
 
 
-def interrupt_all(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+def interrupt_all(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
     """As Ctrl-C on a terminal does: the whole process group gets it."""
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    return process.wait(60)
 
 
-def kill_worker(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
+def kill_worker(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
     victims = workers(process.mark)  # type: ignore[attr-defined]
     if victims:  # at a random moment there may be none: the stage has just ended
-        os.kill(moments.choice(sorted(victims)), signal.SIGKILL)
-    assert process.wait(300) == 0
+        os.kill(choices.choice(sorted(victims)), signal.SIGKILL)
+    return process.wait(300)
 
 
-def damage_tables(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
-    kill_driver(process, run, moments)
-    _damage(sorted(run.glob("tables/*/[!.]*.parquet")), moments)
+def damage_tables(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
+    status = kill_driver(process, run, choices)
+    _damage(sorted(run.glob("tables/*/[!.]*.parquet")), choices)
+    return status
 
 
-def damage_checkpoints(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
-    kill_driver(process, run, moments)
-    _damage(sorted(run.glob("checkpoints/*/[!.]*.safetensors")), moments)
+def damage_checkpoints(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
+    status = kill_driver(process, run, choices)
+    _damage(sorted(run.glob("checkpoints/*/[!.]*.safetensors")), choices)
+    return status
 
 
-def damage_tune(process: subprocess.Popen[bytes], run: Path, moments: random.Random) -> None:
-    kill_driver(process, run, moments)
-    _damage(sorted(file for file in run.glob("tune/**/*") if file.is_file()), moments)
+def damage_tune(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
+    status = kill_driver(process, run, choices)
+    _damage(sorted(file for file in run.glob("tune/**/*") if file.is_file()), choices)
+    return status
 
 
-def _damage(files: list[Path], moments: random.Random) -> None:
-    for file in moments.sample(files, min(3, len(files))):
+def _damage(files: list[Path], choices: random.Random) -> None:
+    for file in choices.sample(files, min(3, len(files))):
         content = bytearray(file.read_bytes())
         for _ in range(20):
             if content:
-                content[moments.randrange(len(content))] ^= 0xFF
+                content[choices.randrange(len(content))] ^= 0xFF
         file.write_bytes(bytes(content))
 
 
-Fault = Callable[[subprocess.Popen[bytes], Path, random.Random], None]
-FAULTS: dict[str, Fault] = {
-    "driver killed": kill_driver,
-    "driver terminated": terminate_driver,
-    "interrupted": interrupt_all,
-    "worker killed": kill_worker,
-    "damaged tables": damage_tables,
-    "damaged checkpoints": damage_checkpoints,
-    "damaged Tune files": damage_tune,
+Fault = Callable[[subprocess.Popen[bytes], Path, random.Random], int]
+FAULTS: dict[str, tuple[Fault, int]] = {
+    "driver killed": (kill_driver, -signal.SIGKILL),
+    "driver terminated": (terminate_driver, 143),
+    "interrupted": (interrupt_all, 130),
+    "worker killed": (kill_worker, 0),
+    "damaged tables": (damage_tables, -signal.SIGKILL),
+    "damaged checkpoints": (damage_checkpoints, -signal.SIGKILL),
+    "damaged Tune files": (damage_tune, -signal.SIGKILL),
 }
+"""Each fault, and the exit status of a driver that it meets."""
