@@ -23,7 +23,8 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-faults: setup
-	GROSS_RAY_FAULT_SEED=$${GROSS_RAY_FAULT_SEED:-$$(date +%s)} $(BIN)/python -m pytest -m faults -v tests/pipelines
+	seed=$${GROSS_RAY_FAULT_SEED:-$$(date +%s)}; echo "GROSS_RAY_FAULT_SEED=$$seed"; \
+		GROSS_RAY_FAULT_SEED=$$seed $(BIN)/python -m pytest -m faults -v tests/pipelines
 
 lint: setup
 	$(BIN)/ruff check .
