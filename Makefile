@@ -1,9 +1,10 @@
 # make run: from nothing installed to a finished search.  make test, make lint: what CI does.
+# make test-cluster, as root and on Linux: machines that are killed whole, nodes that come and go.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/quickstart
 
-.PHONY: run setup test lint format benchmarks clean
+.PHONY: run setup test test-cluster lint format benchmarks clean
 .DELETE_ON_ERROR:
 
 run: setup
@@ -21,6 +22,11 @@ setup: .venv/installed
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-cluster: setup
+	@command -v ip >/dev/null || { echo "no program ip: install iproute2" >&2; exit 1; }
+	@test "$$(id -u)" = 0 || { echo "namespaces need root: sudo make test-cluster" >&2; exit 1; }
+	$(BIN)/python -m pytest -m cluster
 
 lint: setup
 	$(BIN)/ruff check .
