@@ -1,9 +1,10 @@
 # make run: from nothing installed to a finished search.  make test, make lint: what CI does.
+# make test-cluster, as root and on Linux: machines that are killed whole, nodes that come and go.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/quickstart
 
-.PHONY: run setup test test-faults lint format benchmarks clean
+.PHONY: run setup test test-faults test-cluster lint format benchmarks clean
 .DELETE_ON_ERROR:
 
 run: setup
@@ -25,6 +26,11 @@ test: setup
 test-faults: setup
 	seed=$${GROSS_RAY_FAULT_SEED:-$$(date +%s)}; echo "GROSS_RAY_FAULT_SEED=$$seed"; \
 		GROSS_RAY_FAULT_SEED=$$seed $(BIN)/python -m pytest -m faults -v tests/pipelines
+
+test-cluster: setup
+	@command -v ip >/dev/null || { echo "no program ip: install iproute2" >&2; exit 1; }
+	@test "$$(id -u)" = 0 || { echo "namespaces need root: sudo make test-cluster" >&2; exit 1; }
+	$(BIN)/python -m pytest -m cluster
 
 lint: setup
 	$(BIN)/ruff check .
