@@ -22,8 +22,11 @@ class _Group(click.Group):
         run = functools.partial(super().main, *args, standalone_mode=False, **kwargs)
         if not standalone_mode:
             return run()
+        from pipelines import signals
+
         try:
-            result: Any = run()
+            with signals.orderly():
+                result: Any = run()
             sys.exit(result if isinstance(result, int) else 0)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message())
@@ -34,10 +37,8 @@ class _Group(click.Group):
             click.echo(f"Error: {error.format_message()}{where}", err=True)
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt) as error:  # click's versions differ in which of the two it is
-            from pipelines.signals import Terminated
-
             click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
-            sys.exit(143 if any(isinstance(one, Terminated) for one in (error, error.__cause__)) else 130)
+            sys.exit(143 if any(isinstance(one, signals.Terminated) for one in (error, error.__cause__)) else 130)
 
     def invoke(self, ctx: click.Context) -> Any:
         from gross_ray.errors import DivergedError, GrossRayError, StorageError, UnitsFailedError

@@ -190,49 +190,55 @@ def assert_as_undisturbed(run: Path | str, undisturbed: Path, stage: str) -> Non
     assert store.damaged == []
 
 
-# Faults. Each is given the driver's process, the run folder and a generator for its choices; it returns the status with
-# which the driver ended.
+# Faults. Each is given the driver's process, the run folder, the stage and a generator for its choices; it returns the
+# status with which the driver ended.
 
 
-def kill_driver(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
+def kill_driver(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
     process.kill()
     return process.wait(20)
 
 
-def terminate_driver(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
+def terminate_driver(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
     process.terminate()
     return process.wait(60)
 
 
-def interrupt_all(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
+def interrupt_all(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
     """As Ctrl-C on a terminal does: the whole process group gets it."""
     os.killpg(process.pid, signal.SIGINT)
     return process.wait(60)
 
 
-def kill_worker(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
+def kill_worker(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
     victims = workers(process.mark)  # type: ignore[attr-defined]
     if victims:  # at a random moment there may be none: the stage has just ended
         os.kill(choices.choice(sorted(victims)), signal.SIGKILL)
     return process.wait(300)
 
 
-def damage_tables(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
-    status = kill_driver(process, run, choices)
-    _damage(sorted(run.glob("tables/*/[!.]*.parquet")), choices)
+def damage_tables(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
+    status = kill_driver(process, run, stage, choices)
+    _damage(_own_files(run, stage, ".parquet"), choices)
     return status
 
 
-def damage_checkpoints(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
-    status = kill_driver(process, run, choices)
-    _damage(sorted(run.glob("checkpoints/*/[!.]*.safetensors")), choices)
+def damage_checkpoints(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
+    status = kill_driver(process, run, stage, choices)
+    _damage(_own_files(run, stage, ".safetensors"), choices)
     return status
 
 
-def damage_tune(process: subprocess.Popen[bytes], run: Path, choices: random.Random) -> int:
-    status = kill_driver(process, run, choices)
+def damage_tune(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
+    status = kill_driver(process, run, stage, choices)
     _damage(sorted(file for file in run.glob("tune/**/*") if file.is_file()), choices)
     return status
+
+
+def _own_files(run: Path, stage: str, ending: str) -> list[Path]:
+    """Return what the stage has stored: others are done again by their own commands."""
+    patterns = (*STAGES[stage].own, STAGES[stage].sign)
+    return sorted({file for pattern in patterns for file in run.glob(pattern) if file.name.endswith(ending)})
 
 
 def _damage(files: list[Path], choices: random.Random) -> None:
@@ -244,7 +250,7 @@ def _damage(files: list[Path], choices: random.Random) -> None:
         file.write_bytes(bytes(content))
 
 
-Fault = Callable[[subprocess.Popen[bytes], Path, random.Random], int]
+Fault = Callable[[subprocess.Popen[bytes], Path, str, random.Random], int]
 FAULTS: dict[str, tuple[Fault, int]] = {
     "driver killed": (kill_driver, -signal.SIGKILL),
     "driver terminated": (terminate_driver, 143),

@@ -45,7 +45,7 @@ def _inject(undisturbed: Path, tmp_path: Path, stage: str, fault: str, choices: 
     with driver(run, stage, log) as process:
         at_a_moment(process, run, stage, log, choices.uniform(0.0, latest))
         inject, expected = FAULTS[fault]
-        status = inject(process, run, choices)
+        status = inject(process, run, stage, choices)
         ended_before = latest > 0 and status == 0 and "finished after" in log.read_text()
         assert status == expected or ended_before, log.read_text()
         kept, epochs = stored(run), epochs_under_way(run)
