@@ -25,6 +25,7 @@ import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 
 from gross_ray.errors import InvalidValueError, ResourcesError  # noqa: E402
+from pipelines import signals  # noqa: E402
 from pipelines.autoscaler import NodeKind, autoscaling_config, may_come  # noqa: E402
 from pipelines.versions import PACKAGES  # noqa: E402
 
@@ -122,9 +123,9 @@ def connected(resources: Resources) -> Iterator[Cluster]:
     Raises ResourcesError if the cluster cannot be reached, or will never have what is asked for.
     """
     started_here = not ray.is_initialized()
-    if started_here:
-        _connect(resources)
     try:
+        if started_here:
+            _connect(resources)
         alone = started_here and resources.joined_address is None
         yield _describe(resources, None if alone else _autoscaling_config())
     finally:
@@ -143,7 +144,9 @@ def _connect(resources: Resources) -> None:
             cores = resources.num_cpus or os.cpu_count() or 1
             with _loopback_alone():
                 ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+    except SystemExit:  # Ray's own answer to a SIGTERM while it starts
+        raise signals.Terminated from None
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = f"the cluster at {address}" if address else "Ray on this machine"
         versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
         if len(versions) == 2:
@@ -153,7 +156,13 @@ def _connect(resources: Resources) -> None:
                 f"Python {our_python}: use the same versions of both"
             ) from None
         reason = str(error).splitlines()[0]
+        if isinstance(error, ray.exceptions.AuthenticationError):
+            raise ResourcesError(
+                f"{where} refuses this process: {reason}; put its token into ~/.ray/auth_token (docs/cluster.md)"
+            ) from None
         raise ResourcesError(f"cannot reach {where}: {reason}; check --address and that it runs") from None
+    finally:
+        signals.raise_on_signals()
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Session:
 
         `callbacks` are `ray.tune.Callback`s, told of the trials of every stage that runs on Ray Tune.
         """
-        with signals.orderly(), store.lock():
+        with signals.orderly(), signals.closed_in_peace(store.lock()):
             store.remove_leftovers()
             session = cls(store, resources, source, reporter, callbacks)
             session._tell_of_damage()
@@ -141,7 +141,6 @@ class Session:
         if self._cluster is None:
             splits = load_dataset(self.store.experiment.data, root=self._source.root, download=self._source.download)
             self._cluster = self._stack.enter_context(connected(self._resources))
-            signals.raise_on_signals()
             self._packed = ray.put(pack_splits(splits))
             self._record_start(self._cluster)
         return self._cluster

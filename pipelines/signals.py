@@ -6,13 +6,15 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 # Tune's own handler makes `fit` return as if all were done; here the interrupt goes on to who started it.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_blocks = 0
+"""How many blocks of `orderly` are under way."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -22,17 +24,21 @@ class Terminated(KeyboardInterrupt):
 @contextmanager
 def orderly() -> Iterator[None]:
     """Raise KeyboardInterrupt on SIGINT and Terminated on SIGTERM while the block runs, in the main thread."""
+    global _blocks
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    _blocks += 1
     raise_on_signals()
     try:
         yield
     finally:
+        _blocks -= 1
         _set(before)
 
 
 def raise_on_signals() -> None:
-    """Install the handlers of `orderly` again: Ray puts its own in their place as it starts."""
-    _set(dict.fromkeys(SIGNALS, _raise))
+    """Install the handlers of `orderly`, in such a block, again: Ray puts its own in their place as it starts."""
+    if _blocks:
+        _set(dict.fromkeys(SIGNALS, _raise))
 
 
 @contextmanager
@@ -44,6 +50,22 @@ def ignored() -> Iterator[None]:
         yield
     finally:
         _set(before)
+
+
+@contextmanager
+def closed_in_peace(manager: AbstractContextManager[object]) -> Iterator[None]:
+    """Enter a context, and let its end run to its end whatever arrives."""
+    manager.__enter__()
+    try:
+        yield
+    except BaseException as error:
+        with ignored():
+            handled = manager.__exit__(type(error), error, error.__traceback__)
+        if not handled:
+            raise
+    else:
+        with ignored():
+            manager.__exit__(None, None, None)
 
 
 def _raise(number: int, _: FrameType | None) -> None:

@@ -49,6 +49,11 @@ def finished(store: RunStore, stage: str) -> set[str]:
     return {unit for unit in units if store.has_checkpoint(stage, unit)}
 
 
+def is_finished(store: RunStore, stage: str, unit: str) -> bool:
+    """Return whether `stage` has stored one supernet; what is stored is not looked at."""
+    return store.has_checkpoint(stage, unit) and store.has_unit("history", f"{stage},{unit}")
+
+
 def run_reconstruct(session: Session) -> None:
     """Reconstruct the responses of the supernets that are missing."""
     store = session.store

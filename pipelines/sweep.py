@@ -88,7 +88,8 @@ def _grid(session: Session, scheduler: str) -> None:
         session.run(STAGE, units, work, accounted, tuning=_tuning(store, GRID, scheduler, numbers))
     except UnitsFailedError as error:  # the others are compared all the same
         failed = error
-    whole = [unit for unit in units if unit.name in completed(store)]
+    done = completed(store)
+    whole = [unit for unit in units if unit.name in done]
     if early := stopped(store) & numbers.keys():
         session.reporter.note(f"{STAGE}: {len(early)} of {len(units)} stopped early, and not compared")
     if whole:
@@ -176,9 +177,9 @@ def work(context: Context, unit: Unit) -> str:
         return {TIME: epoch, **measured}
 
     watched = replace(context, report=report)
-    if unit.name not in supernet.finished(store, supernet.RECONSTRUCT):
+    if not supernet.is_finished(store, supernet.RECONSTRUCT, unit.name):
         supernet.reconstruct_work(watched, unit, (0.0, 0.2), partial(measure, earlier=0))
-    if unit.name not in supernet.finished(store, supernet.FINETUNE):
+    if not supernet.is_finished(store, supernet.FINETUNE, unit.name):
         supernet.finetune_work(watched, unit, (0.2, 0.99), partial(measure, earlier=before))
     # As it is stored, so that a trial that was killed before its row was written gives the same number again.
     stored = load_supernet(store, supernet.FINETUNE, unit.name).to(context.device)

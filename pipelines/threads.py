@@ -6,6 +6,8 @@ from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
 
 _STAGE = "threads"
+_SAME_WORK = {"validate fixed": "validate", "sweep-alpha search": "search"}
+"""Stages whose units are another one's too: they have to round alike."""
 
 
 def threads_of_stage(store: RunStore, stage: str, cluster: Cluster, num_units: int) -> int:
@@ -13,7 +15,7 @@ def threads_of_stage(store: RunStore, stage: str, cluster: Cluster, num_units: i
 
     A stage that begins gets those with which its `num_units` units end soonest, and they are stored.
     """
-    name = stage.replace(" ", "-")
+    name = _SAME_WORK.get(stage, stage).replace(" ", "-")
     if not store.has_checkpoint(_STAGE, name):
         store.save_checkpoint(_STAGE, name, {}, {"threads": cluster.threads(num_units)})
     _, about = store.load_checkpoint(_STAGE, name)

@@ -80,7 +80,12 @@ def run_trials(
                 verbose=0,
             ),
         )
-        results = tuner.fit()
+        try:
+            results = tuner.fit()
+        except OSError as error:
+            raise store.storage.refused("write", "tune", error) from None
+    if watch.error is not None:
+        raise watch.error
     failed = dict(watch.failed)
     for result in (results[place] for place in range(len(results))):
         if result.error is not None and result.config:
@@ -151,6 +156,8 @@ class _Watch(Callback):
         self._progress, self._tuning = progress, tuning
         self._states: dict[str, tuple[float, str]] = {}
         self.failed: dict[str, str] = {}
+        self.error: GrossRayError | None = None
+        """What the stage's account of a trial met: raised in here, Tune would do that trial again."""
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._states[trial.config["unit"]["name"]] = (float(result["share"]), str(result["state"]))
@@ -164,7 +171,10 @@ class _Watch(Callback):
         failed = result.get("failed")
         stopped = failed is None and result["share"] < 1
         name = _account(trial.config)
-        self._tuning.on_end(Ended(name, unit, result, stopped, failed, result.get("diverged", False)))
+        try:
+            self._tuning.on_end(Ended(name, unit, result, stopped, failed, result.get("diverged", False)))
+        except GrossRayError as error:
+            self.error = self.error or error
         if failed is not None:
             self.failed[name] = failed
             self._progress.note(f"{unit.name}: failed: {result.get('traceback', failed)}")

@@ -68,6 +68,7 @@ class WorkerPool:
         """Start nothing yet: actors are started as a stage needs them."""
         self._cluster, self._packed = cluster, packed_splits
         self._actors: list[Any] = []
+        self._were_up: set[Any] = set()
         self._versions = Versions.here()
         self._start_failures = 0
         self._last_failure = ""
@@ -132,9 +133,13 @@ class WorkerPool:
             try:
                 ray.get(reference)
                 queues[actor] = deque()
+                self._were_up.add(actor)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
+                if actor in self._were_up:  # it died between two stages, with its node, say
+                    self._replace(actor, starting)
+                    continue
                 self._start_failures += 1
                 self._last_failure = str(error).strip().splitlines()[-1].strip()
                 if self._start_failures < MAX_ATTEMPTS:
@@ -162,6 +167,7 @@ class WorkerPool:
         for actor in self._actors:
             ray.kill(actor)
         self._actors.clear()
+        self._were_up.clear()
 
     def _start(self) -> Any:
         gpus = self._cluster.gpus_per_unit if self._cluster.device == "cuda" else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ def free_port() -> int:
 @contextmanager
 def serving() -> Iterator[int]:
     """Yield the server's port."""
+    os.environ |= {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": SECRET}
     port = free_port()
     log = subprocess.DEVNULL
     process = subprocess.Popen(
@@ -45,6 +47,4 @@ def serving() -> Iterator[int]:
 
 
 def uri(port: int, folder: str, bucket: str = "runs") -> str:
-    secret = SECRET.replace("/", "%2F").replace("+", "%2B")
-    query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-    return f"s3://AKIDEXAMPLE:{secret}@{bucket}/{folder}?{query}"
+    return f"s3://{bucket}/{folder}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"

@@ -6,32 +6,36 @@ lease, a file that its owner writes again and again. One that stays as it is bel
 
 from __future__ import annotations
 
-import _thread
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gross_ray.errors import GrossRayError, RunFolderError, StorageError
+from gross_ray.errors import RunFolderError, StorageError
 from gross_ray.results.storage import Storage
 
 LOCK = ".lock"
 REFRESH_SECONDS = 15.0
 """How often a lease is written again."""
-STALE_SECONDS = 60.0
-"""How long a lease may stay as it is before it is taken over."""
-POLL_SECONDS = 2.0
-"""How often another one's lease is looked at meanwhile."""
+STALE_SECONDS = 480.0
+"""How old a lease must be to be taken over: longer than a store may be away while its owner waits for it."""
+MARGIN_SECONDS = 60.0
+"""So much earlier an owner that could not write its lease gives up: the two clocks may differ."""
+WATCH_SECONDS = 20.0
+"""How long an old lease is watched before it is taken over: it may be young, and the clocks differ."""
 SETTLE_SECONDS = 1.0
 """How long after taking a lease another driver may have written its own in its place."""
+
+_NOBODY = "nobody yet, but its lease is old"
 
 
 @contextmanager
@@ -39,11 +43,16 @@ def held(storage: Storage) -> Iterator[None]:
     """Hold the lock of a run folder.
 
     Raises RunFolderError naming the host, process and time of a living owner. Where a lease is lost while the block
-    runs (its process was asleep for longer than STALE_SECONDS, say), the block is interrupted, and the same is raised.
+    runs (its process was asleep for longer than STALE_SECONDS, say), the block is interrupted by a SIGINT to the main
+    thread, and RunFolderError raised.
     """
     if storage.folder is not None:
-        with _flock(storage, storage.folder / LOCK):
+        descriptor = _flock(storage, storage.folder / LOCK)
+        try:
             yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it with a forked child
+            os.close(descriptor)
         return
     lease = _Lease(storage)
     lease.take()
@@ -53,35 +62,35 @@ def held(storage: Storage) -> Iterator[None]:
         if lease.lost_to is None:
             raise
         raise RunFolderError(
-            f"run folder {storage} was taken over by {lease.lost_to} while this process did not answer: "
-            "what it stored is kept; let one of the two go on alone"
+            f"run folder {storage} was lost to {lease.lost_to}, while this process could not write its lease: "
+            "what it stored is kept; let one driver go on alone"
         ) from None
     finally:
         lease.give_back()
 
 
-@contextmanager
-def _flock(storage: Storage, path: Path) -> Iterator[None]:
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise _in_use(storage, file.read().strip() or "another process") from None
-        except OSError as error:
-            raise RunFolderError(
-                f"cannot lock {file.name}: {error}; give an --out on a file system that has locks"
-            ) from None
-        try:
-            file.truncate(0)
-            file.write(_owner(_me()))
-            file.flush()
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error}; free space, or give another --out") from None
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it with a forked child
+def _flock(storage: Storage, path: Path) -> int:
+    """Lock a local file, write its owner into it, and return its descriptor."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise storage.refused("write", LOCK, error) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(descriptor, 1000).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise _in_use(storage, owner or "another process") from None
+    except OSError as error:
+        os.close(descriptor)
+        raise RunFolderError(f"cannot lock {path}: {error}; give an --out on a file system that has locks") from None
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, _owner(_me()).encode())
+    except OSError as error:
+        os.close(descriptor)
+        raise storage.refused("write", LOCK, error) from None
+    return descriptor
 
 
 class _Lease:
@@ -96,43 +105,58 @@ class _Lease:
     def take(self) -> None:
         found = self._read()
         if found is not None and not _owner_is_dead(found):
-            self._watch(found)
+            self._require_stale(found)
         self._write()
         time.sleep(SETTLE_SECONDS)
         found = self._read()
         if found is None or found.get("token") != self._me["token"]:
             raise _in_use(self._storage, _owner(found or {}))
+        # From here on one attempt at a time: what is written late could be written over another one's lease.
+        self._storage = self._storage.impatient()
         self._thread.start()
 
     def give_back(self) -> None:
+        """Delete the lease if it is still this one's; a store that is away lets it grow old instead."""
         self._ended.set()
         self._thread.join()
-        found = self._read()
-        if found is not None and found.get("token") == self._me["token"]:
-            self._storage.delete(LOCK)
+        with suppress(StorageError):
+            found = self._read()
+            if found is not None and found.get("token") == self._me["token"]:
+                self._storage.delete(LOCK)
 
-    def _watch(self, found: dict[str, Any]) -> None:
-        """Wait until a lease is stale; raise where it is written again."""
-        watched_since = time.monotonic()
-        while time.monotonic() - watched_since < STALE_SECONDS:
-            time.sleep(POLL_SECONDS)
-            now = self._read()
-            if now is None:
-                return
-            if now != found:
-                raise _in_use(self._storage, _owner(now))
+    def _require_stale(self, found: dict[str, Any]) -> None:
+        """Raise unless a lease is old by this machine's clock, and stays as it is while it is watched."""
+        age = _age(found)
+        if age is not None and age < STALE_SECONDS:
+            raise _in_use(
+                self._storage,
+                f"{_owner(found)} (heard of {max(0.0, age):.0f} s ago; free, should it be dead, in "
+                f"{STALE_SECONDS - max(0.0, age):.0f} s)",
+            )
+        time.sleep(WATCH_SECONDS)
+        now = self._read()
+        if now is not None and now != found:
+            raise _in_use(self._storage, _owner(now))
 
     def _keep(self) -> None:
+        written = time.monotonic()
         while not self._ended.wait(REFRESH_SECONDS):
             try:
                 found = self._read()
                 if found is not None and found.get("token") != self._me["token"]:
                     self.lost_to = _owner(found)
-                    _thread.interrupt_main()
-                    return
-                self._write()
-            except GrossRayError:
-                continue  # the store is away: the work itself will say so, and the next round tries again
+                elif time.monotonic() - written > STALE_SECONDS - MARGIN_SECONDS:
+                    self.lost_to = _NOBODY
+                else:
+                    self._write()
+                    written = time.monotonic()
+            except StorageError:  # away: the work itself waits for it, and will say so
+                if time.monotonic() - written > STALE_SECONDS - MARGIN_SECONDS:
+                    self.lost_to = _NOBODY
+            if self.lost_to is not None:
+                # A real signal, which ends a wait of the main thread too.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -170,6 +194,14 @@ def _owner_is_dead(found: dict[str, Any]) -> bool:
     if kernel is None or found.get("kernel") != kernel or not isinstance(found.get("pid"), int):
         return False
     return _started(found["pid"]) != found.get("started")
+
+
+def _age(found: dict[str, Any]) -> float | None:
+    """Return the seconds since a lease was written, by the clocks of two machines; None where it does not say."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(str(found.get("refreshed")))).total_seconds()
+    except (ValueError, TypeError):
+        return None
 
 
 def _kernel() -> str | None:

@@ -29,7 +29,8 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_SECRET_FIELD = re.compile(r"key|secret|token|password|credential|sig", re.IGNORECASE)
+_WITH_PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^@]*:.*@")
+_SECRET_FIELD = re.compile(r"[?&]([^=&]*(?:key|secret|token|password|credential|sig)[^=&]*)=", re.IGNORECASE)
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY")
 # What a repetition would meet again. pyarrow hands on the store's word for it and nothing else.
 _REFUSED = re.compile(
@@ -52,12 +53,16 @@ Result = TypeVar("Result")
 class Storage:
     """The files of one root, by their names below it ("tables/runs/a.parquet"). Pickles to its address."""
 
+    patience: float | None = None
+    """Seconds for which a store that does not answer is asked again; None: PATIENCE_SECONDS."""
+
     def __init__(self, address: str | Path) -> None:
         """Take a local path or a URI (s3://bucket/folder, gs://, file://, ...); nothing is made or looked at yet.
 
-        Raises InvalidValueError for a URI that pyarrow does not know.
+        Raises InvalidValueError for a URI that pyarrow does not know or that holds credentials (those are taken from
+        the environment, so that no process list, log or pickle shows them), and StorageError.
         """
-        self._address = str(address)
+        self._address = _without_credentials(str(address))
         uri = _URI.match(self._address)
         if uri is None or self._address.startswith("file://"):
             local = unquote(urlsplit(self._address).path) if uri else self._address
@@ -69,14 +74,19 @@ class Storage:
             """The root's path in `filesystem`."""
         else:
             self.folder = None
-            self.filesystem, self.root = _filesystem(self._address)
+            self.filesystem, self.root = self._do("reach", "", lambda: _filesystem(self._address))
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self._address if self.folder is None else str(self.folder),)
 
     def __str__(self) -> str:
-        """Return the root as it may be shown: without the secrets that a URI may hold."""
-        return _without_secrets(self._address, self._address) if self.folder is None else str(self.folder)
+        return self._address if self.folder is None else str(self.folder)
+
+    def impatient(self) -> Storage:
+        """Return the same files, asked for once and not again where a store does not answer."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), patience=0.0)
+        return other
 
     def shown(self, name: str) -> str:
         """Return where a file is, as it may be shown."""
@@ -106,12 +116,6 @@ class Storage:
                 return file.read()
 
         return self._do("read", name, all_of_it)
-
-    def open(self, name: str) -> pa.NativeFile:
-        """Return a file opened for reading at any place. Raises FileNotFoundError and StorageError."""
-        if self.folder is None:  # fetched whole: a store that fails half-way through is asked again
-            return pa.BufferReader(self.read(name))
-        return self._do("read", name, lambda: self.filesystem.open_input_file(self.path(name)))
 
     def exists(self, name: str) -> bool:
         """Return whether a file is there. Raises StorageError."""
@@ -177,18 +181,22 @@ class Storage:
                     f"cannot {what} {self.shown(name)}: there is no such folder or bucket; make it, or give another"
                 ) from None
             except (OSError, pa.ArrowException) as error:
-                reason = _without_secrets(str(error), self._address).strip().splitlines()[0]
-                if self.folder is not None or _REFUSED.search(reason) or isinstance(error, PermissionError):
-                    number = error.errno if isinstance(error, OSError) else None
-                    remedy = _REMEDIES.get(number or 0, _REMEDY_HERE if self.folder is not None else _REMEDY_THERE)
-                    raise StorageError(f"cannot {what} {self.shown(name)}: {reason}; {remedy}") from None
-                if time.monotonic() - started + pause > PATIENCE_SECONDS:
+                if self.folder is not None or _REFUSED.search(str(error)) or isinstance(error, PermissionError):
+                    raise self.refused(what, name, error) from None
+                patience = PATIENCE_SECONDS if self.patience is None else self.patience
+                if time.monotonic() - started + pause > patience:
                     raise StorageError(
-                        f"cannot {what} {self.shown(name)}: no answer for {PATIENCE_SECONDS:g} s ({reason}); "
+                        f"cannot {what} {self.shown(name)}: no answer for {patience:g} s ({_reason(error)}); "
                         "when the store is back, the same command again does what is missing"
                     ) from None
             time.sleep(pause * random.uniform(0.5, 1.0))  # not all workers at the same moment
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def refused(self, what: str, name: str, error: Exception) -> StorageError:
+        """Return the error for a file that could not be written, read, ... and that would not be the next time."""
+        number = error.errno if isinstance(error, OSError) else None
+        remedy = _REMEDIES.get(number or 0, _REMEDY_HERE if self.folder is not None else _REMEDY_THERE)
+        return StorageError(f"cannot {what} {self.shown(name)}: {_reason(error)}; {remedy}")
 
 
 _REMEDY_HERE = "look at the disk; the same command again does what is missing"
@@ -222,23 +230,29 @@ def _filesystem(address: str) -> tuple[fs.FileSystem, str]:
         if not urlsplit(address).netloc:
             raise ValueError("it names no bucket")
         filesystem, root = fs.FileSystem.from_uri(address)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = _without_secrets(str(error), address).strip().splitlines()[0]
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
         raise InvalidValueError(
-            f"cannot use {_without_secrets(address, address)} for a run: {reason}; "
-            "give a local folder, or a URI like s3://bucket/folder"
+            f"cannot use {address} for a run: {_reason(error)}; give a local folder, or a URI like s3://bucket/folder"
         ) from None
     return filesystem, root.rstrip("/")
 
 
-def _without_secrets(text: str, address: str) -> str:
-    """Return a text with every secret of the address and of the environment replaced by ***."""
-    parts = urlsplit(address)
-    secrets = [parts.username, parts.password] if "@" in parts.netloc else []
-    fields = (field.partition("=") for field in parts.query.split("&"))
-    secrets += [value for name, _, value in fields if _SECRET_FIELD.search(name)]
-    secrets += [unquote(secret) for secret in secrets if secret]
-    secrets += [os.environ.get(name) for name in _SECRET_VARIABLES]
-    for secret in sorted(filter(None, secrets), key=len, reverse=True):
-        text = text.replace(secret, "***")
+def _without_credentials(address: str) -> str:
+    """Return an address that may be shown. Raises InvalidValueError for one with a password or a key."""
+    password = _WITH_PASSWORD.match(address)
+    if password or (_URI.match(address) and _SECRET_FIELD.search(address)):
+        where = f"{password.group(1)}***@..." if password else address.split("?")[0]
+        raise InvalidValueError(
+            f"{where} holds credentials, which process lists and logs would show: give them to pyarrow by the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...), a profile or the machine's role"
+        )
+    return address
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, with every secret of the environment replaced by ***."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    for name in _SECRET_VARIABLES:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "***")
     return text

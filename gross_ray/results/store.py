@@ -53,6 +53,7 @@ class RunStore:
         """The experiment that the folder belongs to."""
         self.damaged: list[str] = []
         """Files, named from the run folder on, that were found damaged and deleted."""
+        self._locked = False
 
     def __reduce__(self) -> tuple[type[RunStore], tuple[Storage, Experiment]]:
         return RunStore, (self.storage, self.experiment)
@@ -105,7 +106,11 @@ class RunStore:
         """
         with lock.held(self.storage):
             self._check_experiment()  # two drivers may have created the folder at the same moment
-            yield
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
 
     def remove_leftovers(self) -> None:
         """Delete what killed writers left, and damaged checkpoints (noted in `damaged`).
@@ -167,7 +172,10 @@ class RunStore:
         self.storage.write(file, _parquet(arrow))
 
     def finished_units(self, name: str) -> set[str]:
-        """Return the units of table `name` that are stored whole; a damaged file is deleted and noted in `damaged`."""
+        """Return the units of table `name` that are stored whole.
+
+        Where this process holds the lock, a damaged file is deleted and noted in `damaged`.
+        """
         units = set()
         for unit in self._units(name):
             file = _table_file(name, unit)
@@ -175,7 +183,8 @@ class RunStore:
                 _read_unit(self.storage, file)
                 units.add(unit)
             except _DamagedFile:
-                self._forget_damaged(file)
+                if self._locked:
+                    self._forget_damaged(file)
         return units
 
     def has_unit(self, name: str, unit: str) -> bool:
@@ -242,8 +251,7 @@ class RunStore:
             raise RunFolderError(f"damaged file {self.storage.shown(file)}: {error}; {_AGAIN}") from None
         for name in columns or ():
             if name not in unit.column_names:  # pyarrow leaves it out without a word
-                with self.storage.open(file) as opened:
-                    there = ", ".join(pq.read_schema(opened).names)
+                there = ", ".join(pq.read_schema(pa.BufferReader(self.storage.read(file))).names)
                 raise InvalidValueError(f"table {file.split('/')[1]!r} has no column {name!r}; its columns: {there}")
         return unit
 
@@ -284,10 +292,14 @@ def _parquet(arrow: pa.Table) -> pa.Buffer:
 
 def _read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
     # ParquetFile, for pyarrow's other readers make columns of folders like seed=0 on the way to the file.
+    # From memory: an error of the disk or the network is none of the file's content.
     try:
-        with storage.open(file) as opened, pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
+        content = pa.BufferReader(storage.read(file))
+        with pq.ParquetFile(content, page_checksum_verification=True) as parquet:
             rows = parquet.metadata.num_rows
             stored = parquet.read(columns)
+    except (pa.ArrowMemoryError, pa.ArrowNotImplementedError):
+        raise
     except (pa.ArrowException, OSError) as error:
         raise _DamagedFile(error) from None
     if stored.num_rows != rows:

@@ -48,7 +48,7 @@ def _inject(undisturbed: Path, tmp_path: Path, stage: str, fault: str, choices: 
         status = inject(process, run, stage, choices)
         ended_before = latest > 0 and status == 0 and "finished after" in log.read_text()
         assert status == expected or ended_before, log.read_text()
-        kept, epochs = stored(run), epochs_under_way(run)
+    kept, epochs = stored(run), epochs_under_way(run)  # after the last worker: it may end its unit meanwhile
     resume(run, stage, log)
     assert_as_undisturbed(run, undisturbed, stage)
     if fault in KEEPS_ALL:

@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from gross_ray.errors import RunFolderError
+from gross_ray.errors import RunFolderError, StorageError
 from gross_ray.experiment import Experiment
 from gross_ray.results import lock
 from gross_ray.results.storage import Storage
@@ -110,7 +111,7 @@ class Bucket(Storage):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    for name, seconds in {"REFRESH": 0.05, "STALE": 0.5, "POLL": 0.05, "SETTLE": 0.1}.items():
+    for name, seconds in {"REFRESH": 0.05, "WATCH": 0.3, "SETTLE": 0.1}.items():
         monkeypatch.setattr(lock, f"{name}_SECONDS", seconds)
     return Bucket(tmp_path)
 
@@ -141,13 +142,54 @@ def test_a_living_owner_s_lease_is_refused_by_name(bucket):
         assert json.loads(bucket.read(".lock"))["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("content", [of_another_machine(), b"{", b"[]", b""])
-def test_a_lease_that_nobody_writes_again_is_taken_over_after_a_while(bucket, content):
+OLD = (datetime.now(UTC) - timedelta(seconds=lock.STALE_SECONDS + 1)).isoformat()
+
+
+@pytest.mark.parametrize("content", [of_another_machine(refreshed=OLD), of_another_machine(), b"{", b"[]", b""])
+def test_an_old_lease_is_watched_and_taken_over(bucket, content):
     bucket.write(".lock", content)
     started = time.monotonic()
     with lock.held(bucket):
-        assert time.monotonic() - started >= lock.STALE_SECONDS
+        assert time.monotonic() - started >= lock.WATCH_SECONDS
         assert json.loads(bucket.read(".lock"))["pid"] == os.getpid()
+
+
+def test_a_young_lease_of_another_machine_is_refused_at_once(bucket, monkeypatch):
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: pytest.fail("waits"))
+    young = (datetime.now(UTC) - timedelta(seconds=100)).isoformat()
+    bucket.write(".lock", of_another_machine(refreshed=young))
+    message = r"in use by process 4 on node-7 since .*heard of 10\d s ago; free, should it be dead, in 3[78]\d s"
+    with pytest.raises(RunFolderError, match=message), lock.held(bucket):
+        pass
+
+
+def test_a_lease_that_looks_old_by_another_clock_and_is_written_again_is_left_alone(bucket, monkeypatch):
+    bucket.write(".lock", of_another_machine(refreshed=OLD))
+    sleep = lock.time.sleep
+
+    def written_meanwhile(seconds):
+        bucket.write(".lock", of_another_machine(refreshed=OLD, since="now"))
+        sleep(seconds / 10)
+
+    monkeypatch.setattr(lock.time, "sleep", written_meanwhile)
+    with pytest.raises(RunFolderError, match="in use by process 4 on node-7 since now"), lock.held(bucket):
+        pass
+
+
+def test_an_owner_whose_store_is_away_for_too_long_gives_up_and_writes_no_more(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_SECONDS", lock.MARGIN_SECONDS + 0.3)
+    written = []
+
+    def away(self, name, data):
+        if written:
+            raise StorageError("away")
+        written.append(data)
+        Storage(self.where).write(name, data)
+
+    monkeypatch.setattr(Bucket, "write", away)
+    with pytest.raises(RunFolderError, match="was lost to nobody yet, but its lease is old"), lock.held(bucket):
+        threading.Event().wait(20)
+    assert len(written) == 1
 
 
 def test_a_lease_whose_process_of_this_machine_is_dead_is_taken_over_at_once(bucket, monkeypatch):
@@ -175,7 +217,7 @@ def test_of_two_that_take_it_at_the_same_moment_one_gets_it(bucket, monkeypatch)
 
 
 def test_a_driver_whose_lease_was_taken_over_stops_and_says_by_whom(bucket):
-    told = pytest.raises(RunFolderError, match="was taken over by process 4 on node-7 since .*what it stored is kept")
+    told = pytest.raises(RunFolderError, match="was lost to process 4 on node-7 since .*what it stored is kept")
     with told, lock.held(bucket):
         bucket.write(".lock", of_another_machine())
         threading.Event().wait(20)
@@ -186,3 +228,9 @@ def test_an_interrupt_of_the_user_stays_one(bucket):
     with pytest.raises(KeyboardInterrupt), lock.held(bucket):
         raise KeyboardInterrupt
     assert not bucket.exists(".lock")
+
+
+def test_a_folder_in_which_no_lock_can_be_written_is_told_in_one_line(store):
+    (store.path / ".lock").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*\.lock: "), store.lock():
+        pass

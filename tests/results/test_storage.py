@@ -123,8 +123,7 @@ def test_a_run_folder_in_a_bucket_is_made_written_read_and_read_by_pandas_alone(
 
 
 def test_a_bucket_is_locked(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.3)
-    monkeypatch.setattr(lock, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.1)
     store = RunStore.create(uri(s3_port, "locked"), Experiment(name="test"))
     with store.lock(), pytest.raises(RunFolderError, match="is in use by process"), store.lock():
         pass
@@ -147,6 +146,9 @@ def test_checkpoints_and_damaged_files_in_a_bucket(s3_port: int) -> None:
     store.remove_leftovers()
     assert store.damaged == [file]
     assert store.finished_units("networks") == {"seed=1"}
+    assert store.damaged == [file], "deleted by one that does not hold the lock"
+    with store.lock():
+        assert store.finished_units("networks") == {"seed=1"}
     assert store.damaged == [file, "tables/networks/seed=0.parquet"]
     assert not store.has_checkpoint("train", "seed=1")
 
@@ -167,12 +169,12 @@ def test_a_store_that_fails_for_a_while_is_asked_again(door: Door, monkeypatch: 
     sleep = time.sleep
     monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: (pauses.append(seconds), sleep(seconds / 50)))
     store = RunStore.create(uri(door.server_address[1], "moody"), Experiment(name="test"))
-    door.refusals += [(503, "SlowDown")] * 80
+    door.refusals += [(503, "SlowDown")] * 50
     store.write_table("networks", "seed=0", [NETWORK])
     assert door.refusals == []
-    assert len(pauses) >= 2, "pyarrow's own repetitions were enough: this tests nothing"
+    assert pauses, "pyarrow's own repetitions were enough: this tests nothing"
     assert all(later > earlier / 2 for earlier, later in zip(pauses, pauses[1:], strict=False))
-    door.refusals += [(503, "SlowDown")] * 80
+    door.refusals += [(503, "SlowDown")] * 50
     assert store.read_table("networks")["seed"].tolist() == [0]
     assert door.refusals == []
 
@@ -184,16 +186,13 @@ def test_a_store_that_is_away_for_longer_is_named_without_secrets(monkeypatch: p
     with pytest.raises(RunFolderError, match="no answer for 1 s .*same command again") as caught:
         RunStore.create(uri(port, "away"), Experiment(name="test"))
     assert "EXAMPLE" not in str(caught.value)
-    assert "s3://***:***@runs/away" in str(caught.value)
 
 
 def test_a_store_that_refuses_says_what_it_refused_at_once(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: pytest.fail("asked again"))
     storage = Storage(uri(door.server_address[1], "closed"))
     door.refusals += [(403, "AccessDenied")] * 10
-    with pytest.raises(
-        StorageError, match=r"cannot write s3://\*\*\*:\*\*\*@runs/closed/tables/a: .*ACCESS_DENIED"
-    ) as caught:
+    with pytest.raises(StorageError, match=r"cannot write s3://runs/closed/tables/a: .*ACCESS_DENIED") as caught:
         storage.write("tables/a", b"x")
     assert "EXAMPLE" not in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -211,11 +210,48 @@ def test_an_address_that_pyarrow_does_not_know_is_refused(address: str) -> None:
         Storage(address)
 
 
-def test_secrets_of_the_query_and_of_the_environment_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"s3://AKIDEXAMPLE:{SECRET}@runs/x",  # its slash unescaped: no parser of URIs finds the @
+        f"s3://AKIDEXAMPLE:{SECRET.replace('/', '%2F')}@runs/x?region=eu",
+        f"gs://runs/x?access_token={SECRET}",
+        f"s3://runs/x?region=eu&secret_key={SECRET}",
+    ],
+)
+def test_an_address_with_credentials_is_refused_and_not_shown(address: str) -> None:
+    with pytest.raises(InvalidValueError, match="holds credentials.*AWS_ACCESS_KEY_ID") as caught:
+        Storage(address)
+    assert "EXAMPLEKEY" not in str(caught.value)
+    Storage("gs://anonymous@runs/x")
+
+
+def test_secrets_of_the_environment_are_in_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "from-the-environment")
-    address = "s3://user:p%2Fw@b/run?access_token=abc%2Bdef&region=eu"
-    text = storage_module._without_secrets(f"{address} and p/w and abc+def and from-the-environment", address)
-    assert text == "s3://***:***@b/run?access_token=***&region=eu and *** and *** and ***"
+    refused = Storage("/tmp/x").refused("write", "a", OSError("bad from-the-environment\nmore"))
+    assert str(refused).startswith("cannot write /tmp/x/a: bad ***; ")
+
+
+def test_a_pickled_store_holds_no_secret(s3_port: int) -> None:
+    storage = Storage(uri(s3_port, "pickled"))
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
+    for pickled in (pickle.dumps(storage), pickle.dumps(storage.filesystem)):
+        assert SECRET.encode() not in pickled
+
+
+def test_a_region_that_cannot_be_looked_up_is_no_wrong_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def no_answer(address: str) -> None:
+        asked.append(address)
+        raise OSError("When resolving region for bucket 'runs': AWS Error NETWORK_CONNECTION")
+
+    monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(storage_module, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(storage_module, "_filesystem", no_answer)
+    with pytest.raises(StorageError, match="cannot reach s3://runs/x.*no answer for 0.5 s"):
+        Storage("s3://runs/x")
+    assert len(asked) > 2
 
 
 # Local folders

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pandas
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -374,6 +375,9 @@ def test_a_damaged_unit_is_named_removed_and_can_be_done_again(store, damage):
     ):
         store.read_table("history")
     assert store.finished_units("history") == {"seed=0"}
+    assert path.exists(), "deleted by one that does not hold the lock"
+    with store.lock():
+        assert store.finished_units("history") == {"seed=0"}
     assert store.damaged == ["tables/history/seed=1.parquet"]
     assert not path.exists()
     store.write_table("history", "seed=1", rows_of(1))
@@ -570,3 +574,18 @@ def test_files_are_readable_by_those_that_the_umask_allows(store):
     table = store.path / "tables/selections/all.parquet"
     for file in (checkpoint, table, store.path / "experiment.json"):
         assert file.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("error", [pa.ArrowMemoryError("no memory"), pa.ArrowNotImplementedError("too new for it")])
+def test_an_error_that_is_not_the_file_s_deletes_nothing(store, monkeypatch, error):
+    store.write_table("history", "seed=0", rows_of(0))
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pq.ParquetFile, "read", fail)
+    with store.lock(), pytest.raises(type(error)):
+        store.finished_units("history")
+    monkeypatch.undo()
+    assert store.finished_units("history") == {"seed=0"}
+    assert store.damaged == []
