@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 # Before Ray is imported: no usage statistics, no boxes from Tune, its token authentication explicitly on.
@@ -34,6 +37,8 @@ CONNECT_SECONDS = 10.0
 """How long a named cluster may take to answer."""
 HEAD_SECONDS = 120.0
 """How long a cluster's head may take to run a first small task, the code's way there included."""
+_MARK = "GROSS_RAY_STARTED"
+"""Environment variable of all processes of a Ray that is started here."""
 THREAD_EFFICIENCY = 0.85
 """n threads do n^0.85 times the work of one (measured: 1.8 times with 2, training the four-conv network)."""
 
@@ -123,14 +128,17 @@ def connected(resources: Resources) -> Iterator[Cluster]:
     Raises ResourcesError if the cluster cannot be reached, or will never have what is asked for.
     """
     started_here = not ray.is_initialized()
+    mark = uuid.uuid4().hex
     try:
         if started_here:
-            _connect(resources)
+            with _environment(_MARK, mark):
+                _connect(resources)
         alone = started_here and resources.joined_address is None
         yield _describe(resources, None if alone else _autoscaling_config())
     finally:
         if started_here:
             ray.shutdown()
+            _end_orphans(mark)
 
 
 def _connect(resources: Resources) -> None:
@@ -171,17 +179,37 @@ def _loopback_alone() -> Iterator[None]:
 
     It has this for machines other than Linux, read as it is imported, here and in the processes that it starts.
     """
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before, was_on = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    was_on = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "0"):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = was_on
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for the processes that the block starts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = was_on
         if before is None:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _end_orphans(mark: str) -> None:
+    """End what is left of a Ray that was started here: agents outlive a node that is ended while it starts them."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+        except OSError:  # another user's, or gone
+            continue
 
 
 def _runtime_env() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from faults import (
     before_stage,
     driver,
     epochs_under_way,
+    marked,
     resume,
     stored,
 )
@@ -68,6 +70,19 @@ def test_quick(whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: s
 @pytest.mark.parametrize("stage", STAGES)
 def test_matrix(whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: str, repeat: int) -> None:
     _inject(whole_run[0], tmp_path, stage, fault, random.Random(f"{SEED} {stage} {fault} {repeat}"), 1.0)
+
+
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+def test_terminated_while_ray_starts(whole_run: tuple[Path, str], tmp_path: Path, server: str) -> None:
+    run, log = before_stage(whole_run[0], "train", tmp_path / "run"), tmp_path / "log"
+    with driver(run, "train", log) as process:
+        deadline = time.monotonic() + 60
+        while not any(server in title.split(" ")[0] for _, title in marked(process.mark)):  # type: ignore[attr-defined]
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(60) == 143, log.read_text()
+    assert log.read_text().strip().splitlines()[-1].startswith("Interrupted: what is finished is stored")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
