@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -127,48 +128,68 @@ def _starts(run: Path) -> dict[str, list[str]]:
     return {file.name: file.read_text().split() for file in (run.parent / "starts").iterdir()}
 
 
-def slow_shard(context: Context, unit: Unit) -> str:
+def held_shard(context: Context, unit: Unit) -> str:
+    """Evaluate a shard; as soon as one is stored, the next ones are held until the node is lost."""
     _mark_start(context, unit)
-    time.sleep(0.3)
+    if context.store.finished_units("configurations"):
+        _hold(context, unit, "search")
     return SHARD(context, unit)
 
 
-def slow_trial(context: Context, unit: Unit) -> str:
+def held_trial(context: Context, unit: Unit) -> str:
+    """Train a supernet; as soon as an epoch is stored, it is held until the node is lost."""
     _mark_start(context, unit)
     report = context.report
 
-    def slow_report(share: float, text: str, **metrics: float) -> object:
-        time.sleep(0.3)
+    def held_report(share: float, text: str, **metrics: float) -> object:
+        if context.store.has_checkpoint("finetune-under-way", unit.name):
+            _hold(context, unit, "sweep")
         return report(share, text, **metrics)
 
-    context.report = slow_report
+    context.report = held_report
     return TRIAL(context, unit)
+
+
+def _hold(context: Context, unit: Unit, stage: str) -> None:
+    folder = context.store.path.parent
+    (folder / f"held-in-{stage}" / f"{unit.name} {os.getpid()}").touch()
+    deadline = time.monotonic() + 120
+    while not (folder / f"lost-in-{stage}").exists():
+        assert time.monotonic() < deadline, "no node was lost"
+        time.sleep(0.01)
 
 
 SHARD, TRIAL = search.work, sweep.work
 
 
 class Loss(threading.Thread):
-    """Loses the node on which a unit is under way, as soon as there is one."""
+    """Loses the node on which a unit is held, as soon as there is one; then the others are let go."""
 
-    def __init__(self, nodes: Nodes, run: Path, under_way: Callable[[], list[str]]) -> None:
+    def __init__(self, nodes: Nodes, run: Path, stage: str) -> None:
         super().__init__(daemon=True)
-        self._nodes, self._run, self._under_way = nodes, run, under_way
-        self.lost = ""
+        self._nodes, self._run = nodes, run
+        self._held, self._sign = (run.parent / f"{what}-in-{stage}" for what in ("held", "lost"))
+        self._held.mkdir()
+        self.lost = self.unit = ""
 
     def run(self) -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not self.lost:
-            if units := self._under_way():
-                node = _starts(self._run)[units[0]][-1]
+            for file in self._held.iterdir():
+                self.unit, _, pid = file.name.rpartition(" ")
+                node = _starts(self._run)[self.unit][-1]
                 self._nodes.lose(node)
+                with suppress(ProcessLookupError):  # its workers outlive Ray's own processes by a moment
+                    os.kill(int(pid), signal.SIGKILL)
                 self.lost = node
+                self._sign.touch()
+                break
             time.sleep(0.01)
 
 
 @contextmanager
-def _loss(nodes: Nodes, run: Path, under_way: Callable[[], list[str]]) -> Iterator[Loss]:
-    loss = Loss(nodes, run, under_way)
+def _loss(nodes: Nodes, run: Path, stage: str) -> Iterator[Loss]:
+    loss = Loss(nodes, run, stage)
     loss.start()
     yield loss
     loss.join()
@@ -181,29 +202,19 @@ def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
     before, expected = undisturbed
     run = tmp_path / "run"
     shutil.copytree(before, run)
-    shards, epochs = run / "tables/configurations", run / "checkpoints/finetune-under-way"
-
-    def under_way_in_search() -> list[str]:
-        done = {file.stem for file in shards.glob("*.parquet")}
-        return [unit for unit in _starts(run) if "start=" in unit and unit not in done] if done else []
-
-    def under_way_in_sweep() -> list[str]:
-        return [file.stem for file in epochs.glob("alpha=*.safetensors")]
-
-    monkeypatch.setattr(search, "work", slow_shard)
-    monkeypatch.setattr(sweep, "work", slow_trial)
-    with _loss(nodes, run, under_way_in_search) as first:
+    monkeypatch.setattr(search, "work", held_shard)
+    monkeypatch.setattr(sweep, "work", held_trial)
+    with _loss(nodes, run, "search") as first:
         _work_on(RunStore.open(run), nodes, search.run)
     starts = _starts(run)
-    assert len(starts) == len(list(shards.glob("*.parquet"))) >= 4
-    (where,) = (where for where in starts.values() if len(where) > 1)  # what the lost node was doing, and nothing else
-    assert where[0] == first.lost
-    assert where[1:] == [next(each for each in sum(starts.values(), []) if each != first.lost)]
+    assert len(starts) == len(RunStore.open(run).finished_units("configurations")) >= 4
+    assert [unit for unit, where in starts.items() if len(where) > 1] == [first.unit]  # no other is done again
+    assert starts[first.unit][0] == first.lost != starts[first.unit][1]
 
     nodes.restore()
-    with _loss(nodes, run, under_way_in_sweep) as second:
+    with _loss(nodes, run, "sweep") as second:
         _work_on(RunStore.open(run), nodes, sweep.run)
-    (where,) = (where for unit, where in _starts(run).items() if "start=" not in unit)
+    where = _starts(run)[second.unit]
     assert len(where) == 2
     assert where[0] == second.lost != where[1]
 
@@ -216,13 +227,12 @@ def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
 DRIVER = """
 import sys
 import ray
-from pipelines.cluster import Resources, connected, connected
+from pipelines.cluster import Resources, connected
 from pipelines.progress import StageProgress
 from pipelines.units import Unit, pack_splits
 from pipelines.workers import WorkerPool
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
-from gross_ray.errors import ResourcesError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 
