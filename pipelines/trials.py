@@ -159,6 +159,10 @@ class _Watch(Callback):
         self.error: GrossRayError | None = None
         """What the stage's account of a trial met: raised in here, Tune would do that trial again."""
 
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        """Tune pickles its callbacks for a restoration that we never ask for; a bar on a terminal cannot be pickled."""
+        return Callback, ()
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self._states[trial.config["unit"]["name"]] = (float(result["share"]), str(result["state"]))
         self._progress.under_way({unit: state for unit, state in self._states.items() if state[0] < 1})

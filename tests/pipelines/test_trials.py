@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Recorded(StageProgress):
         self.texts: dict[str, str] = {}
         self.states: dict[str, set[tuple[float, str]]] = {}
         self.notes: list[str] = []
+        self.lock = threading.RLock()  # as a bar on a terminal has one: it cannot be pickled
 
     def unit_done(self, unit: str, text: str) -> None:
         super().unit_done(unit, text)
