@@ -120,7 +120,7 @@ def at_a_moment(process: subprocess.Popen[bytes], run: Path, stage: str, log: Pa
 
 def workers(mark: str) -> list[int]:
     """Return the processes of a driver in which Ray does its work now."""
-    return [pid for pid, title in marked(mark) if re.match(r"ray::(?!IDLE)", title)]
+    return [pid for pid, title in marked(mark) if re.match(r"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)", title)]
 
 
 def assert_nothing_left(mark: str) -> None:
