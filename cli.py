@@ -36,9 +36,9 @@ class _Group(click.Group):
             where = f" (see {context.command_path} --help)" if context else ""
             click.echo(f"Error: {error.format_message()}{where}", err=True)
             sys.exit(2)
-        except (click.Abort, KeyboardInterrupt) as error:  # click's versions differ in which of the two it is
+        except (click.Abort, KeyboardInterrupt):  # click's versions differ in which of the two it is
             click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
-            sys.exit(143 if any(isinstance(one, signals.Terminated) for one in (error, error.__cause__)) else 130)
+            sys.exit(signals.exit_status())
 
     def invoke(self, ctx: click.Context) -> Any:
         from gross_ray.errors import DivergedError, GrossRayError, StorageError, UnitsFailedError

@@ -153,7 +153,7 @@ def _connect(resources: Resources) -> None:
             with _loopback_alone():
                 ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     except SystemExit:  # Ray's own answer to a SIGTERM while it starts
-        raise signals.Terminated from None
+        raise signals.terminated() from None
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = f"the cluster at {address}" if address else "Ray on this machine"
         versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))

@@ -13,17 +13,14 @@ from types import FrameType
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received: list[int] = []
 _blocks = 0
 """How many blocks of `orderly` are under way."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived."""
-
-
 @contextmanager
 def orderly() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGINT and Terminated on SIGTERM while the block runs, in the main thread."""
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM while the block runs, in the main thread."""
     global _blocks
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _blocks += 1
@@ -68,8 +65,20 @@ def closed_in_peace(manager: AbstractContextManager[object]) -> Iterator[None]:
             manager.__exit__(None, None, None)
 
 
+def exit_status() -> int:
+    """Return the status of a command that a signal ended: 128 and its number."""
+    return 128 + (_received[-1] if _received else signal.SIGINT)
+
+
+def terminated() -> KeyboardInterrupt:
+    """Return the error to raise for a SIGTERM that another handler has taken."""
+    _received.append(signal.SIGTERM)
+    return KeyboardInterrupt()
+
+
 def _raise(number: int, _: FrameType | None) -> None:
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    _received.append(number)  # asked for at the end: within its own waits Ray raises an error of its own making
+    raise KeyboardInterrupt
 
 
 def _set(handlers: dict[signal.Signals, signal._HANDLER]) -> None:
