@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gross_ray.presets import preset
+from gross_ray.results.storage import Storage
 from gross_ray.results.store import RunStore
 from gross_ray.training.sampling import sampling_probabilities, settled_scaling
 from pipelines.supernet import supernet_unit
@@ -31,7 +32,7 @@ def test_ordinary_alphas_keep_their_short_names(alpha: float, written: str) -> N
 
 @given(ALPHAS)
 def test_every_name_can_be_a_file(tmp_path_factory: pytest.TempPathFactory, alpha: float) -> None:
-    store = RunStore(tmp_path_factory.getbasetemp(), preset("quickstart"))
+    store = RunStore(Storage(tmp_path_factory.getbasetemp()), preset("quickstart"))
     assert not store.has_unit("history", f"reconstruct,{supernet_unit(alpha, 'normalised', 10).name}")
 
 

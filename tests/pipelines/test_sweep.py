@@ -164,9 +164,10 @@ class Interrupts(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_interrupted_search_names_what_is_missing_and_goes_on_with_it(
-    prepared: RunStore, cluster: Cluster, tmp_path: Path
+def test_a_search_that_tune_ends_early_names_what_is_missing_and_goes_on_with_it(
+    prepared: RunStore, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TUNE_DISABLE_SIGINT_HANDLER", "0")  # its own makes `fit` return as if all were done
     store = copy_of(prepared, tmp_path / "run")
     optuna = OptunaOptions(trials=3, alpha_low=0.5, alpha_high=6.0)
     with pytest.raises(UnitsFailedError) as found:
