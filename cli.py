@@ -188,23 +188,32 @@ def run(
     click.echo(results(store))
 
 
-def _stage_command(name: str, description: str) -> click.Command:
-    @click.command(
-        name,
-        help=f"{description}\n\n\b\nExample:\n  gross {name} runs/quickstart",
-    )
-    @click.argument("run", metavar="RUN")
-    @_experiment_options
-    @_work_options
-    def command(run: str, preset_name: str | None, settings: tuple[str, ...], resources: Any, source: Any) -> None:
+def _stage_command(name: str, description: str, *, trials: bool = False) -> click.Command:
+    """Return the command of a stage; one whose units are trials of Ray Tune takes callbacks."""
+    examples = f"gross {name} runs/quickstart"
+    if trials:
+        examples += f"\n  gross {name} runs/quickstart --callback my_callbacks:Notify"
+
+    def command(
+        run: str,
+        preset_name: str | None,
+        settings: tuple[str, ...],
+        resources: Any,
+        source: Any,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
         from gross_ray.report.terminal import stage_results
         from pipelines.run import STAGES
 
         store = _run_folder(run, preset_name, settings)
-        _work(store, resources, source, STAGES[name].run)
+        _work(store, resources, source, STAGES[name].run, callbacks)
         click.echo(stage_results(store, name))
 
-    return command
+    decorated = _experiment_options(_work_options(command))
+    if trials:
+        decorated = _callback_option(decorated)
+    help_text = f"{description}\n\n\b\nExample:\n  {examples}"
+    return click.command(name, help=help_text)(click.argument("run", metavar="RUN")(decorated))
 
 
 for _name, _description in {
@@ -296,32 +305,13 @@ def _refuse_alone(owner: str, given: bool, options: Mapping[str, float | None]) 
             raise click.UsageError(f"{name} {value} without {owner}: it says nothing then; add {owner} or leave it out")
 
 
-@main.command()
-@click.argument("run", metavar="RUN")
-@_callback_option
-@_experiment_options
-@_work_options
-def validate(
-    run: str,
-    callbacks: list[Any],
-    preset_name: str | None,
-    settings: tuple[str, ...],
-    resources: Any,
-    source: Any,
-) -> None:
-    """Train the fixed and the selected configurations on their own, each a trial of Ray Tune.
-
-    \b
-    Example:
-      gross validate runs/quickstart
-      gross validate runs/quickstart --callback my_callbacks:Notify
-    """
-    from gross_ray.report.terminal import stage_results
-    from pipelines.run import STAGES
-
-    store = _run_folder(run, preset_name, settings)
-    _work(store, resources, source, STAGES["validate"].run, callbacks)
-    click.echo(stage_results(store, "validate"))
+main.add_command(
+    _stage_command(
+        "validate",
+        "Train the fixed and the selected configurations on their own, each a trial of Ray Tune.",
+        trials=True,
+    )
+)
 
 
 @main.command("sweep-alpha")
