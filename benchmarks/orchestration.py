@@ -74,7 +74,7 @@ def _stages(base: RunStore, cluster: Cluster, options: argparse.Namespace) -> No
         train.work(_context(base, splits), unit)
     pool = WorkerPool(cluster, packed)
     _start(lambda: pool.run(_nothing, base, [Unit("none")], threads=1, progress=_silent()), "workers")
-    _start(lambda: _tune(base, [Unit("none")], _nothing, cluster, packed), "a Tune experiment and its first worker")
+    of_tune = _start(lambda: _tune(base, [Unit("none")], _nothing, cluster, packed), "a Tune experiment, its worker")
     supernets = supernet.plan(base)
     for stage, measured in {
         "decompose": Measured(decompose.plan, decompose.work),
@@ -100,7 +100,8 @@ def _stages(base: RunStore, cluster: Cluster, options: argparse.Namespace) -> No
         pairs = [1 - one / other for one, other in zip(*seconds.values(), strict=True)]
         print(
             f"{stage}: loop {loop:.1f} s, through Ray {through:.1f} s; Ray's share {1 - loop / through:.1%} of the "
-            f"medians of {options.repeats}, {statistics.median(pairs):.1%} the median of the pairs' shares; "
+            f"medians of {options.repeats}, {statistics.median(pairs):.1%} the median of the pairs' shares"
+            f"{f', {1 - loop / (through - of_tune):.1%} without the start of Tune' if measured.tune else ''}; "
             f"{ {name: [round(one, 1) for one in each] for name, each in seconds.items()} }",
             flush=True,
         )
@@ -163,10 +164,12 @@ def _tune(
     )
 
 
-def _start(action: Callable[[], object], what: str) -> None:
+def _start(action: Callable[[], object], what: str) -> float:
     started = time.perf_counter()
     action()
-    print(f"start of {what}: {time.perf_counter() - started:.1f} s", flush=True)
+    seconds = time.perf_counter() - started
+    print(f"start of {what}: {seconds:.1f} s", flush=True)
+    return seconds
 
 
 def _nothing(context: Context, unit: Unit) -> str:
