@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from copy import copy
 from typing import Any
 
 import botocore.session
@@ -45,7 +46,8 @@ def problem(call: list[str]) -> str | None:
         command = command.commands[arguments[0]]
         arguments = arguments[1:]
     try:
-        context = command.make_context(program, list(arguments))
+        # A copy: a command keeps the help option that it has without its group's settings.
+        context = copy(command).make_context(program, list(arguments))
     except click.ClickException as error:
         return f"{shlex.join(call)}: {error.format_message()}"
     if program == "ray" and command.name == "exec":

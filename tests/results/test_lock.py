@@ -113,7 +113,9 @@ class Bucket(Storage):
 def bucket(tmp_path, monkeypatch):
     for name, seconds in {"REFRESH": 0.05, "WATCH": 0.3, "SETTLE": 0.1}.items():
         monkeypatch.setattr(lock, f"{name}_SECONDS", seconds)
-    return Bucket(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background job
+    yield Bucket(tmp_path)
+    signal.signal(signal.SIGINT, before)
 
 
 def of_another_machine(**changed):
