@@ -35,8 +35,6 @@ WATCH_SECONDS = 20.0
 SETTLE_SECONDS = 1.0
 """How long after taking a lease another driver may have written its own in its place."""
 
-_NOBODY = "nobody yet, but its lease is old"
-
 
 @contextmanager
 def held(storage: Storage) -> Iterator[None]:
@@ -141,18 +139,15 @@ class _Lease:
     def _keep(self) -> None:
         written = time.monotonic()
         while not self._ended.wait(REFRESH_SECONDS):
-            try:
+            with suppress(StorageError):  # away: the work itself waits for it, and will say so
                 found = self._read()
                 if found is not None and found.get("token") != self._me["token"]:
                     self.lost_to = _owner(found)
-                elif time.monotonic() - written > STALE_SECONDS - MARGIN_SECONDS:
-                    self.lost_to = _NOBODY
-                else:
+                elif time.monotonic() - written <= STALE_SECONDS - MARGIN_SECONDS:
                     self._write()
                     written = time.monotonic()
-            except StorageError:  # away: the work itself waits for it, and will say so
-                if time.monotonic() - written > STALE_SECONDS - MARGIN_SECONDS:
-                    self.lost_to = _NOBODY
+            if self.lost_to is None and time.monotonic() - written > STALE_SECONDS - MARGIN_SECONDS:
+                self.lost_to = "nobody yet, but its lease is old"
             if self.lost_to is not None:
                 # A real signal, which ends a wait of the main thread too.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -119,7 +119,8 @@ class Storage:
 
     def exists(self, name: str) -> bool:
         """Return whether a file is there. Raises StorageError."""
-        return self._info("look for", name).type == fs.FileType.File
+        info = self._do("look for", name, lambda: self.filesystem.get_file_info(self.path(name)))
+        return info.type == fs.FileType.File
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names of the files in a folder, without those in folders below. Raises StorageError."""
@@ -159,9 +160,6 @@ class Storage:
             self.filesystem.create_dir(str(PurePosixPath(path).parent), recursive=True)
         with self.filesystem.open_output_stream(path) as stream:
             stream.write(data)
-
-    def _info(self, what: str, name: str) -> fs.FileInfo:
-        return self._do(what, name, lambda: self.filesystem.get_file_info(self.path(name)))
 
     def _list(self, folder: str) -> list[fs.FileInfo]:
         path = self.path(folder) if folder else self.root
