@@ -77,38 +77,53 @@ def before_stage(undisturbed: Path, stage: str, run: Path) -> Path:
     return run
 
 
+class Driver(subprocess.Popen[bytes]):
+    """`gross STAGE RUN` in a process group of its own, with the mark of its processes and what it prints."""
+
+    def __init__(self, run: Path | str, stage: str, log: Path, *more: str) -> None:
+        self.mark, self.log = uuid.uuid4().hex, log
+        with log.open("ab") as output:
+            super().__init__(
+                command(stage, str(run), "--num-cpus", "2", *more),
+                stdout=output,
+                stderr=output,
+                env=os.environ | {MARK: self.mark, "PYTHONFAULTHANDLER": "1"},
+                start_new_session=True,
+                cwd=ROOT,
+            )
+
+    def ended(self, seconds: float) -> int:
+        """Return the exit status; one that has not ended by then is shown with the stacks of its threads."""
+        try:
+            return self.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.send_signal(signal.SIGABRT)  # Python's fault handler writes the stacks
+            self.wait(20)
+            raise AssertionError(f"not ended after {seconds:g} s:\n{self.log.read_text()}") from None
+
+
 @contextmanager
-def driver(run: Path | str, stage: str, log: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start `gross STAGE RUN` in a process group of its own, killed at the end; nothing of it may be left then."""
-    mark = uuid.uuid4().hex
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command(stage, str(run), "--num-cpus", "2", *more),
-            stdout=output,
-            stderr=output,
-            env=os.environ | {MARK: mark},
-            start_new_session=True,
-            cwd=ROOT,
-        )
-    process.mark = mark  # type: ignore[attr-defined]
+def driver(run: Path | str, stage: str, log: Path, *more: str) -> Iterator[Driver]:
+    """Start `gross STAGE RUN`, killed at the end; nothing of it may be left then."""
+    process = Driver(run, stage, log, *more)
     try:
         yield process
     finally:
         if process.poll() is None:
             process.kill()
         process.wait()
-        assert_nothing_left(mark)
+        assert_nothing_left(process.mark)
 
 
 def resume(run: Path | str, stage: str, log: Path) -> str:
     """Run the same command to its end; return what it printed."""
     place = log.stat().st_size if log.exists() else 0
     with driver(run, stage, log) as process:
-        assert process.wait(300) == 0, log.read_text()
+        assert process.ended(300) == 0, log.read_text()
     return log.read_bytes()[place:].decode()
 
 
-def at_a_moment(process: subprocess.Popen[bytes], run: Path, stage: str, log: Path, moment: float) -> None:
+def at_a_moment(process: Driver, run: Path, stage: str, log: Path, moment: float) -> None:
     """Wait until the stage is under way, and so many seconds more, or until the driver has ended."""
     deadline = time.monotonic() + 200
     while not any(run.glob(STAGES[stage].sign)):
@@ -194,42 +209,42 @@ def assert_as_undisturbed(run: Path | str, undisturbed: Path, stage: str) -> Non
 # status with which the driver ended.
 
 
-def kill_driver(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
+def kill_driver(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
     process.kill()
-    return process.wait(20)
+    return process.ended(20)
 
 
-def terminate_driver(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
+def terminate_driver(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
     process.terminate()
-    return process.wait(60)
+    return process.ended(60)
 
 
-def interrupt_all(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
+def interrupt_all(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
     """As Ctrl-C on a terminal does: the whole process group gets it."""
     os.killpg(process.pid, signal.SIGINT)
-    return process.wait(60)
+    return process.ended(60)
 
 
-def kill_worker(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
-    victims = workers(process.mark)  # type: ignore[attr-defined]
+def kill_worker(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
+    victims = workers(process.mark)
     if victims:  # at a random moment there may be none: the stage has just ended
         os.kill(choices.choice(sorted(victims)), signal.SIGKILL)
-    return process.wait(300)
+    return process.ended(300)
 
 
-def damage_tables(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
+def damage_tables(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
     status = kill_driver(process, run, stage, choices)
     _damage(_own_files(run, stage, ".parquet"), choices)
     return status
 
 
-def damage_checkpoints(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
+def damage_checkpoints(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
     status = kill_driver(process, run, stage, choices)
     _damage(_own_files(run, stage, ".safetensors"), choices)
     return status
 
 
-def damage_tune(process: subprocess.Popen[bytes], run: Path, stage: str, choices: random.Random) -> int:
+def damage_tune(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
     status = kill_driver(process, run, stage, choices)
     _damage(sorted(file for file in run.glob("tune/**/*") if file.is_file()), choices)
     return status
@@ -250,7 +265,7 @@ def _damage(files: list[Path], choices: random.Random) -> None:
         file.write_bytes(bytes(content))
 
 
-Fault = Callable[[subprocess.Popen[bytes], Path, str, random.Random], int]
+Fault = Callable[[Driver, Path, str, random.Random], int]
 FAULTS: dict[str, tuple[Fault, int]] = {
     "driver killed": (kill_driver, -signal.SIGKILL),
     "driver terminated": (terminate_driver, 143),

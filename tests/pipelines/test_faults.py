@@ -77,11 +77,11 @@ def test_terminated_while_ray_starts(whole_run: tuple[Path, str], tmp_path: Path
     run, log = before_stage(whole_run[0], "train", tmp_path / "run"), tmp_path / "log"
     with driver(run, "train", log) as process:
         deadline = time.monotonic() + 60
-        while not any(server in title.split(" ")[0] for _, title in marked(process.mark)):  # type: ignore[attr-defined]
+        while not any(server in title.split(" ")[0] for _, title in marked(process.mark)):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         process.terminate()
-        assert process.wait(60) == 143, log.read_text()
+        assert process.ended(60) == 143, log.read_text()
     assert log.read_text().strip().splitlines()[-1].startswith("Interrupted: what is finished is stored")
 
 
@@ -105,7 +105,7 @@ def test_a_full_disk(whole_run: tuple[Path, str], tmp_path: Path, stage: str) ->
             while True:
                 filler.write(bytes(4096))
         with driver(run, stage, log) as process:
-            assert process.wait(300) == 1, log.read_text()
+            assert process.ended(300) == 1, log.read_text()
         assert "No space left on device" in log.read_text()
         assert "Traceback" not in log.read_text()
         assert list(run.rglob(".*.tmp")) == []
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite(whole_run: tuple[Path, str], tmp_path: Path, 
     place["lr"] = 1e9
     file.write_text(json.dumps(wrong))
     with driver(run, stage, log) as process:
-        assert process.wait(300) == 1, log.read_text()
+        assert process.ended(300) == 1, log.read_text()
     told = log.read_text()
     assert "Traceback" not in told
     units = [unit.name for unit in PLANS[stage].plan(RunStore.open(run))]
