@@ -27,6 +27,11 @@ MARK = "GROSS_RAY_TEST_RUN"
 """Environment variable by which all processes of one driver are known: children inherit it."""
 
 
+_AGENT = re.compile(r"ray::(DashboardAgent|RuntimeEnvAgent)\b")
+_killed: list[str] = []
+"""Marks of the drivers that were killed."""
+
+
 @dataclass(frozen=True)
 class StageFiles:
     """What a stage stores: patterns below the run folder, and a file that is there while it is under way."""
@@ -111,8 +116,11 @@ def driver(run: Path | str, stage: str, log: Path, *more: str) -> Iterator[Drive
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait()
-        assert_nothing_left(process.mark)
+        if process.wait() == -signal.SIGKILL:
+            _killed.append(process.mark)
+            assert_nothing_left(process.mark, but_agents=True)
+        else:
+            assert_nothing_left(process.mark)
 
 
 def resume(run: Path | str, stage: str, log: Path) -> str:
@@ -138,11 +146,17 @@ def workers(mark: str) -> list[int]:
     return [pid for pid, title in marked(mark) if re.match(r"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)", title)]
 
 
-def assert_nothing_left(mark: str) -> None:
-    deadline = time.monotonic() + 30
-    while left := marked(mark):
+def assert_nothing_left(mark: str, seconds: float = 30.0, *, but_agents: bool = False) -> None:
+    deadline = time.monotonic() + seconds
+    while left := [each for each in marked(mark) if not (but_agents and _AGENT.match(each[1]))]:
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.1)
+
+
+def assert_agents_have_ended() -> None:
+    """Ray's agents, where the driver is killed while they start, try for 60 s to tell a Ray that is gone."""
+    while _killed:
+        assert_nothing_left(_killed.pop(), 120.0)
 
 
 def marked(mark: str) -> list[tuple[int, str]]:
