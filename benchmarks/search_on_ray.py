@@ -198,7 +198,9 @@ def _store_supernet(store: RunStore, network: nn.Module, decomposed: nn.Module) 
     store.write_table("networks", "seed=0", [row | costs])
     for unit in supernet.plan(store):
         save_supernet(store, supernet.FINETUNE, unit.name, decomposed, dict(unit.arguments))
-        record = EpochRecord(epoch=1, lr=0.0, train_loss=0.0, val_accuracy=None, seconds=0.0, images_per_second=0.0)
+        record = EpochRecord(
+            epoch=1, lr=0.0, train_loss=0.0, gradient_norm=0.0, val_accuracy=None, seconds=0.0, images_per_second=0.0
+        )
         rows = history_rows(supernet.FINETUNE, unit.name, 0, [record])
         store.write_table("history", f"{supernet.FINETUNE},{unit.name}", rows)
 

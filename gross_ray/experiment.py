@@ -14,7 +14,8 @@ from typing import Any
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import check_model_name
-from gross_ray.search.evaluation_options import FORM_CHOICES, PRECISIONS
+from gross_ray.precision import PRECISIONS
+from gross_ray.search.evaluation_options import FORM_CHOICES
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -232,6 +233,24 @@ SCALINGS = ("index", "normalised")
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How all trainings compute; what it changes is rounding, and with it the numbers."""
+
+    precision: str = "float32"
+    """float32, tf32 (CUDA only) or bfloat16 (autocast)."""
+    compile: bool = False
+    """Compile losses with torch.compile, which needs a C++ compiler; a supernet becomes one graph."""
+    parallel_seeds: int = 1
+    """Supernets trained in one batched pass, where a GPU is not filled by one; equal to one by one but for rounding."""
+
+    def __post_init__(self) -> None:
+        _settle(self, "engine.")
+        known = self.precision in PRECISIONS
+        _require(known, "engine.precision", self.precision, f"must be one of {', '.join(PRECISIONS)}")
+        _require(self.parallel_seeds >= 1, "engine.parallel_seeds", self.parallel_seeds, "must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A whole experiment: every number that decides a result is in here."""
 
@@ -247,6 +266,8 @@ class Experiment:
     """The base network."""
     decomposition: DecompositionOptions = field(default_factory=DecompositionOptions)
     """Block term decomposition."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    """How trainings compute."""
     supernet: SupernetOptions = field(default_factory=SupernetOptions)
     """The supernet."""
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)

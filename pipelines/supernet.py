@@ -127,6 +127,7 @@ def _train(
         schedule,
         seed=derive_seed(context.seed, stage, unit.name),
         sampler=ConfigurationSampler(SearchSpace.of(supernet), alpha, scaling=scaling),
+        engine=store.experiment.engine,
         checkpoint=slot,
         on_epoch=report,
     )

@@ -43,6 +43,7 @@ def work(context: Context, unit: Unit) -> str:
         splits,
         schedule,
         seed=derive_seed(context.seed, STAGE, unit.name, "epochs"),
+        engine=store.experiment.engine,
         checkpoint=slot,
         on_epoch=lambda record: context.report(
             record.epoch / schedule.epochs, f"epoch {record.epoch}", **metrics(record)

@@ -99,6 +99,7 @@ def work(context: Context, unit: Unit) -> str:
         splits,
         options.reconstruction,
         seed=derive_seed(context.seed, STAGE, "reconstruct", unit.name),
+        engine=store.experiment.engine,
         checkpoint=slots["reconstruct"],
         on_epoch=lambda record: report(0, "reconstruct", record),
     )
@@ -108,6 +109,7 @@ def work(context: Context, unit: Unit) -> str:
         splits,
         options.finetuning,
         seed=derive_seed(context.seed, STAGE, "finetune", unit.name),
+        engine=store.experiment.engine,
         checkpoint=slots["finetune"],
         on_epoch=lambda record: report(options.reconstruction.epochs, "finetune", record),
     )

@@ -290,7 +290,7 @@ def test_every_part_is_frozen() -> None:
                 setattr(part, one.name, getattr(part, one.name))
             if dataclasses.is_dataclass(getattr(part, one.name)):
                 parts.append(getattr(part, one.name))
-    assert len(parts) == 12  # the experiment, its nine groups, and the two schedules of one of them
+    assert len(parts) == 13  # the experiment, its ten groups, and the two schedules of one of them
 
 
 @given(

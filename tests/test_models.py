@@ -1,4 +1,5 @@
 import copy
+import re
 from math import sqrt
 
 import pytest
@@ -76,6 +77,22 @@ def test_four_conv_drops_out_between_the_linear_layers_only_in_training() -> Non
         assert not torch.equal(network(images), network(images))
     network.eval()
     assert torch.equal(network(images), network(images))
+
+
+def test_pooling_before_the_relu_is_the_papers_order() -> None:
+    ours = build_model("four-conv", num_classes=10, generator=seeded(0)).eval()
+    swapped = {"relu": "pool", "pool": "relu"}
+    names = [
+        re.sub(r"^(relu|pool)(?=[1-4])", lambda match: swapped[match[0]], name) for name, _ in ours.named_children()
+    ]
+    assert names[:3] == ["conv1", "relu1", "pool1"]
+    theirs = nn.Sequential(*(ours.get_submodule(name) for name in names))
+    images = torch.randn(20, 3, 32, 32, generator=seeded(1))
+    results = []
+    for network in (ours, theirs):
+        logits = network(images)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), list(network.parameters()))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_four_conv_refuses_images_that_its_poolings_reduce_to_nothing() -> None:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from gross_ray.errors import InvalidValueError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Rises when a column is added or removed; a column's name never changes its meaning."""
 VERSION_KEY = b"gross_ray.schema_version"
 """Where a schema's metadata, and so each Parquet file, carries the version."""
@@ -196,6 +196,7 @@ _TABLES = (
             _real(
                 "train_loss", "Mean training loss of the epoch: cross-entropy in nats, or the response error (Eq. 9)"
             ),
+            _real("gradient_norm", "Mean over the epoch's steps of the L2 norm of all gradients together"),
             _accuracy("val_accuracy", "Accuracy on the validation split; missing where not measured", nullable=True),
             _SECONDS,
             _real("images_per_second", "Training images a second", "images/s"),

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from gross_ray.errors import InvalidValueError
+from gross_ray.precision import PRECISIONS
 from gross_ray.search.layer_forms import FORMS
 
 FORM_CHOICES = ("auto", *FORMS)
-PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +33,3 @@ class EvaluationOptions:
             raise InvalidValueError(f"form = {self.form!r}: must be one of {', '.join(FORM_CHOICES)}")
         if self.precision not in PRECISIONS:
             raise InvalidValueError(f"precision = {self.precision!r}: must be one of {', '.join(PRECISIONS)}")
-
-
-@contextmanager
-def at_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Compute in `precision` while it is open; raises InvalidValueError where `device` lacks it."""
-    if precision == "tf32" and device.type != "cuda":
-        raise InvalidValueError(f"precision = 'tf32' on {device.type}: only CUDA has it; use float32 or bfloat16")
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            wanted = "tf32" if precision == "tf32" else "ieee"  # by default torch gives convolutions tf32
-            for settings in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
-                stack.callback(setattr, settings, "fp32_precision", settings.fp32_precision)
-                settings.fp32_precision = wanted
-        if precision == "bfloat16":
-            stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
-        yield

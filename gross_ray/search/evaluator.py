@@ -17,6 +17,7 @@ from gross_ray.data.augment import normalise
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
+from gross_ray.precision import at_precision
 from gross_ray.search.batch_plan import (
     BatchPlan,
     bytes_of_pass,
@@ -25,7 +26,7 @@ from gross_ray.search.batch_plan import (
     measure_segments,
     plan_batches,
 )
-from gross_ray.search.evaluation_options import EvaluationOptions, at_precision
+from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.graph import modules_out_of_place, trace
 from gross_ray.search.layer_forms import FORMS, LayerForm, Siblings, fastest_form
 from gross_ray.search.prefix_walk import Prefix, PrefixWalk

@@ -6,21 +6,34 @@ All random numbers of an epoch come from (seed, epoch), so that a resumed traini
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gross_ray.data.augment import augment, normalise
+from gross_ray.data.augment import normalise
 from gross_ray.data.images import ImageSet
 from gross_ray.errors import DivergedError
-from gross_ray.experiment import Schedule
+from gross_ray.experiment import EngineOptions, Schedule
+from gross_ray.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
+from gross_ray.training.draws import EpochDraws, dropout_by
 
 EVALUATION_BATCH = 250
 """Images a forward pass when only the accuracy is wanted; larger ones leave the CPU's cache."""
+EVALUATION_BATCH_CUDA = 2500
+"""The same on a GPU, which smaller ones leave idle."""
+PART = 64
+"""Images of one pass of a CPU within a step: more leave its cache. The same everywhere, for rounding depends on it."""
+
+FLOAT32 = EngineOptions()
+"""The default: nothing compiled, one training at a time."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Takes normalised images (B, 3, H, W), channels last, and labels (B,)."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class EpochRecord:
     epoch: int
     lr: float
     train_loss: float
+    gradient_norm: float
     val_accuracy: float | None
     seconds: float
     images_per_second: float
@@ -53,9 +67,11 @@ def train(
     schedule: Schedule,
     *,
     parameters: Mapping[str, nn.Parameter],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     seed: int,
     set_mode: Callable[[], object],
+    engine: EngineOptions = FLOAT32,
+    in_parts: bool = False,
     before_step: Callable[[torch.Generator], object] | None = None,
     measure: Callable[[], float] | None = None,
     checkpoint: CheckpointSlot | None = None,
@@ -63,27 +79,52 @@ def train(
 ) -> list[EpochRecord]:
     """Train `parameters` of `network` in place and return one record an epoch.
 
-    `loss(inputs, labels)` takes normalised images (B, 3, H, W) and returns a scalar. `before_step` is given the
-    epoch's generator (it draws the configuration), `set_mode` is called before each epoch (train or eval), `measure`
-    returns the validation accuracy after one. Epochs found in `checkpoint` are not done again. Raises DivergedError,
-    naming the step and the learning rate, if a loss is not finite.
+    `loss` returns a scalar. `before_step` is given the epoch's generator (it draws the configuration), `set_mode` is
+    called before each epoch (train or eval), `measure` returns the validation accuracy after one. Epochs found in
+    `checkpoint` are not done again. With `in_parts`, for a loss that is a mean over images, a CPU takes a batch in
+    parts that fit its cache; the step is the same but for rounding.
+
+    Raises DivergedError, naming the step and the learning rate, if a loss or a gradient is not finite.
     """
+    device = images.images.device
     optimizer = torch.optim.SGD(
         list(parameters.values()), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
     )
     history = _restore(network, parameters, optimizer, checkpoint)
+    if engine.compile:
+        loss = torch.compile(loss)
+
+    def step(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        part = images_of_part(network, inputs) if in_parts else len(inputs)
+        value = backward_in_parts(loss, inputs, labels, part, engine.precision)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        optimizer.step()
+        return value, norm
+
     for epoch in range(len(history), schedule.epochs):
         started = time.perf_counter()
         lr = schedule.lr_at(epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         set_mode()
-        mean_loss = _one_epoch(images, schedule, optimizer, loss, derive_seed(seed, epoch), before_step, epoch, lr)
+        draws = EpochDraws(images, derive_seed(seed, epoch), augmented=schedule.augment)
+        steps: list[tuple[Tensor, Tensor]] = []
+        with random_numbers_of(draws, network), products_at(engine.precision, device):
+            for start in range(0, len(images), schedule.batch_size):
+                inputs, labels = draws.batch(start, schedule.batch_size)
+                if before_step is not None:
+                    before_step(draws.generator)
+                steps.append(step(inputs, labels))
+        losses, norms = (torch.stack(values) for values in zip(*steps, strict=True))
+        check_finite(losses, norms, epoch, lr)
+        train_loss, gradient_norm = float(losses.mean()), float(norms.mean())
         seconds = time.perf_counter() - started
         record = EpochRecord(
             epoch=epoch + 1,
             lr=lr,
-            train_loss=mean_loss,
+            train_loss=train_loss,
+            gradient_norm=gradient_norm,
             val_accuracy=None if measure is None else measure(),
             seconds=seconds,
             images_per_second=len(images) / seconds,
@@ -101,55 +142,69 @@ def accuracy(network: nn.Module, images: ImageSet) -> float:
     return count_correct(network, images) / len(images)
 
 
-def count_correct(network: nn.Module, images: ImageSet, *, batch_size: int = EVALUATION_BATCH) -> int:
+def count_correct(network: nn.Module, images: ImageSet, *, batch_size: int | None = None) -> int:
     """Return the number of correctly classified images; the network is left in eval mode."""
+    device = images.images.device
+    size = batch_size or (EVALUATION_BATCH_CUDA if device.type == "cuda" else EVALUATION_BATCH)
     network.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=images.images.device)
-    with torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            batch = normalise(images.images[start : start + batch_size])
-            logits = network(batch.contiguous(memory_format=torch.channels_last))
-            correct += (logits.argmax(dim=1) == images.labels[start : start + batch_size]).sum()
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    with torch.inference_mode(), products_at("float32", device):
+        for start in range(0, len(images), size):
+            logits = network(as_inputs(images.images[start : start + size]))
+            correct += (logits.argmax(dim=1) == images.labels[start : start + size]).sum()
     return int(correct)
 
 
-def _one_epoch(
-    images: ImageSet,
-    schedule: Schedule,
-    optimizer: torch.optim.Optimizer,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    seed: int,
-    before_step: Callable[[torch.Generator], object] | None,
-    epoch: int,
-    lr: float,
-) -> float:
-    device = images.images.device
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator).to(device)
-    losses = []
-    # Dropout draws from torch's global generators: they are lent the epoch's seed and given back as they were.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for batch in order.split(schedule.batch_size):
-            inputs = images.images[batch]
-            if schedule.augment:
-                inputs = augment(inputs, generator)
-            if before_step is not None:
-                before_step(generator)
-            optimizer.zero_grad(set_to_none=True)
-            value = loss(normalise(inputs).contiguous(memory_format=torch.channels_last), images.labels[batch])
-            value.backward()
-            optimizer.step()
-            losses.append(value.detach())
-    values = torch.stack(losses)
-    finite = torch.isfinite(values)
+def as_inputs(images: Tensor) -> Tensor:
+    """Return uint8 images (B, 3, H, W) as a network takes them: normalised, channels last."""
+    return normalise(images).contiguous(memory_format=torch.channels_last)
+
+
+def backward_in_parts(loss: Loss, inputs: Tensor, labels: Tensor, part: int, precision: str) -> Tensor:
+    """Add the gradients of the batch's mean loss, `part` images at a time, to the parameters'; return that loss.
+
+    `inputs` are uint8 images. Of a single part the loss need not be a mean over images.
+    """
+    total: Tensor | None = None
+    for inputs_part, labels_part in zip(inputs.split(part), labels.split(part), strict=True):
+        with forward_at(precision, inputs.device):
+            value = loss(as_inputs(inputs_part), labels_part)
+        if len(inputs_part) < len(inputs):
+            value = value * (len(inputs_part) / len(inputs))
+        value.backward()
+        total = value.detach() if total is None else total + value.detach()
+    assert total is not None
+    return total
+
+
+def images_of_part(network: nn.Module, inputs: Tensor) -> int:
+    """Return how many images of a batch go through `network` at once: all of them, but for the sake of a CPU's cache.
+
+    All too where batch-norm is in training, for there an image's response depends on the others of its batch.
+    """
+    normalises = any(isinstance(one, nn.modules.batchnorm._BatchNorm) and one.training for one in network.modules())
+    return PART if inputs.device.type == "cpu" and not normalises else len(inputs)
+
+
+@contextmanager
+def random_numbers_of(draws: EpochDraws, network: nn.Module) -> Iterator[None]:
+    """Let dropout draw from the epoch's seed, what is no nn.Dropout too: torch's own generators are lent a seed."""
+    device = draws.device
+    with dropout_by(network, draws.keep), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(draws.global_seed)
+        yield
+
+
+def check_finite(losses: Tensor, norms: Tensor, epoch: int, lr: float) -> None:
+    """Raise DivergedError naming the first step of `epoch` (0 is the first) whose loss or gradient is not finite."""
+    finite = torch.isfinite(losses) & torch.isfinite(norms)
     if not finite.all():
         step = int((~finite).nonzero()[0])
+        what, value = ("loss", losses[step]) if not losses[step].isfinite() else ("gradient's norm", norms[step])
         raise DivergedError(
-            f"the loss became {float(values[step])} at step {step + 1} of epoch {epoch + 1} with learning rate {lr:g}; "
+            f"the {what} became {float(value)} at step {step + 1} of epoch {epoch + 1} with learning rate {lr:g}; "
             "lower the learning rate"
         )
-    return float(values.mean())
 
 
 def _state(

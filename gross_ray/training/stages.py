@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from gross_ray.data.images import Splits
 from gross_ray.decomposition.surgery import series_layers, set_configuration
-from gross_ray.experiment import Schedule
-from gross_ray.training.loop import CheckpointSlot, EpochRecord, accuracy, train
+from gross_ray.experiment import EngineOptions, Schedule
+from gross_ray.training.loop import FLOAT32, CheckpointSlot, EpochRecord, accuracy, train
 from gross_ray.training.sampling import ConfigurationSampler
 
 OnEpoch = Callable[[EpochRecord], object]
@@ -23,6 +24,7 @@ def train_network(
     schedule: Schedule,
     *,
     seed: int,
+    engine: EngineOptions = FLOAT32,
     checkpoint: CheckpointSlot | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:
@@ -36,6 +38,8 @@ def train_network(
         loss=lambda inputs, labels: F.cross_entropy(network(inputs), labels),
         seed=seed,
         set_mode=network.train,
+        engine=engine,
+        in_parts=True,
         measure=lambda: accuracy(network, splits.validation),
         checkpoint=checkpoint,
         on_epoch=on_epoch,
@@ -55,6 +59,7 @@ def reconstruct(
     *,
     seed: int,
     sampler: ConfigurationSampler | None = None,
+    engine: EngineOptions = FLOAT32,
     checkpoint: CheckpointSlot | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:
@@ -84,6 +89,7 @@ def reconstruct(
             loss=loss,
             seed=seed,
             set_mode=supernet.eval,
+            engine=engine,
             before_step=None if sampler is None else lambda g: set_configuration(supernet, sampler.draw(g)),
             checkpoint=checkpoint,
             on_epoch=on_epoch,
@@ -97,6 +103,7 @@ def finetune(
     *,
     seed: int,
     sampler: ConfigurationSampler | None = None,
+    engine: EngineOptions = FLOAT32,
     checkpoint: CheckpointSlot | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:
@@ -114,12 +121,6 @@ def finetune(
             set_configuration(supernet, largest)
         return accuracy(supernet, splits.validation)
 
-    def train_mode() -> None:
-        supernet.train()
-        for module in supernet.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-
     return train(
         supernet,
         splits.train,
@@ -127,7 +128,9 @@ def finetune(
         parameters=parameters,
         loss=lambda inputs, labels: F.cross_entropy(supernet(inputs), labels),
         seed=seed,
-        set_mode=train_mode,
+        set_mode=partial(train_with_fixed_statistics, supernet),
+        engine=engine,
+        in_parts=True,
         before_step=None if sampler is None else lambda g: set_configuration(supernet, sampler.draw(g)),
         measure=measure,
         checkpoint=checkpoint,
@@ -141,6 +144,14 @@ def freeze_all_but_series(supernet: nn.Module) -> Mapping[str, nn.Parameter]:
     for parameter in supernet.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
     return {name: parameter for name, parameter in supernet.named_parameters() if parameter.requires_grad}
+
+
+def train_with_fixed_statistics(network: nn.Module) -> None:
+    """Set training mode, but for batch-norm, which keeps the statistics it has."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 class _Responses:

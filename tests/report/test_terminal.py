@@ -356,7 +356,7 @@ def test_a_stage_shows_its_own_table(store: RunStore) -> None:
     for stage, unit in (("finetune", "alpha=4,scaling=normalised,seed=0"), ("reconstruct", "other")):
         rows = [
             {"stage": stage, "unit": unit, "seed": 0, "epoch": epoch, "lr": 0.1, "train_loss": 1 / epoch}
-            | {"val_accuracy": None, "seconds": 1.0, "images_per_second": 1.0}
+            | {"gradient_norm": 1.0, "val_accuracy": None, "seconds": 1.0, "images_per_second": 1.0}
             for epoch in (1, 2, 4)
         ]
         store.write_table("history", f"{stage},{unit}", rows)

@@ -40,6 +40,7 @@ def rows_of(seed, count=3):
             "train_loss": 1 / epoch,
             "val_accuracy": None if epoch % 2 else 0.5,
             "seconds": 1.0,
+            "gradient_norm": 1.0,
             "images_per_second": 10.0,
         }
         for epoch in range(1, count + 1)

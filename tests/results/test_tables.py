@@ -30,6 +30,7 @@ EPOCH = {
     "train_loss": 2.3,
     "val_accuracy": 0.1,
     "seconds": 1.5,
+    "gradient_norm": 1.0,
     "images_per_second": 100.0,
 }
 

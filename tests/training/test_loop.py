@@ -13,7 +13,8 @@ from gross_ray.data.images import ImageSet
 from gross_ray.errors import DivergedError
 from gross_ray.experiment import Schedule
 from gross_ray.seeds import derive_seed
-from gross_ray.training.loop import EVALUATION_BATCH, EpochRecord, accuracy, count_correct, train
+from gross_ray.training import loop
+from gross_ray.training.loop import EVALUATION_BATCH, EpochRecord, accuracy, as_inputs, count_correct, train
 
 SCHEDULE = Schedule(
     epochs=4, lr=0.1, milestones=(1, 3), gamma=0.5, momentum=0.9, weight_decay=1e-2, batch_size=12, augment=True
@@ -79,7 +80,9 @@ def assert_equal_weights(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def plain_sgd(network: nn.Module, images: ImageSet, schedule: Schedule, orders: list[Tensor]) -> list[float]:
+def plain_sgd(
+    network: nn.Module, images: ImageSet, schedule: Schedule, orders: list[Tensor]
+) -> list[tuple[float, float]]:
     """Train with SGD as its definition says: v <- momentum v + (gradient + decay w), w <- w - lr v."""
     weights = list(network.parameters())
     velocities: list[Tensor | None] = [None] * len(weights)
@@ -87,7 +90,7 @@ def plain_sgd(network: nn.Module, images: ImageSet, schedule: Schedule, orders: 
     for epoch, order in enumerate(orders):
         if epoch in schedule.milestones:
             lr *= schedule.gamma
-        losses = []
+        losses, norms = [], []
         for start in range(0, len(order), schedule.batch_size):
             batch = order[start : start + schedule.batch_size]
             inputs = (images.images[batch].float() / 255 - 0.5) / 0.225
@@ -101,7 +104,8 @@ def plain_sgd(network: nn.Module, images: ImageSet, schedule: Schedule, orders: 
                     velocities[place] = step if velocity is None else velocity * schedule.momentum + step
                     weight.add_(velocities[place], alpha=-lr)
             losses.append(loss.detach())
-        means.append(float(torch.stack(losses).mean()))
+            norms.append(torch.cat([gradient.flatten() for gradient in gradients]).double().norm())
+        means.append((float(torch.stack(losses).mean()), float(torch.stack(norms).mean())))
     return means
 
 
@@ -112,9 +116,10 @@ def test_training_is_plain_sgd_bit_for_bit(network: nn.Sequential, images: Image
     history = fit(network, images, schedule)
     # The order of an epoch is the first draw of the generator that its seed gives.
     orders = [torch.randperm(40, generator=torch.Generator().manual_seed(derive_seed(7, epoch))) for epoch in range(4)]
-    losses = plain_sgd(by_hand, images, schedule, orders)
+    means = plain_sgd(by_hand, images, schedule, orders)
     assert_equal_weights(network, by_hand)
-    assert [record.train_loss for record in history] == losses
+    assert [record.train_loss for record in history] == [loss for loss, _ in means]
+    assert [record.gradient_norm for record in history] == pytest.approx([norm for _, norm in means], rel=1e-6)
     assert [record.epoch for record in history] == [1, 2, 3, 4]
     assert [record.lr for record in history] == pytest.approx([0.1, 0.05, 0.05, 0.025])
     assert all(record.val_accuracy is None and record.seconds > 0 for record in history)
@@ -162,8 +167,9 @@ def test_augmented_batches_come_from_the_epochs_generator(network: nn.Sequential
     expected, expected_draws = [], []
     for epoch in range(4):
         generator = torch.Generator().manual_seed(derive_seed(7, epoch))
-        for batch in torch.randperm(40, generator=generator).split(12):
-            expected.append(normalise(augment(images.images[batch], generator)))
+        order = torch.randperm(40, generator=generator)
+        for batch in augment(images.images[order], generator).split(12):
+            expected.append(normalise(batch))
             expected_draws.append(int(torch.randint(1000, (), generator=generator)))
     assert len(batches) == len(expected) == 16
     assert all(torch.equal(one, other) for one, other in zip(batches, expected, strict=True))
@@ -280,6 +286,56 @@ def test_divergence_names_step_epoch_and_learning_rate(
     assert where in str(caught.value)
     assert "lower the learning rate" in str(caught.value)
     assert len(slot.saved) == epoch  # what is broken is not kept
+
+
+def test_a_gradient_that_is_not_finite_is_told_though_the_loss_is(network: nn.Sequential, images: ImageSet) -> None:
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        value = F.cross_entropy(network(inputs), labels)
+        return value + (value - value.detach()).abs().sqrt()  # the root's slope at 0 is infinite
+
+    with pytest.raises(DivergedError, match=r"the gradient's norm became (nan|inf) at step 1 of epoch 1 with learning"):
+        fit(network, images, loss=loss)
+
+
+@pytest.mark.parametrize("part", [1, 5, 12])
+def test_a_batch_in_parts_takes_the_same_steps(
+    network: nn.Sequential, images: ImageSet, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr(loop, "PART", part)
+    network.double()[1] = nn.Identity()
+    monkeypatch.setattr(loop, "as_inputs", lambda images: as_inputs(images).double())
+    sizes: set[int] = set()
+
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        sizes.add(len(inputs))
+        return F.cross_entropy(in_parts(inputs), labels)
+
+    network[5] = nn.Identity()  # its mask would be another
+    in_parts = copy.deepcopy(network)
+    whole = fit(network, images)
+    parts = fit(in_parts, images, loss=loss, parameters=dict(in_parts.named_parameters()), in_parts=True)
+    assert sizes == {size for batch in (12, 40 % 12) for size in (min(part, batch), batch % part or part) if size}
+    for ours, theirs in zip(in_parts.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert [one.train_loss for one in parts] == pytest.approx([one.train_loss for one in whole], rel=1e-9)
+    assert [one.gradient_norm for one in parts] == pytest.approx([one.gradient_norm for one in whole], rel=1e-9)
+
+
+def test_batch_norm_in_training_sees_whole_batches(
+    network: nn.Sequential, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "PART", 5)
+    other = copy.deepcopy(network)
+    whole = fit(network, images)
+    same = fit(
+        other,
+        images,
+        parameters=dict(other.named_parameters()),
+        in_parts=True,
+        loss=lambda inputs, labels: F.cross_entropy(other(inputs), labels),
+        set_mode=other.train,
+    )
+    assert timeless(whole) == timeless(same)
 
 
 @pytest.mark.parametrize("num_images", [1, EVALUATION_BATCH, EVALUATION_BATCH + 1, 2 * EVALUATION_BATCH + 7])

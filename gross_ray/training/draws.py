@@ -1,0 +1,70 @@
+"""What an epoch draws at random: the order, the crops, the configurations and dropout, all from the epoch's seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gross_ray.data.augment import cropped_and_flipped, draw_crops
+from gross_ray.data.images import ImageSet
+from gross_ray.seeds import derive_seed
+
+Keep = Callable[[nn.Dropout, Tensor], Tensor]
+"""Gives the factors by which a dropout multiplies its input: zeros, and 1 / (1 - p)."""
+
+
+class EpochDraws:
+    """The random numbers of one epoch of one training: they depend on its seed, not on what else is drawn."""
+
+    def __init__(self, images: ImageSet, seed: int, *, augmented: bool) -> None:
+        """Draw the order and the crops of the whole epoch, so that no step waits for a copy to the device."""
+        self.device = device = images.images.device
+        self._images = images
+        self.generator = torch.Generator().manual_seed(seed)
+        """On the CPU; behind the order and the crops, it draws the configurations."""
+        self._order = torch.randperm(len(images), generator=self.generator).to(device)
+        self._crops = draw_crops(len(images), self.generator).to(device) if augmented else None
+        self._dropout = torch.Generator(device).manual_seed(derive_seed(seed, "dropout"))
+        self.global_seed = derive_seed(seed, "global")
+        """For what draws from torch's global generators."""
+
+    def batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return the images (B, 3, H, W), uint8, and labels (B,) from place `start` of the epoch on."""
+        places = self._order[start : start + size]
+        inputs = self._images.images[places]
+        if self._crops is not None:
+            inputs = cropped_and_flipped(inputs, self._crops[:, start : start + size])
+        return inputs, self._images.labels[places]
+
+    def keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
+        """Draw what a dropout keeps of `inputs`, of their shape (a `Keep`)."""
+        if dropout.p == 1:
+            return torch.zeros_like(inputs)
+        kept = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+        return kept.bernoulli_(1 - dropout.p, generator=self._dropout).div_(1 - dropout.p)
+
+
+@contextmanager
+def dropout_by(network: nn.Module, keep: Keep) -> Iterator[None]:
+    """Let the `nn.Dropout`s of `network` ask `keep` while the block runs; by themselves they draw what no seed decides.
+
+    Dropout of other kinds, and dropout called as a function, draw from torch's global generators as ever.
+    """
+    dropouts = [module for module in network.modules() if type(module) is nn.Dropout]
+    for dropout in dropouts:
+        setattr(dropout, "forward", _forward(dropout, keep))  # noqa: B010 - the instance's own, before the class's
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            del dropout.forward
+
+
+def _forward(dropout: nn.Dropout, keep: Keep) -> Callable[[Tensor], Tensor]:
+    def forward(inputs: Tensor) -> Tensor:
+        return inputs * keep(dropout, inputs) if dropout.training and dropout.p > 0 else inputs
+
+    return forward
