@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import ceil
 from typing import Any
 
 import ray
@@ -21,7 +22,7 @@ from pipelines.cluster import Cluster, Resources, connected
 from pipelines.progress import Reporter
 from pipelines.threads import threads_of_stage
 from pipelines.tuning import Tuning
-from pipelines.units import Unit, Work, pack_splits
+from pipelines.units import Unit, Work, grouped, members_of, pack_splits
 from pipelines.workers import Shared, WorkerPool
 
 
@@ -89,10 +90,12 @@ class Session:
         *,
         tuning: Tuning | None = None,
         shared: Shared | None = None,
+        together: int = 1,
     ) -> None:
         """Do those of a stage's `units` that `finished` lacks: on actors, or with `tuning` as trials of Ray Tune.
 
-        On actors, `shared` loads what units share, by name (`Unit.shared`).
+        On actors, `shared` loads what units share, by name (`Unit.shared`), and `work` is given groups of up to
+        `together` of them, where that is more than 1 (`members_of`).
 
         Raises UnitsFailedError, naming them, unless every unit is finished afterwards.
         """
@@ -100,12 +103,13 @@ class Session:
         done = finished() & set(names)
         self._tell_of_damage()
         todo = [unit for unit in units if unit.name not in done]
-        with self.reporter.stage(stage, len(units), len(done)) as progress:
+        groups = grouped(todo, together) if together > 1 else todo
+        with self.reporter.stage(stage, len(done) + len(groups), len(done)) as progress:
             if not todo:
                 return
             cluster = self.cluster()
             assert self._packed is not None
-            threads = threads_of_stage(self.store, stage, cluster, len(units))
+            threads = threads_of_stage(self.store, stage, cluster, ceil(len(units) / together))
             if tuning is not None:
                 from pipelines.trials import run_trials  # Ray Tune takes a second that other stages need not wait
 
@@ -125,7 +129,10 @@ class Session:
             else:
                 if self._pool is None:
                     self._pool = WorkerPool(cluster, self._packed)
-                failed = self._pool.run(work, self.store, todo, threads=threads, progress=progress, shared=shared)
+                failed = self._pool.run(work, self.store, groups, threads=threads, progress=progress, shared=shared)
+                if together > 1:
+                    reasons = [(unit.name, failed.get(group.name)) for group in groups for unit in members_of(group)]
+                    failed = {name: reason for name, reason in reasons if reason is not None}
         done = finished()
         missing = [name for name in names if name not in done]
         if missing:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
 
 from gross_ray.decomposition.surgery import build_supernet
+from gross_ray.errors import DivergedError
 from gross_ray.experiment import Schedule
 from gross_ray.results.store import RunStore
 from gross_ray.seeds import derive_seed
@@ -15,11 +16,12 @@ from gross_ray.space import SearchSpace
 from gross_ray.training.loop import EpochRecord
 from gross_ray.training.sampling import ConfigurationSampler, settled_scaling
 from gross_ray.training.stages import finetune, reconstruct
+from gross_ray.training.together import Member, Outcome, finetune_together, reconstruct_together
 from pipelines import decompose
 from pipelines.decompose import stored_terms
-from pipelines.networks import history_rows, load_base, load_supernet, metrics, save_supernet
+from pipelines.networks import Base, history_rows, load_base, load_supernet, metrics, save_supernet
 from pipelines.session import Session
-from pipelines.units import Context, EpochSlot, Unit, require
+from pipelines.units import Context, EpochSlot, Unit, members_of, require
 
 RECONSTRUCT = "reconstruct"
 FINETUNE = "finetune"
@@ -59,7 +61,7 @@ def run_reconstruct(session: Session) -> None:
     store = session.store
     if not {unit.name for unit in plan(store)} <= finished(store, RECONSTRUCT):
         require_decompositions(store)
-    session.run(RECONSTRUCT, plan(store), reconstruct_work, lambda: finished(store, RECONSTRUCT))
+    _run(session, RECONSTRUCT, RECONSTRUCT, plan(store))
 
 
 def run_finetune(session: Session) -> None:
@@ -67,7 +69,28 @@ def run_finetune(session: Session) -> None:
     store = session.store
     todo = {unit.name for unit in plan(store)} - finished(store, FINETUNE)
     require(store, RECONSTRUCT, todo, finished(store, RECONSTRUCT))
-    session.run(FINETUNE, plan(store), finetune_work, lambda: finished(store, FINETUNE))
+    _run(session, FINETUNE, FINETUNE, plan(store))
+
+
+def train_together(session: Session, name: str, units: list[Unit]) -> None:
+    """Reconstruct and fine-tune supernets several in one pass (engine.parallel_seeds), as stages of `name`."""
+    for stage in (RECONSTRUCT, FINETUNE):
+        _run(session, f"{name} {stage}", stage, units)
+
+
+def _run(session: Session, name: str, stage: str, units: list[Unit]) -> None:
+    together = session.store.experiment.engine.parallel_seeds
+    one, several = {
+        RECONSTRUCT: (reconstruct_work, reconstruct_group),
+        FINETUNE: (finetune_work, finetune_group),
+    }[stage]
+    session.run(
+        name,
+        units,
+        several if together > 1 else one,
+        lambda: finished(session.store, stage),
+        together=together,
+    )
 
 
 def require_decompositions(store: RunStore) -> None:
@@ -83,13 +106,23 @@ def reconstruct_work(
 
     `share` is its part of the unit's progress; what `measure` returns is reported beside each epoch's metrics.
     """
-    store, schedule = context.store, context.store.experiment.reconstruction
-    base = load_base(store)
-    terms = stored_terms(store, base.space.group_sizes, unit.arguments["seed"])
-    supernet = build_supernet(base.network, {name: [one.to_bottleneck() for one in terms[name]] for name in terms})
-    training = partial(reconstruct, supernet.to(context.device), base.network.to(context.device))
+    base = load_base(context.store)
+    supernet = _decomposed(context, base, unit)
+    training = partial(reconstruct, supernet, base.network.to(context.device))
+    schedule = context.store.experiment.reconstruction
     last = _train(context, unit, RECONSTRUCT, supernet, schedule, training, share, measure)
     return f"response error {last.train_loss:.4f}"
+
+
+def reconstruct_group(context: Context, group: Unit) -> str:
+    """Build several supernets and reconstruct their responses in one pass."""
+    base = load_base(context.store)
+    schedule, engine = context.store.experiment.reconstruction, context.store.experiment.engine
+    supernets = [_decomposed(context, base, unit) for unit in members_of(group)]
+    members = _members(context, group, RECONSTRUCT, supernets, schedule)
+    original = base.network.to(context.device)
+    outcomes = reconstruct_together(members, original, context.splits, schedule, engine=engine)
+    return _store_together(context, group, RECONSTRUCT, supernets, outcomes)
 
 
 def finetune_work(
@@ -100,6 +133,61 @@ def finetune_work(
     schedule = context.store.experiment.finetuning
     last = _train(context, unit, FINETUNE, supernet, schedule, partial(finetune, supernet), share, measure)
     return f"loss {last.train_loss:.4f}, largest configuration {last.val_accuracy:.4f}"
+
+
+def finetune_group(context: Context, group: Unit) -> str:
+    """Fine-tune several reconstructed supernets in one pass."""
+    schedule, engine = context.store.experiment.finetuning, context.store.experiment.engine
+    supernets = [load_supernet(context.store, RECONSTRUCT, unit.name).to(context.device) for unit in members_of(group)]
+    members = _members(context, group, FINETUNE, supernets, schedule)
+    outcomes = finetune_together(members, context.splits, schedule, engine=engine)
+    return _store_together(context, group, FINETUNE, supernets, outcomes)
+
+
+def _decomposed(context: Context, base: Base, unit: Unit) -> nn.Module:
+    """Return the supernet of a unit's decompositions, on the context's device."""
+    terms = stored_terms(context.store, base.space.group_sizes, unit.arguments["seed"])
+    bottlenecks = {name: [one.to_bottleneck() for one in terms[name]] for name in terms}
+    return build_supernet(base.network, bottlenecks).to(context.device)
+
+
+def _members(
+    context: Context, group: Unit, stage: str, supernets: Sequence[nn.Module], schedule: Schedule
+) -> list[Member]:
+    def report(record: EpochRecord) -> None:
+        text = f"{stage} epoch {record.epoch}, loss {record.train_loss:.4f}"
+        context.report(record.epoch / schedule.epochs, text, **metrics(record))
+
+    return [
+        Member(
+            supernet,
+            derive_seed(context.seed, stage, unit.name),
+            _sampler(supernet, unit),
+            EpochSlot(context.store, stage, unit.name),
+            report,
+        )
+        for unit, supernet in zip(members_of(group), supernets, strict=True)
+    ]
+
+
+def _sampler(supernet: nn.Module, unit: Unit) -> ConfigurationSampler:
+    return ConfigurationSampler(SearchSpace.of(supernet), unit.arguments["alpha"], scaling=unit.arguments["scaling"])
+
+
+def _store_together(
+    context: Context, group: Unit, stage: str, supernets: Sequence[nn.Module], outcomes: Sequence[Outcome]
+) -> str:
+    """Store the supernets that did not diverge; raises DivergedError naming those that did."""
+    diverged = []
+    for unit, supernet, outcome in zip(members_of(group), supernets, outcomes, strict=True):
+        if isinstance(outcome, DivergedError):
+            diverged.append(f"{unit.name}: {outcome}")
+        else:
+            _store(context.store, unit, stage, supernet, outcome)
+    if diverged:
+        raise DivergedError("; ".join(diverged))
+    losses = [outcome[-1].train_loss for outcome in outcomes if not isinstance(outcome, DivergedError)]
+    return f"loss {min(losses):.4f} to {max(losses):.4f}"
 
 
 def _train(
@@ -113,8 +201,7 @@ def _train(
     measure: Measure | None,
 ) -> EpochRecord:
     """Do one training of a supernet from its last epoch, store the result, and return the last epoch's record."""
-    store, alpha, scaling = context.store, unit.arguments["alpha"], unit.arguments["scaling"]
-    slot = EpochSlot(store, stage, unit.name)
+    store = context.store
 
     def report(record: EpochRecord) -> None:
         done = share[0] + (share[1] - share[0]) * record.epoch / schedule.epochs
@@ -126,13 +213,18 @@ def _train(
         context.splits,
         schedule,
         seed=derive_seed(context.seed, stage, unit.name),
-        sampler=ConfigurationSampler(SearchSpace.of(supernet), alpha, scaling=scaling),
+        sampler=_sampler(supernet, unit),
         engine=store.experiment.engine,
-        checkpoint=slot,
+        checkpoint=EpochSlot(store, stage, unit.name),
         on_epoch=report,
     )
+    _store(store, unit, stage, supernet, history)
+    return history[-1]
+
+
+def _store(store: RunStore, unit: Unit, stage: str, supernet: nn.Module, history: list[EpochRecord]) -> None:
+    """Store a supernet that is trained, in place of its state between epochs."""
     save_supernet(store, stage, unit.name, supernet, dict(unit.arguments))
     rows = history_rows(stage, unit.name, unit.arguments["seed"], history)
     store.write_table("history", f"{stage},{unit.name}", rows)
-    slot.clear()
-    return history[-1]
+    EpochSlot(store, stage, unit.name).clear()

@@ -7,6 +7,7 @@ whole space is evaluated in shards, like the search.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
@@ -78,6 +79,9 @@ def _grid(session: Session, scheduler: str) -> None:
     if not {unit.name for unit in units} <= supernet.finished(store, supernet.RECONSTRUCT):
         supernet.require_decompositions(store)
     validate.run_fixed(session)
+    if scheduler == "none" and store.experiment.engine.parallel_seeds > 1:
+        with suppress(UnitsFailedError):  # told by then; their trials meet the same, and account for it
+            supernet.train_together(session, STAGE, units)  # the trials find them trained, and measure them
     numbers = {unit.name: number for number, unit in enumerate(units)}
 
     def accounted() -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +36,27 @@ class Unit:
     """About how much work it is, in any unit: the longest are started first."""
     shared: str = ""
     """Name of what it reads besides, like a supernet's weights; the driver lays that out once for all workers."""
+
+
+def grouped(units: Sequence[Unit], size: int) -> list[Unit]:
+    """Return units of which each does up to `size` of the given ones in one pass; its work asks `members_of` it."""
+    groups = [units[start : start + size] for start in range(0, len(units), size)]
+    return [
+        Unit(
+            group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more",
+            {"members": [{"name": unit.name, **unit.arguments} for unit in group]},
+            cost=sum(unit.cost for unit in group),
+        )
+        for group in groups
+    ]
+
+
+def members_of(unit: Unit) -> list[Unit]:
+    """Return the units of a group."""
+    return [
+        Unit(member["name"], {name: value for name, value in member.items() if name != "name"})
+        for member in unit.arguments["members"]
+    ]
 
 
 def require(store: RunStore, stage: str, wanted: Iterable[str], there: set[str]) -> None:

@@ -94,14 +94,18 @@ class SeriesConv2d(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Run the bottleneck of the active group-size."""
         weights = self.bottleneck(self._active)
-        hidden = F.conv2d(images, weights.pointwise_in)
+        return self.convolve(images, weights.pointwise_in, weights.grouped, weights.pointwise_out)
+
+    def convolve(self, images: Tensor, pointwise_in: Tensor, grouped: Tensor, pointwise_out: Tensor) -> Tensor:
+        """Run a bottleneck of any group-size in place of the active one, with this layer's stride, padding and bias."""
+        hidden = F.conv2d(images, pointwise_in)
         padding = self.padding
         if self.padding_mode != "zeros":
             hidden = F.pad(hidden, self._padding_both_sides, mode=self.padding_mode)
             padding = (0, 0)
-        groups = self.in_channels // self._active
-        hidden = F.conv2d(hidden, weights.grouped, None, self.stride, padding, self.dilation, groups)
-        return F.conv2d(hidden, weights.pointwise_out, self.bias)
+        groups = self.in_channels // grouped.shape[1]
+        hidden = F.conv2d(hidden, grouped, None, self.stride, padding, self.dilation, groups)
+        return F.conv2d(hidden, pointwise_out, self.bias)
 
     def to_modules(self, group_size: int) -> nn.Sequential:
         """Return the bottleneck at `group_size` as three plain torch.nn.Conv2d."""

@@ -43,8 +43,8 @@ class EpochDraws:
         """Draw what a dropout keeps of `inputs`, of their shape (a `Keep`)."""
         if dropout.p == 1:
             return torch.zeros_like(inputs)
-        kept = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-        return kept.bernoulli_(1 - dropout.p, generator=self._dropout).div_(1 - dropout.p)
+        kept = torch.empty(inputs.shape, device=inputs.device).bernoulli_(1 - dropout.p, generator=self._dropout)
+        return kept.div_(1 - dropout.p).to(inputs.dtype)
 
 
 @contextmanager
@@ -54,13 +54,16 @@ def dropout_by(network: nn.Module, keep: Keep) -> Iterator[None]:
     Dropout of other kinds, and dropout called as a function, draw from torch's global generators as ever.
     """
     dropouts = [module for module in network.modules() if type(module) is nn.Dropout]
+    before = [vars(dropout).get("forward") for dropout in dropouts]
     for dropout in dropouts:
-        setattr(dropout, "forward", _forward(dropout, keep))  # noqa: B010 - the instance's own, before the class's
+        vars(dropout)["forward"] = _forward(dropout, keep)
     try:
         yield
     finally:
-        for dropout in dropouts:
-            del dropout.forward
+        for dropout, forward in zip(dropouts, before, strict=True):
+            vars(dropout).pop("forward")
+            if forward is not None:
+                vars(dropout)["forward"] = forward
 
 
 def _forward(dropout: nn.Dropout, keep: Keep) -> Callable[[Tensor], Tensor]:

@@ -87,18 +87,21 @@ def train(
     Raises DivergedError, naming the step and the learning rate, if a loss or a gradient is not finite.
     """
     device = images.images.device
-    optimizer = torch.optim.SGD(
-        list(parameters.values()), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
-    )
-    history = _restore(network, parameters, optimizer, checkpoint)
+    trained = list(parameters.values())
+    optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
+    history, momenta = restore(network, checkpoint)
+    for name, momentum in momenta.items():
+        buffer = torch.empty_like(parameters[name])  # keeps the parameter's memory format, and with it every rounding
+        optimizer.state[parameters[name]]["momentum_buffer"] = buffer.copy_(momentum)
     if engine.compile:
         loss = torch.compile(loss)
 
     def step(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        optimizer.zero_grad(set_to_none=True)
         part = images_of_part(network, inputs) if in_parts else len(inputs)
-        value = backward_in_parts(loss, inputs, labels, part, engine.precision)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        value, gradients = _gradients(loss, trained, inputs, labels, part, engine.precision)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
         optimizer.step()
         return value, norm
 
@@ -131,7 +134,8 @@ def train(
         )
         history.append(record)
         if checkpoint is not None:
-            checkpoint.save(_state(network, parameters, optimizer), {"history": [asdict(one) for one in history]})
+            tensors = state(network, _momenta(optimizer, parameters))
+            checkpoint.save(tensors, {"history": [asdict(one) for one in history]})
         if on_epoch is not None:
             on_epoch(record)
     return history
@@ -160,21 +164,30 @@ def as_inputs(images: Tensor) -> Tensor:
     return normalise(images).contiguous(memory_format=torch.channels_last)
 
 
-def backward_in_parts(loss: Loss, inputs: Tensor, labels: Tensor, part: int, precision: str) -> Tensor:
-    """Add the gradients of the batch's mean loss, `part` images at a time, to the parameters'; return that loss.
+def _gradients(
+    loss: Loss, parameters: list[nn.Parameter], inputs: Tensor, labels: Tensor, part: int, precision: str
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the batch's loss and its gradients, None where a parameter takes no part, from `part` images at a time.
 
-    `inputs` are uint8 images. Of a single part the loss need not be a mean over images.
+    `inputs` are uint8 images. Not by `backward`, which would add the next part's gradients in place: those of a sum's
+    terms may lie in one memory.
     """
     total: Tensor | None = None
+    gradients: list[Tensor | None] = [None] * len(parameters)
     for inputs_part, labels_part in zip(inputs.split(part), labels.split(part), strict=True):
         with forward_at(precision, inputs.device):
             value = loss(as_inputs(inputs_part), labels_part)
         if len(inputs_part) < len(inputs):
             value = value * (len(inputs_part) / len(inputs))
-        value.backward()
-        total = value.detach() if total is None else total + value.detach()
+        some = torch.autograd.grad(value, parameters, allow_unused=True)
+        gradients = [_sum(one, other) for one, other in zip(gradients, some, strict=True)]
+        total = _sum(total, value.detach())
     assert total is not None
-    return total
+    return total, gradients
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one + other if one is not None and other is not None else one if other is None else other
 
 
 def images_of_part(network: nn.Module, inputs: Tensor) -> int:
@@ -207,31 +220,27 @@ def check_finite(losses: Tensor, norms: Tensor, epoch: int, lr: float) -> None:
         )
 
 
-def _state(
-    network: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
+def state(network: nn.Module, momenta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint between epochs; `momenta` by the names of their parameters."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    for name, parameter in parameters.items():
-        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{name}"] = momentum
-    return tensors
+    return tensors | {f"momentum.{name}": momentum for name, momentum in momenta.items()}
 
 
-def _restore(
-    network: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    checkpoint: CheckpointSlot | None,
-) -> list[EpochRecord]:
+def restore(network: nn.Module, checkpoint: CheckpointSlot | None) -> tuple[list[EpochRecord], dict[str, Tensor]]:
+    """Put what a checkpoint holds, if anything, into `network`; return its history and momenta."""
     saved = None if checkpoint is None else checkpoint.load()
     if saved is None:
-        return []
+        return [], {}
     tensors, description = saved
-    prefix = "network."
-    network.load_state_dict({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
-    for name, parameter in parameters.items():
-        if (momentum := tensors.get(f"momentum.{name}")) is not None:
-            buffer = torch.empty_like(parameter)  # keeps the parameter's memory format, and with it every rounding
-            optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(momentum)
-    return [EpochRecord(**record) for record in description["history"]]
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "momentum": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    network.load_state_dict(parts["network"])
+    return [EpochRecord(**record) for record in description["history"]], parts["momentum"]
+
+
+def _momenta(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the momenta by name; parameters that took no part yet have none."""
+    found = {name: optimizer.state.get(one, {}).get("momentum_buffer") for name, one in parameters.items()}
+    return {name: momentum for name, momentum in found.items() if momentum is not None}

@@ -73,7 +73,7 @@ def reconstruct(
     names = list(series_layers(supernet))
     original.eval()
     original.to(memory_format=torch.channels_last)
-    with _Responses(supernet, names) as ours, _Responses(original, names) as theirs:
+    with Responses(supernet, names) as ours, Responses(original, names) as theirs:
 
         def loss(inputs: Tensor, _: Tensor) -> Tensor:
             with torch.no_grad():
@@ -154,7 +154,7 @@ def train_with_fixed_statistics(network: nn.Module) -> None:
             module.eval()
 
 
-class _Responses:
+class Responses:
     """Keeps the latest output of each named layer while it is open."""
 
     def __init__(self, network: nn.Module, names: list[str]) -> None:
@@ -162,7 +162,7 @@ class _Responses:
         self._network, self._names = network, names
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> _Responses:
+    def __enter__(self) -> Responses:
         for name in self._names:
             layer = self._network.get_submodule(name)
             self._handles.append(layer.register_forward_hook(self._keep(name)))

@@ -1,0 +1,148 @@
+"""The supernet's step, and several supernets in one pass.
+
+    python benchmarks/supernet.py [--batch 128] [--threads 2] [--device cpu] [--members 2 4]
+
+First: the time of a step of fine-tuning with a configuration active in the supernet, against the same step of the same
+configuration extracted (the baseline), for small, medium and large group-sizes. Then: an epoch of several supernets in
+one batched pass (engine.parallel_seeds) against the same supernets one after the other (the baseline). All are run in
+turn, and medians printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gross_ray import Configuration, SearchSpace, extract, set_configuration
+from gross_ray.data.images import ImageSet, Splits
+from gross_ray.decomposition.bottleneck import Bottleneck
+from gross_ray.decomposition.surgery import build_supernet, decomposable_layers
+from gross_ray.experiment import Schedule
+from gross_ray.models import build_model
+from gross_ray.training.sampling import ConfigurationSampler
+from gross_ray.training.stages import finetune, freeze_all_but_series
+from gross_ray.training.together import Member, finetune_together
+
+REPEATS = 7
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--images", type=int, default=1280)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--members", type=int, nargs="+", default=[2, 4])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{options.threads} CPU threads"
+    print(f"four-conv, batches of {options.batch}, {name}, torch {torch.__version__}, median of {REPEATS}")
+    for text in ("1-1-1", "4-4-4", "16-16-16", "32-32-64"):
+        _steps(Configuration.parse(text), options.batch, device)
+    for members in options.members:
+        _together(members, options.batch, options.images, device)
+
+
+def _supernet(device: torch.device) -> nn.Module:
+    """Return a supernet of drawn weights, all group-sizes in powers of two."""
+    generator = torch.Generator().manual_seed(0)
+    network = build_model("four-conv", num_classes=10, generator=generator)
+    bottlenecks: Mapping[str, list[Bottleneck]] = {
+        layer: [
+            Bottleneck(
+                torch.randn(channels, channels, 1, 1, generator=generator) / channels,
+                torch.randn(channels, size, 3, 3, generator=generator) / size,
+                torch.randn(network.get_submodule(layer).out_channels, channels, 1, 1, generator=generator) / channels,
+            )
+            for size in (2**power for power in range(channels.bit_length()))
+        ]
+        for layer, channels in ((one, network.get_submodule(one).in_channels) for one in decomposable_layers(network))
+    }
+    return build_supernet(network, bottlenecks).to(device=device, memory_format=torch.channels_last)
+
+
+def _steps(configuration: Configuration, batch: int, device: torch.device) -> None:
+    supernet = _supernet(device)
+    set_configuration(supernet, configuration)
+    extracted = extract(supernet, configuration).to(device=device, memory_format=torch.channels_last)
+    trained = [one for one in extracted.modules() if isinstance(one, nn.Sequential) and one is not extracted]
+    for parameter in extracted.parameters():
+        parameter.requires_grad_(False)
+    for module in trained:
+        for one in module:
+            one.weight.requires_grad_()
+    parameters = list(freeze_all_but_series(supernet).values())
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, 32, 32, generator=generator).to(device=device, memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,), generator=generator).to(device)
+    ours = _step(supernet, parameters, images, labels)
+    theirs = _step(extracted, [one for one in extracted.parameters() if one.requires_grad], images, labels)
+    seconds = _in_turn([ours, theirs], device)
+    print(
+        f"step at {configuration}: supernet {1e3 * seconds[0]:.1f} ms, extracted {1e3 * seconds[1]:.1f} ms, "
+        f"ratio {seconds[0] / seconds[1]:.2f}"
+    )
+
+
+def _step(
+    network: nn.Module, parameters: list[nn.Parameter], images: torch.Tensor, labels: torch.Tensor
+) -> Callable[[], None]:
+    network.train()
+    optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=1e-3)
+
+    def step() -> None:
+        for _ in range(3):
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+
+    return step
+
+
+def _together(members: int, batch: int, num_images: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
+    train = ImageSet(pixels, torch.randint(10, (num_images,), generator=generator).to(device))
+    few = ImageSet(train.images[:1], train.labels[:1])
+    splits = Splits("noise", train, few, few, tuple("abcdefghij"))
+    schedule = Schedule(epochs=1, lr=1e-6, batch_size=batch)
+    supernet = _supernet(device)
+    sampler = ConfigurationSampler(SearchSpace.of(supernet), 0.0)
+
+    def one_by_one() -> None:
+        for seed in range(members):
+            finetune(copy.deepcopy(supernet), splits, schedule, seed=seed, sampler=sampler)
+
+    def in_one_pass() -> None:
+        finetune_together([Member(copy.deepcopy(supernet), seed, sampler) for seed in range(members)], splits, schedule)
+
+    together, alone = _in_turn([in_one_pass, one_by_one], device)
+    print(
+        f"{members} supernets, an epoch of {num_images} images: in one pass {together:.2f} s, one by one {alone:.2f} s, "
+        f"ratio {alone / together:.2f}"
+    )
+
+
+def _in_turn(actions: list[Callable[[], None]], device: torch.device) -> list[float]:
+    seconds: list[list[float]] = [[] for _ in actions]
+    for repeat in range(REPEATS + 1):
+        for place, action in enumerate(actions):
+            started = time.perf_counter()
+            action()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:  # the first warms up
+                seconds[place].append(time.perf_counter() - started)
+    return [statistics.median(times) for times in seconds]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""Several supernets trained in one batched pass, each as it would be by itself but for rounding.
+
+S supernets, B images of a batch. What one of them draws (order, crops, configurations, dropout) is what it would draw
+by itself, and its checkpoints are those of a training by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from gross_ray.data.images import ImageSet, Splits
+from gross_ray.decomposition.stacked import SupernetStack
+from gross_ray.decomposition.surgery import series_layers, set_configuration
+from gross_ray.errors import DivergedError, InvalidValueError
+from gross_ray.experiment import EngineOptions, Schedule
+from gross_ray.precision import forward_at, products_at
+from gross_ray.seeds import derive_seed
+from gross_ray.training.draws import EpochDraws, dropout_by
+from gross_ray.training.loop import (
+    FLOAT32,
+    CheckpointSlot,
+    EpochRecord,
+    accuracy,
+    as_inputs,
+    check_finite,
+    images_of_part,
+    restore,
+    state,
+)
+from gross_ray.training.sampling import ConfigurationSampler
+from gross_ray.training.stages import Responses, freeze_all_but_series, response_error, train_with_fixed_statistics
+
+Outcome = list[EpochRecord] | DivergedError
+Goal = Tensor | dict[str, Tensor]
+"""What a loss compares with: labels (S, B), or by layer the responses (S, B, ...)."""
+MemberLoss = Callable[[Callable[[Tensor], Tensor], nn.Module, Tensor, Any], Tensor]
+"""Given the network of one member, the template that runs it, its inputs (B, 3, H, W) and goal: a scalar."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One supernet of several, and what its training is given, as by itself."""
+
+    supernet: nn.Module
+    seed: int
+    sampler: ConfigurationSampler
+    checkpoint: CheckpointSlot | None = None
+    on_epoch: Callable[[EpochRecord], object] | None = None
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What tells the stages apart."""
+
+    loss: MemberLoss
+    set_mode: Callable[[nn.Module], object]
+    targets: Callable[[Tensor], Goal] | None = None
+    """Gives the goal for inputs (S, B, 3, H, W); None: the labels, and a loss that is a mean over images."""
+
+
+def reconstruct_together(
+    members: Sequence[Member],
+    original: nn.Module,
+    splits: Splits,
+    schedule: Schedule,
+    *,
+    engine: EngineOptions = FLOAT32,
+) -> list[Outcome]:
+    """Do for each member what `reconstruct` does; of one that diverges, return the error in place of its history.
+
+    Raises InvalidValueError for supernets of different networks, or one that cannot be batched.
+    """
+    original.eval().to(memory_format=torch.channels_last)
+    names = list(series_layers(members[0].supernet))
+
+    def targets(inputs: Tensor) -> Goal:
+        with Responses(original, names) as theirs, torch.no_grad():
+            original(inputs.flatten(0, 1))
+            return {name: theirs.of[name].unflatten(0, inputs.shape[:2]) for name in names}
+
+    def loss(network: Callable[[Tensor], Tensor], template: nn.Module, inputs: Tensor, goal: Any) -> Tensor:
+        with Responses(template, names) as ours:
+            network(inputs)
+            return torch.stack([response_error(ours.of[name], goal[name]) for name in names]).sum()
+
+    return _train(members, splits, schedule, engine, _Stage(loss, nn.Module.eval, targets))
+
+
+def finetune_together(
+    members: Sequence[Member], splits: Splits, schedule: Schedule, *, engine: EngineOptions = FLOAT32
+) -> list[Outcome]:
+    """Do for each member what `finetune` does; of one that diverges, return the error in place of its history.
+
+    Raises InvalidValueError for supernets of different networks, or one that cannot be batched.
+    """
+
+    def loss(network: Callable[[Tensor], Tensor], _: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(network(inputs), labels)
+
+    return _train(members, splits, schedule, engine, _Stage(loss, train_with_fixed_statistics))
+
+
+def _train(
+    members: Sequence[Member], splits: Splits, schedule: Schedule, engine: EngineOptions, stage: _Stage
+) -> list[Outcome]:
+    """Train each member from where its checkpoint leaves it; those that are equally far go together."""
+    starts = []
+    for member in members:
+        freeze_all_but_series(member.supernet)
+        starts.append(restore(member.supernet, member.checkpoint))
+    outcomes: dict[int, Outcome] = {}
+    for done in sorted({len(history) for history, _ in starts}):
+        places = [place for place, (history, _) in enumerate(starts) if len(history) == done]
+        steps = _Steps(
+            [members[place] for place in places], [starts[place][1] for place in places], schedule, engine, stage
+        )
+        histories = [starts[place][0] for place in places]
+        outcomes |= dict(zip(places, _epochs(steps, histories, splits, schedule, stage), strict=True))
+    return [outcomes[place] for place in range(len(members))]
+
+
+def _epochs(
+    steps: _Steps, histories: list[list[EpochRecord]], splits: Splits, schedule: Schedule, stage: _Stage
+) -> list[Outcome]:
+    """Train to the last epoch, without those that diverge; return what became of each."""
+    outcomes: list[Outcome] = list(histories)
+    alive = list(range(len(histories)))
+    for epoch in range(len(histories[0]), schedule.epochs):
+        if not alive:
+            break
+        started = time.perf_counter()
+        lr = schedule.lr_at(epoch)
+        losses, norms = steps.epoch(splits.train, epoch, lr)
+        seconds = (time.perf_counter() - started) / len(alive)
+        sound = []
+        for column, place in enumerate(alive):
+            try:
+                check_finite(losses[:, column], norms[:, column], epoch, lr)
+            except DivergedError as error:
+                outcomes[place] = error
+                continue
+            sound.append(column)
+            member, supernet = steps.members[column], steps.write_back(column)
+            if stage.targets is None:
+                set_configuration(supernet, [layer.group_sizes[-1] for layer in series_layers(supernet).values()])
+            record = EpochRecord(
+                epoch=epoch + 1,
+                lr=lr,
+                train_loss=float(losses[:, column].mean()),
+                gradient_norm=float(norms[:, column].mean()),
+                val_accuracy=accuracy(supernet, splits.validation) if stage.targets is None else None,
+                seconds=seconds,
+                images_per_second=len(splits.train) / seconds,
+            )
+            histories[place].append(record)
+            if member.checkpoint is not None:
+                history = [asdict(one) for one in histories[place]]
+                member.checkpoint.save(state(supernet, steps.momenta(column)), {"history": history})
+            if member.on_epoch is not None:
+                member.on_epoch(record)
+        if len(sound) < len(alive):
+            alive = [alive[column] for column in sound]
+            steps.select(sound)
+    return outcomes
+
+
+class _Steps:
+    """The steps of members that have done the same number of epochs."""
+
+    def __init__(
+        self,
+        members: list[Member],
+        momenta: Sequence[Mapping[str, Tensor]],
+        schedule: Schedule,
+        engine: EngineOptions,
+        stage: _Stage,
+    ) -> None:
+        self.members = members
+        self._schedule, self._engine, self._stage = schedule, engine, stage
+        self._stack = SupernetStack([member.supernet for member in members])
+        trained = (
+            {name: one for name, one in each.supernet.named_parameters() if one.requires_grad} for each in members
+        )
+        zeros = ({name: torch.zeros_like(one) for name, one in terms.items()} for terms in trained)
+        self._momenta = self._stack.stack([none | dict(some) for none, some in zip(zeros, momenta, strict=True)])
+        self._dropouts = {
+            module: name for name, module in self._stack.template.named_modules() if type(module) is nn.Dropout
+        }
+        self._masks: dict[str, Tensor] = {}
+        batched = vmap(self._loss)
+        self._compiled = torch.compile(batched) if engine.compile else batched
+
+    def epoch(self, images: ImageSet, epoch: int, lr: float) -> tuple[Tensor, Tensor]:
+        """Do one epoch; return the losses and gradient norms of its steps: (steps, S) each."""
+        size, template = self._schedule.batch_size, self._stack.template
+        self._stage.set_mode(template)
+        draws = [
+            EpochDraws(images, derive_seed(member.seed, epoch), augmented=self._schedule.augment)
+            for member in self.members
+        ]
+        steps: list[tuple[Tensor, Tensor]] = []
+        with dropout_by(template, self._keep), products_at(self._engine.precision, images.images.device):
+            for start in range(0, len(images), size):
+                batches = [each.batch(start, size) for each in draws]
+                configurations = [
+                    member.sampler.draw(each.generator) for member, each in zip(self.members, draws, strict=True)
+                ]
+                active = self._stack.active(configurations)
+                inputs, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))
+                losses = self._backward(inputs, labels, active, draws)
+                steps.append((losses, self._update(active, lr)))
+        return torch.stack([losses for losses, _ in steps]), torch.stack([norms for _, norms in steps])
+
+    def momenta(self, member: int) -> dict[str, Tensor]:
+        """Return one member's momenta, by the names of its parameters."""
+        return self._stack.unstack(self._momenta, member)
+
+    def write_back(self, member: int) -> nn.Module:
+        """Put what was trained into a member's supernet, and return it."""
+        return self._stack.write_back(member)
+
+    def select(self, members: list[int]) -> None:
+        """Go on with some of the members."""
+        self.members = [self.members[member] for member in members]
+        self._stack.select(members)
+        self._momenta = {name: momentum[members] for name, momentum in self._momenta.items()}
+
+    def _backward(
+        self, inputs: Tensor, labels: Tensor, active: dict[str, Tensor], draws: Sequence[EpochDraws]
+    ) -> Tensor:
+        """Leave the gradients of all members in the stacked terms; return the losses (S,)."""
+        terms, total = self._stack.terms, torch.zeros(())
+        for term in terms.values():
+            term.requires_grad_().grad = None
+        targets, count = self._stage.targets, inputs.shape[1]
+        part = count if targets is not None else images_of_part(self._stack.template, inputs[0])
+        for some, theirs in zip(inputs.split(part, dim=1), labels.split(part, dim=1), strict=True):
+            images = as_inputs(some.flatten(0, 1)).unflatten(0, some.shape[:2])
+            goal = theirs if targets is None else targets(images)
+            masks = self._draw_masks(images, active, draws)
+            with forward_at(self._engine.precision, inputs.device):
+                values = self._batched(terms, active, masks, images, goal)
+            values = values * (some.shape[1] / count)
+            values.sum().backward()
+            total = total.to(values) + values.detach()
+        return total
+
+    @torch.no_grad()
+    def _update(self, active: dict[str, Tensor], lr: float) -> Tensor:
+        """Take a step of SGD with the terms that took part, as torch does with those; return the norms (S,)."""
+        squares = []
+        for name, term in self._stack.terms.items():
+            assert term.grad is not None
+            squares.append(term.grad.flatten(1).square().sum(1))
+            part = active[f"{name.rpartition('.')[0]}.active"].view(*term.shape[:2], *[1] * (term.ndim - 2))
+            step = term.grad.add(term, alpha=self._schedule.weight_decay)
+            step.add_(self._momenta[name], alpha=self._schedule.momentum)
+            momentum = self._momenta[name].copy_(torch.where(part > 0, step, self._momenta[name]))
+            term.sub_(momentum * part, alpha=lr)
+        return torch.stack(squares).sum(0).sqrt()
+
+    def _batched(self, *arguments: Any) -> Tensor:
+        """Return the losses of all members (S,)."""
+        try:
+            return self._compiled(*arguments)
+        except RuntimeError as error:
+            if "random operation" not in str(error):
+                raise
+            raise InvalidValueError(
+                "the network draws random numbers other than by nn.Dropout: such supernets are trained one by one "
+                "(engine.parallel_seeds=1)"
+            ) from None
+
+    def _loss(
+        self, terms: dict[str, Tensor], active: dict[str, Tensor], masks: dict[str, Tensor], images: Tensor, goal: Any
+    ) -> Tensor:
+        """Return the loss of one member: what is mapped over all of them."""
+        self._masks = masks
+        template = self._stack.template
+        return self._stage.loss(
+            lambda inputs: functional_call(template, {**terms, **active}, (inputs,)), template, images, goal
+        )
+
+    def _keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
+        return self._masks[self._dropouts[dropout]].to(inputs.dtype)
+
+    def _draw_masks(self, images: Tensor, active: dict[str, Tensor], draws: Sequence[EpochDraws]) -> dict[str, Tensor]:
+        """Draw what each dropout keeps, as the members by themselves would: by name (S, B, ...)."""
+        asked: dict[str, torch.Size] = {}
+
+        def shape_of(dropout: nn.Dropout, inputs: Tensor) -> Tensor:
+            name = self._dropouts[dropout]
+            if name in asked:
+                raise InvalidValueError(
+                    f"dropout {name!r} is used twice in one pass: such supernets are trained one by one "
+                    "(engine.parallel_seeds=1)"
+                )
+            asked[name] = inputs.shape[1:]
+            return torch.ones_like(inputs)
+
+        if not hasattr(self, "_shapes"):
+            first = {name: tensor[0] for name, tensor in (self._stack.terms | active).items()}
+            with torch.no_grad(), dropout_by(self._stack.template, shape_of):
+                functional_call(self._stack.template, first, (images[0],))
+            self._shapes = asked
+        like = {
+            name: torch.empty(images.shape[1], *shape, device=images.device) for name, shape in self._shapes.items()
+        }
+        modules = {name: module for module, name in self._dropouts.items()}
+        kept = [{name: each.keep(modules[name], empty) for name, empty in like.items()} for each in draws]
+        return {name: torch.stack([masks[name] for masks in kept]) for name in like}

@@ -1,0 +1,61 @@
+"""Supernets trained together in one batched pass give what they give one by one, but for rounding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from miniature import gross
+
+from gross_ray import read_table
+from gross_ray.results.store import RunStore
+
+SUPERNETS = ["alpha=0,scaling=index,seed=0", "alpha=4,scaling=normalised,seed=0"]
+
+
+def without_supernets(whole: Path, run: Path) -> Path:
+    """Copy a finished run without its supernets and what came of them, with two supernets to a pass."""
+    kept = (
+        "experiment.json",
+        "tables/networks",
+        "tables/decompositions",
+        "tables/validations",
+        "checkpoints/train",
+        "checkpoints/decompose",
+        "checkpoints/validate",
+    )
+    for name in kept:
+        source, target = whole / name, run / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    (run / "tables/history").mkdir()
+    for file in whole.glob("tables/history/*"):
+        if not file.name.startswith(("reconstruct", "finetune")):
+            shutil.copy(file, run / "tables/history")
+    file = run / "experiment.json"
+    experiment = json.loads(file.read_text())
+    experiment["engine"]["parallel_seeds"] = 2
+    file.write_text(json.dumps(experiment))
+    return run
+
+
+def test_a_sweep_in_one_pass(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    run = without_supernets(whole_run[0], tmp_path / "run")
+    ended = gross("sweep-alpha", str(run), "--num-cpus", "2")
+    assert ended.returncode == 0, ended.stderr
+    for stage in ("reconstruct", "finetune"):
+        assert f"sweep-alpha {stage}: 1/1 {SUPERNETS[0]} and 1 more loss" in ended.stderr
+        for unit in SUPERNETS:
+            ours, about = RunStore.open(run).load_checkpoint(stage, unit)
+            theirs, the_same = RunStore.open(whole_run[0]).load_checkpoint(stage, unit)
+            assert about == the_same and ours.keys() == theirs.keys()
+            for name, tensor in ours.items():
+                assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-5), f"{stage} {unit}: {name}"
+    assert not list((run / "checkpoints").glob("*-under-way/*"))
+    ours, theirs = (read_table(folder, "alpha_trials") for folder in (run, whole_run[0]))
+    assert ours["unit"].tolist() == theirs["unit"].tolist()
+    assert (ours["status"] == "completed").all()
+    assert (ours["supernet_accuracy"] - theirs["supernet_accuracy"]).abs().max() <= 2 / 60
+    assert len(read_table(run, "alpha_sweep")) == len(read_table(whole_run[0], "alpha_sweep"))
