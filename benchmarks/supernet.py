@@ -31,6 +31,7 @@ from gross_ray.training.stages import finetune, freeze_all_but_series
 from gross_ray.training.together import Member, finetune_together
 
 REPEATS = 7
+STEPS = 3
 
 
 def main() -> None:
@@ -85,7 +86,7 @@ def _steps(configuration: Configuration, batch: int, device: torch.device) -> No
     labels = torch.randint(10, (batch,), generator=generator).to(device)
     ours = _step(supernet, parameters, images, labels)
     theirs = _step(extracted, [one for one in extracted.parameters() if one.requires_grad], images, labels)
-    seconds = _in_turn([ours, theirs], device)
+    seconds = [each / STEPS for each in _in_turn([ours, theirs], device)]
     print(
         f"step at {configuration}: supernet {1e3 * seconds[0]:.1f} ms, extracted {1e3 * seconds[1]:.1f} ms, "
         f"ratio {seconds[0] / seconds[1]:.2f}"
@@ -99,7 +100,7 @@ def _step(
     optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=1e-3)
 
     def step() -> None:
-        for _ in range(3):
+        for _ in range(STEPS):
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(network(images), labels).backward()
             optimizer.step()
@@ -126,8 +127,8 @@ def _together(members: int, batch: int, num_images: int, device: torch.device) -
 
     together, alone = _in_turn([in_one_pass, one_by_one], device)
     print(
-        f"{members} supernets, an epoch of {num_images} images: in one pass {together:.2f} s, one by one {alone:.2f} s, "
-        f"ratio {alone / together:.2f}"
+        f"{members} supernets, an epoch of {num_images} images: in one pass {together:.2f} s, "
+        f"one by one {alone:.2f} s, ratio {alone / together:.2f}"
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -28,3 +31,37 @@ def expand_grouped_weight(weight: Tensor, target_group_size: int) -> Tensor:
     blocks = weight.reshape(channels // target_group_size, merged, group_size, group_size, *kernel)
     grid = torch.diag_embed(blocks.movedim(1, -1), dim1=1, dim2=3)
     return grid.reshape(channels, target_group_size, *kernel)
+
+
+def sum_of_expansions(weights: Sequence[Tensor]) -> Tensor:
+    """Return the sum of grouped weights (C, g_k, kH, kW), each expanded to the largest group-size by Psi (Eq. 6).
+
+    Group-sizes ascend, and each divides the next. Linear and differentiable, by as many kernels for two weights as for
+    ten: on a GPU a loop over them would cost more than the convolution.
+    """
+    if len(weights) == 1:
+        return weights[0]
+    channels = weights[0].shape[0]
+    sizes = tuple(weight.shape[1] for weight in weights)
+    columns, seen = _layout(channels, sizes, weights[0].device)
+    copies = torch.cat(list(weights), dim=1).index_select(1, columns)
+    copies = copies.view(channels, len(sizes), sizes[-1], *weights[0].shape[2:])
+    return torch.where(seen, copies, 0).sum(dim=1)
+
+
+@lru_cache(maxsize=256)
+def _layout(channels: int, sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return for each weight k and input channel a of the largest group-size G where to look, and what is 0.
+
+    The columns (K G,) of the concatenated weights, and whether output channel c sees input channel a in weight k:
+    (C, K, G, 1, 1), both channels counted within their group.
+    """
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        largest = sizes[-1]
+        size_K1 = torch.tensor(sizes)[:, None]
+        place_G = torch.arange(largest)
+        starts_K1 = size_K1.cumsum(0) - size_K1
+        columns = (starts_K1 + place_G % size_K1).flatten()
+        output_C11 = (torch.arange(channels) % largest)[:, None, None]
+        seen = output_C11 // size_K1 == place_G // size_K1
+        return columns.to(device), seen[..., None, None].to(device)

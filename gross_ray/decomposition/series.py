@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.expansion import expand_grouped_weight
+from gross_ray.decomposition.expansion import sum_of_expansions
 from gross_ray.errors import InvalidValueError
 
 
@@ -84,12 +84,8 @@ class SeriesConv2d(nn.Module):
         """Return the sum of the series up to `group_size` (Eq. 6), differentiable."""
         self._check_group_size(group_size)
         count = self.group_sizes.index(group_size) + 1
-        expanded = [expand_grouped_weight(self.grouped[place], group_size) for place in range(count)]
-        return Bottleneck(
-            _total([self.pointwise_in[place] for place in range(count)]),
-            _total(expanded),
-            _total([self.pointwise_out[place] for place in range(count)]),
-        )
+        pointwise_in, grouped, pointwise_out = (list(terms)[:count] for terms in self._terms())
+        return Bottleneck(_total(pointwise_in), sum_of_expansions(grouped), _total(pointwise_out))
 
     def forward(self, images: Tensor) -> Tensor:
         """Run the bottleneck of the active group-size."""
@@ -152,8 +148,8 @@ class SeriesConv2d(nn.Module):
             raise InvalidValueError(f"group-size {group_size} is not in this layer's series; there are: {choices}")
 
 
-def _total(terms: list[Tensor]) -> Tensor:
-    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(dim=0)
+def _total(terms: list[nn.Parameter]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(dim=0)  # type: ignore[arg-type]
 
 
 def _check_bottlenecks(conv: nn.Conv2d, ordered: list[Bottleneck]) -> None:

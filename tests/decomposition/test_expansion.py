@@ -1,12 +1,14 @@
 import re
+from math import prod
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gross_ray.decomposition.expansion import expand_grouped_weight
+from gross_ray.decomposition.expansion import expand_grouped_weight, sum_of_expansions
 from gross_ray.errors import GrossRayError, InvalidValueError
 
 
@@ -67,6 +69,52 @@ def test_the_gradient_passes(generator):
     (expand_grouped_weight(weight, 3) * scale).sum().backward()
     expected = torch.stack([scale[channel, channel % 3] for channel in range(6)])[:, None]
     assert torch.equal(weight.grad, expected)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 3), st.integers(0, 999))
+def test_a_sum_of_expansions_is_their_sum(factors, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = sorted({prod(factors[:count]) for count in range(1, len(factors) + 1)})
+    channels = sizes[-1] * groups
+    weights = [
+        torch.randn(channels, size, 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+        for size in sizes
+    ]
+    scale = torch.randn(channels, sizes[-1], 3, 2, generator=generator, dtype=torch.float64)
+    expected = torch.stack([expand_grouped_weight(weight, sizes[-1]) for weight in weights]).sum(0)
+    total = sum_of_expansions(weights)
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad((each * scale).sum(), weights) for each in (total, expected))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_sum_that_was_first_asked_for_without_gradients_has_them_later():
+    with torch.inference_mode():
+        sum_of_expansions([torch.ones(10, 1, 1, 1), torch.ones(10, 5, 1, 1)])
+    weights = [torch.ones(10, 1, 1, 1, requires_grad=True), torch.ones(10, 5, 1, 1)]
+    sum_of_expansions(weights).sum().backward()
+    assert torch.equal(weights[0].grad, torch.ones(10, 1, 1, 1))
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.kernels = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.kernels += not func.is_view  # views run nothing on the device
+        return func(*args, **kwargs or {})
+
+
+def test_more_weights_take_no_more_kernels():
+    counts = []
+    for sizes in ((1, 16), (1, 2, 4, 8, 16)):
+        weights = [torch.ones(16, size, 3, 3, requires_grad=True) for size in sizes]
+        sum_of_expansions(weights)
+        with Counted() as counted:
+            sum_of_expansions(weights)
+        counts.append(counted.kernels)
+    assert counts[0] == counts[1] <= 5
 
 
 @pytest.mark.parametrize(
