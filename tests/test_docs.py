@@ -1,4 +1,5 @@
 import importlib
+import json
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -210,3 +211,19 @@ def test_the_query_for_the_front(answers: dict[str, Any], evaluated: dict[str, E
     )
     assert 2 < len(front) < len(points)
     assert list(zip(answers["front"]["macs"], answers["front"]["val_accuracy"], strict=True)) == front
+
+
+def test_the_protocol_names_the_fields_and_values_of_the_preset_paper() -> None:
+    fields = preset("paper").fields()
+    rows = [
+        line.split("|")[1:-1] for line in (ROOT / "docs/protocol.md").read_text().splitlines() if line.startswith("|")
+    ]
+    said = {field.strip().strip("`"): value.split("`")[1] for *_, field, value in rows[2:]}
+    assert len(said) == len(rows) - 2 >= 40
+    assert said == {name: json.dumps(fields[name]) for name in said}
+    trained = [
+        name for name in fields if name.split(".")[0] in ("training", "reconstruction", "finetuning", "supernet")
+    ]
+    assert {
+        name for name in trained if name.rsplit(".", 1)[-1] in ("epochs", "lr", "milestones", "seeds")
+    } <= said.keys()
