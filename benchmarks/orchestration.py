@@ -24,7 +24,14 @@ import ray
 import torch
 
 from gross_ray.data.images import Splits, load_dataset
-from gross_ray.experiment import DataOptions, FinetuningOptions, SupernetOptions, SweepOptions, TrainingOptions
+from gross_ray.experiment import (
+    DataOptions,
+    DecompositionOptions,
+    FinetuningOptions,
+    SupernetOptions,
+    SweepOptions,
+    TrainingOptions,
+)
 from gross_ray.presets import quickstart
 from gross_ray.results.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train
@@ -48,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=6000, help="images of each split")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of fine-tuning in the sweep")
     parser.add_argument("--trials", type=int, help="run so many trials that do nothing instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -56,8 +64,9 @@ def main() -> None:
         quickstart(),
         data=DataOptions(name="fashion-mnist", **limits),
         training=TrainingOptions(epochs=1, lr=0.05, milestones=(), batch_size=128, augment=False, seeds=1),
+        decomposition=DecompositionOptions(),
         supernet=SupernetOptions(seeds=1),
-        finetuning=FinetuningOptions(epochs=3, lr=0.001, milestones=()),
+        finetuning=FinetuningOptions(epochs=options.epochs, lr=0.001, milestones=()),
         sweep=SweepOptions(alphas=(0.0, 4.0), scalings=("index",), seeds=1),
     )
     with tempfile.TemporaryDirectory() as folder:

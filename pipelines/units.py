@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gross_ray.data.images import ImageSet, Splits
 from gross_ray.errors import MissingStageError
-from gross_ray.results.store import RunStore
+from gross_ray.results.store import UNDER_WAY, RunStore
 
 
 class Report(Protocol):
@@ -116,7 +116,7 @@ class EpochSlot:
 
     @property
     def _stage(self) -> str:
-        return f"{self.stage}-under-way"
+        return f"{self.stage}{UNDER_WAY}"
 
 
 def pack_splits(splits: Splits) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from gross_ray.results.tables import SCHEMA_VERSION, VERSION_KEY, table
 
 # pyarrow leaves out of a folder what begins with a dot or an underscore: such a unit would silently be missing.
 _NAME = re.compile(r"[A-Za-z0-9=,+-][A-Za-z0-9=,._+-]{0,149}")
+UNDER_WAY = "-under-way"
+"""Ending of the stages whose checkpoints are the state of units between epochs."""
 _AGAIN = "run its stage again: the file is deleted and its unit done anew"
 _DESCRIPTION = "gross_ray.description"
 _CHECKSUM = "gross_ray.crc32"
@@ -54,6 +56,8 @@ class RunStore:
         self.damaged: list[str] = []
         """Files, named from the run folder on, that were found damaged and deleted."""
         self._locked = False
+        self._sound: set[str] = set()
+        """Checkpoints that were read under this lock."""
 
     def __reduce__(self) -> tuple[type[RunStore], tuple[Storage, Experiment]]:
         return RunStore, (self.storage, self.experiment)
@@ -111,21 +115,19 @@ class RunStore:
                 yield
             finally:
                 self._locked = False
+                self._sound.clear()
 
     def remove_leftovers(self) -> None:
-        """Delete what killed writers left, and damaged checkpoints (noted in `damaged`).
+        """Delete what killed writers left, and the damaged states of trainings under way (noted in `damaged`).
 
         Only for a driver that holds the lock.
         """
         self.storage.remove_leftovers()
         for stage in self.storage.folders("checkpoints"):
-            folder = f"checkpoints/{stage}"
-            for name in self.storage.names(folder):
-                if name.endswith(".safetensors") and not name.startswith("."):
-                    try:
-                        _read_checkpoint(self.storage, f"{folder}/{name}")
-                    except _DamagedFile:
-                        self._forget_damaged(f"{folder}/{name}")
+            if stage.endswith(UNDER_WAY):
+                for name in self.storage.names(f"checkpoints/{stage}"):
+                    if name.endswith(".safetensors") and not name.startswith("."):
+                        self._is_sound(f"checkpoints/{stage}/{name}")
 
     # Tables
 
@@ -230,8 +232,15 @@ class RunStore:
             raise RunFolderError(f"damaged checkpoint {self.storage.shown(file)}: {error}; {_AGAIN}") from None
 
     def has_checkpoint(self, stage: str, unit: str) -> bool:
-        """Return whether a checkpoint is stored."""
-        return self.storage.exists(_checkpoint_file(stage, unit))
+        """Return whether a checkpoint is stored.
+
+        Where this process holds the lock, one that is damaged is not: it is deleted, and noted in `damaged`. Its
+        content is read once.
+        """
+        file = _checkpoint_file(stage, unit)
+        if not self.storage.exists(file):
+            return False
+        return not self._locked or file in self._sound or self._is_sound(file)
 
     def delete_checkpoint(self, stage: str, unit: str) -> None:
         """Delete a checkpoint, if there is one."""
@@ -254,6 +263,16 @@ class RunStore:
                 there = ", ".join(pq.read_schema(pa.BufferReader(self.storage.read(file))).names)
                 raise InvalidValueError(f"table {file.split('/')[1]!r} has no column {name!r}; its columns: {there}")
         return unit
+
+    def _is_sound(self, file: str) -> bool:
+        """Read a checkpoint to see whether it is whole; if it is damaged, delete it."""
+        try:
+            _read_checkpoint(self.storage, file)
+        except _DamagedFile:
+            self._forget_damaged(file)
+            return False
+        self._sound.add(file)
+        return True
 
     def _forget_damaged(self, file: str) -> None:
         self.storage.delete(file)

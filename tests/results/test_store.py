@@ -544,10 +544,35 @@ def test_a_damaged_checkpoint_is_named_and_deleted_by_the_next_driver(store, dam
     path.write_bytes(CHECKPOINT_DAMAGES[damage](path.read_bytes()))
     with pytest.raises(RunFolderError, match=r"damaged checkpoint .*train/seed=0\.safetensors.*run its stage again"):
         store.load_checkpoint("train", "seed=0")
-    store.remove_leftovers()
+    assert store.has_checkpoint("train", "seed=0") and path.exists()  # who holds no lock deletes nothing
+    with store.lock():
+        assert not store.has_checkpoint("train", "seed=0") and not path.exists()
+        assert store.has_checkpoint("train", "seed=1")
     assert store.damaged == ["checkpoints/train/seed=0.safetensors"]
-    assert not store.has_checkpoint("train", "seed=0")
     assert store.load_checkpoint("train", "seed=1")[1] == {"note": "hello"}
+
+
+def test_the_damaged_state_of_a_training_under_way_is_a_leftover(store):
+    for stage in ("train", "train-under-way"):
+        store.save_checkpoint(stage, "seed=0", {"a": torch.ones(4)}, {})
+        path = store.path / f"checkpoints/{stage}/seed=0.safetensors"
+        path.write_bytes(flip(path.read_bytes(), -1))
+    with store.lock():
+        store.remove_leftovers()
+    assert store.damaged == ["checkpoints/train-under-way/seed=0.safetensors"]
+
+
+def test_a_driver_reads_the_checkpoints_that_it_asks_for_once(store, monkeypatch):
+    for unit in ("seed=0", "seed=1"):
+        store.save_checkpoint("train", unit, {"a": torch.ones(4)}, {})
+    read = []
+    original = type(store.storage).read
+    monkeypatch.setattr(type(store.storage), "read", lambda self, file: read.append(file) or original(self, file))
+    with store.lock():
+        store.remove_leftovers()
+        for _ in range(3):
+            assert store.has_checkpoint("train", "seed=0")
+    assert [file for file in read if file.endswith(".safetensors")] == ["checkpoints/train/seed=0.safetensors"]
 
 
 def test_a_tensors_file_of_someone_else_is_no_checkpoint(store):
