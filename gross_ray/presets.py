@@ -65,6 +65,25 @@ def fashion() -> Experiment:
     )
 
 
+def fashion_short() -> Experiment:
+    """The same in an hour on two cores: a few epochs at higher rates, three repeats."""
+    return Experiment(
+        name="fashion-short",
+        data=DataOptions(name="fashion-mnist"),
+        training=TrainingOptions(epochs=4, lr=0.05, milestones=(3,), batch_size=128, augment=False, seeds=3),
+        decomposition=DecompositionOptions(tolerance=1e-5),
+        supernet=SupernetOptions(seeds=3),
+        reconstruction=ReconstructionOptions(epochs=1, lr=1e-3, milestones=(), batch_size=128, augment=False),
+        finetuning=FinetuningOptions(epochs=3, lr=1e-3, milestones=(2,), batch_size=128, augment=False),
+        sweep=SweepOptions(seeds=3),
+        validation=ValidationOptions(
+            seeds=3,
+            reconstruction=Schedule(epochs=1, lr=1e-2, batch_size=128, augment=False),
+            finetuning=Schedule(epochs=2, lr=2e-3, milestones=(1,), batch_size=128, augment=False),
+        ),
+    )
+
+
 def paper() -> Experiment:
     """CIFAR-10 with exactly the paper's protocol: five repeats, alpha 0, 2, 4, 8, Eq. 8 as printed."""
     return Experiment(
@@ -78,6 +97,7 @@ def paper() -> Experiment:
 PRESETS: dict[str, Preset] = {
     "quickstart": Preset(quickstart, "under 4 minutes on 2 cores"),
     "fashion": Preset(fashion, "days on 2 cores; meant for a GPU"),
+    "fashion-short": Preset(fashion_short, "about an hour on 2 cores (not run whole yet)"),
     "paper": Preset(paper, "days on 2 cores; meant for a GPU; downloads CIFAR-10 (170 MB)"),
 }
 
