@@ -18,6 +18,7 @@ from gross_ray.report.sweep_charts import sweep_charts
 from gross_ray.results.store import RunStore
 from gross_ray.training.sampling import settled_scaling
 
+_STAGES = ("train", "decompose", "reconstruct", "finetune", "validate-reconstruct", "validate-finetune")
 _VERSIONS = ("gross_ray", "python", "torch", "torchvision", "ray")
 
 
@@ -38,7 +39,8 @@ class Section:
     @property
     def all_missing(self) -> list[str]:
         """What this part and its tables lack."""
-        return list(dict.fromkeys([*self.missing, *(what for table in self.tables for what in table.missing)]))
+        empty = [f"{table.title}: {what}" for table in self.tables for what in table.missing if not table.heads]
+        return [*self.missing, *empty, *(what for table in self.tables for what in table.missing if table.heads)]
 
 
 def sections(store: RunStore) -> list[Section]:
@@ -108,9 +110,7 @@ def _curves(store: RunStore) -> Section:
     history = store.read_table("history", ["stage", "unit", "epoch", "train_loss", "val_accuracy"])
     if history.empty:
         return Section("curves", "The trainings", missing=["training curves (run `gross train`)"])
-    order = ("train", "reconstruct", "finetune", "validate-reconstruct", "validate-finetune")
-    place = history["stage"].map({stage: number for number, stage in enumerate(order)}).fillna(len(order))
-    return Section("curves", "The trainings", [curves_chart(history.iloc[place.argsort(kind="stable")])])
+    return Section("curves", "The trainings", [curves_chart(_in_order(history))])
 
 
 def _times(store: RunStore) -> Section:
@@ -123,18 +123,20 @@ def _times(store: RunStore) -> Section:
         ["started (UTC)", *_VERSIONS, "host", "device", "cores"],
         [[_moment(row[0]), *map(str, row[1:])] for row in runs.itertuples(index=False)],
     )
-    parts = [store.read_table("history", ["stage", "unit", "seconds"])]
-    parts.append(store.read_table("decompositions", ["seconds"]).assign(stage="decompose"))
+    trained = store.read_table("history", ["stage", "unit", "seconds"])
+    decomposed = store.read_table("decompositions", ["layer", "group_size", "seconds"])
+    unit = decomposed["layer"] + " " + decomposed["group_size"].astype(str)
+    work = [part for part in (trained, decomposed.assign(stage="decompose", unit=unit)) if len(part)]
+    if not work:
+        return Section("time", title, tables=[starts], missing=["times of work (run `gross train`)"])
     rows, total = [], 0.0
-    for stage, group in pd.concat([part for part in parts if len(part)] or parts[:1]).groupby("stage", sort=False):
-        units = group["unit"].nunique() or len(group)
+    for stage, group in _in_order(pd.concat(work)).groupby("stage", sort=False):
         total += group["seconds"].sum()
-        rows.append([str(stage), str(units), _duration(group["seconds"].sum())])
+        rows.append([str(stage), str(group["unit"].nunique()), _duration(group["seconds"].sum())])
     rows.append(["all together", "", _duration(total)])
     note = "Summed over units of work, which run beside each other: the wall clock showed less on more than one worker."
-    return Section(
-        "time", title, tables=[starts, ResultTable("Time of training and decomposing", ["stage", "units", "h:mm:ss"], rows, [note])]
-    )
+    times = ResultTable("Time of training and decomposing", ["stage", "units", "h:mm:ss"], rows, [note])
+    return Section("time", title, tables=[starts, times])
 
 
 def _experiment(store: RunStore) -> Section:
@@ -142,6 +144,12 @@ def _experiment(store: RunStore) -> Section:
     rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in fields.items()]
     title = f"The experiment: {len(rows)} fields, fingerprint {store.experiment.fingerprint()}"
     return Section("experiment", "The experiment", tables=[ResultTable(title, ["field", "value"], rows)], folded=True)
+
+
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows in the order of their stages."""
+    place = rows["stage"].map({stage: number for number, stage in enumerate(_STAGES)}).fillna(len(_STAGES))
+    return rows.iloc[place.argsort(kind="stable")]
 
 
 def _moment(started: str) -> str:

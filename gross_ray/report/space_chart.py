@@ -112,7 +112,7 @@ def _figure(
         )
 
     points = f"{len(sample):,} of {len(accuracies):,} configurations" if dense else "configurations"
-    add(points, sample, mode="markers", marker={"color": GREY, "size": 5 if dense else 7, "opacity": 0.7})
+    add(points, sample, mode="markers", marker={"color": GREY, "size": 4 if dense else 7, "opacity": 0.6 if dense else 0.8})
     steps = {"mode": "lines+markers", "line": {"color": BLUE, "shape": "hv", "width": 2}}
     add("Pareto front", front.iloc[evenly(range(len(front)), MAX_MARKED)], marker={"color": BLUE, "size": 7}, **steps)
     for kind, colour, symbol in (("fixed", ORANGE, "square"), ("selected", PURPLE, "star")):
@@ -136,7 +136,7 @@ def _density(costs: pd.Series, percents: pd.Series) -> go.Heatmap:
         y=((y[1:] + y[:-1]) / 2).tolist(),
         z=[[None if np.isnan(cell) else round(cell, 3) for cell in row] for row in log.tolist()],
         zmin=0,
-        colorscale=[[0, "rgba(127,127,127,0.12)"], [1, "rgba(127,127,127,0.95)"]],
+        colorscale=[[0, "rgba(29,143,156,0.1)"], [1, "rgba(29,143,156,0.9)"]],
         colorbar={
             "title": {"text": "configurations", "side": "right"},
             "tickvals": list(tens),
@@ -172,7 +172,7 @@ def _summary(searched: Searched, front: pd.DataFrame, num_points: int) -> str:
     )
     if num_points < num:
         text += (
-            f" Above {MAX_POINTS:,} configurations the figure is a density: the darker a cell, the more configurations; "
+            f" Above {MAX_POINTS:,} configurations the figure is a density: the stronger a cell's colour, the more configurations; "
             f"{num_points:,} points, drawn evenly, can be hovered. The front, fixed and selected configurations and the "
             "best within a budget are those of all configurations."
         )

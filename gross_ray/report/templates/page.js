@@ -6,9 +6,10 @@
   const touch = matchMedia("(pointer: coarse)").matches;
   const GLYPHS = {circle: "●", square: "■", diamond: "◆", cross: "✚", star: "★", "circle-open": "○"};
   const DASHES = {solid: "", dash: "6 3", dot: "2 2", dashdot: "6 2 2 2"};
+  // The buttons by name: plotly.js 4 by itself adds one that sends a figure to a server.
   const CONFIG = {
-    responsive: true, displaylogo: false, displayModeBar: true,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    responsive: true, displaylogo: false, displayModeBar: true, plotlyServerURL: "",
+    modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]],
   };
 
   function colour(name) {
