@@ -49,7 +49,7 @@ def html_page(store: RunStore) -> str:
     for package in ("plotly", "jinja2"):
         if importlib.util.find_spec(package) is None:
             raise GrossRayError(
-                f"the HTML page needs the package {package}: pip install {package}; --markdown prints the tables without"
+                f"the HTML page needs {package}: pip install {package}; --markdown prints the tables without it"
             )
     import jinja2
     from markupsafe import Markup
@@ -58,7 +58,9 @@ def html_page(store: RunStore) -> str:
     from gross_ray.report.sections import sections
 
     templates = files("gross_ray.report") / "templates"
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["prose"] = _prose
     parts = sections(store)
     return environment.from_string((templates / "page.html").read_text(encoding="utf-8")).render(

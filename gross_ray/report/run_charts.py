@@ -5,7 +5,19 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from gross_ray.report.charts import COLOURS, DASHES, GREY, MAX_DETAILS, ORANGE, PURPLE, Chart, evenly, layout, padded, shown
+from gross_ray.report.charts import (
+    COLOURS,
+    DASHES,
+    GREY,
+    MAX_DETAILS,
+    ORANGE,
+    PURPLE,
+    Chart,
+    evenly,
+    layout,
+    padded,
+    shown,
+)
 from gross_ray.report.results import ResultTable, correlation_sentence
 from gross_ray.results.store import RunStore
 
@@ -48,7 +60,12 @@ def retrained_chart(store: RunStore, accuracies: pd.DataFrame, validations: pd.D
         f"{sentence[0].upper()}{sentence[1:]}."
     )
     rows = [
-        [str(name), row["kind"], f"{row['supernet_accuracy']:.2f}", f"{row['mean']:.2f} ({_spread(row['std'])}, {row['count']:.0f})"]
+        [
+            str(name),
+            row["kind"],
+            f"{row['supernet_accuracy']:.2f}",
+            f"{row['mean']:.2f} ({_spread(row['std'])}, {row['count']:.0f})",
+        ]
         for name, row in both.sort_values("supernet_accuracy", ascending=False).head(MAX_DETAILS).iterrows()
     ]
     details = ResultTable(
@@ -88,9 +105,10 @@ def decomposition_chart(decompositions: pd.DataFrame) -> Chart:
     worst = decompositions.loc[decompositions["relative_error"].idxmax()]
     statuses = ", ".join(f"{count} {status}" for status, count in decompositions["status"].value_counts().items())
     summary = (
-        f"Relative error of {len(decompositions)} decompositions, {len(layers)} layers at {len(sizes)} group-sizes: the "
-        f"norm of what a decomposition misses over that of the weight. The largest is {worst['relative_error']:.4f}, of "
-        f"{worst['layer']} at group-size {worst['group_size']}. The solver's ends: {statuses}."
+        f"Relative error of {len(decompositions)} decompositions, {len(layers)} layers at {len(sizes)} group-sizes: "
+        "the norm of what a decomposition misses over that of the weight. The largest is "
+        f"{worst['relative_error']:.4f}, of {worst['layer']} at group-size {worst['group_size']}. "
+        f"The solver's ends: {statuses}."
     )
     rows = [
         [
@@ -130,8 +148,8 @@ def curves_chart(history: pd.DataFrame) -> Chart:
     units = history.groupby("stage", sort=False)["unit"].nunique()
     many = [f"{MAX_CURVES} of the {count} of {stage}" for stage, count in units.items() if count > MAX_CURVES]
     summary = (
-        f"Training loss and, where it was measured, accuracy on the validation split after each epoch, of {units.sum()} "
-        f"trainings in {len(units)} stages."
+        "Training loss and, where it was measured, accuracy on the validation split after each epoch, of "
+        f"{units.sum()} trainings in {len(units)} stages."
         + (f" At most {MAX_CURVES} curves are drawn for a stage, evenly chosen: {', '.join(many)}." if many else "")
     )
     heads = ["stage", "trainings", "epochs", "last loss, mean", "last accuracy, %: mean (std, n)"]

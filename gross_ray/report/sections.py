@@ -1,4 +1,4 @@
-"""The parts of the page, in its order: each has charts and tables, or says what is missing and which command makes it."""
+"""The parts of the page, in its order: charts and tables, or what is missing and which command makes it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
     sample = accuracies
     if len(accuracies) > MAX_POINTS:
         generator = derived_generator(store.experiment.seed, "report", "sample")
-        sample = accuracies.iloc[torch.randperm(len(accuracies), generator=generator)[:MAX_POINTS].sort().values.numpy()]
+        sample = accuracies.iloc[
+            torch.randperm(len(accuracies), generator=generator)[:MAX_POINTS].sort().values.numpy()
+        ]
     fronts = {cost: pareto_front(accuracies, cost=cost) for cost in searched.costs}
     versions, budgets = {}, {}
     for cost, front in fronts.items():
@@ -76,7 +78,10 @@ def _marked(store: RunStore, accuracies: pd.DataFrame) -> dict[str, pd.DataFrame
     selections, validations = selected(store), store.read_table("validations", ["configuration", "kind"])
     names = {
         "fixed": {*selections["budget"], *validations.loc[validations["kind"] == "fixed", "configuration"]},
-        "selected": {*selections["configuration"], *validations.loc[validations["kind"] == "selected", "configuration"]},
+        "selected": {
+            *selections["configuration"],
+            *validations.loc[validations["kind"] == "selected", "configuration"],
+        },
     }
     return {kind: accuracies[accuracies["configuration"].isin(names[kind])] for kind in names}
 
@@ -112,7 +117,12 @@ def _figure(
         )
 
     points = f"{len(sample):,} of {len(accuracies):,} configurations" if dense else "configurations"
-    add(points, sample, mode="markers", marker={"color": GREY, "size": 4 if dense else 7, "opacity": 0.6 if dense else 0.8})
+    add(
+        points,
+        sample,
+        mode="markers",
+        marker={"color": GREY, "size": 4 if dense else 7, "opacity": 0.6 if dense else 0.8},
+    )
     steps = {"mode": "lines+markers", "line": {"color": BLUE, "shape": "hv", "width": 2}}
     add("Pareto front", front.iloc[evenly(range(len(front)), MAX_MARKED)], marker={"color": BLUE, "size": 7}, **steps)
     for kind, colour, symbol in (("fixed", ORANGE, "square"), ("selected", PURPLE, "star")):
@@ -121,7 +131,9 @@ def _figure(
             size = 13 if symbol == "star" else 11
             add(kind, rows, mode="markers", marker={"color": colour, "size": size, "symbol": symbol})
     best = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"width": 3}}
-    figure.add_trace(go.Scatter(name="best within the budget", x=[], y=[], mode="markers", marker=best, hoverinfo="skip"))
+    figure.add_trace(
+        go.Scatter(name="best within the budget", x=[], y=[], mode="markers", marker=best, hoverinfo="skip")
+    )
     return figure
 
 
@@ -172,9 +184,9 @@ def _summary(searched: Searched, front: pd.DataFrame, num_points: int) -> str:
     )
     if num_points < num:
         text += (
-            f" Above {MAX_POINTS:,} configurations the figure is a density: the stronger a cell's colour, the more configurations; "
-            f"{num_points:,} points, drawn evenly, can be hovered. The front, fixed and selected configurations and the "
-            "best within a budget are those of all configurations."
+            f" Above {MAX_POINTS:,} configurations the figure is a density: the stronger a cell's colour, the more "
+            f"configurations; {num_points:,} points, drawn evenly, can be hovered. The front, fixed and selected "
+            "configurations and the best within a budget are those of all configurations."
         )
     return text
 

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from gross_ray.report.charts import COLOURS, DASHES, SYMBOLS, Chart, layout, shown
-from gross_ray.report.results import ResultTable, millions, sweep_table, temperature
+from gross_ray.report.results import ResultTable, millions, temperature
 from gross_ray.report.searched import chunks
 from gross_ray.results.store import RunStore
 from gross_ray.space import Configuration
@@ -27,25 +27,32 @@ def sweep_charts(store: RunStore, sweep: pd.DataFrame) -> list[Chart]:
     styles = {
         (alpha, scaling): {
             "line": {"color": COLOURS[alphas.index(alpha) % len(COLOURS)], "dash": DASHES[scalings.index(scaling)]},
-            "marker": {"color": COLOURS[alphas.index(alpha) % len(COLOURS)], "symbol": SYMBOLS[scalings.index(scaling)]},
+            "marker": {
+                "color": COLOURS[alphas.index(alpha) % len(COLOURS)],
+                "symbol": SYMBOLS[scalings.index(scaling)],
+            },
         }
         for alpha, scaling in temperatures
     }
-    charts = [_left(store, sweep, styles)]
+    charts = [_left(sweep, styles)]
     profiles = _profiles(store, sweep)
     if len(profiles):
         charts.append(_right(profiles, styles))
     return charts
 
 
-def _left(store: RunStore, sweep: pd.DataFrame, styles: dict[tuple[float, str], dict]) -> Chart:
+def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict]) -> Chart:
     """Draw the accuracy in the supernet less that of the fixed configuration on its own, mean over the seeds."""
     configurations = sorted(set(sweep["configuration"]), key=Configuration.parse)
     figure = go.Figure(
         layout=layout(
             "configuration",
             "supernet less fixed, points (val)",
-            xaxis={"type": "category", "categoryorder": "array", "categoryarray": [shown(one) for one in configurations]},
+            xaxis={
+                "type": "category",
+                "categoryorder": "array",
+                "categoryarray": [shown(one) for one in configurations],
+            },
             yaxis={"zeroline": True},
         )
     )
@@ -71,11 +78,11 @@ def _left(store: RunStore, sweep: pd.DataFrame, styles: dict[tuple[float, str], 
     flattest = min(spreads)
     summary = (
         f"Accuracy in the supernet less that of the same configuration trained on its own, at "
-        f"{len(configurations)} fixed configurations for {len(styles)} sampling temperatures; mean over the seeds, bars: "
-        f"standard deviation. The flattest profile is that of {flattest[1]}: its means lie within {flattest[0]:.2f} "
-        "points of each other."
+        f"{len(configurations)} fixed configurations for {len(styles)} sampling temperatures; mean over the seeds, "
+        f"bars: standard deviation. The flattest profile is that of {flattest[1]}: its means lie within "
+        f"{flattest[0]:.2f} points of each other."
     )
-    return Chart("figure-1-left", "Figure 1, left", summary, {"": figure}, details=sweep_table(store))
+    return Chart("figure-1-left", "Figure 1, left", summary, {"": figure})
 
 
 def _profiles(store: RunStore, sweep: pd.DataFrame) -> pd.DataFrame:

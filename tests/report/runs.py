@@ -120,7 +120,9 @@ def write_sweep(store: RunStore) -> None:
     for (alpha, scaling), seed in itertools.product(TEMPERATURES, range(5)):
         rows = []
         for place, configuration in enumerate(FIXED):
-            difference = -0.01 - 0.003 * abs(alpha - 4) * (place if alpha < 4 else 3 - place) + noise.uniform(-0.002, 0.002)
+            difference = (
+                -0.01 - 0.003 * abs(alpha - 4) * (place if alpha < 4 else 3 - place) + noise.uniform(-0.002, 0.002)
+            )
             row = {"alpha": alpha, "scaling": scaling, "seed": seed, "configuration": configuration}
             row |= {"supernet_accuracy": 0.82 + difference, "fixed_accuracy": 0.82, "difference": difference}
             rows.append(row)
