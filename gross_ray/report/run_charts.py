@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -172,7 +174,11 @@ def _curves(epochs: pd.DataFrame) -> go.Figure:
     for place, unit in enumerate(evenly(units, MAX_CURVES)):
         rows, name = epochs[epochs["unit"] == unit], shown(unit)
         colour, dash = COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS)]
-        style = {"mode": "lines+markers" if len(rows) < 40 else "lines", "legendgroup": name, "name": name}
+        style: dict[str, Any] = {
+            "mode": "lines+markers" if len(rows) < 40 else "lines",
+            "legendgroup": name,
+            "name": name,
+        }
         style |= {"line": {"color": colour, "dash": dash, "width": 1.5}, "marker": {"size": 4, "color": colour}}
         text = "epoch %{x}<br>%{y:.4g}" + f"<extra>{name}</extra>"
         x = rows["epoch"].tolist()
@@ -184,7 +190,7 @@ def _curves(epochs: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def _second_axis() -> dict:
+def _second_axis() -> dict[str, Any]:
     title = {"text": "accuracy, % (val)", "standoff": 8}
     return {"domain": [0.54, 1.0], "anchor": "x", "automargin": True, "zeroline": False, "title": title}
 

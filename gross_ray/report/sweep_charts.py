@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -41,7 +43,7 @@ def sweep_charts(store: RunStore, sweep: pd.DataFrame) -> list[Chart]:
     return charts
 
 
-def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict]) -> Chart:
+def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) -> Chart:
     """Draw the accuracy in the supernet less that of the fixed configuration on its own, mean over the seeds."""
     configurations = sorted(set(sweep["configuration"]), key=Configuration.parse)
     figure = go.Figure(
@@ -104,7 +106,7 @@ def _profiles(store: RunStore, sweep: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["alpha", "scaling"])
 
 
-def _right(profiles: pd.DataFrame, styles: dict[tuple[float, str], dict]) -> Chart:
+def _right(profiles: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) -> Chart:
     """Draw the accuracies of all configurations, by their MACs, in the supernets of each temperature."""
     named = "configuration" in profiles
     figure = go.Figure(layout=layout("M MACs an image", "accuracy in the supernet, % (val)"))
