@@ -103,14 +103,16 @@ def _figure(
     if dense:
         figure.add_trace(_density(accuracies[cost] / unit, 100 * accuracies["supernet_accuracy"]))
 
+    kinds = {name: f" ({kind})" for kind, rows in marked.items() for name in rows["configuration"]}
+
     def add(name: str, rows: pd.DataFrame, **style: Any) -> None:
         figure.add_trace(
             go.Scatter(
                 name=name,
                 x=(rows[cost] / unit).tolist(),
                 y=(100 * rows["supernet_accuracy"]).tolist(),
-                customdata=[_about(row, searched) for row in rows.to_dict("records")],
-                hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{customdata[2]}"
+                customdata=[_about(row, searched, kinds) for row in rows.to_dict("records")],
+                hovertemplate="<b>%{customdata[0]}</b>%{customdata[3]}<br>%{customdata[1]}<br>%{customdata[2]}"
                 f"<br>%{{y:.2f}} % in the supernet<extra>{name}</extra>",
                 **style,
             )
@@ -162,15 +164,16 @@ def _density(costs: pd.Series, percents: pd.Series) -> go.Heatmap:
     )
 
 
-def _about(row: dict[Any, Any], searched: Searched) -> list[str]:
-    """Return a configuration's name, its layers' group-sizes and its costs, as a hover shows them."""
+def _about(row: dict[Any, Any], searched: Searched, kinds: dict[str, str]) -> list[str]:
+    """Return a configuration's name, its layers' group-sizes, its costs and its kind, as a hover shows them."""
     sizes = zip(searched.layers, row["configuration"].split("-"), strict=True)
     text = ", ".join(f"{layer}:\N{NO-BREAK SPACE}{size}" for layer, size in sizes)
     lines = textwrap.wrap(text, _LINE, break_long_words=False, break_on_hyphens=False)
     costs = [f"{row['macs'] / 1e6:.2f} M MACs", f"{row['parameters']:,} parameters"]
     if "latency_ms" in searched.costs:
         costs.append(f"{row['latency_ms']:.3f} ms")
-    return [shown(row["configuration"]), "<br>".join(map(shown, lines)), ", ".join(costs)]
+    kind = kinds.get(row["configuration"], "")
+    return [shown(row["configuration"]), "<br>".join(map(shown, lines)), ", ".join(costs), kind]
 
 
 def _summary(searched: Searched, front: pd.DataFrame, num_points: int) -> str:
