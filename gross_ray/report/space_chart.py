@@ -133,9 +133,8 @@ def _figure(
             size = 13 if symbol == "star" else 11
             add(kind, rows, mode="markers", marker={"color": colour, "size": size, "symbol": symbol})
     best = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"width": 3}}
-    figure.add_trace(
-        go.Scatter(name="best within the budget", x=[], y=[], mode="markers", marker=best, hoverinfo="skip")
-    )
+    # For the legend only: the page's script draws the ring where the budget puts it.
+    figure.add_trace(go.Scatter(name="best within the budget", x=[None], y=[None], mode="markers", marker=best))
     return figure
 
 

@@ -153,13 +153,12 @@ def test_the_budget_names_the_best_there_is(browser: Browser, store: RunStore) -
             best = max(fitting, key=lambda name: (fitting[name][1], -fitting[name][0]))
             macs, accuracy = fitting[best]
             assert f"the best is {best}: {100 * accuracy:.2f} % in the supernet, {macs / 1e6:g}" in said.inner_text()
-            ring, shapes = page.evaluate(
-                "() => { const p = document.querySelector('figure[data-chart=space] .plot');"
-                " return [p._fullData.at(-1), p._fullLayout.shapes.map((s) => [s.x0, s.x1])]; }"
+            veil, line, ring = page.evaluate(
+                "() => document.querySelector('figure[data-chart=space] .plot').layout.shapes"
             )
-            assert (ring["x"][0], ring["y"][0]) == pytest.approx((macs / 1e6, 100 * accuracy))
-            assert shapes[0][0] == pytest.approx(limit / 1e6)  # what is beyond the budget is greyed
-            assert shapes[0][1] > max(macs for macs, _ in searched.values()) / 1e6
+            assert (ring["xanchor"], ring["yanchor"]) == pytest.approx((macs / 1e6, 100 * accuracy))
+            assert veil["x0"] == line["x0"] == pytest.approx(limit / 1e6)  # what is beyond the budget is greyed
+            assert veil["x1"] > max(macs for macs, _ in searched.values()) / 1e6
         page.locator("[data-clear]").click()
         expect(page.locator("[data-best]")).to_contain_text("Without")
         assert page.locator("[data-budget]").input_value() == ""

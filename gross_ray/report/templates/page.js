@@ -57,7 +57,7 @@
       this.budget = null;  // in the unit of the axis
       this.hidden = new Set();
       const choose = element.querySelector("[data-choose]");
-      choose?.addEventListener("change", () => { this.version = choose.value; this.setBudget(null); });
+      choose?.addEventListener("change", () => { this.version = choose.value; this.setBudget(null); this.draw(); });
       this.number = element.querySelector("[data-budget]");
       if (!this.number) return;
       this.slide = element.querySelector("[data-slide]");
@@ -80,7 +80,9 @@
         const {least, most} = this.stairs;
         this.slide.value = budget === null ? 1000 : Math.round(1000 * (budget - least) / (most - least || 1));
       }
-      if (!this.waiting) this.waiting = requestAnimationFrame(() => { this.waiting = 0; this.draw(); });
+      if (this.drawn && this.number && !this.waiting) {
+        this.waiting = requestAnimationFrame(() => { this.waiting = 0; Plotly.relayout(this.plot, {shapes: this.filtered()}); });
+      }
     }
 
     // The index of the best within the budget, and what there is to say about it.
@@ -100,23 +102,31 @@
       const figure = this.chart.versions[this.version];
       const layout = dressed(figure.layout, this.version);
       const traces = figure.data.map((trace) => ({...trace, visible: !this.hidden.has(trace.legendgroup ?? trace.name)}));
-      if (this.number) this.filter(traces, layout);
+      if (this.number) layout.shapes = this.filtered();
       this.legend(figure.data);
+      this.drawn = true;
       return Plotly.react(this.plot, traces, layout, CONFIG);
     }
 
-    filter(traces, layout) {
-      const {index, text} = this.best(), stairs = this.stairs, ring = traces[traces.length - 1];
+    // Says which is the best within the budget, and returns what marks it: shapes, for no point has to be drawn anew.
+    filtered() {
+      const {index, text} = this.best(), stairs = this.stairs, shapes = [];
       this.element.querySelector("[data-unit]").textContent = stairs.unit;
       this.element.querySelector("[data-best]").textContent = plain(text);
-      ring.x = index < 0 ? [] : [stairs.costs[index] / stairs.scale];
-      ring.y = index < 0 ? [] : [100 * stairs.accuracies[index]];
-      if (this.budget === null) return;
-      const beyond = 2 * stairs.most - stairs.least;
-      layout.shapes = [
-        {type: "rect", yref: "paper", y0: 0, y1: 1, x0: this.budget, x1: Math.max(beyond, this.budget), fillcolor: colour("veil"), line: {width: 0}, layer: "above"},
-        {type: "line", yref: "paper", y0: 0, y1: 1, x0: this.budget, x1: this.budget, line: {color: colour("text"), width: 1, dash: "dash"}},
-      ];
+      if (this.budget !== null) {
+        const line = {type: "line", yref: "paper", y0: 0, y1: 1, x0: this.budget, x1: this.budget, line: {color: colour("text"), width: 1, dash: "dash"}};
+        const end = Math.max(2 * stairs.most - stairs.least, this.budget);
+        shapes.push({...line, type: "rect", x1: end, fillcolor: colour("veil"), line: {width: 0}}, line);
+      }
+      const ring = this.chart.versions[this.version].data.at(-1);
+      if (index >= 0 && !this.hidden.has(ring.name)) {
+        const [x, y] = [stairs.costs[index] / stairs.scale, 100 * stairs.accuracies[index]];
+        shapes.push({
+          type: "circle", xsizemode: "pixel", ysizemode: "pixel", xanchor: x, yanchor: y, x0: -9, x1: 9, y0: -9, y1: 9,
+          line: {color: ring.marker.color, width: 3},
+        });
+      }
+      return shapes;
     }
 
     legend(traces) {
