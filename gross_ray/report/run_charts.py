@@ -51,8 +51,8 @@ def retrained_chart(store: RunStore, accuracies: pd.DataFrame, validations: pd.D
                     customdata=[[shown(one), int(n)] for one, n in zip(rows.index, rows["count"], strict=True)],
                     mode="markers",
                     marker={"color": colour, "symbol": symbol, "size": 11},
-                    hovertemplate="<b>%{customdata[0]}</b><br>%{x:.2f} % in the supernet"
-                    f"<br>%{{y:.2f}} % on its own (n = %{{customdata[1]}})<extra>{kind}</extra>",
+                    hovertemplate=f"<b>%{{customdata[0]}}</b> ({kind})<br>%{{x:.2f}} % in the supernet"
+                    "<br>%{y:.2f} % on its own (n = %{customdata[1]})<extra></extra>",
                 )
             )
     sentence = correlation_sentence(store, supernet, validations)
@@ -180,12 +180,12 @@ def _curves(epochs: pd.DataFrame) -> go.Figure:
             "name": name,
         }
         style |= {"line": {"color": colour, "dash": dash, "width": 1.5}, "marker": {"size": 4, "color": colour}}
-        text = "epoch %{x}<br>%{y:.4g}" + f"<extra>{name}</extra>"
+        text = "%{fullData.name}<br>epoch %{x}<br>%{y:.4g}<extra></extra>"
         x = rows["epoch"].tolist()
         figure.add_trace(go.Scatter(x=x, y=rows["train_loss"].tolist(), hovertemplate=text, **style))
         if measured:
             y = [None if pd.isna(one) else 100 * one for one in rows["val_accuracy"]]
-            text = "epoch %{x}<br>%{y:.2f} % (val)" + f"<extra>{name}</extra>"
+            text = "%{fullData.name}<br>epoch %{x}<br>%{y:.2f} % (val)<extra></extra>"
             figure.add_trace(go.Scatter(x=x, y=y, yaxis="y2", showlegend=False, hovertemplate=text, **style))
     return figure
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
@@ -44,7 +45,7 @@ class Searched:
             return cls(pd.DataFrame(columns=["configuration", *COSTS, "supernet_accuracy"]), (), 0, 0)
         return cls(pd.concat(parts, ignore_index=True), _layers(store), len(seeds), rows)
 
-    @property
+    @cached_property
     def costs(self) -> tuple[str, ...]:
         """The costs that every configuration has, MACs first."""
         return tuple(cost for cost in COSTS if len(self.accuracies) and self.accuracies[cost].notna().all())

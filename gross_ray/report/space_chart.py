@@ -30,7 +30,7 @@ COST_TITLES = {
     "latency_ms": ("ms a batch (predicted)", 1.0),
 }
 """Title of each cost's axis, and what one of its unit is in the tables."""
-_LINE = 40
+_LINE = 32
 """Characters of a hover's line, so that it fits a telephone."""
 
 
@@ -103,7 +103,10 @@ def _figure(
     if dense:
         figure.add_trace(_density(accuracies[cost] / unit, 100 * accuracies["supernet_accuracy"]))
 
-    kinds = {name: f" ({kind})" for kind, rows in marked.items() for name in rows["configuration"]}
+    kinds: dict[str, list[str]] = {}
+    for kind, rows in [*marked.items(), ("Pareto front", front)]:
+        for name in rows["configuration"]:
+            kinds.setdefault(name, []).append(kind)
 
     def add(name: str, rows: pd.DataFrame, **style: Any) -> None:
         figure.add_trace(
@@ -113,7 +116,7 @@ def _figure(
                 y=(100 * rows["supernet_accuracy"]).tolist(),
                 customdata=[_about(row, searched, kinds) for row in rows.to_dict("records")],
                 hovertemplate="<b>%{customdata[0]}</b>%{customdata[3]}<br>%{customdata[1]}<br>%{customdata[2]}"
-                f"<br>%{{y:.2f}} % in the supernet<extra>{name}</extra>",
+                "<br>%{y:.2f} % in the supernet<extra></extra>",
                 **style,
             )
         )
@@ -163,16 +166,19 @@ def _density(costs: pd.Series, percents: pd.Series) -> go.Heatmap:
     )
 
 
-def _about(row: dict[Any, Any], searched: Searched, kinds: dict[str, str]) -> list[str]:
+def _about(row: dict[Any, Any], searched: Searched, kinds: dict[str, list[str]]) -> list[str]:
     """Return a configuration's name, its layers' group-sizes, its costs and its kind, as a hover shows them."""
     sizes = zip(searched.layers, row["configuration"].split("-"), strict=True)
     text = ", ".join(f"{layer}:\N{NO-BREAK SPACE}{size}" for layer, size in sizes)
-    lines = textwrap.wrap(text, _LINE, break_long_words=False, break_on_hyphens=False)
-    costs = [f"{row['macs'] / 1e6:.2f} M MACs", f"{row['parameters']:,} parameters"]
+    costs = [f"{row['macs'] / 1e6:.2f} M\N{NO-BREAK SPACE}MACs", f"{row['parameters']:,}\N{NO-BREAK SPACE}parameters"]
     if "latency_ms" in searched.costs:
-        costs.append(f"{row['latency_ms']:.3f} ms")
-    kind = kinds.get(row["configuration"], "")
-    return [shown(row["configuration"]), "<br>".join(map(shown, lines)), ", ".join(costs), kind]
+        costs.append(f"{row['latency_ms']:.3f}\N{NO-BREAK SPACE}ms")
+    kind = ", ".join(kinds.get(row["configuration"], []))
+    return [shown(row["configuration"]), _wrapped(text), _wrapped(", ".join(costs)), f" ({kind})" if kind else ""]
+
+
+def _wrapped(text: str) -> str:
+    return "<br>".join(map(shown, textwrap.wrap(text, _LINE, break_long_words=False, break_on_hyphens=False)))
 
 
 def _summary(searched: Searched, front: pd.DataFrame, num_points: int) -> str:

@@ -72,7 +72,7 @@ def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) 
                 y=found["mean"].tolist(),
                 error_y={"array": found["std"].fillna(0).tolist(), "thickness": 1, "visible": seeds > 1},
                 mode="lines+markers",
-                hovertemplate="%{x}<br>%{y:+.2f} points, mean of " + f"{seeds}<extra>{shown(name)}</extra>",
+                hovertemplate=f"<b>{shown(name)}</b><br>%{{x}}<br>%{{y:+.2f}} points, mean of {seeds}<extra></extra>",
                 **(style | {"marker": style["marker"] | {"size": 8}}),
             )
         )
@@ -133,7 +133,7 @@ def _right(profiles: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any
                 x=(ours["macs"] / 1e6).tolist(),
                 y=(100 * ours["accuracy"]).tolist(),
                 text=text,
-                hovertemplate="<b>%{text}</b><br>%{x:.2f} M MACs<br>%{y:.2f} %" + f"<extra>{shown(name)}</extra>",
+                hovertemplate=f"<b>%{{text}}</b><br>{shown(name)}<br>%{{x:.2f}} M MACs<br>%{{y:.2f}} %<extra></extra>",
                 **look,
             )
         )

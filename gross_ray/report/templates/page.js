@@ -27,7 +27,7 @@
     Object.assign(out, {
       font: {color: text, size: 12, family: "system-ui, sans-serif"},
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      hoverlabel: {bgcolor: colour("card"), bordercolor: colour("faint"), font: {color: text, size: 13}, align: "left", namelength: -1},
+      hoverlabel: {bgcolor: colour("card"), bordercolor: colour("faint"), font: {color: text, size: 12}, align: "left"},
       modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("faint"), activecolor: text},
       dragmode: touch ? false : "zoom",  // a finger that drags scrolls the page; the buttons zoom
       uirevision: version,
