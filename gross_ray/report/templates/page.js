@@ -96,7 +96,7 @@
       return {index, text: `${under} the best is ${stairs.configurations[index]}: ${percent} % in the supernet, ${this.amount(stairs.costs[index])}.`};
     }
 
-    amount(cost) { return `${Number((cost / this.stairs.scale).toPrecision(6))} ${this.stairs.unit}`; }
+    amount(cost) { return `${Number((cost / this.stairs.scale).toPrecision(7))} ${this.stairs.unit}`; }
 
     draw() {
       const figure = this.chart.versions[this.version];
