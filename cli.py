@@ -448,18 +448,38 @@ def show(run: str, table: str, rows: int, csv: bool) -> None:
 
 @main.command()
 @click.argument("run", metavar="RUN")
-@click.option("--markdown", is_flag=True, help="Print the tables as Markdown.")
-def report(run: str, markdown: bool) -> None:
+@click.option("--markdown", is_flag=True, help="Print the tables as Markdown, and write no page.")
+@click.option(
+    "--to",
+    "target",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the page there [RUN/report.html].",
+)
+def report(run: str, markdown: bool, target: Path | None) -> None:
     """Print the results of RUN: the paper's Tables 2 and 3, and the sweep over alpha; says what is missing.
+
+    Also write them as a page, one HTML file that opens without a network: every configuration by cost and accuracy,
+    with a filter by budget, Figure 1, the supernet against training on its own, the decompositions, the training
+    curves, the experiment. A run need not be finished.
 
     \b
     Example:
       gross report runs/quickstart
+      gross report s3://bucket/runs/a --to a.html
+      gross report runs/quickstart --markdown > results.md
     """
+    from gross_ray.report.page import check_target, write_page
     from gross_ray.report.terminal import results
     from gross_ray.results.store import RunStore
 
-    click.echo(results(RunStore.open(run), markdown=markdown))
+    if markdown and target is not None:
+        raise click.UsageError(f"--to {target} with --markdown, which writes no page: leave one of them out")
+    check_target(target)
+    store = RunStore.open(run)
+    click.echo(results(store, markdown=markdown))
+    if not markdown:
+        click.echo(f"page: {write_page(store, target)}", err=True)
 
 
 @main.command()

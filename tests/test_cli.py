@@ -260,6 +260,35 @@ def test_status_and_report_of_a_run_under_way(trained: Path) -> None:
     report = gross("report", trained)
     assert report.exit_code == 0
     assert "missing: run `gross search`" in report.stdout
+    assert report.stderr == f"page: {trained / 'report.html'}\n"
+    assert "run <code>gross search</code>" in (trained / "report.html").read_text(encoding="utf-8")
+    assert gross("status", trained).stdout == status.stdout
+
+
+def test_the_page_goes_where_it_is_told_to(trained: Path, tmp_path: Path) -> None:
+    before = listing(tmp_path)
+    printed = gross("report", trained, "--markdown")
+    assert printed.exit_code == 0
+    assert "| full |" in printed.stdout
+    assert (printed.stderr, listing(tmp_path)) == ("", before)  # the tables alone
+    line = mistake("report", trained, "--to", tmp_path / "none" / "a.html")
+    assert f"{tmp_path / 'none' / 'a.html'}: there is no folder {tmp_path / 'none'}" in line
+    assert "which writes no page" in mistake("report", trained, "--markdown", "--to", tmp_path / "a.html")
+    assert "is a directory" in mistake("report", trained, "--to", tmp_path)
+    assert listing(tmp_path) == before
+    written = gross("report", trained, "--to", tmp_path / "a.html")
+    assert (written.exit_code, written.stderr) == (0, f"page: {tmp_path / 'a.html'}\n")
+    assert listing(tmp_path) == sorted([*before, "a.html"])
+    assert (tmp_path / "a.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_the_tables_are_printed_even_where_no_page_can_be_made(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = gross("report", trained)
+    assert result.exit_code == 2
+    assert "Table 2" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: the HTML page needs plotly: pip install plotly")
 
 
 @pytest.fixture

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.report import results as stored
+from gross_ray.report.results import ResultTable, millions
 from gross_ray.results.store import RunStore
-from gross_ray.search.correlation import rank_correlation
-from gross_ray.search.selection import COSTS, Budget, supernet_accuracies
-from gross_ray.seeds import derived_generator
-from gross_ray.training.sampling import settled_scaling
+from gross_ray.search.selection import Budget
 
 Row = Sequence[str]
-_SEARCHED = ("alpha", "scaling", "seed", "configuration", *COSTS, "val_accuracy")
 
 
 def results(store: RunStore, *, markdown: bool = False) -> str:
@@ -34,7 +31,7 @@ def stage_results(store: RunStore, stage: str) -> str:
     if stage == "validate":
         return f"{network_table(store)}\n\n{selection_table(store)}"
     if stage == "search":
-        return _frame(_selections(store))
+        return _frame(stored.selected(store))
     if stage == "sweep-alpha":
         return sweep_table(store)
     if stage in ("train", "decompose"):
@@ -45,17 +42,7 @@ def stage_results(store: RunStore, stage: str) -> str:
 
 def network_table(store: RunStore, *, markdown: bool = False) -> str:
     """Return Table 2: the full network and the fixed configurations, accuracy on the test split and MACs."""
-    networks, validations = store.read_table("networks"), store.read_table("validations")
-    title = "Full network and fixed configurations (test split, Table 2)"
-    if networks.empty:
-        return f"{title}\nmissing: run `gross train`"
-    rows = [["full", *_accuracy(networks["test_accuracy"]), _millions(networks["macs"].iloc[0])]]
-    fixed = validations[validations["kind"] == "fixed"]
-    for configuration, group in fixed.sort_values("macs", ascending=False).groupby("configuration", sort=False):
-        rows.append([f"fixed {configuration}", *_accuracy(group["test_accuracy"]), _millions(group["macs"].iloc[0])])
-    heads = ["network", "median", "mean (std, n)", "M MACs"]
-    notes = [] if len(fixed) else ["missing: the fixed configurations (run `gross validate`)"]
-    return _page(title, heads, rows, markdown, notes)
+    return _page(stored.network_table(store), markdown)
 
 
 def selection_table(store: RunStore, *, markdown: bool = False) -> str:
@@ -63,96 +50,31 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
 
     Beneath it stands how far the supernet ranks all validated configurations as their own training does.
     """
-    selections, validations = _selections(store), store.read_table("validations")
-    title = "Selected under the budget of a fixed configuration (Table 3)"
-    if selections.empty:
-        return f"{title}\nmissing: run `gross search`"
-    options = store.experiment.supernet
-    configurations = store.read_table("configurations", _SEARCHED)
-    scaling = settled_scaling(options.alpha, options.scaling)
-    searched = configurations[(configurations["alpha"] == options.alpha) & (configurations["scaling"] == scaling)]
-    supernet = supernet_accuracies(searched[searched["seed"] < options.seeds]).set_index("configuration")
-    shown = {*selections["budget"], *selections["configuration"]}
-    if not shown <= set(supernet.index):
-        return f"{title}\nmissing: evaluated configurations (run `gross search`)"
-    rows = []
-    for budget, group in selections.groupby("budget", sort=False):
-        fixed = validations[validations["configuration"] == budget]["test_accuracy"]
-        for configuration in [budget, *group["configuration"]]:
-            own = validations[validations["configuration"] == configuration]["test_accuracy"]
-            chosen = configuration != budget
-            difference = f"{100 * (own.mean() - fixed.mean()):+.2f}" if chosen and len(own) and len(fixed) else "-"
-            rows.append(
-                [
-                    str(configuration) if chosen else f"{configuration} (fixed)",
-                    _millions(supernet.loc[configuration, "macs"]),
-                    f"{100 * supernet.loc[configuration, 'supernet_accuracy']:.2f}",
-                    _accuracy(own)[1],
-                    difference,
-                ]
-            )
-    heads = ["configuration", "M MACs", "in supernet (val)", "on its own (test): mean (std, n)", "to fixed"]
-    notes = _rank_correlation(store, supernet["supernet_accuracy"], validations)
-    if not shown <= set(validations["configuration"]):
-        notes.append("missing: accuracies on their own (run `gross validate`)")
-    return _page(title, heads, rows, markdown, notes)
+    return _page(stored.selection_table(store), markdown)
 
 
 def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
     """Return Figure 1's numbers: accuracy in the supernet less that on its own, for each alpha (validation split)."""
-    sweep, trials = store.read_table("alpha_sweep"), store.read_table("alpha_trials")
-    title = "Sampling temperature: supernet less fixed, percentage points (validation split, Figure 1)"
-    if sweep.empty:
-        return f"{title}\nmissing: run `gross sweep-alpha`"
-    configurations = list(dict.fromkeys(sweep["configuration"]))
-    rows = []
-    for (alpha, scaling), group in sweep.groupby(["alpha", "scaling"]):
-        means = group.groupby("configuration")["difference"].mean()
-        seeds = group["seed"].nunique()
-        name = f"{alpha:g}" if alpha == 0 else f"{alpha:g} {scaling}"
-        rows.append([name, *(f"{100 * means[one]:+.2f}" for one in configurations), str(seeds)])
-    stopped = trials[(trials["search"] == "grid") & (trials["status"] == "stopped")]
-    notes = [
-        f"not compared, stopped early: {trial.unit}, after epoch {trial.epochs} "
-        f"(fixed configurations {100 * trial.supernet_accuracy:.2f})"
-        for trial in stopped.itertuples()
-    ]
-    return _page(title, ["alpha", *configurations, "n"], rows, markdown, notes)
+    return _page(stored.sweep_table(store), markdown)
 
 
 def trials_table(store: RunStore, *, markdown: bool = False) -> str:
     """Return the trials of the search for alpha, the best first."""
-    trials = store.read_table("alpha_trials")
-    searched = trials[trials["search"] == "optuna"].sort_values(
-        ["supernet_accuracy", "trial"], ascending=[False, True], na_position="last"
-    )
-    rows = [
-        [
-            str(trial.trial),
-            f"{trial.alpha:g}" if trial.alpha == 0 else f"{trial.alpha:g} {trial.scaling}",
-            str(trial.seed),
-            str(trial.epochs),
-            "-" if pd.isna(trial.supernet_accuracy) else f"{100 * trial.supernet_accuracy:.2f}",
-            trial.status,
-        ]
-        for trial in searched.itertuples()
-    ]
-    title = "Sampling temperatures proposed by Optuna: fixed configurations in the supernet (validation split)"
-    return _page(title, ["trial", "alpha", "seed", "epochs", "in supernet (val)", "status"], rows, markdown)
+    return _page(stored.trials_table(store), markdown)
 
 
 def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
     """Return what `best_under` gives as text, the best first."""
     columns = {"rank": [str(rank) for rank in range(1, len(best) + 1)], **_costs(best, {one.cost for one in budgets})}
     rows = list(zip(*columns.values(), strict=True))
-    return _page(f"Most accurate within {' and '.join(map(str, budgets))}", list(columns), rows)
+    return _page(ResultTable(f"Most accurate within {' and '.join(map(str, budgets))}", list(columns), rows))
 
 
 def front_table(front: pd.DataFrame, cost: str) -> str:
     """Return what `pareto_front` gives for `cost` as text, the cheapest first."""
     columns = _costs(front, {cost})
     rows = list(zip(*columns.values(), strict=True))
-    return _page(f"Pareto front of {cost} and accuracy in the supernet", list(columns), rows)
+    return _page(ResultTable(f"Pareto front of {cost} and accuracy in the supernet", list(columns), rows))
 
 
 def latency_table(store: RunStore) -> str:
@@ -168,14 +90,14 @@ def latency_table(store: RunStore) -> str:
         for model in store.read_table("latency_models").itertuples()
     ]
     heads = ["device", "host", "batch", "threads", "median error (configurations timed)"]
-    return _page("Predicted latency of a configuration, against its own timing", heads, rows)
+    return _page(ResultTable("Predicted latency of a configuration, against its own timing", heads, rows))
 
 
 def _costs(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]]:
     """Return the cells of configurations with their costs and accuracy, by column."""
-    columns = {"configuration": frame["configuration"].tolist(), "M MACs": [_millions(macs) for macs in frame["macs"]]}
+    columns = {"configuration": frame["configuration"].tolist(), "M MACs": [millions(macs) for macs in frame["macs"]]}
     if "macs_paper" in budgeted:
-        columns["M MACs (the paper's)"] = [_millions(macs) for macs in frame["macs_paper"]]
+        columns["M MACs (the paper's)"] = [millions(macs) for macs in frame["macs_paper"]]
     columns["parameters"] = [str(count) for count in frame["parameters"]]
     if frame["latency_ms"].notna().all():
         columns["ms"] = [f"{latency:.3f}" for latency in frame["latency_ms"]]
@@ -183,50 +105,17 @@ def _costs(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]]:
     return columns
 
 
-def _rank_correlation(store: RunStore, supernet: pd.Series, validations: pd.DataFrame) -> list[str]:
-    """Return a line on the rank correlation with the accuracies on their own (both of the validation split), if any."""
-    own = validations.groupby("configuration")["val_accuracy"].mean()
-    if own.empty:
-        return []
-    generator = derived_generator(store.experiment.seed, "report", "rank correlation")
-    try:
-        found = rank_correlation(supernet, own, generator=generator)
-    except InvalidValueError as error:
-        return [str(error)]
-    return [
-        f"rank correlation of {found.num_configurations} configurations in the supernet and on their own (val), "
-        "95 % bootstrap intervals: "
-        f"Spearman {found.spearman:.2f} [{found.spearman_low:.2f}, {found.spearman_high:.2f}], "
-        f"Kendall {found.kendall:.2f} [{found.kendall_low:.2f}, {found.kendall_high:.2f}]"
-    ]
-
-
-def _selections(store: RunStore) -> pd.DataFrame:
-    """Return the selections, the largest budget first."""
-    selections = store.read_table("selections")
-    return selections.sort_values(["budget_macs", "budget", "rank"], ascending=[False, True, True], ignore_index=True)
-
-
-def _accuracy(values: pd.Series) -> tuple[str, str]:
-    """Return the median, and mean (sample standard deviation, n), in percent."""
-    if values.empty:
-        return "-", "-"
-    percent = 100 * values
-    spread = f"{percent.std(ddof=1):.2f}" if len(percent) > 1 else "-"
-    return f"{percent.median():.2f}", f"{percent.mean():.2f} ({spread}, {len(percent)})"
-
-
-def _millions(macs: float) -> str:
-    return f"{macs / 1e6:.2f}"
-
-
 def _frame(frame: pd.DataFrame) -> str:
     return frame.to_string(index=False) if len(frame) else "nothing stored"
 
 
-def _page(title: str, heads: Row, rows: Sequence[Row], markdown: bool = False, notes: Sequence[str] = ()) -> str:
+def _page(shown: ResultTable, markdown: bool = False) -> str:
     """Return a table between its title and its notes; right beneath one in Markdown, a note would be a row of it."""
-    return "\n".join([title, _table(heads, rows, markdown), *(f"\n{note}" if markdown else note for note in notes)])
+    notes = [*shown.notes, *(f"missing: {what}" for what in shown.missing)]
+    if not shown.heads:
+        return "\n".join([shown.title, *notes])
+    table = _table(shown.heads, shown.rows, markdown)
+    return "\n".join([shown.title, table, *(f"\n{note}" if markdown else note for note in notes)])
 
 
 def _table(heads: Row, rows: Sequence[Row], markdown: bool) -> str:

@@ -5,6 +5,7 @@ RUN/.lock                                   held by the driver that works on it
 RUN/tables/NAME/UNIT.parquet                one completed unit of work
 RUN/checkpoints/STAGE/UNIT.safetensors      tensors, with their description in the file's metadata
 RUN/checkpoints/STAGE/UNIT.json             the same description, for people; never read
+RUN/report.html                             the page of `gross report`; never read
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _AGAIN = "run its stage again: the file is deleted and its unit done anew"
 _DESCRIPTION = "gross_ray.description"
 _CHECKSUM = "gross_ray.crc32"
 _EXPERIMENT = "experiment.json"
+_REPORT = "report.html"
 
 
 class RunStore:
@@ -149,7 +151,7 @@ class RunStore:
 
         Raises RunFolderError naming a damaged file, and InvalidValueError for an unknown table.
         """
-        return self.read_units(name, self._units(name), columns)
+        return self.read_units(name, self.units(name), columns)
 
     def read_units(self, name: str, units: Sequence[str], columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Return the rows of some units that are stored, in the order given; of some columns only where they are named.
@@ -173,13 +175,19 @@ class RunStore:
         arrow = stored.set_column(stored.schema.get_field_index(column), field, array)
         self.storage.write(file, _parquet(arrow))
 
+    def units(self, name: str) -> list[str]:
+        """Return the units that have a file in table `name`, by natural order; what is in it is not looked at."""
+        files = self.storage.names(f"tables/{table(name).name}")
+        units = [file.removesuffix(".parquet") for file in files if file.endswith(".parquet") and file[0] not in "._"]
+        return sorted(units, key=_natural)
+
     def finished_units(self, name: str) -> set[str]:
         """Return the units of table `name` that are stored whole.
 
         Where this process holds the lock, a damaged file is deleted and noted in `damaged`.
         """
         units = set()
-        for unit in self._units(name):
+        for unit in self.units(name):
             file = _table_file(name, unit)
             try:
                 _read_unit(self.storage, file)
@@ -196,6 +204,13 @@ class RunStore:
     def delete_unit(self, name: str, unit: str) -> None:
         """Forget what a unit stored in table `name`, if anything."""
         self.storage.delete(_table_file(name, unit))
+
+    # The page for people
+
+    def write_report(self, page: str) -> str:
+        """Store the page of results, in place of the one that is there, and return where. Raises StorageError."""
+        self.storage.write(_REPORT, page.encode())
+        return self.storage.shown(_REPORT)
 
     # Checkpoints
 
@@ -247,11 +262,6 @@ class RunStore:
         file = _checkpoint_file(stage, unit)
         self.storage.delete(file)
         self.storage.delete(_beside(file))
-
-    def _units(self, name: str) -> list[str]:
-        files = self.storage.names(f"tables/{table(name).name}")
-        units = [file.removesuffix(".parquet") for file in files if file.endswith(".parquet") and file[0] not in "._"]
-        return sorted(units, key=_natural)
 
     def _read_sound_unit(self, file: str, columns: Sequence[str] | None = None) -> pa.Table:
         try:

@@ -1,0 +1,98 @@
+"""The page of results: one HTML file with everything in it, built from the stored tables alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gross_ray.errors import GrossRayError, InvalidValueError
+from gross_ray.results.storage import Storage
+from gross_ray.results.store import RunStore
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+    from gross_ray.report.sections import Section
+
+
+def check_target(target: Path | None) -> None:
+    """Raise InvalidValueError where `target` is a file that cannot be made, for there is no such folder."""
+    if target is not None and not target.absolute().parent.is_dir():
+        raise InvalidValueError(f"--to {target}: there is no folder {target.parent}; make it, or name another file")
+
+
+def write_page(store: RunStore, target: Path | None = None) -> str:
+    """Write the page of a run to `target`, or else into the run folder, and return where it is.
+
+    The file is either whole or the earlier one. Raises InvalidValueError where `target` has no folder, StorageError
+    where nothing can be written, and GrossRayError where plotly or jinja2 is not installed.
+    """
+    check_target(target)
+    page = html_page(store)
+    if target is None:
+        return store.write_report(page)
+    folder = Storage(target.absolute().parent)
+    folder.write(target.name, page.encode())
+    return str(target)
+
+
+def html_page(store: RunStore) -> str:
+    """Return the page: it needs no network, and says what a run that is not finished lacks.
+
+    Raises GrossRayError where plotly or jinja2 is not installed.
+    """
+    for package in ("plotly", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise GrossRayError(
+                f"the HTML page needs {package}: pip install {package}; --markdown prints the tables without it"
+            )
+    import jinja2
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    from gross_ray.report.sections import sections
+
+    templates = files("gross_ray.report") / "templates"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["prose"] = _prose
+    parts = sections(store)
+    return environment.from_string((templates / "page.html").read_text(encoding="utf-8")).render(
+        experiment=store.experiment,
+        folder=str(store.storage),
+        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        sections=parts,
+        charts=Markup(_json(parts)),
+        style=Markup((templates / "page.css").read_text(encoding="utf-8")),
+        script=Markup((templates / "page.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _json(parts: list[Section]) -> str:
+    """Return the figures as JSON that may stand in a script element, whatever names they hold."""
+    from plotly.utils import PlotlyJSONEncoder
+
+    figures: dict[str, Any] = {
+        chart.name: {
+            "versions": {name: figure.to_plotly_json() for name, figure in chart.versions.items()},
+            "budgets": chart.budgets,
+        }
+        for part in parts
+        for chart in part.charts
+    }
+    text = json.dumps(figures, cls=PlotlyJSONEncoder, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _prose(text: str) -> Markup:
+    """Return text with `commands` set as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))

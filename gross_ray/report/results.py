@@ -1,0 +1,177 @@
+"""The paper's Tables 2 and 3 and the numbers of its Figure 1, from stored tables: what terminal and page both show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from gross_ray.errors import InvalidValueError
+from gross_ray.report.searched import Searched
+from gross_ray.results.store import RunStore
+from gross_ray.search.correlation import RankCorrelation, rank_correlation
+from gross_ray.seeds import derived_generator
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A table as people read it: cells are texts, the first of a row is its head."""
+
+    title: str
+    heads: Sequence[str] = ()
+    """Empty: nothing is stored for it yet."""
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+    """What to know beside the numbers."""
+    missing: Sequence[str] = ()
+    """What is not stored yet, with the command that makes it."""
+
+
+def network_table(store: RunStore) -> ResultTable:
+    """Return Table 2: the full network and the fixed configurations, accuracy on the test split and MACs."""
+    networks, validations = store.read_table("networks"), store.read_table("validations")
+    title = "Full network and fixed configurations (test split, Table 2)"
+    if networks.empty:
+        return ResultTable(title, missing=["run `gross train`"])
+    rows = [["full", *_accuracy(networks["test_accuracy"]), millions(networks["macs"].iloc[0])]]
+    fixed = validations[validations["kind"] == "fixed"]
+    for configuration, group in fixed.sort_values("macs", ascending=False).groupby("configuration", sort=False):
+        rows.append([f"fixed {configuration}", *_accuracy(group["test_accuracy"]), millions(group["macs"].iloc[0])])
+    heads = ["network", "median", "mean (std, n)", "M MACs"]
+    return ResultTable(
+        title, heads, rows, missing=[] if len(fixed) else ["the fixed configurations (run `gross validate`)"]
+    )
+
+
+def selection_table(store: RunStore, searched: Searched | None = None) -> ResultTable:
+    """Return Table 3: under each budget the fixed and the selected configurations, in the supernet and on their own.
+
+    Its note is how far the supernet ranks all validated configurations as their own training does. `searched` is
+    read where it is not given.
+    """
+    selections, validations = selected(store), store.read_table("validations")
+    title = "Selected under the budget of a fixed configuration (Table 3)"
+    if selections.empty:
+        return ResultTable(title, missing=["run `gross search`"])
+    supernet = (searched or Searched.of(store)).accuracies.set_index("configuration")
+    shown = {*selections["budget"], *selections["configuration"]}
+    if not shown <= set(supernet.index):
+        return ResultTable(title, missing=["evaluated configurations (run `gross search`)"])
+    rows = []
+    for budget, group in selections.groupby("budget", sort=False):
+        fixed = validations[validations["configuration"] == budget]["test_accuracy"]
+        for configuration in [budget, *group["configuration"]]:
+            own = validations[validations["configuration"] == configuration]["test_accuracy"]
+            chosen = configuration != budget
+            difference = f"{100 * (own.mean() - fixed.mean()):+.2f}" if chosen and len(own) and len(fixed) else "-"
+            rows.append(
+                [
+                    str(configuration) if chosen else f"{configuration} (fixed)",
+                    millions(supernet.loc[configuration, "macs"]),
+                    f"{100 * supernet.loc[configuration, 'supernet_accuracy']:.2f}",
+                    _accuracy(own)[1],
+                    difference,
+                ]
+            )
+    heads = ["configuration", "M MACs", "in supernet (val)", "on its own (test): mean (std, n)", "to fixed"]
+    done = shown <= set(validations["configuration"])
+    return ResultTable(
+        title,
+        heads,
+        rows,
+        notes=[] if validations.empty else [correlation_sentence(store, supernet["supernet_accuracy"], validations)],
+        missing=[] if done else ["accuracies on their own (run `gross validate`)"],
+    )
+
+
+def sweep_table(store: RunStore) -> ResultTable:
+    """Return Figure 1's numbers: accuracy in the supernet less that on its own, for each alpha (validation split)."""
+    sweep, trials = store.read_table("alpha_sweep"), store.read_table("alpha_trials")
+    title = "Sampling temperature: supernet less fixed, percentage points (validation split, Figure 1)"
+    if sweep.empty:
+        return ResultTable(title, missing=["run `gross sweep-alpha`"])
+    configurations = list(dict.fromkeys(sweep["configuration"]))
+    rows = []
+    for (alpha, scaling), group in sweep.groupby(["alpha", "scaling"]):
+        means = group.groupby("configuration")["difference"].mean()
+        differences = [f"{100 * means[one]:+.2f}" for one in configurations]
+        rows.append([temperature(alpha, scaling), *differences, str(group["seed"].nunique())])
+    stopped = trials[(trials["search"] == "grid") & (trials["status"] == "stopped")]
+    notes = [
+        f"not compared, stopped early: {trial.unit}, after epoch {trial.epochs} "
+        f"(fixed configurations {100 * trial.supernet_accuracy:.2f})"
+        for trial in stopped.itertuples()
+    ]
+    return ResultTable(title, ["alpha", *configurations, "n"], rows, notes)
+
+
+def trials_table(store: RunStore) -> ResultTable:
+    """Return the trials of the search for alpha, the best first; no rows where none was made."""
+    trials = store.read_table("alpha_trials")
+    searched = trials[trials["search"] == "optuna"].sort_values(
+        ["supernet_accuracy", "trial"], ascending=[False, True], na_position="last"
+    )
+    rows = [
+        [
+            str(trial.trial),
+            temperature(trial.alpha, trial.scaling),
+            str(trial.seed),
+            str(trial.epochs),
+            "-" if pd.isna(trial.supernet_accuracy) else f"{100 * trial.supernet_accuracy:.2f}",
+            trial.status,
+        ]
+        for trial in searched.itertuples()
+    ]
+    title = "Sampling temperatures proposed by Optuna: fixed configurations in the supernet (validation split)"
+    return ResultTable(title, ["trial", "alpha", "seed", "epochs", "in supernet (val)", "status"], rows)
+
+
+def selected(store: RunStore) -> pd.DataFrame:
+    """Return the selections, the largest budget first."""
+    selections = store.read_table("selections")
+    return selections.sort_values(["budget_macs", "budget", "rank"], ascending=[False, True, True], ignore_index=True)
+
+
+def correlation(store: RunStore, supernet: pd.Series, validations: pd.DataFrame) -> RankCorrelation:
+    """Return the rank correlation of the supernet's accuracies and those on their own, both of the validation split.
+
+    The same intervals each time, for they are drawn from the experiment's seed. Raises InvalidValueError where ranks
+    do not exist.
+    """
+    own = validations.groupby("configuration")["val_accuracy"].mean()
+    generator = derived_generator(store.experiment.seed, "report", "rank correlation")
+    return rank_correlation(supernet, own, generator=generator)
+
+
+def correlation_sentence(store: RunStore, supernet: pd.Series, validations: pd.DataFrame) -> str:
+    """Return a line on `correlation`, or on why there is none."""
+    try:
+        found = correlation(store, supernet, validations)
+    except InvalidValueError as error:
+        return str(error)
+    return (
+        f"rank correlation of {found.num_configurations} configurations in the supernet and on their own (val), "
+        "95 % bootstrap intervals: "
+        f"Spearman {found.spearman:.2f} [{found.spearman_low:.2f}, {found.spearman_high:.2f}], "
+        f"Kendall {found.kendall:.2f} [{found.kendall_low:.2f}, {found.kendall_high:.2f}]"
+    )
+
+
+def temperature(alpha: float, scaling: str) -> str:
+    """Return how a sampling temperature is called: without one, both scalings are the same."""
+    return f"{alpha:g}" if alpha == 0 else f"{alpha:g} {scaling}"
+
+
+def millions(macs: float) -> str:
+    """Return a number of MACs in millions."""
+    return f"{macs / 1e6:.2f}"
+
+
+def _accuracy(values: pd.Series) -> tuple[str, str]:
+    """Return the median, and mean (sample standard deviation, n), in percent."""
+    if values.empty:
+        return "-", "-"
+    percent = 100 * values
+    spread = f"{percent.std(ddof=1):.2f}" if len(percent) > 1 else "-"
+    return f"{percent.median():.2f}", f"{percent.mean():.2f} ({spread}, {len(percent)})"

@@ -1,0 +1,68 @@
+"""What was evaluated, one row a configuration: read a shard at a time, so that a million of them fit in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+
+from gross_ray.results.store import RunStore
+from gross_ray.search.selection import COSTS, supernet_accuracies
+from gross_ray.training.sampling import settled_scaling
+
+_LAYER = "layer "
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The configurations of the supernets that are searched (not those of the sweep)."""
+
+    accuracies: pd.DataFrame
+    """What `supernet_accuracies` returns; no rows before the search."""
+    layers: tuple[str, ...]
+    """Names of the decomposed layers, in the order of a configuration's group-sizes."""
+    num_supernets: int
+    """Supernets that evaluated at least one configuration."""
+    num_evaluations: int
+    """Rows behind `accuracies`: fewer than configurations x supernets while a search is unfinished."""
+
+    @classmethod
+    def of(cls, store: RunStore) -> Searched:
+        """Read the configurations of the experiment's own supernets."""
+        options = store.experiment.supernet
+        scaling = settled_scaling(options.alpha, options.scaling)
+        parts, seeds, rows = [], set(), 0
+        for chunk in chunks(store, ("alpha", "scaling", "seed", "configuration", *COSTS, "val_accuracy")):
+            ours = (chunk["alpha"] == options.alpha) & (chunk["scaling"] == scaling) & (chunk["seed"] < options.seeds)
+            if ours.any():
+                parts.append(supernet_accuracies(chunk[ours]))
+                seeds |= set(chunk.loc[ours, "seed"])
+                rows += int(ours.sum())
+        if not parts:
+            return cls(pd.DataFrame(columns=["configuration", *COSTS, "supernet_accuracy"]), (), 0, 0)
+        return cls(pd.concat(parts, ignore_index=True), _layers(store), len(seeds), rows)
+
+    @cached_property
+    def costs(self) -> tuple[str, ...]:
+        """The costs that every configuration has, MACs first."""
+        return tuple(cost for cost in COSTS if len(self.accuracies) and self.accuracies[cost].notna().all())
+
+
+def chunks(store: RunStore, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+    """Yield the `configurations` table in parts, each with all supernets' rows of its configurations at one alpha.
+
+    A supernet's shards are the same for every seed, and so are their units' names but for it.
+    """
+    by_shard: dict[str, list[str]] = {}
+    for unit in store.units("configurations"):
+        by_shard.setdefault(re.sub(r"(?<![^,])seed=\d+", "", unit), []).append(unit)
+    for units in by_shard.values():
+        yield store.read_units("configurations", units, columns)
+
+
+def _layers(store: RunStore) -> tuple[str, ...]:
+    first = store.read_units("configurations", store.units("configurations")[:1])
+    return tuple(name.removeprefix(_LAYER) for name in first.columns if name.startswith(_LAYER))

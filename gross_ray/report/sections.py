@@ -1,0 +1,161 @@
+"""The parts of the page, in its order: charts and tables, or what is missing and which command makes it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from gross_ray.report.charts import Chart
+from gross_ray.report.results import ResultTable, network_table, selection_table, sweep_table, trials_table
+from gross_ray.report.run_charts import curves_chart, decomposition_chart, retrained_chart
+from gross_ray.report.searched import Searched
+from gross_ray.report.space_chart import space_chart
+from gross_ray.report.sweep_charts import sweep_charts
+from gross_ray.results.store import RunStore
+from gross_ray.training.sampling import settled_scaling
+
+_STAGES = ("train", "decompose", "reconstruct", "finetune", "validate-reconstruct", "validate-finetune")
+_VERSIONS = ("gross_ray", "python", "torch", "torchvision", "ray")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    name: str
+    """Its id in the page."""
+    title: str
+    charts: Sequence[Chart] = ()
+    tables: Sequence[ResultTable] = ()
+    missing: Sequence[str] = ()
+    """What is not stored yet, with the command that makes it."""
+    folded: bool = False
+    """Whether its tables are folded away at first."""
+
+    @property
+    def all_missing(self) -> list[str]:
+        """What this part and its tables lack."""
+        empty = [f"{table.title}: {what}" for table in self.tables for what in table.missing if not table.heads]
+        return [*self.missing, *empty, *(what for table in self.tables for what in table.missing if table.heads)]
+
+
+def sections(store: RunStore) -> list[Section]:
+    """Read the tables and return all parts."""
+    searched = Searched.of(store)
+    return [
+        _space(store, searched),
+        Section("tables", "Tables 2 and 3", tables=[network_table(store), selection_table(store, searched)]),
+        _retrained(store, searched),
+        _sweep(store),
+        _decompositions(store),
+        _curves(store),
+        _times(store),
+        _experiment(store),
+    ]
+
+
+def _space(store: RunStore, searched: Searched) -> Section:
+    title = "The configurations"
+    if searched.accuracies.empty:
+        return Section("configurations", title, missing=["the evaluated configurations (run `gross search`)"])
+    sizes = store.read_table("decompositions", ["layer", "group_size"]).groupby("layer")["group_size"].nunique()
+    planned = max(math.prod(sizes.tolist()), len(searched.accuracies)) * store.experiment.supernet.seeds
+    missing = []
+    if searched.num_evaluations < planned:
+        missing = [f"{planned - searched.num_evaluations:,} of {planned:,} evaluations (run `gross search`)"]
+    return Section("configurations", title, [space_chart(store, searched)], missing=missing)
+
+
+def _retrained(store: RunStore, searched: Searched) -> Section:
+    title = "Supernet against training on its own"
+    validations = store.read_table("validations", ["configuration", "kind", "val_accuracy"])
+    chart = retrained_chart(store, searched.accuracies, validations) if len(validations) else None
+    if chart is not None:
+        return Section("retrained", title, [chart])
+    command = "gross search" if searched.accuracies.empty else "gross validate"
+    return Section("retrained", title, missing=[f"configurations that have both accuracies (run `{command}`)"])
+
+
+def _sweep(store: RunStore) -> Section:
+    title = "The sampling temperature (Figure 1)"
+    table, trials, sweep = sweep_table(store), trials_table(store), store.read_table("alpha_sweep")
+    proposals = [trials] if trials.rows else []
+    if sweep.empty:
+        return Section("sweep", title, tables=proposals, missing=["the sweep over alpha (run `gross sweep-alpha`)"])
+    options = store.experiment.sweep
+    planned = {
+        (alpha, settled_scaling(alpha, scaling), seed)
+        for alpha in options.alphas
+        for scaling in options.scalings
+        for seed in range(options.seeds)
+    }
+    compared = set(sweep[["alpha", "scaling", "seed"]].itertuples(index=False, name=None))
+    lacking = len(planned - compared) - len(table.notes)  # a note for each one that was stopped early
+    missing = [f"{lacking} of {len(planned)} supernets of the sweep (run `gross sweep-alpha`)"] if lacking > 0 else []
+    return Section("sweep", title, sweep_charts(store, sweep), [table, *proposals], missing)
+
+
+def _decompositions(store: RunStore) -> Section:
+    decompositions = store.read_table("decompositions")
+    if decompositions.empty:
+        return Section("decompositions", "The decompositions", missing=["the decompositions (run `gross decompose`)"])
+    return Section("decompositions", "The decompositions", [decomposition_chart(decompositions)])
+
+
+def _curves(store: RunStore) -> Section:
+    history = store.read_table("history", ["stage", "unit", "epoch", "train_loss", "val_accuracy"])
+    if history.empty:
+        return Section("curves", "The trainings", missing=["training curves (run `gross train`)"])
+    return Section("curves", "The trainings", [curves_chart(_in_order(history))])
+
+
+def _times(store: RunStore) -> Section:
+    title = "Versions and time"
+    runs = store.read_table("runs", ["started", *_VERSIONS, "host", "device", "num_cpus"])
+    if runs.empty:
+        return Section("time", title, missing=["any start of a stage (run `gross run` or `gross train`)"])
+    starts = ResultTable(
+        "Starts of a command on this run folder",
+        ["started (UTC)", *_VERSIONS, "host", "device", "cores"],
+        [[_moment(row[0]), *map(str, row[1:])] for row in runs.itertuples(index=False)],
+    )
+    trained = store.read_table("history", ["stage", "unit", "seconds"])
+    decomposed = store.read_table("decompositions", ["layer", "group_size", "seconds"])
+    unit = decomposed["layer"] + " " + decomposed["group_size"].astype(str)
+    work = [part for part in (trained, decomposed.assign(stage="decompose", unit=unit)) if len(part)]
+    if not work:
+        return Section("time", title, tables=[starts], missing=["times of work (run `gross train`)"])
+    rows, total = [], 0.0
+    for stage, group in _in_order(pd.concat(work)).groupby("stage", sort=False):
+        total += group["seconds"].sum()
+        rows.append([str(stage), str(group["unit"].nunique()), _duration(group["seconds"].sum())])
+    rows.append(["all together", "", _duration(total)])
+    note = "Summed over units of work, which run beside each other: the wall clock showed less on more than one worker."
+    times = ResultTable("Time of training and decomposing", ["stage", "units", "h:mm:ss"], rows, [note])
+    return Section("time", title, tables=[starts, times])
+
+
+def _experiment(store: RunStore) -> Section:
+    fields = store.experiment.fields()
+    rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in fields.items()]
+    title = f"The experiment: {len(rows)} fields, fingerprint {store.experiment.fingerprint()}"
+    return Section("experiment", "The experiment", tables=[ResultTable(title, ["field", "value"], rows)], folded=True)
+
+
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows in the order of their stages."""
+    place = rows["stage"].map({stage: number for number, stage in enumerate(_STAGES)}).fillna(len(_STAGES))
+    return rows.iloc[place.argsort(kind="stable")]
+
+
+def _moment(started: str) -> str:
+    return started.partition(".")[0].replace("T", " ")
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -1,0 +1,214 @@
+"""All configurations by cost and accuracy: the Pareto front, fixed and selected ones, and what a budget leaves."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+
+from gross_ray.report.charts import BLUE, GREEN, GREY, MAX_DETAILS, ORANGE, PURPLE, Chart, evenly, layout, padded, shown
+from gross_ray.report.results import ResultTable, selected
+from gross_ray.report.searched import Searched
+from gross_ray.results.store import RunStore
+from gross_ray.search.selection import pareto_front
+from gross_ray.seeds import derived_generator
+
+MAX_POINTS = 2000
+"""Above so many configurations the figure is a density, with a sample of this size as points."""
+MAX_MARKED = 200
+"""Of the front, and of the fixed and selected configurations each, at most so many are points."""
+BINS = (72, 48)
+"""Of the density: along the cost, along the accuracy."""
+COST_TITLES = {
+    "macs": ("M MACs an image", 1e6),
+    "macs_paper": ("M MACs an image, counted the paper's way", 1e6),
+    "parameters": ("thousand parameters", 1e3),
+    "latency_ms": ("ms a batch (predicted)", 1.0),
+}
+"""Title of each cost's axis, and what one of its unit is in the tables."""
+_LINE = 32
+"""Characters of a hover's line, so that it fits a telephone."""
+
+
+def space_chart(store: RunStore, searched: Searched) -> Chart:
+    """Return the figure of all configurations, of which there must be one; a version for each cost measured.
+
+    `budgets` of the chart holds for each version the staircase of the Pareto front over all configurations, from
+    which the best within any budget follows exactly, whatever sample is drawn.
+    """
+    accuracies, marked = searched.accuracies, _marked(store, searched.accuracies)
+    sample = accuracies
+    if len(accuracies) > MAX_POINTS:
+        generator = derived_generator(store.experiment.seed, "report", "sample")
+        sample = accuracies.iloc[
+            torch.randperm(len(accuracies), generator=generator)[:MAX_POINTS].sort().values.numpy()
+        ]
+    fronts = {cost: pareto_front(accuracies, cost=cost) for cost in searched.costs}
+    versions, budgets = {}, {}
+    for cost, front in fronts.items():
+        title, unit = COST_TITLES[cost]
+        versions[title] = _figure(searched, cost, front, sample, marked)
+        budgets[title] = {
+            "scale": unit,
+            "unit": title,
+            "least": float(accuracies[cost].min()) / unit,
+            "most": float(accuracies[cost].max()) / unit,
+            "configurations": [shown(one) for one in front["configuration"]],
+            "costs": front[cost].tolist(),
+            "accuracies": front["supernet_accuracy"].tolist(),
+        }
+    return Chart(
+        "space",
+        "All configurations, by cost and accuracy in the supernet",
+        _summary(searched, fronts["macs"], len(sample)),
+        versions,
+        "cost",
+        _front_table(fronts["macs"]),
+        budgets,
+        tall=True,
+    )
+
+
+def _marked(store: RunStore, accuracies: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows of the fixed and of the selected configurations that were evaluated."""
+    selections, validations = selected(store), store.read_table("validations", ["configuration", "kind"])
+    names = {
+        "fixed": {*selections["budget"], *validations.loc[validations["kind"] == "fixed", "configuration"]},
+        "selected": {
+            *selections["configuration"],
+            *validations.loc[validations["kind"] == "selected", "configuration"],
+        },
+    }
+    return {kind: accuracies[accuracies["configuration"].isin(names[kind])] for kind in names}
+
+
+def _figure(
+    searched: Searched, cost: str, front: pd.DataFrame, sample: pd.DataFrame, marked: dict[str, pd.DataFrame]
+) -> go.Figure:
+    accuracies = searched.accuracies
+    title, unit = COST_TITLES[cost]
+    dense = len(sample) < len(accuracies)
+    figure = go.Figure(
+        layout=layout(
+            title,
+            "accuracy in the supernet, % (val)",
+            xaxis={"range": padded(accuracies[cost] / unit)},
+            yaxis={"range": padded(100 * accuracies["supernet_accuracy"])},
+        )
+    )
+    if dense:
+        figure.add_trace(_density(accuracies[cost] / unit, 100 * accuracies["supernet_accuracy"]))
+
+    kinds: dict[str, list[str]] = {}
+    for kind, rows in [*marked.items(), ("Pareto front", front)]:
+        for name in rows["configuration"]:
+            kinds.setdefault(name, []).append(kind)
+
+    def add(name: str, rows: pd.DataFrame, **style: Any) -> None:
+        figure.add_trace(
+            go.Scatter(
+                name=name,
+                x=(rows[cost] / unit).tolist(),
+                y=(100 * rows["supernet_accuracy"]).tolist(),
+                customdata=[_about(row, searched, kinds) for row in rows.to_dict("records")],
+                hovertemplate="<b>%{customdata[0]}</b>%{customdata[3]}<br>%{customdata[1]}<br>%{customdata[2]}"
+                "<br>%{y:.2f} % in the supernet<extra></extra>",
+                **style,
+            )
+        )
+
+    points = f"{len(sample):,} of {len(accuracies):,} configurations" if dense else "configurations"
+    add(
+        points,
+        sample,
+        mode="markers",
+        marker={"color": GREY, "size": 4 if dense else 7, "opacity": 0.6 if dense else 0.8},
+    )
+    steps = {"mode": "lines+markers", "line": {"color": BLUE, "shape": "hv", "width": 2}}
+    add("Pareto front", front.iloc[evenly(range(len(front)), MAX_MARKED)], marker={"color": BLUE, "size": 7}, **steps)
+    for kind, colour, symbol in (("fixed", ORANGE, "square"), ("selected", PURPLE, "star")):
+        rows = marked[kind].iloc[evenly(range(len(marked[kind])), MAX_MARKED)]
+        if len(rows):
+            size = 13 if symbol == "star" else 11
+            add(kind, rows, mode="markers", marker={"color": colour, "size": size, "symbol": symbol})
+    best = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"width": 3}}
+    # For the legend only: the page's script draws the ring where the budget puts it.
+    figure.add_trace(go.Scatter(name="best within the budget", x=[None], y=[None], mode="markers", marker=best))
+    return figure
+
+
+def _density(costs: pd.Series, percents: pd.Series) -> go.Heatmap:
+    """Return how many configurations there are in each cell, on a scale of tenfold steps; empty cells stay empty."""
+    counts, x, y = np.histogram2d(costs, percents, bins=BINS)
+    log = np.log10(np.where(counts > 0, counts, np.nan)).T
+    tens = range(int(np.nanmax(log)) + 1)
+    return go.Heatmap(
+        name="density",
+        x=((x[1:] + x[:-1]) / 2).tolist(),
+        y=((y[1:] + y[:-1]) / 2).tolist(),
+        z=[[None if np.isnan(cell) else round(cell, 3) for cell in row] for row in log.tolist()],
+        zmin=0,
+        colorscale=[[0, "rgba(29,143,156,0.1)"], [1, "rgba(29,143,156,0.9)"]],
+        colorbar={
+            "title": {"text": "configurations", "side": "right"},
+            "tickvals": list(tens),
+            "ticktext": [f"{10**ten:,}" for ten in tens],
+            "thickness": 8,
+            "outlinewidth": 0,
+            "len": 0.6,
+        },
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _about(row: dict[Any, Any], searched: Searched, kinds: dict[str, list[str]]) -> list[str]:
+    """Return a configuration's name, its layers' group-sizes, its costs and its kind, as a hover shows them."""
+    sizes = zip(searched.layers, row["configuration"].split("-"), strict=True)
+    text = ", ".join(f"{layer}:\N{NO-BREAK SPACE}{size}" for layer, size in sizes)
+    costs = [f"{row['macs'] / 1e6:.2f} M\N{NO-BREAK SPACE}MACs", f"{row['parameters']:,}\N{NO-BREAK SPACE}parameters"]
+    if "latency_ms" in searched.costs:
+        costs.append(f"{row['latency_ms']:.3f}\N{NO-BREAK SPACE}ms")
+    kind = ", ".join(kinds.get(row["configuration"], []))
+    return [shown(row["configuration"]), _wrapped(text), _wrapped(", ".join(costs)), f" ({kind})" if kind else ""]
+
+
+def _wrapped(text: str) -> str:
+    return "<br>".join(map(shown, textwrap.wrap(text, _LINE, break_long_words=False, break_on_hyphens=False)))
+
+
+def _summary(searched: Searched, front: pd.DataFrame, num_points: int) -> str:
+    num = len(searched.accuracies)
+    least, best = front.iloc[0], front.iloc[-1]
+    text = (
+        f"{num:,} configurations, each with its median accuracy over {searched.num_supernets} "
+        f"supernet{'s' if searched.num_supernets > 1 else ''} on the validation split. "
+        f"{len(front)} of them are the Pareto front of MACs: from {least['configuration']} ({_words(least)}) to "
+        f"{best['configuration']} ({_words(best)})."
+    )
+    if num_points < num:
+        text += (
+            f" Above {MAX_POINTS:,} configurations the figure is a density: the stronger a cell's colour, the more "
+            f"configurations; {num_points:,} points, drawn evenly, can be hovered. The front, fixed and selected "
+            "configurations and the best within a budget are those of all configurations."
+        )
+    return text
+
+
+def _words(row: pd.Series) -> str:
+    return f"{row['macs'] / 1e6:.2f} M MACs, {100 * row['supernet_accuracy']:.2f} %"
+
+
+def _front_table(front: pd.DataFrame) -> ResultTable:
+    places = evenly(range(len(front)), MAX_DETAILS)
+    rows = [
+        [str(row.configuration), f"{row.macs / 1e6:.2f}", f"{row.parameters:,}", f"{100 * row.supernet_accuracy:.2f}"]
+        for row in front.iloc[places].itertuples()
+    ]
+    notes = [] if len(places) == len(front) else [f"{len(places)} of {len(front)} steps, evenly chosen"]
+    heads = ["configuration", "M MACs", "parameters", "in supernet (val)"]
+    return ResultTable("The Pareto front of MACs and accuracy", heads, rows, notes)

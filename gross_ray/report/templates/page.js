@@ -1,0 +1,184 @@
+"use strict";
+// Draws the figures of the page from the JSON in it, in the page's colours, and filters by a budget.
+(() => {
+  const charts = JSON.parse(document.getElementById("charts").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const touch = matchMedia("(pointer: coarse)").matches;
+  const GLYPHS = {circle: "●", square: "■", diamond: "◆", cross: "✚", star: "★", "circle-open": "○"};
+  const DASHES = {solid: "", dash: "6 3", dot: "2 2", dashdot: "6 2 2 2"};
+  // The buttons by name: plotly.js 4 by itself adds one that sends a figure to a server.
+  const CONFIG = {
+    responsive: true, displaylogo: false, displayModeBar: true, plotlyServerURL: "",
+    modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]],
+  };
+
+  function colour(name) {
+    return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  }
+
+  // Names are escaped for plotly's labels, which take a small HTML; elsewhere they are plain text.
+  function plain(name) {
+    return name.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+  }
+
+  function dressed(layout, version) {
+    const text = colour("text"), line = colour("line");
+    const out = structuredClone(layout);
+    Object.assign(out, {
+      font: {color: text, size: 12, family: "system-ui, sans-serif"},
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      hoverlabel: {bgcolor: colour("card"), bordercolor: colour("faint"), font: {color: text, size: 12}, align: "left"},
+      modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("faint"), activecolor: text},
+      dragmode: touch ? false : "zoom",  // a finger that drags scrolls the page; the buttons zoom
+      uirevision: version,
+    });
+    for (const key of Object.keys(out).filter((key) => /^[xy]axis\d*$/.test(key))) {
+      Object.assign(out[key], {gridcolor: line, linecolor: line, zerolinecolor: colour("faint")});
+    }
+    return out;
+  }
+
+  // The last step of the Pareto front's staircase that costs no more is the best there is within the budget.
+  function bestWithin(stairs, budget) {
+    let low = 0, high = stairs.costs.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (stairs.costs[middle] <= budget) low = middle + 1; else high = middle;
+    }
+    return low - 1;
+  }
+
+  class Figure {
+    constructor(element) {
+      this.element = element;
+      this.plot = element.querySelector(".plot");
+      this.chart = charts[element.dataset.chart];
+      this.version = Object.keys(this.chart.versions)[0];
+      this.budget = null;  // in the unit of the axis
+      this.hidden = new Set();
+      const choose = element.querySelector("[data-choose]");
+      choose?.addEventListener("change", () => { this.version = choose.value; this.setBudget(null); this.draw(); });
+      this.number = element.querySelector("[data-budget]");
+      if (!this.number) return;
+      this.slide = element.querySelector("[data-slide]");
+      this.number.addEventListener("input", () => this.setBudget(this.number.value === "" ? null : Number(this.number.value), this.number));
+      this.slide.addEventListener("input", () => this.setBudget(this.slid(Number(this.slide.value)), this.slide));
+      element.querySelector("[data-clear]").addEventListener("click", () => this.setBudget(null));
+    }
+
+    get stairs() { return this.chart.budgets[this.version]; }
+
+    slid(place) {
+      const {least, most} = this.stairs;
+      return place >= 1000 ? null : Number((least + (most - least) * place / 1000).toPrecision(4));
+    }
+
+    setBudget(budget, by) {
+      this.budget = budget;
+      if (this.number && by !== this.number) this.number.value = budget ?? "";
+      if (this.slide && by !== this.slide) {
+        const {least, most} = this.stairs;
+        this.slide.value = budget === null ? 1000 : Math.round(1000 * (budget - least) / (most - least || 1));
+      }
+      if (this.drawn && this.number && !this.waiting) {
+        this.waiting = requestAnimationFrame(() => { this.waiting = 0; Plotly.relayout(this.plot, {shapes: this.filtered()}); });
+      }
+    }
+
+    // The index of the best within the budget, and what there is to say about it.
+    best() {
+      const stairs = this.stairs;
+      const limit = this.budget === null ? Infinity : Number((this.budget * stairs.scale).toPrecision(12));
+      const index = bestWithin(stairs, limit);
+      const under = this.budget === null ? "Without a budget" : `Within ${this.budget} ${stairs.unit}`;
+      if (index < 0) return {index, text: `${under}: nothing fits; the least is ${this.amount(stairs.costs[0])} at ${stairs.configurations[0]}.`};
+      const percent = (100 * stairs.accuracies[index]).toFixed(2);
+      return {index, text: `${under} the best is ${stairs.configurations[index]}: ${percent} % in the supernet, ${this.amount(stairs.costs[index])}.`};
+    }
+
+    amount(cost) { return `${Number((cost / this.stairs.scale).toPrecision(7))} ${this.stairs.unit}`; }
+
+    draw() {
+      const figure = this.chart.versions[this.version];
+      const layout = dressed(figure.layout, this.version);
+      const traces = figure.data.map((trace) => ({...trace, visible: !this.hidden.has(trace.legendgroup ?? trace.name)}));
+      if (this.number) layout.shapes = this.filtered();
+      this.legend(figure.data);
+      this.drawn = true;
+      return Plotly.react(this.plot, traces, layout, CONFIG);
+    }
+
+    // Says which is the best within the budget, and returns what marks it: shapes, for no point has to be drawn anew.
+    filtered() {
+      const {index, text} = this.best(), stairs = this.stairs, shapes = [];
+      this.element.querySelector("[data-unit]").textContent = stairs.unit;
+      this.element.querySelector("[data-best]").textContent = plain(text);
+      if (this.budget !== null) {
+        const line = {type: "line", yref: "paper", y0: 0, y1: 1, x0: this.budget, x1: this.budget, line: {color: colour("text"), width: 1, dash: "dash"}};
+        const end = Math.max(2 * stairs.most - stairs.least, this.budget);
+        shapes.push({...line, type: "rect", x1: end, fillcolor: colour("veil"), line: {width: 0}}, line);
+      }
+      const ring = this.chart.versions[this.version].data.at(-1);
+      if (index >= 0 && !this.hidden.has(ring.name)) {
+        const [x, y] = [stairs.costs[index] / stairs.scale, 100 * stairs.accuracies[index]];
+        shapes.push({
+          type: "circle", xsizemode: "pixel", ysizemode: "pixel", xanchor: x, yanchor: y, x0: -9, x1: 9, y0: -9, y1: 9,
+          line: {color: ring.marker.color, width: 3},
+        });
+      }
+      return shapes;
+    }
+
+    legend(traces) {
+      const list = this.element.querySelector(".legend");
+      list.replaceChildren(...traces.filter((trace) => trace.name && trace.showlegend !== false).map((trace) => {
+        const key = trace.legendgroup ?? trace.name;
+        const button = document.createElement("button"), label = document.createElement("span");
+        button.type = "button";
+        button.setAttribute("aria-pressed", String(!this.hidden.has(key)));
+        label.textContent = plain(trace.name);
+        button.append(swatch(trace), label);
+        button.addEventListener("click", () => {
+          if (!this.hidden.delete(key)) this.hidden.add(key);
+          this.draw();
+        });
+        const item = document.createElement("li");
+        item.append(button);
+        return item;
+      }));
+    }
+  }
+
+  function swatch(trace) {
+    const space = "http://www.w3.org/2000/svg", svg = document.createElementNS(space, "svg");
+    svg.setAttribute("width", "26");
+    svg.setAttribute("height", "14");
+    svg.setAttribute("aria-hidden", "true");
+    const add = (name, attributes, text) => {
+      const node = document.createElementNS(space, name);
+      for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+      if (text) node.textContent = text;
+      svg.append(node);
+    };
+    if (trace.mode.includes("lines")) {
+      add("line", {x1: 0, x2: 26, y1: 7, y2: 7, stroke: trace.line.color, "stroke-width": 2, "stroke-dasharray": DASHES[trace.line.dash ?? "solid"]});
+    }
+    if (trace.mode.includes("markers")) {
+      add("text", {x: 13, y: 12, "text-anchor": "middle", "font-size": 14, fill: trace.marker.color}, GLYPHS[trace.marker.symbol ?? "circle"]);
+    }
+    return svg;
+  }
+
+  const figures = [...document.querySelectorAll("figure[data-chart]")].map((element) => new Figure(element));
+
+  async function drawAll() {
+    for (const figure of figures) {
+      await figure.draw();
+      await new Promise((done) => setTimeout(done));  // the page answers between two figures
+    }
+    document.documentElement.dataset.drawn = String(figures.length);
+  }
+
+  dark.addEventListener("change", drawAll);
+  drawAll();
+})();
