@@ -66,7 +66,7 @@ def fashion() -> Experiment:
 
 
 def fashion_short() -> Experiment:
-    """The same in an hour on two cores: a few epochs at higher rates, three repeats."""
+    """Full Fashion-MNIST in about an hour on two cores: a few epochs at higher rates, three repeats."""
     return Experiment(
         name="fashion-short",
         data=DataOptions(name="fashion-mnist"),

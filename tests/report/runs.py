@@ -73,7 +73,15 @@ def write_networks(store: RunStore) -> None:
 def write_curve(store: RunStore, stage: str, unit: str, seed: int, epochs: int, last: float | None) -> None:
     noise = random.Random(f"{stage} {unit}")
     rows = [
-        {"stage": stage, "unit": unit, "seed": seed, "epoch": epoch, "lr": 0.1, "images_per_second": 9_000.0}
+        {
+            "stage": stage,
+            "unit": unit,
+            "seed": seed,
+            "epoch": epoch,
+            "lr": 0.1,
+            "gradient_norm": 1.0,
+            "images_per_second": 9_000.0,
+        }
         | {"train_loss": 2.3 * math.exp(-4 * epoch / epochs) + 0.3 + noise.random() / 20, "seconds": 4.25}
         | {"val_accuracy": None if last is None else last - 0.4 * math.exp(-5 * epoch / epochs) + noise.random() / 100}
         for epoch in range(1, epochs + 1)

@@ -302,7 +302,7 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     write_decompositions(store, layers)
     write_start(store)
     history = {"stage": HOSTILE, "unit": HOSTILE, "seed": 0, "epoch": 1, "lr": 0.1, "train_loss": 1.0}
-    history |= {"val_accuracy": 0.5, "seconds": 1.0, "images_per_second": 1.0}
+    history |= {"gradient_norm": 1.0, "val_accuracy": 0.5, "seconds": 1.0, "images_per_second": 1.0}
     store.write_table("history", "hostile", [history])
     trial = {"search": "optuna", "trial": 0, "unit": HOSTILE, "alpha": 1.0, "scaling": "index", "seed": 0, "epochs": 1}
     trial |= {"scheduler": "asha", "status": "failed", "supernet_accuracy": None, "reason": HOSTILE}
