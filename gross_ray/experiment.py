@@ -234,7 +234,7 @@ SCALINGS = ("index", "normalised")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How all trainings compute; what it changes is rounding, and with it the numbers."""
+    """How trainings and evaluations compute."""
 
     precision: str = "float32"
     """float32, tf32 (CUDA only) or bfloat16 (autocast)."""
@@ -242,6 +242,8 @@ class EngineOptions:
     """Compile losses with torch.compile, which needs a C++ compiler; a supernet becomes one graph."""
     parallel_seeds: int = 1
     """Supernets trained in one batched pass, where a GPU is not filled by one; equal to one by one but for rounding."""
+    recalibrate: bool = True
+    """Give each configuration batch-norm statistics of its own, from training images, in a network that has them."""
 
     def __post_init__(self) -> None:
         _settle(self, "engine.")
@@ -267,7 +269,7 @@ class Experiment:
     decomposition: DecompositionOptions = field(default_factory=DecompositionOptions)
     """Block term decomposition."""
     engine: EngineOptions = field(default_factory=EngineOptions)
-    """How trainings compute."""
+    """How trainings and evaluations compute."""
     supernet: SupernetOptions = field(default_factory=SupernetOptions)
     """The supernet."""
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from gross_ray.batch_norm import calibration_images
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import MissingStageError
 from gross_ray.results.store import RunStore
@@ -200,7 +201,8 @@ def work(context: Context, unit: Unit) -> str:
     searched: _Searched = context.kept[arguments["supernet"]]
     base, validation = searched.base, context.splits.validation
     configurations = base.space[arguments["start"] : arguments["stop"]]
-    correct, loss = searched.evaluator.evaluate(validation.images, validation.labels, configurations)
+    calibration = calibration_images(context.splits) if store.experiment.engine.recalibrate else None
+    correct, loss = searched.evaluator.evaluate(validation.images, validation.labels, configurations, calibration)
     total = len(validation.labels)
     layers = [f"layer {layer}" for layer in base.space.layers]
     rows = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
@@ -36,6 +36,32 @@ def raise_on_signals() -> None:
     """Install the handlers of `orderly`, in such a block, again: Ray puts its own in their place as it starts."""
     if _blocks:
         _set(dict.fromkeys(SIGNALS, _raise))
+
+
+@contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """Only note the first signal while the block runs, and raise KeyboardInterrupt at its end; raise at the second.
+
+    Gives the block a function that tells whether one came: it has to ask. For code of others that an exception between
+    any two of its instructions may leave with a lock that nobody holds.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    came = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came.is_set():
+            _raise(number, frame)
+        _received.append(number)
+        came.set()
+
+    if _blocks:
+        _set(dict.fromkeys(SIGNALS, note))
+    try:
+        yield came.is_set
+    finally:
+        _set(before)
+    if came.is_set():
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -81,7 +107,7 @@ def _raise(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _set(handlers: dict[signal.Signals, signal._HANDLER]) -> None:
+def _set(handlers: Mapping[signal.Signals, signal._HANDLER]) -> None:
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         for number, handler in handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)

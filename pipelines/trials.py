@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,11 @@ import ray
 import torch
 from ray import tune
 from ray.tune import Callback
+from ray.tune.stopper import NoopStopper
 
 from gross_ray.errors import DivergedError, GrossRayError
 from gross_ray.results.store import RunStore
+from pipelines import signals
 from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
 from pipelines.tuning import Ended, Tuning, trial_config
@@ -51,7 +53,6 @@ def run_trials(
     gpus = cluster.gpus_per_unit if cluster.device == "cuda" else 0
     setup = _Setup(work, store, cluster.device, threads, tuning.first_metrics, Versions.here())
     trainable = tune.with_parameters(_trial, packed=_Reference(packed_splits), setup=setup)
-    watch = _Watch(progress, tuning)
     asked: dict[str, Any] = {}
     grid: dict[str, Any] = {}
     with _quiet():
@@ -65,25 +66,28 @@ def run_trials(
             grid = {"unit": tune.grid_search([trial_config(unit) for unit in _longest_first(units)])}
         if tuning.scheduler is not None:
             asked["scheduler"] = tuning.scheduler()
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
-            param_space=grid,
-            tune_config=tune.TuneConfig(
-                reuse_actors=True, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name, **asked
-            ),
-            run_config=tune.RunConfig(
-                name=f"{name}-{time.strftime('%Y%m%dT%H%M%S')}",
-                storage_path=store.storage.path("tune"),
-                storage_filesystem=store.storage.filesystem,
-                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-                callbacks=[watch, *callbacks],
-                verbose=0,
-            ),
-        )
-        try:
-            results = tuner.fit()
-        except OSError as error:
-            raise store.storage.refused("write", "tune", error) from None
+        with signals.noted() as interrupted:
+            watch = _Watch(progress, tuning, interrupted)
+            tuner = tune.Tuner(
+                tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
+                param_space=grid,
+                tune_config=tune.TuneConfig(
+                    reuse_actors=True, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name, **asked
+                ),
+                run_config=tune.RunConfig(
+                    name=f"{name}-{time.strftime('%Y%m%dT%H%M%S')}",
+                    storage_path=store.storage.path("tune"),
+                    storage_filesystem=store.storage.filesystem,
+                    failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+                    callbacks=[watch, *callbacks],
+                    stop=_Interruption(interrupted),
+                    verbose=0,
+                ),
+            )
+            try:
+                results = tuner.fit()
+            except OSError as error:
+                raise store.storage.refused("write", "tune", error) from None
     if watch.error is not None:
         raise watch.error
     failed = dict(watch.failed)
@@ -149,11 +153,28 @@ def _account(config: dict[str, Any]) -> str:
     return config.get("trial", config["unit"]["name"])
 
 
+class _Interruption(tune.Stopper):
+    """Stops all trials once a signal came."""
+
+    def __init__(self, interrupted: Callable[[], bool]) -> None:
+        self._interrupted = interrupted
+
+    def __reduce__(self) -> tuple[type[tune.Stopper], tuple[()]]:
+        """Tune pickles it for a restoration that we never ask for."""
+        return NoopStopper, ()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._interrupted()
+
+
 class _Watch(Callback):
     """Turns Tune's events into progress, and tells the stage of each trial's end."""
 
-    def __init__(self, progress: StageProgress, tuning: Tuning) -> None:
-        self._progress, self._tuning = progress, tuning
+    def __init__(self, progress: StageProgress, tuning: Tuning, interrupted: Callable[[], bool]) -> None:
+        self._progress, self._tuning, self._interrupted = progress, tuning, interrupted
         self._states: dict[str, tuple[float, str]] = {}
         self.failed: dict[str, str] = {}
         self.error: GrossRayError | None = None
@@ -170,6 +191,8 @@ class _Watch(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         unit, result = _unit(trial.config), trial.last_result
         if "share" not in result:  # taken from the queue before it began
+            return
+        if self._interrupted() and result["share"] < 1 and "failed" not in result:  # nobody's judgement of the trial
             return
         self._states.pop(unit.name, None)
         failed = result.get("failed")

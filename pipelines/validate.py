@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from gross_ray.batch_norm import calibration_images, recalibrate
 from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import MissingStageError
 from gross_ray.results.store import RunStore
@@ -14,7 +15,7 @@ from gross_ray.search.cost import configuration_macs, count_parameters
 from gross_ray.search.selection import uniform
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
-from gross_ray.training.loop import EpochRecord, accuracy
+from gross_ray.training.loop import EpochRecord, accuracy, as_inputs
 from gross_ray.training.stages import finetune, reconstruct
 from pipelines import search
 from pipelines.decompose import layer_terms
@@ -114,6 +115,8 @@ def work(context: Context, unit: Unit) -> str:
         on_epoch=lambda record: report(options.reconstruction.epochs, "finetune", record),
     )
     rows += history_rows(f"{STAGE}-finetune", unit.name, seed, history)
+    if store.experiment.engine.recalibrate:
+        recalibrate(network, [as_inputs(calibration_images(splits))])
     test_accuracy = accuracy(network, splits.test)
     val_accuracy = accuracy(network, splits.validation)
     save_supernet(store, STAGE, unit.name, network, dict(unit.arguments))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gross_ray.batch_norm import has_statistics, recalibrate
 from gross_ray.data.augment import normalise
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
@@ -29,7 +30,7 @@ from gross_ray.search.batch_plan import (
 from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.graph import modules_out_of_place, trace
 from gross_ray.search.layer_forms import FORMS, LayerForm, Siblings, fastest_form
-from gross_ray.search.prefix_walk import Prefix, PrefixWalk
+from gross_ray.search.prefix_walk import Prefix, PrefixWalk, Statistics
 from gross_ray.space import Configuration, SearchSpace
 
 COLUMNS = ("configuration", "correct", "total", "accuracy", "loss")
@@ -57,11 +58,13 @@ def evaluate_configurations(
     memory_budget: int | None = None,
     form: str = "auto",
     precision: str = "float32",
+    calibration: Tensor | None = None,
 ) -> pd.DataFrame:
     """Return what a forward pass of each configuration over all images would give.
 
     `images` are uint8 (N, 3, H, W), normalised here, or floating point, taken as they are; `labels` (N,) int64;
-    `configurations` default to the whole space; the other arguments are those of `EvaluationOptions`. Columns:
+    `configurations` default to the whole space. `calibration`, images like `images` (of the training split), gives each
+    configuration batch-norm statistics of its own. The other arguments are those of `EvaluationOptions`. Columns:
     configuration (text), correct and total (images), accuracy, loss (mean cross-entropy); rows in the order given. A
     network that torch.fx cannot trace is evaluated with one pass a configuration, after a NotTraceableWarning that
     names the cause. Raises InvalidValueError for a configuration outside the space, no images, or an option outside
@@ -70,7 +73,7 @@ def evaluate_configurations(
     options = EvaluationOptions(batch_size=batch_size, memory_budget=memory_budget, form=form, precision=precision)
     space = SearchSpace.of(supernet)
     chosen = list(space) if configurations is None else [space.check(one) for one in configurations]
-    correct, loss = Evaluator(supernet, options).evaluate(images, labels, chosen)
+    correct, loss = Evaluator(supernet, options).evaluate(images, labels, chosen, calibration)
     rows = [
         (str(one), count, len(labels), count / len(labels), total / len(labels))
         for one, count, total in zip(chosen, correct.tolist(), loss.tolist(), strict=True)
@@ -110,9 +113,17 @@ class Evaluator:
         return {name: self._walk.siblings[layer].form for name, layer in layers.items() if layer in self._walk.siblings}
 
     def evaluate(
-        self, images: Tensor, labels: Tensor, configurations: Sequence[Configuration]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        configurations: Sequence[Configuration],
+        calibration: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return correct images (int64) and summed cross-entropy (float64) of each configuration, on the CPU."""
+        """Return correct images (int64) and summed cross-entropy (float64) of each configuration, on the CPU.
+
+        With `calibration`, images like `images`, each batch-norm has the statistics of its configuration's responses to
+        them in place of its own.
+        """
         if len(images) == 0 or len(images) != len(labels):
             raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
         parameter = next(self._supernet.parameters())
@@ -127,7 +138,7 @@ class Evaluator:
             plan = self._prepared_plan(images, configurations)
             totals = _Totals(labels, [])
             with at_precision(self._options.precision, images.device):
-                for found in self._batches(plan, images, labels, configurations):
+                for found in self._batches(plan, images, labels, configurations, calibration):
                     totals = found.joined(totals)
         for leaf, count, total in zip(totals.leaves, totals.correct.tolist(), totals.loss.tolist(), strict=True):
             correct[leaf.places] = count
@@ -159,21 +170,55 @@ class Evaluator:
         return BatchPlan(images_of_batch(needed, len(images), self._budget(images), self._options.batch_size), ())
 
     def _batches(
-        self, plan: BatchPlan, images: Tensor, labels: Tensor, configurations: Sequence[Configuration]
+        self,
+        plan: BatchPlan,
+        images: Tensor,
+        labels: Tensor,
+        configurations: Sequence[Configuration],
+        calibration: Tensor | None,
     ) -> Iterator[_Totals]:
         """Evaluate batch after batch, each with the same leaves in the same order."""
         root = self._walk.tree(configurations) if self._walk else None
+        statistics: Statistics | None = None
+        if self._walk is not None and root is not None and self._walk.norms and calibration is not None:
+            statistics, one_by_one = {}, [1] * (self._walk.num_layers + 1)
+            with modules_out_of_place(self._supernet):
+                self._walk.run(
+                    self._batch(calibration),
+                    root,
+                    lambda *_: None,
+                    limits=one_by_one,
+                    apart=True,
+                    statistics=statistics,
+                )
         for start in range(0, len(labels), plan.num_images):
             batch = self._batch(images[start : start + plan.num_images])
             found = _Totals(labels[start : start + plan.num_images], [])
             if self._walk is not None and root is not None:
                 with modules_out_of_place(self._supernet):
-                    self._walk.run(batch, root, found.add, limits=plan.limits, apart=not self._joined)
+                    self._walk.run(
+                        batch, root, found.add, limits=plan.limits, apart=not self._joined, statistics=statistics
+                    )
             else:
                 for place, one in enumerate(configurations):
                     set_configuration(self._supernet, one)
-                    found.add([Prefix(one, [place])], self._supernet(batch.clone()))
+                    with self._calibrated(calibration):
+                        found.add([Prefix(one, [place])], self._supernet(batch.clone()))
             yield found
+
+    @contextmanager
+    def _calibrated(self, calibration: Tensor | None) -> Iterator[None]:
+        """Give batch-norm the statistics of the active configuration while the block runs."""
+        norms = [module for module in self._supernet.modules() if has_statistics(module)]
+        before = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+        if calibration is not None:
+            recalibrate(self._supernet, [self._batch(calibration)])
+        try:
+            yield
+        finally:
+            for norm, buffers in zip(norms, before, strict=True):
+                for name, buffer in buffers.items():
+                    setattr(norm, name, buffer)
 
     def _new_walk(self, images: Tensor) -> PrefixWalk:
         """Return the walk with each layer in its form, timed where it is not given."""

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from gross_ray.batch_norm import has_statistics
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
@@ -32,6 +35,8 @@ class Prefix:
     following: dict[int, Prefix] = field(default_factory=dict)
 
 
+Statistics = dict[tuple[fx.Node, tuple[int, ...]], tuple[Tensor, Tensor]]
+"""Mean and variance (C,) of what each batch-norm is given behind each prefix."""
 Values = dict[fx.Node, Any]
 Found = Callable[[list[Prefix], Tensor], None]
 
@@ -53,6 +58,9 @@ class PrefixWalk:
             module = modules.get(str(node.target)) if node.op == "call_module" else None
             if isinstance(module, SeriesConv2d):
                 self._layer_of[node] = module
+        called = {node: modules.get(str(node.target)) for node in self._nodes if node.op == "call_module"}
+        self.norms = {node: one for node, one in called.items() if isinstance(one, _BatchNorm) and has_statistics(one)}
+        """The batch-norms that keep statistics, by node."""
         self.layers = list(dict.fromkeys(self._layer_of.values()))
         """The decomposed layers that the graph meets, in that order."""
         self.num_layers = len(self.layers)
@@ -90,15 +98,17 @@ class PrefixWalk:
         apart: bool = False,
         on_layer: Callable[[SeriesConv2d, Tensor], None] | None = None,
         on_depth: Callable[[int], None] | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         """Run all configurations of the tree on `batch`, (N, ...).
 
         `found(leaves, logits)` is called with logits (len(leaves) * N, classes), leaf after leaf. `limits[d]` is the
         most prefixes that go on together behind the d-th decomposed layer; with `apart`, none do (but the layer
-        itself still runs so many at once). `on_layer` sees the input of each layer that is
-        chosen, `on_depth(d)` is called where what follows d layers starts.
+        itself still runs so many at once). `on_layer` sees the input of each layer that is chosen, `on_depth(d)` is
+        called where what follows d layers starts. With `statistics`, a batch-norm uses those of its prefix in place of
+        its own; where they are missing, it is run as in training, and they are taken from this batch.
         """
-        walk = _Walk(self, len(batch), found, limits, apart, on_layer, on_depth)
+        walk = _Walk(self, len(batch), found, limits, apart, on_layer, on_depth, statistics)
         walk.go(0, {self._input: batch}, [root])
 
 
@@ -113,6 +123,7 @@ class _Walk:
     apart: bool
     on_layer: Callable[[SeriesConv2d, Tensor], None] | None
     on_depth: Callable[[int], None] | None
+    statistics: Statistics | None
 
     def go(self, start: int, values: Values, prefixes: list[Prefix]) -> None:
         """Run from node `start` on; rows of each value from the images: prefix after prefix, image after image."""
@@ -128,7 +139,9 @@ class _Walk:
             if layer is not None:
                 self._branch(index, node, layer, values, prefixes)
                 return
-            if node is not self.graph._input:
+            if self.statistics is not None and node in graph.norms:
+                values[node] = self._normalised(node, values[node.all_input_nodes[0]], prefixes, self.statistics)
+            elif node is not graph._input:
                 values[node] = self._run_node(node, values)
             self._forget(node, values)
 
@@ -169,6 +182,19 @@ class _Walk:
                 one = self._branched(branch, [place], len(following), 1)
                 one[node] = self._rows(outputs, [place])
                 self.go(index + 1, one, [prefix])
+
+    def _normalised(self, node: fx.Node, inputs: Tensor, prefixes: list[Prefix], statistics: Statistics) -> Tensor:
+        """Run a batch-norm on the rows of each prefix with that prefix's statistics."""
+        norm = self.graph.norms[node]
+        results = []
+        for prefix, rows in zip(prefixes, inputs.chunk(len(prefixes)), strict=True):
+            known = statistics.get((node, prefix.sizes))
+            mean, variance = known or (None, None)
+            results.append(F.batch_norm(rows, mean, variance, norm.weight, norm.bias, known is None, eps=norm.eps))
+            if known is None:
+                variance, mean = torch.var_mean(rows, [dim for dim in range(rows.dim()) if dim != 1])
+                statistics[node, prefix.sizes] = mean, variance
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def _run_node(self, node: fx.Node, values: Values) -> Any:
         if node.op == "placeholder":

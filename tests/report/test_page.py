@@ -224,7 +224,9 @@ def test_decompositions_curves_and_times(store: RunStore, page: ParsedPage) -> N
     assert times["train"] == ["5", "0:35:25"]  # 5 x 100 epochs of 4.25 s
     assert times["decompose"] == ["19", "0:02:22"]  # 142.5 s
     assert times["all together"][1] == "6:24:52"
-    fields = page.tables[f"The experiment: {len(store.experiment.fields())} fields, fingerprint {store.experiment.fingerprint()}"].rows
+    fields = page.tables[
+        f"The experiment: {len(store.experiment.fields())} fields, fingerprint {store.experiment.fingerprint()}"
+    ].rows
     assert [row[0] for row in fields] == list(store.experiment.fields())
     assert ["sweep.alphas", "[0.0, 2.0, 4.0, 8.0]"] in fields
     (start,) = page.tables["Starts of a command on this run folder"].rows
