@@ -90,12 +90,12 @@ class Session:
         *,
         tuning: Tuning | None = None,
         shared: Shared | None = None,
-        together: int = 1,
+        together: int | None = None,
     ) -> None:
         """Do those of a stage's `units` that `finished` lacks: on actors, or with `tuning` as trials of Ray Tune.
 
-        On actors, `shared` loads what units share, by name (`Unit.shared`), and `work` is given groups of up to
-        `together` of them, where that is more than 1 (`members_of`).
+        On actors, `shared` loads what units share, by name (`Unit.shared`), and with `together`, `work` is given groups
+        of up to so many of them (`members_of`).
 
         Raises UnitsFailedError, naming them, unless every unit is finished afterwards.
         """
@@ -103,13 +103,13 @@ class Session:
         done = finished() & set(names)
         self._tell_of_damage()
         todo = [unit for unit in units if unit.name not in done]
-        groups = grouped(todo, together) if together > 1 else todo
+        groups = todo if together is None else grouped(todo, together)
         with self.reporter.stage(stage, len(done) + len(groups), len(done)) as progress:
             if not todo:
                 return
             cluster = self.cluster()
             assert self._packed is not None
-            threads = threads_of_stage(self.store, stage, cluster, ceil(len(units) / together))
+            threads = threads_of_stage(self.store, stage, cluster, ceil(len(units) / (together or 1)))
             if tuning is not None:
                 from pipelines.trials import run_trials  # Ray Tune takes a second that other stages need not wait
 
@@ -130,7 +130,7 @@ class Session:
                 if self._pool is None:
                     self._pool = WorkerPool(cluster, self._packed)
                 failed = self._pool.run(work, self.store, groups, threads=threads, progress=progress, shared=shared)
-                if together > 1:
+                if together is not None:
                     reasons = [(unit.name, failed.get(group.name)) for group in groups for unit in members_of(group)]
                     failed = {name: reason for name, reason in reasons if reason is not None}
         done = finished()

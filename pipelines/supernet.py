@@ -72,25 +72,27 @@ def run_finetune(session: Session) -> None:
     _run(session, FINETUNE, FINETUNE, plan(store))
 
 
+def in_groups(store: RunStore) -> bool:
+    """Return whether supernets are trained as stacks: several in one pass, or one graph for all configurations."""
+    engine = store.experiment.engine
+    return engine.parallel_seeds > 1 or engine.compile
+
+
 def train_together(session: Session, name: str, units: list[Unit]) -> None:
-    """Reconstruct and fine-tune supernets several in one pass (engine.parallel_seeds), as stages of `name`."""
+    """Reconstruct and fine-tune supernets as stacks, as stages of `name`."""
     for stage in (RECONSTRUCT, FINETUNE):
         _run(session, f"{name} {stage}", stage, units)
 
 
 def _run(session: Session, name: str, stage: str, units: list[Unit]) -> None:
-    together = session.store.experiment.engine.parallel_seeds
+    store = session.store
     one, several = {
         RECONSTRUCT: (reconstruct_work, reconstruct_group),
         FINETUNE: (finetune_work, finetune_group),
     }[stage]
-    session.run(
-        name,
-        units,
-        several if together > 1 else one,
-        lambda: finished(session.store, stage),
-        together=together,
-    )
+    together = store.experiment.engine.parallel_seeds if in_groups(store) else None
+    work = one if together is None else several
+    session.run(name, units, work, lambda: finished(store, stage), together=together)
 
 
 def require_decompositions(store: RunStore) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -113,7 +113,7 @@ def train(
         set_mode()
         draws = EpochDraws(images, derive_seed(seed, epoch), augmented=schedule.augment)
         steps: list[tuple[Tensor, Tensor]] = []
-        with random_numbers_of(draws, network), products_at(engine.precision, device):
+        with random_numbers_of(draws, network, compiled=engine.compile), products_at(engine.precision, device):
             for start in range(0, len(images), schedule.batch_size):
                 inputs, labels = draws.batch(start, schedule.batch_size)
                 if before_step is not None:
@@ -200,10 +200,12 @@ def images_of_part(network: nn.Module, inputs: Tensor) -> int:
 
 
 @contextmanager
-def random_numbers_of(draws: EpochDraws, network: nn.Module) -> Iterator[None]:
+def random_numbers_of(draws: EpochDraws, network: nn.Module, *, compiled: bool) -> Iterator[None]:
     """Let dropout draw from the epoch's seed, what is no nn.Dropout too: torch's own generators are lent a seed."""
     device = draws.device
-    with dropout_by(network, draws.keep), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # A compiled graph cannot draw from a generator of its own: there dropout draws from torch's, with the lent seed.
+    own = nullcontext() if compiled else dropout_by(network, draws.keep)
+    with own, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(draws.global_seed)
         yield
 

@@ -195,6 +195,7 @@ class _Steps:
             module: name for name, module in self._stack.template.named_modules() if type(module) is nn.Dropout
         }
         self._masks: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] | None = None
         batched = vmap(self._loss)
         self._compiled = torch.compile(batched) if engine.compile else batched
 
@@ -294,26 +295,31 @@ class _Steps:
 
     def _draw_masks(self, images: Tensor, active: dict[str, Tensor], draws: Sequence[EpochDraws]) -> dict[str, Tensor]:
         """Draw what each dropout keeps, as the members by themselves would: by name (S, B, ...)."""
-        asked: dict[str, torch.Size] = {}
+        if self._shapes is None:
+            self._shapes = self._dropout_shapes(images[0], active)
+        modules = {name: module for module, name in self._dropouts.items()}
+        masks: dict[str, list[Tensor]] = {name: [] for name in self._shapes}
+        for each in draws:
+            for name, shape in self._shapes.items():
+                like = torch.empty(images.shape[1], *shape, device=images.device)
+                masks[name].append(each.keep(modules[name], like))
+        return {name: torch.stack(some) for name, some in masks.items()}
 
-        def shape_of(dropout: nn.Dropout, inputs: Tensor) -> Tensor:
+    def _dropout_shapes(self, images: Tensor, active: dict[str, Tensor]) -> dict[str, torch.Size]:
+        """Return the shape of an image at each dropout, in the order in which a pass meets them."""
+        shapes: dict[str, torch.Size] = {}
+
+        def look(dropout: nn.Dropout, inputs: Tensor) -> Tensor:
             name = self._dropouts[dropout]
-            if name in asked:
+            if name in shapes:
                 raise InvalidValueError(
                     f"dropout {name!r} is used twice in one pass: such supernets are trained one by one "
                     "(engine.parallel_seeds=1)"
                 )
-            asked[name] = inputs.shape[1:]
+            shapes[name] = inputs.shape[1:]
             return torch.ones_like(inputs)
 
-        if not hasattr(self, "_shapes"):
-            first = {name: tensor[0] for name, tensor in (self._stack.terms | active).items()}
-            with torch.no_grad(), dropout_by(self._stack.template, shape_of):
-                functional_call(self._stack.template, first, (images[0],))
-            self._shapes = asked
-        like = {
-            name: torch.empty(images.shape[1], *shape, device=images.device) for name, shape in self._shapes.items()
-        }
-        modules = {name: module for module, name in self._dropouts.items()}
-        kept = [{name: each.keep(modules[name], empty) for name, empty in like.items()} for each in draws]
-        return {name: torch.stack([masks[name] for masks in kept]) for name in like}
+        first = {name: tensor[0] for name, tensor in (self._stack.terms | active).items()}
+        with torch.no_grad(), dropout_by(self._stack.template, look):
+            functional_call(self._stack.template, first, (images,))
+        return shapes

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gross_ray.data.augment import augment, normalise
 from gross_ray.data.images import ImageSet
-from gross_ray.errors import DivergedError
-from gross_ray.experiment import Schedule
+from gross_ray.errors import DivergedError, InvalidValueError
+from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.seeds import derive_seed
 from gross_ray.training import loop
 from gross_ray.training.loop import EVALUATION_BATCH, EpochRecord, accuracy, as_inputs, count_correct, train
@@ -319,6 +319,62 @@ def test_a_batch_in_parts_takes_the_same_steps(
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     assert [one.train_loss for one in parts] == pytest.approx([one.train_loss for one in whole], rel=1e-9)
     assert [one.gradient_norm for one in parts] == pytest.approx([one.gradient_norm for one in whole], rel=1e-9)
+
+
+def test_a_compiled_loss_trains_alike(
+    network: nn.Sequential, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    compile_, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda loss: compiled.append(loss) or compile_(loss, backend="eager"))
+    network[5] = nn.Identity()  # compiled, dropout draws other numbers
+    other = copy.deepcopy(network)
+
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(other(inputs), labels)
+
+    history = fit(network, images)
+    again = fit(
+        other,
+        images,
+        loss=loss,
+        parameters=dict(other.named_parameters()),
+        set_mode=other.train,
+        engine=EngineOptions(compile=True),
+    )
+    assert compiled == [loss]
+    assert timeless(again) == timeless(history)
+    assert_equal_weights(other, network)
+
+
+def test_bfloat16_is_another_precision(network: nn.Sequential, images: ImageSet) -> None:
+    other = copy.deepcopy(network)
+    dtypes = set()
+
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        logits = other(inputs)
+        dtypes.add(logits.dtype)
+        return F.cross_entropy(logits, labels)
+
+    history = fit(network, images, replace(SCHEDULE, epochs=1))
+    rounded = fit(
+        other,
+        images,
+        replace(SCHEDULE, epochs=1),
+        loss=loss,
+        parameters=dict(other.named_parameters()),
+        set_mode=other.train,
+        engine=EngineOptions(precision="bfloat16"),
+    )
+    assert dtypes == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in other.parameters())
+    assert rounded[0].train_loss == pytest.approx(history[0].train_loss, rel=0.05)
+    assert rounded[0].train_loss != history[0].train_loss
+
+
+def test_tf32_on_a_cpu_is_refused(network: nn.Sequential, images: ImageSet) -> None:
+    with pytest.raises(InvalidValueError, match="precision = 'tf32' on cpu: only CUDA has it; use float32 or bfloat16"):
+        fit(network, images, engine=EngineOptions(precision="tf32"))
 
 
 def test_batch_norm_in_training_sees_whole_batches(
