@@ -177,6 +177,10 @@ class _AliveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        with self:  # what an operator is made of may need more: max-pooling makes its indices
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         result = func(*args, **(kwargs or {}))
         given = {place for place in map(_storage, tree_leaves((args, kwargs))) if place not in self._users}
         for leaf in tree_leaves(result):
