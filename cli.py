@@ -173,19 +173,21 @@ def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None], ca
 def run(
     preset_name: str, out: str, settings: tuple[str, ...], callbacks: list[Any], resources: Any, source: Any
 ) -> None:
-    """Do every stage, from training to the table of results; the same command again continues.
+    """Do every stage, from training to the tables and the page of results; the same command again continues.
 
     \b
     Example:
       gross run --preset quickstart --out runs/quickstart
       gross run --preset fashion --out runs/short --set training.epochs=3 --set training.seeds=1
     """
+    from gross_ray.report.page import write_page
     from gross_ray.report.terminal import results
     from pipelines.run import run_all
 
     store = _run_folder(out, preset_name, settings)
     _work(store, resources, source, run_all, callbacks)
     click.echo(results(store))
+    click.echo(f"page: {write_page(store)}", err=True)
 
 
 def _stage_command(name: str, description: str, *, trials: bool = False) -> click.Command:

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 5.0
-"""On no terminal, how often a stage in which no unit ends reports the state of its units."""
+"""On no terminal, how often a stage in which no unit ends reports the state of its units, where it has changed."""
+SECONDS_OF_SILENCE = 60.0
+"""On no terminal, after how long the same state is told once more."""
 
 
 class StageProgress:
@@ -37,7 +39,7 @@ class _Lines(StageProgress):
     def __init__(self, name: str, total: int, done: int, out: TextIO) -> None:
         super().__init__(name, total, done)
         self._out = out
-        self._last = time.monotonic()
+        self._last, self._told = time.monotonic(), ""
         already = f", {done} done already" if done else ""
         self._print(f"{name}: {total} units{already}")
 
@@ -46,8 +48,10 @@ class _Lines(StageProgress):
         self._print(f"{self.name}: {self.done}/{self.total} {unit} {text}")
 
     def under_way(self, states: dict[str, tuple[float, str]]) -> None:
-        if states and time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
-            self._print(f"{self.name}: " + "; ".join(f"{unit} {text}" for unit, (_, text) in states.items()))
+        told, silence = "; ".join(f"{unit} {text}" for unit, (_, text) in states.items()), time.monotonic() - self._last
+        if told and silence >= (SECONDS_OF_SILENCE if told == self._told else SECONDS_BETWEEN_LINES):
+            self._print(f"{self.name}: {told}")
+            self._told = told
 
     def note(self, text: str) -> None:
         self._print(f"{self.name}: {text}")

@@ -84,7 +84,9 @@ def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) 
         f"bars: standard deviation. The flattest profile is that of {flattest[1]}: its means lie within "
         f"{flattest[0]:.2f} points of each other."
     )
-    return Chart("figure-1-left", "Figure 1, left", summary, {"": figure})
+    return Chart(
+        "figure-1-left", "Figure 1, left: the supernet less the fixed configuration on its own", summary, {"": figure}
+    )
 
 
 def _profiles(store: RunStore, sweep: pd.DataFrame) -> pd.DataFrame:
@@ -149,4 +151,10 @@ def _right(profiles: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any
     )
     heads = ["temperature", "configurations", "cheapest third", "middle third", "dearest third"]
     details = ResultTable("Mean accuracy in the supernet by thirds of MACs, % (val)", heads, rows)
-    return Chart("figure-1-right", "Figure 1, right", summary, {"": figure}, details=details)
+    return Chart(
+        "figure-1-right",
+        "Figure 1, right: all configurations in the supernets of each temperature",
+        summary,
+        {"": figure},
+        details=details,
+    )

@@ -57,8 +57,17 @@ def test_lines_tell_of_units_under_way_only_now_and_then(monkeypatch: pytest.Mon
         stage.under_way({"seed=0": (0.5, "epoch 1")})
         monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
         stage.under_way({"seed=0": (0.5, "epoch 2"), "seed=1": (0.1, "started")})
+        stage.under_way({"seed=0": (0.6, "epoch 2"), "seed=1": (0.2, "started")})
         stage.under_way({})
-    assert out.getvalue().splitlines() == ["train: 2 units", "train: seed=0 epoch 2; seed=1 started"]
+        monkeypatch.setattr(progress, "SECONDS_OF_SILENCE", 0.0)
+        stage.under_way({"seed=0": (0.7, "epoch 2")})
+        stage.under_way({"seed=0": (0.8, "epoch 2")})
+    assert out.getvalue().splitlines() == [
+        "train: 2 units",
+        "train: seed=0 epoch 2; seed=1 started",
+        "train: seed=0 epoch 2",
+        "train: seed=0 epoch 2",
+    ]
 
 
 def test_the_bar_counts_the_units_and_those_done_already(terminal: Terminal) -> None:

@@ -1,0 +1,172 @@
+"""Keep the tables of a finished run under results/, and write what README.md shows of them.
+
+    python scripts/results.py keep RUN NAME --command "gross run ..." --machine "2 cores of ..." --time "1 h 10 min"
+    python scripts/results.py write
+
+`keep` takes each table as one Parquet file, without checkpoints: results/NAME is a run folder, which `gross report`,
+`gross show` and `gross search` take. `write` draws the figures of each (in Chromium, by playwright), writes
+results/NAME/README.md, and the part of README.md between its two marks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+import pyarrow.parquet as pq
+
+from gross_ray.report import terminal
+from gross_ray.report.charts import Chart
+from gross_ray.report.searched import Searched
+from gross_ray.report.space_chart import space_chart
+from gross_ray.report.sweep_charts import sweep_charts
+from gross_ray.results.store import RunStore
+from gross_ray.results.tables import TABLES
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+SHOWN = "fashion-short"
+"""The run that README.md shows."""
+START, END = f"<!-- results/{SHOWN}: python scripts/results.py write -->", "<!-- /results -->"
+WIDTH, HEIGHT, SCALE = 800, 420, 2
+"""Of a figure, in pixels, and how many of the file's pixels make one."""
+
+
+@click.group()
+def main() -> None:
+    """Keep results, and write the pages that show them."""
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.argument("name")
+@click.option("--command", required=True, help="What made the run.")
+@click.option("--machine", required=True, help="What it ran on.")
+@click.option("--time", required=True, help="How long it took.")
+def keep(run: Path, name: str, **about: str) -> None:
+    """Put the tables of RUN into results/NAME, in place of what is there."""
+    store, folder = RunStore.open(run), RESULTS / name
+    if folder.exists():
+        shutil.rmtree(folder)
+    kept = RunStore.create(folder, store.experiment)
+    for table in TABLES:
+        units = store.units(table)
+        if units:
+            (kept.path / "tables" / table).mkdir(parents=True)
+            files = [run / "tables" / table / f"{unit}.parquet" for unit in units]
+            whole = pq.ParquetDataset(files, partitioning=None).read()
+            pq.write_table(whole, kept.path / "tables" / table / "all.parquet", write_page_checksum=True)
+    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 2**20:.2f} MiB")
+
+
+@main.command()
+def write() -> None:
+    """Draw the figures, and write the README of each results/NAME and the part of README.md."""
+    for folder in sorted(path.parent for path in RESULTS.glob("*/about.json")):
+        store = RunStore.open(folder)
+        draw(charts(store), folder)
+        (folder / "README.md").write_text(page(store), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(with_block(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def charts(store: RunStore) -> dict[str, Chart]:
+    """Return the figures by the name of their file."""
+    drawn = [space_chart(store, Searched.of(store)), *sweep_charts(store, store.read_table("alpha_sweep"))]
+    return {chart.name: chart for chart in drawn}
+
+
+def page(store: RunStore) -> str:
+    """Return the README of one results/NAME."""
+    return (
+        "\n\n".join(
+            [
+                f"# {store.path.name}",
+                made(store),
+                "The tables of that run, without its checkpoints; docs/tables.md has their columns. "
+                f"`gross report results/{store.path.name}` makes the whole page of them, "
+                f"`gross show results/{store.path.name} selections` prints one.",
+                terminal.results(store, markdown=True),
+                figures(store, ""),
+                "Written by `python scripts/results.py write`.",
+            ]
+        )
+        + "\n"
+    )
+
+
+def with_block(readme: str) -> str:
+    """Return README.md with its part written anew."""
+    before, _, rest = readme.partition(START)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"README.md lacks the marks {START} and {END}")
+    return f"{before}{START}\n\n{block()}\n\n{END}{after}"
+
+
+def block() -> str:
+    """Return what README.md shows of results/SHOWN."""
+    store = RunStore.open(RESULTS / SHOWN)
+    tables = [
+        terminal.network_table(store, markdown=True),
+        terminal.selection_table(store, markdown=True),
+        terminal.sweep_table(store, markdown=True),
+    ]
+    return "\n\n".join([*tables, figures(store, f"results/{SHOWN}/"), made(store)])
+
+
+def made(store: RunStore) -> str:
+    """Return the command, machine, time and versions behind the results."""
+    about = json.loads((store.path / "about.json").read_text(encoding="utf-8"))
+    runs = store.read_table("runs")
+    versions = ", ".join(f"{name} {runs[name].iloc[-1]}" for name in ("python", "torch", "torchvision", "ray"))
+    day = runs["started"].iloc[0][:10]
+    return f"`{about['command']}`: {about['time']} on {about['machine']}, {day}; {versions}."
+
+
+def figures(store: RunStore, folder: str) -> str:
+    """Return the figures in Markdown, their summaries as text alternatives."""
+    return "\n\n".join(f"![{chart.summary}]({folder}{name}.png)" for name, chart in charts(store).items())
+
+
+def draw(found: Mapping[str, Chart], folder: Path) -> None:
+    """Write each figure as a PNG, on white."""
+    from playwright.sync_api import sync_playwright
+    from plotly.offline import get_plotlyjs
+
+    chromium = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        drawing = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=SCALE)
+        for name, chart in found.items():
+            figure = next(iter(chart.versions.values()))
+            figure.data = [trace for trace in figure.data if trace.x is not None and len(trace.x)]
+            figure.update_layout(
+                title={"text": chart.title, "font": {"size": 15}, "x": 0.01, "xanchor": "left"},
+                showlegend=True,
+                legend={"orientation": "h", "y": -0.2},
+                font={"family": "Liberation Sans, DejaVu Sans, sans-serif", "size": 12, "color": "#222"},
+                paper_bgcolor="white",
+                plot_bgcolor="white",
+                margin={"l": 8, "r": 16, "t": 40, "b": 8},
+            )
+            figure.update_xaxes(gridcolor="#e3e3e3", linecolor="#888")
+            figure.update_yaxes(gridcolor="#e3e3e3", linecolor="#888", zerolinecolor="#888")
+            drawing.set_content(
+                f"<body style='margin:0'><div id=chart style='width:{WIDTH}px;height:{HEIGHT}px'></div>"
+                f"<script>{get_plotlyjs()}</script></body>"
+            )
+            drawing.evaluate(
+                "([figure]) => Plotly.newPlot('chart', figure.data, figure.layout, {staticPlot: true})",
+                [json.loads(figure.to_json())],
+            )
+            drawing.screenshot(path=folder / f"{name}.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
