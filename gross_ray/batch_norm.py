@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,18 @@ from gross_ray.data.images import Splits
 
 CALIBRATION_IMAGES = 512
 """Images of the training split from which statistics are taken."""
+CALIBRATION_BATCH = 128
+"""Of them, how many make a batch: its statistics are those of one forward pass in training, and memory is bounded."""
 
 
 def calibration_images(splits: Splits) -> Tensor:
     """Return the images, uint8 (N, 3, H, W), from which statistics are taken: the first of the training split."""
     return splits.train.images[:CALIBRATION_IMAGES]
+
+
+def calibration_batches(images: Tensor) -> tuple[Tensor, ...]:
+    """Return calibration images (N, ...) as batches of about equal size, at most CALIBRATION_BATCH images each."""
+    return images.chunk(-(-len(images) // CALIBRATION_BATCH))
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -49,3 +57,34 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.momentum = momentum
         for module, training in modes.items():
             module.training = training
+
+
+def statistics_of(network: nn.Module) -> list[dict[str, Tensor]]:
+    """Return the statistics of every batch-norm of `network`, in its order, by the names of their buffers."""
+    return [dict(norm.named_buffers(recurse=False)) for norm in network.modules() if has_statistics(norm)]
+
+
+@contextmanager
+def with_statistics(network: nn.Module, statistics: list[dict[str, Tensor]]) -> Iterator[None]:
+    """Put what `statistics_of` gave into `network` while it is open, and what it had before at the end."""
+    before = statistics_of(network)
+    _set(network, statistics)
+    try:
+        yield
+    finally:
+        _set(network, before)
+
+
+@contextmanager
+def recalibrated(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
+    """Have the statistics that `recalibrate` gives while it is open, and those of before again at the end."""
+    with with_statistics(network, statistics_of(network)):
+        recalibrate(network, batches)
+        yield
+
+
+def _set(network: nn.Module, statistics: list[dict[str, Tensor]]) -> None:
+    norms = [module for module in network.modules() if has_statistics(module)]
+    for norm, buffers in zip(norms, statistics, strict=True):
+        for name, buffer in buffers.items():
+            setattr(norm, name, buffer)

@@ -234,10 +234,10 @@ SCALINGS = ("index", "normalised")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How trainings and evaluations compute."""
+    """How trainings compute, and what evaluations are given."""
 
     precision: str = "float32"
-    """float32, tf32 (CUDA only) or bfloat16 (autocast)."""
+    """Of trainings: float32, tf32 (CUDA only) or bfloat16 (autocast). `search.precision` is that of the search."""
     compile: bool = False
     """Compile losses with torch.compile, which needs a C++ compiler; a supernet becomes one graph."""
     parallel_seeds: int = 1
@@ -269,7 +269,7 @@ class Experiment:
     decomposition: DecompositionOptions = field(default_factory=DecompositionOptions)
     """Block term decomposition."""
     engine: EngineOptions = field(default_factory=EngineOptions)
-    """How trainings and evaluations compute."""
+    """How trainings compute, and what evaluations are given."""
     supernet: SupernetOptions = field(default_factory=SupernetOptions)
     """The supernet."""
     reconstruction: ReconstructionOptions = field(default_factory=ReconstructionOptions)

@@ -7,9 +7,10 @@ from functools import partial
 
 from torch import nn
 
+from gross_ray.data.images import Splits
 from gross_ray.decomposition.surgery import build_supernet
-from gross_ray.errors import DivergedError
-from gross_ray.experiment import Schedule
+from gross_ray.errors import DivergedError, UnitsFailedError
+from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.results.store import RunStore
 from gross_ray.seeds import derive_seed
 from gross_ray.space import SearchSpace
@@ -26,6 +27,7 @@ from pipelines.units import Context, EpochSlot, Unit, members_of, require
 RECONSTRUCT = "reconstruct"
 FINETUNE = "finetune"
 
+_Training = Callable[..., list[EpochRecord]]
 Measure = Callable[[nn.Module, EpochRecord], dict[str, float]]
 """Measures a supernet after an epoch, by name; it may leave any configuration active."""
 
@@ -79,9 +81,19 @@ def in_groups(store: RunStore) -> bool:
 
 
 def train_together(session: Session, name: str, units: list[Unit]) -> None:
-    """Reconstruct and fine-tune supernets as stacks, as stages of `name`."""
-    for stage in (RECONSTRUCT, FINETUNE):
-        _run(session, f"{name} {stage}", stage, units)
+    """Reconstruct and fine-tune supernets as stacks, as stages of `name`; what fails holds up no other supernet.
+
+    Raises UnitsFailedError in the end, if any did.
+    """
+    failed: UnitsFailedError | None = None
+    try:
+        _run(session, f"{name} {RECONSTRUCT}", RECONSTRUCT, units)
+    except UnitsFailedError as error:
+        failed = error
+    ready = finished(session.store, RECONSTRUCT)
+    _run(session, f"{name} {FINETUNE}", FINETUNE, [unit for unit in units if unit.name in ready])
+    if failed is not None:
+        raise failed
 
 
 def _run(session: Session, name: str, stage: str, units: list[Unit]) -> None:
@@ -110,8 +122,10 @@ def reconstruct_work(
     """
     base = load_base(context.store)
     supernet = _decomposed(context, base, unit)
-    training = partial(reconstruct, supernet, base.network.to(context.device))
-    schedule = context.store.experiment.reconstruction
+    original, schedule = base.network.to(context.device), context.store.experiment.reconstruction
+    training: _Training = partial(reconstruct, supernet, original)
+    if context.store.experiment.engine.compile:
+        training = _as_stack(supernet, partial(reconstruct_together, original=original))
     last = _train(context, unit, RECONSTRUCT, supernet, schedule, training, share, measure)
     return f"response error {last.train_loss:.4f}"
 
@@ -132,8 +146,11 @@ def finetune_work(
 ) -> str:
     """Fine-tune one reconstructed supernet; `share` and `measure` as in `reconstruct_work`."""
     supernet = load_supernet(context.store, RECONSTRUCT, unit.name).to(context.device)
+    training: _Training = partial(finetune, supernet)
+    if context.store.experiment.engine.compile:
+        training = _as_stack(supernet, finetune_together)
     schedule = context.store.experiment.finetuning
-    last = _train(context, unit, FINETUNE, supernet, schedule, partial(finetune, supernet), share, measure)
+    last = _train(context, unit, FINETUNE, supernet, schedule, training, share, measure)
     return f"loss {last.train_loss:.4f}, largest configuration {last.val_accuracy:.4f}"
 
 
@@ -144,6 +161,28 @@ def finetune_group(context: Context, group: Unit) -> str:
     members = _members(context, group, FINETUNE, supernets, schedule)
     outcomes = finetune_together(members, context.splits, schedule, engine=engine)
     return _store_together(context, group, FINETUNE, supernets, outcomes)
+
+
+def _as_stack(supernet: nn.Module, together: Callable[..., list[Outcome]]) -> _Training:
+    """Return the training of one supernet as a stack of one: compiled, it is one graph for all configurations."""
+
+    def training(
+        splits: Splits,
+        schedule: Schedule,
+        *,
+        seed: int,
+        sampler: ConfigurationSampler,
+        engine: EngineOptions,
+        checkpoint: EpochSlot,
+        on_epoch: Callable[[EpochRecord], object],
+    ) -> list[EpochRecord]:
+        members = [Member(supernet, seed, sampler, checkpoint, on_epoch)]
+        (outcome,) = together(members, splits=splits, schedule=schedule, engine=engine)
+        if isinstance(outcome, DivergedError):
+            raise outcome
+        return outcome
+
+    return training
 
 
 def _decomposed(context: Context, base: Base, unit: Unit) -> nn.Module:
@@ -198,7 +237,7 @@ def _train(
     stage: str,
     supernet: nn.Module,
     schedule: Schedule,
-    training: Callable[..., list[EpochRecord]],
+    training: _Training,
     share: tuple[float, float],
     measure: Measure | None,
 ) -> EpochRecord:

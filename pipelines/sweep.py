@@ -7,19 +7,20 @@ whole space is evaluated in shards, like the search.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 
-from torch import nn
+from torch import Tensor, nn
 
+from gross_ray.batch_norm import calibration_batches, calibration_images, recalibrated
 from gross_ray.data.images import ImageSet
 from gross_ray.decomposition.surgery import set_configuration
 from gross_ray.errors import InvalidValueError, UnitsFailedError
 from gross_ray.results.store import RunStore
 from gross_ray.space import Configuration
-from gross_ray.training.loop import EpochRecord, count_correct
+from gross_ray.training.loop import EpochRecord, as_inputs, count_correct
 from pipelines import search, supernet, validate
 from pipelines.alpha_trials import (
     SCHEDULERS,
@@ -167,6 +168,7 @@ def work(context: Context, unit: Unit) -> str:
     store, validation = context.store, context.splits.validation
     before, total = store.experiment.reconstruction.epochs, num_epochs(store.experiment)
     configurations = validate.fixed_configurations(store)
+    calibration = calibration_images(context.splits) if store.experiment.engine.recalibrate else None
     last: dict[str, float] = {}
 
     def report(share: float, text: str, **metrics: float) -> None:
@@ -177,7 +179,7 @@ def work(context: Context, unit: Unit) -> str:
 
     def measure(network: nn.Module, record: EpochRecord, earlier: int) -> dict[str, float]:
         epoch = earlier + record.epoch
-        measured = {METRIC: mean_accuracy(network, configurations, validation)} if epoch < total else {}
+        measured = {METRIC: mean_accuracy(network, configurations, validation, calibration)} if epoch < total else {}
         return {TIME: epoch, **measured}
 
     watched = replace(context, report=report)
@@ -187,22 +189,27 @@ def work(context: Context, unit: Unit) -> str:
         supernet.finetune_work(watched, unit, (0.2, 0.99), partial(measure, earlier=before))
     # As it is stored, so that a trial that was killed before its row was written gives the same number again.
     stored = load_supernet(store, supernet.FINETUNE, unit.name).to(context.device)
-    reached = mean_accuracy(stored, configurations, validation)
+    reached = mean_accuracy(stored, configurations, validation, calibration)
     text = f"fixed configurations {reached:.4f}"
     context.report(1.0, text, **{**last, TIME: total, METRIC: reached})
     return text
 
 
-def mean_accuracy(network: nn.Module, configurations: Sequence[Configuration], images: ImageSet) -> float:
+def mean_accuracy(
+    network: nn.Module, configurations: Sequence[Configuration], images: ImageSet, calibration: Tensor | None = None
+) -> float:
     """Return the mean of the configurations' accuracies in a supernet, the last of which is left active.
 
+    With `calibration`, uint8 images (N, 3, H, W), each has batch-norm statistics of its own, as in the search.
     Of the fixed configurations it is what Figure 1 compares between alphas: they span the space from the cheapest to
     the most accurate, and are few. The largest alone, which fine-tuning reports, gains from any alpha that favours it.
     """
     correct = 0
     for configuration in configurations:
         set_configuration(network, configuration)
-        correct += count_correct(network, images)
+        batches = () if calibration is None else map(as_inputs, calibration_batches(calibration))
+        with nullcontext() if calibration is None else recalibrated(network, batches):
+            correct += count_correct(network, images)
     return correct / (len(configurations) * len(images))
 
 

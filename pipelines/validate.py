@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gross_ray.batch_norm import calibration_images, recalibrate
+from gross_ray.batch_norm import calibration_batches, calibration_images, recalibrate
 from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import MissingStageError
 from gross_ray.results.store import RunStore
@@ -116,7 +116,7 @@ def work(context: Context, unit: Unit) -> str:
     )
     rows += history_rows(f"{STAGE}-finetune", unit.name, seed, history)
     if store.experiment.engine.recalibrate:
-        recalibrate(network, [as_inputs(calibration_images(splits))])
+        recalibrate(network, map(as_inputs, calibration_batches(calibration_images(splits))))
     test_accuracy = accuracy(network, splits.test)
     val_accuracy = accuracy(network, splits.validation)
     save_supernet(store, STAGE, unit.name, network, dict(unit.arguments))

@@ -3,8 +3,8 @@
     python scripts/results.py keep RUN NAME --command "gross run ..." --machine "2 cores of ..." --time "1 h 10 min"
     python scripts/results.py write
 
-`keep` takes each table as one Parquet file, without checkpoints: results/NAME is a run folder, which `gross report`,
-`gross show` and `gross search` take. `write` draws the figures of each (in Chromium, by playwright), writes
+`keep` takes each table as one Parquet file, without checkpoints: results/NAME is a run folder, which `gross report`
+and `gross show` take. `write` draws the figures of each (in Chromium, by playwright), writes
 results/NAME/README.md, and the part of README.md between its two marks.
 """
 
@@ -144,7 +144,9 @@ def draw(found: Mapping[str, Chart], folder: Path) -> None:
         drawing = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=SCALE)
         for name, chart in found.items():
             figure = next(iter(chart.versions.values()))
-            figure.data = [trace for trace in figure.data if trace.x is not None and len(trace.x)]
+            figure.data = [
+                trace for trace in figure.data if trace.x is not None and any(x is not None for x in trace.x)
+            ]
             figure.update_layout(
                 title={"text": chart.title, "font": {"size": 15}, "x": 0.01, "xanchor": "left"},
                 showlegend=True,

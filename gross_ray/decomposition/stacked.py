@@ -5,7 +5,6 @@ S supernets, K group-sizes of a layer, G the largest of them; shapes are otherwi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from gross_ray.decomposition.expansion import expand_grouped_weight
 from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import series_layers
+from gross_ray.decomposition.surgery import replace_modules, series_layers
 from gross_ray.errors import InvalidValueError
 
 TERMS = ("pointwise_in", "grouped", "pointwise_out")
@@ -85,12 +84,11 @@ class SupernetStack:
         """Stack the terms; raises InvalidValueError for supernets of which something else differs."""
         self.supernets = list(supernets)
         _check_alike(self.supernets)
-        self.template = copy.deepcopy(self.supernets[0])
+        series = series_layers(self.supernets[0])
+        self.template = replace_modules(self.supernets[0], {name: StackedSeries(one) for name, one in series.items()})
         """One of them, with a StackedSeries in each layer: run it by `torch.func.functional_call`."""
         for parameter in self.template.parameters():
             parameter.requires_grad_(False)
-        for name in series_layers(self.template):
-            self.template.set_submodule(name, StackedSeries(self.supernets[0].get_submodule(name)))  # type: ignore[arg-type]
         self.layers: dict[str, StackedSeries] = {
             name: module for name, module in self.template.named_modules() if isinstance(module, StackedSeries)
         }

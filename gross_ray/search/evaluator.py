@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gross_ray.batch_norm import has_statistics, recalibrate
+from gross_ray.batch_norm import calibration_batches, recalibrated, statistics_of, with_statistics
 from gross_ray.data.augment import normalise
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
@@ -122,7 +122,8 @@ class Evaluator:
         """Return correct images (int64) and summed cross-entropy (float64) of each configuration, on the CPU.
 
         With `calibration`, images like `images`, each batch-norm has the statistics of its configuration's responses to
-        them in place of its own.
+        them in place of its own, as `recalibrate` takes them from `calibration_batches`, which run whatever
+        `memory_budget` is. Raises InvalidValueError for a batch-norm that a traced network uses more than once.
         """
         if len(images) == 0 or len(images) != len(labels):
             raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
@@ -179,18 +180,12 @@ class Evaluator:
     ) -> Iterator[_Totals]:
         """Evaluate batch after batch, each with the same leaves in the same order."""
         root = self._walk.tree(configurations) if self._walk else None
-        statistics: Statistics | None = None
+        statistics = None
+        calibrated: dict[Configuration, list[dict[str, Tensor]]] = {}
         if self._walk is not None and root is not None and self._walk.norms and calibration is not None:
-            statistics, one_by_one = {}, [1] * (self._walk.num_layers + 1)
-            with modules_out_of_place(self._supernet):
-                self._walk.run(
-                    self._batch(calibration),
-                    root,
-                    lambda *_: None,
-                    limits=one_by_one,
-                    apart=True,
-                    statistics=statistics,
-                )
+            statistics = self._statistics(self._walk, root, calibration)
+        elif calibration is not None and root is None:
+            calibrated = {one: self._calibrated(one, calibration) for one in configurations}
         for start in range(0, len(labels), plan.num_images):
             batch = self._batch(images[start : start + plan.num_images])
             found = _Totals(labels[start : start + plan.num_images], [])
@@ -202,23 +197,42 @@ class Evaluator:
             else:
                 for place, one in enumerate(configurations):
                     set_configuration(self._supernet, one)
-                    with self._calibrated(calibration):
+                    with with_statistics(self._supernet, calibrated.get(one, statistics_of(self._supernet))):
                         found.add([Prefix(one, [place])], self._supernet(batch.clone()))
             yield found
 
-    @contextmanager
-    def _calibrated(self, calibration: Tensor | None) -> Iterator[None]:
-        """Give batch-norm the statistics of the active configuration while the block runs."""
-        norms = [module for module in self._supernet.modules() if has_statistics(module)]
-        before = [dict(norm.named_buffers(recurse=False)) for norm in norms]
-        if calibration is not None:
-            recalibrate(self._supernet, [self._batch(calibration)])
-        try:
-            yield
-        finally:
-            for norm, buffers in zip(norms, before, strict=True):
-                for name, buffer in buffers.items():
-                    setattr(norm, name, buffer)
+    def _calibrated(self, configuration: Configuration, calibration: Tensor) -> list[dict[str, Tensor]]:
+        """Return the statistics of one configuration, from forward passes of its own."""
+        set_configuration(self._supernet, configuration)
+        with recalibrated(self._supernet, map(self._batch, calibration_batches(calibration))):
+            return statistics_of(self._supernet)
+
+    def _statistics(self, walk: PrefixWalk, root: Prefix, calibration: Tensor) -> Statistics:
+        """Return what each batch-norm is given behind each prefix: the mean over batches, as `recalibrate` takes it."""
+        used_twice = [node.target for node, norm in walk.norms.items() if list(walk.norms.values()).count(norm) > 1]
+        if used_twice:
+            raise InvalidValueError(
+                f"batch-norm {used_twice[0]!r} is used more than once in a pass: its statistics cannot be taken for "
+                "each configuration; evaluate without calibration (engine.recalibrate=false)"
+            )
+        batches = calibration_batches(calibration)
+        statistics: Statistics = {}
+        for batch in batches:
+            found: Statistics = {}
+            with modules_out_of_place(self._supernet):
+                walk.run(
+                    self._batch(batch),
+                    root,
+                    lambda *_: None,
+                    limits=[1] * (walk.num_layers + 1),
+                    apart=True,
+                    statistics=found,
+                )
+            for key, moments in found.items():
+                known = statistics.get(key)
+                mean, variance = (moment / len(batches) for moment in moments)
+                statistics[key] = (known[0] + mean, known[1] + variance) if known else (mean, variance)
+        return statistics
 
     def _new_walk(self, images: Tensor) -> PrefixWalk:
         """Return the walk with each layer in its form, timed where it is not given."""

@@ -192,7 +192,8 @@ class _Walk:
             mean, variance = known or (None, None)
             results.append(F.batch_norm(rows, mean, variance, norm.weight, norm.bias, known is None, eps=norm.eps))
             if known is None:
-                variance, mean = torch.var_mean(rows, [dim for dim in range(rows.dim()) if dim != 1])
+                exact = rows.to(torch.promote_types(rows.dtype, torch.float32))  # autocast's 8 bits are too few
+                variance, mean = torch.var_mean(exact, [dim for dim in range(rows.dim()) if dim != 1])
                 statistics[node, prefix.sizes] = mean, variance
         return results[0] if len(results) == 1 else torch.cat(results)
 

@@ -47,7 +47,12 @@ def train_network(
 
 
 def response_error(response: Tensor, target: Tensor) -> Tensor:
-    """Return ||response - target|| / ||target||, Frobenius norms over all elements, a scalar (Eq. 9)."""
+    """Return ||response - target|| / ||target||, Frobenius norms over all elements, a scalar (Eq. 9).
+
+    Of 16-bit responses it is taken in float32.
+    """
+    if response.dtype in (torch.bfloat16, torch.float16):
+        response, target = response.float(), target.float()
     return torch.linalg.vector_norm(response - target) / torch.linalg.vector_norm(target)
 
 
@@ -155,17 +160,13 @@ def train_with_fixed_statistics(network: nn.Module) -> None:
 
 
 class Responses:
-    """Keeps the latest output of each named layer while it is open."""
+    """Keeps the latest output of each named layer, until it is closed."""
 
     def __init__(self, network: nn.Module, names: list[str]) -> None:
         self.of: dict[str, Tensor] = {}
-        self._network, self._names = network, names
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles = [network.get_submodule(name).register_forward_hook(self._keep(name)) for name in names]
 
     def __enter__(self) -> Responses:
-        for name in self._names:
-            layer = self._network.get_submodule(name)
-            self._handles.append(layer.register_forward_hook(self._keep(name)))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -41,8 +41,8 @@ from gross_ray.training.stages import Responses, freeze_all_but_series, response
 Outcome = list[EpochRecord] | DivergedError
 Goal = Tensor | dict[str, Tensor]
 """What a loss compares with: labels (S, B), or by layer the responses (S, B, ...)."""
-MemberLoss = Callable[[Callable[[Tensor], Tensor], nn.Module, Tensor, Any], Tensor]
-"""Given the network of one member, the template that runs it, its inputs (B, 3, H, W) and goal: a scalar."""
+MemberLoss = Callable[[Callable[[Tensor], Tensor], Any, Tensor, Any], Tensor]
+"""Given the network of one member, what watches it, its inputs (B, 3, H, W) and goal: a scalar."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class _Stage:
     set_mode: Callable[[nn.Module], object]
     targets: Callable[[Tensor], Goal] | None = None
     """Gives the goal for inputs (S, B, 3, H, W); None: the labels, and a loss that is a mean over images."""
+    watch: Callable[[nn.Module], Any] | None = None
+    """Given the template, which runs all members, returns what the loss sees of its passes."""
 
 
 def reconstruct_together(
@@ -86,12 +88,14 @@ def reconstruct_together(
             original(inputs.flatten(0, 1))
             return {name: theirs.of[name].unflatten(0, inputs.shape[:2]) for name in names}
 
-    def loss(network: Callable[[Tensor], Tensor], template: nn.Module, inputs: Tensor, goal: Any) -> Tensor:
-        with Responses(template, names) as ours:
-            network(inputs)
-            return torch.stack([response_error(ours.of[name], goal[name]) for name in names]).sum()
+    def loss(network: Callable[[Tensor], Tensor], ours: Responses, inputs: Tensor, goal: Any) -> Tensor:
+        network(inputs)
+        return torch.stack([response_error(ours.of[name], goal[name]) for name in names]).sum()
 
-    return _train(members, splits, schedule, engine, _Stage(loss, nn.Module.eval, targets))
+    def watch(template: nn.Module) -> Responses:
+        return Responses(template, names)
+
+    return _train(members, splits, schedule, engine, _Stage(loss, nn.Module.eval, targets, watch))
 
 
 def finetune_together(
@@ -102,7 +106,7 @@ def finetune_together(
     Raises InvalidValueError for supernets of different networks, or one that cannot be batched.
     """
 
-    def loss(network: Callable[[Tensor], Tensor], _: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    def loss(network: Callable[[Tensor], Tensor], _: None, inputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(network(inputs), labels)
 
     return _train(members, splits, schedule, engine, _Stage(loss, train_with_fixed_statistics))
@@ -194,6 +198,8 @@ class _Steps:
         self._dropouts = {
             module: name for name, module in self._stack.template.named_modules() if type(module) is nn.Dropout
         }
+        # Once, and not in each pass: what is compiled cannot register hooks.
+        self._watched = None if stage.watch is None else stage.watch(self._stack.template)
         self._masks: dict[str, Tensor] = {}
         self._shapes: dict[str, torch.Size] | None = None
         batched = vmap(self._loss)
@@ -245,9 +251,9 @@ class _Steps:
         part = count if targets is not None else images_of_part(self._stack.template, inputs[0])
         for some, theirs in zip(inputs.split(part, dim=1), labels.split(part, dim=1), strict=True):
             images = as_inputs(some.flatten(0, 1)).unflatten(0, some.shape[:2])
-            goal = theirs if targets is None else targets(images)
             masks = self._draw_masks(images, active, draws)
             with forward_at(self._engine.precision, inputs.device):
+                goal = theirs if targets is None else targets(images)
                 values = self._batched(terms, active, masks, images, goal)
             values = values * (some.shape[1] / count)
             values.sum().backward()
@@ -287,7 +293,7 @@ class _Steps:
         self._masks = masks
         template = self._stack.template
         return self._stage.loss(
-            lambda inputs: functional_call(template, {**terms, **active}, (inputs,)), template, images, goal
+            lambda inputs: functional_call(template, {**terms, **active}, (inputs,)), self._watched, images, goal
         )
 
     def _keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:

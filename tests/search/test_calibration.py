@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from test_evaluator import CASES, Residual, build
 from torch import nn
 
-from gross_ray.batch_norm import recalibrate
+from gross_ray import batch_norm
+from gross_ray.batch_norm import calibration_batches, recalibrate, recalibrated
 from gross_ray.decomposition.surgery import set_configuration
+from gross_ray.errors import InvalidValueError
 from gross_ray.search import evaluator
 from gross_ray.search.evaluator import NotTraceableWarning, evaluate_configurations
 from gross_ray.space import SearchSpace
@@ -31,8 +33,8 @@ def calibration():
     return 3 * torch.randn(24, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 1
 
 
-def one_by_one(supernet, images, labels, calibration):
-    """Calibrate and evaluate each configuration by itself: a training pass, then one in evaluation mode."""
+def one_by_one(supernet, images, labels, *batches):
+    """Calibrate and evaluate each configuration by itself: training passes, then one in evaluation mode."""
     found = []
     for configuration in SearchSpace.of(supernet):
         network = copy.deepcopy(supernet)
@@ -40,24 +42,28 @@ def one_by_one(supernet, images, labels, calibration):
         network.train()
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0
+                module.reset_running_stats()
+                module.momentum = None  # the mean over the batches
             if isinstance(module, nn.Dropout):
                 module.eval()
         with torch.no_grad():
-            network(calibration)
+            for batch in batches:
+                network(batch)
             logits = network.eval()(images)
         found.append((int((logits.argmax(1) == labels).sum()), float(F.cross_entropy(logits, labels))))
     return found
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_each_configuration_has_the_statistics_of_its_own_responses(case, calibration, together, monkeypatch):
+@pytest.mark.parametrize("batch", [9, 24])
+def test_each_configuration_has_the_statistics_of_its_own_responses(case, calibration, together, batch, monkeypatch):
     supernet, images, labels = case
     before = copy.deepcopy(supernet.state_dict())
     if not together:
         monkeypatch.setattr(evaluator.Evaluator, "_check", lambda self, *_: setattr(self, "_joined", False))
+    monkeypatch.setattr(batch_norm, "CALIBRATION_BATCH", batch)
     found = evaluate_configurations(supernet, images, labels, calibration=calibration, batch_size=7)
-    expected = one_by_one(supernet, images, labels, calibration)
+    expected = one_by_one(supernet, images, labels, *calibration.split(8 if batch == 9 else 24))
     assert found["correct"].tolist() == [correct for correct, _ in expected]
     assert found["loss"].tolist() == pytest.approx([loss for _, loss in expected], rel=1e-9)
     without = evaluate_configurations(supernet, images, labels)
@@ -68,11 +74,50 @@ def test_each_configuration_has_the_statistics_of_its_own_responses(case, calibr
 def test_a_network_that_cannot_be_traced_is_calibrated_too(random_supernet, calibration):
     supernet, images, labels = build(UntraceableResidual, CASES["residual"][1], random_supernet)
     before = dict(supernet.named_buffers())
+    seen = 0
+
+    def count(_module, inputs):
+        nonlocal seen
+        seen += len(inputs[0])
+
+    handle = supernet.register_forward_pre_hook(count)
     with pytest.warns(NotTraceableWarning):
-        found = evaluate_configurations(supernet, images, labels, calibration=calibration)
+        found = evaluate_configurations(supernet, images, labels, calibration=calibration, batch_size=7)
+    handle.remove()
+    # Once for each configuration, however many batches there are; the rest is what preparing takes.
+    num = len(SearchSpace.of(supernet))
+    assert 0 <= seen - num * (len(calibration) + len(images)) < 10
     expected = one_by_one(supernet, images, labels, calibration)
     assert found["loss"].tolist() == pytest.approx([loss for _, loss in expected], rel=1e-9)
     assert all(buffer is before[name] for name, buffer in supernet.named_buffers()), "written to, and it may be shared"
+
+
+def test_sixteen_bits_are_calibrated_in_thirty_two(random_supernet, calibration):
+    supernet, images, labels = build(*CASES["residual"], random_supernet)
+    supernet, images, some = supernet.float(), images.float(), calibration.float()
+    exact = evaluate_configurations(supernet, images, labels, calibration=some)
+    rounded = evaluate_configurations(supernet, images, labels, calibration=some, precision="bfloat16")
+    assert rounded["loss"].tolist() == pytest.approx(exact["loss"].tolist(), rel=0.05)
+
+
+def test_a_batch_norm_that_is_used_twice_is_refused(random_supernet, calibration):
+    class Twice(Residual):
+        def forward(self, images):
+            return super().forward(self.stem[1](images.repeat(1, 6, 1, 1)[:, : self.stem[1].num_features])[:, :3])
+
+    supernet, images, labels = build(Twice, CASES["residual"][1], random_supernet)
+    with pytest.raises(InvalidValueError, match="batch-norm 'stem.1' is used more than once .*=false"):
+        evaluate_configurations(supernet, images, labels, calibration=calibration)
+    evaluate_configurations(supernet, images, labels)
+
+
+def test_recalibrated_lends_statistics(case, calibration):
+    network = copy.deepcopy(case[0])
+    before = dict(network.named_buffers())
+    with pytest.raises(KeyError), recalibrated(network, calibration_batches(calibration)):
+        assert not torch.equal(network.stem[1].running_mean, before["stem.1.running_mean"])
+        raise KeyError
+    assert all(buffer is before[name] for name, buffer in network.named_buffers())
 
 
 def test_a_network_without_batch_norm_takes_no_notice(random_supernet, calibration):

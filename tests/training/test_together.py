@@ -208,8 +208,37 @@ def test_random_numbers_of_other_kinds_are_refused(supernets: list[nn.Module], s
         finetune_together(blinking, splits, SCHEDULE)
 
 
-def test_one_graph_serves_all_configurations(supernets: list[nn.Module], splits: Splits) -> None:
-    """The compiled loss is traced once for each size of a part, however many configurations are drawn."""
+def test_a_convolution_that_is_used_twice_is_trained_as_by_itself(splits: Splits) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shared = nn.Conv2d(4, 4, 3, padding=1)
+        network = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), shared, nn.ReLU(), shared, nn.Flatten(), nn.Linear(144, 3)
+        ).double()
+    options = BTDOptions(tolerance=1e-3)
+    supernets = [decompose_model(network, group_sizes={"2": (1, 4)}, options=options, seed=seed) for seed in range(3)]
+    ours, theirs = members(supernets), members(supernets)
+    finetune_together(ours, splits, SCHEDULE)
+    reconstruct_together(ours, network, splits, SCHEDULE)
+    for member in theirs:
+        finetune(member.supernet, splits, SCHEDULE, seed=member.seed, sampler=member.sampler)
+        reconstruct(member.supernet, network, splits, SCHEDULE, seed=member.seed, sampler=member.sampler)
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one.supernet, other.supernet)
+
+
+@pytest.mark.parametrize("stage", ["reconstruct", "finetune"])
+def test_one_graph_serves_all_configurations(
+    supernets: list[nn.Module], original: nn.Module, splits: Splits, stage: str
+) -> None:
+    """The compiled loss is traced once for each size of a batch or part, however many configurations are drawn."""
+
+    def train(those: list[Member], engine: EngineOptions = EngineOptions()) -> None:  # noqa: B008 (frozen)
+        if stage == "finetune":
+            finetune_together(those, splits, SCHEDULE, engine=engine)
+        else:
+            reconstruct_together(those, original, splits, SCHEDULE, engine=engine)
+
     torch._dynamo.reset()
     graphs = 0
 
@@ -222,9 +251,9 @@ def test_one_graph_serves_all_configurations(supernets: list[nn.Module], splits:
     with pytest.MonkeyPatch.context() as patch:
         compile_ = torch.compile
         patch.setattr(torch, "compile", lambda function: compile_(function, backend=counted, dynamic=False))
-        finetune_together(compiled, splits, SCHEDULE, engine=EngineOptions(compile=True))
+        train(compiled, EngineOptions(compile=True))
     plain = members(supernets)
-    finetune_together(plain, splits, SCHEDULE)
+    train(plain)
     for ours, theirs in zip(compiled, plain, strict=True):
         assert_close(ours.supernet, theirs.supernet)
     assert 0 < graphs <= 3  # parts of 5, 2 and 4 images
