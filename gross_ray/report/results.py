@@ -12,6 +12,7 @@ from gross_ray.report.searched import Searched
 from gross_ray.results.store import RunStore
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
 from gross_ray.seeds import derived_generator
+from gross_ray.training.sampling import settled_scaling
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,12 @@ def network_table(store: RunStore) -> ResultTable:
     for configuration, group in fixed.sort_values("macs", ascending=False).groupby("configuration", sort=False):
         rows.append([f"fixed {configuration}", *_accuracy(group["test_accuracy"]), millions(group["macs"].iloc[0])])
     heads = ["network", "median", "mean (std, n)", "M MACs"]
-    return ResultTable(
-        title, heads, rows, missing=[] if len(fixed) else ["the fixed configurations (run `gross validate`)"]
-    )
+    options = store.experiment
+    missing = [
+        *_lacking(options.training.seeds - len(networks), options.training.seeds, "base networks (run `gross train`)"),
+        *_lacking_trainings(fixed, len(options.validation.fixed), store, "fixed configurations"),
+    ]
+    return ResultTable(title, heads, rows, missing=missing)
 
 
 def selection_table(store: RunStore, searched: Searched | None = None) -> ResultTable:
@@ -75,13 +79,13 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
                 ]
             )
     heads = ["configuration", "M MACs", "in supernet (val)", "on its own (test): mean (std, n)", "to fixed"]
-    done = shown <= set(validations["configuration"])
+    own = validations[validations["configuration"].isin(shown)]
     return ResultTable(
         title,
         heads,
         rows,
         notes=[] if validations.empty else [correlation_sentence(store, supernet["supernet_accuracy"], validations)],
-        missing=[] if done else ["accuracies on their own (run `gross validate`)"],
+        missing=_lacking_trainings(own, len(shown), store, "these configurations"),
     )
 
 
@@ -103,7 +107,17 @@ def sweep_table(store: RunStore) -> ResultTable:
         f"(fixed configurations {100 * trial.supernet_accuracy:.2f})"
         for trial in stopped.itertuples()
     ]
-    return ResultTable(title, ["alpha", *configurations, "n"], rows, notes)
+    options = store.experiment.sweep
+    planned = {
+        (alpha, settled_scaling(alpha, scaling), seed)
+        for alpha in options.alphas
+        for scaling in options.scalings
+        for seed in range(options.seeds)
+    }
+    compared = set(sweep[["alpha", "scaling", "seed"]].itertuples(index=False, name=None))
+    lacking = len(planned - compared) - len(notes)
+    missing = _lacking(lacking, len(planned), "supernets of the sweep (run `gross sweep-alpha`)")
+    return ResultTable(title, ["alpha", *configurations, "n"], rows, notes, missing)
 
 
 def trials_table(store: RunStore) -> ResultTable:
@@ -166,6 +180,18 @@ def temperature(alpha: float, scaling: str) -> str:
 def millions(macs: float) -> str:
     """Return a number of MACs in millions."""
     return f"{macs / 1e6:.2f}"
+
+
+def _lacking(num: int, planned: int, what: str) -> list[str]:
+    return [f"{num} of {planned} {what}"] if num > 0 else []
+
+
+def _lacking_trainings(validations: pd.DataFrame, num: int, store: RunStore, what: str) -> list[str]:
+    """Return what is missing of the trainings of `num` configurations, of which `validations` are those stored."""
+    seeds = store.experiment.validation.seeds
+    planned = num * seeds
+    there = len(validations[validations["seed"] < seeds].drop_duplicates(["configuration", "seed"]))
+    return _lacking(planned - there, planned, f"trainings of {what} on their own (run `gross validate`)")
 
 
 def _accuracy(values: pd.Series) -> tuple[str, str]:

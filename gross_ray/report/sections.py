@@ -16,7 +16,6 @@ from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import space_chart
 from gross_ray.report.sweep_charts import sweep_charts
 from gross_ray.results.store import RunStore
-from gross_ray.training.sampling import settled_scaling
 
 _STAGES = ("train", "decompose", "reconstruct", "finetune", "validate-reconstruct", "validate-finetune")
 _VERSIONS = ("gross_ray", "python", "torch", "torchvision", "ray")
@@ -86,17 +85,7 @@ def _sweep(store: RunStore) -> Section:
     proposals = [trials] if trials.rows else []
     if sweep.empty:
         return Section("sweep", title, tables=proposals, missing=["the sweep over alpha (run `gross sweep-alpha`)"])
-    options = store.experiment.sweep
-    planned = {
-        (alpha, settled_scaling(alpha, scaling), seed)
-        for alpha in options.alphas
-        for scaling in options.scalings
-        for seed in range(options.seeds)
-    }
-    compared = set(sweep[["alpha", "scaling", "seed"]].itertuples(index=False, name=None))
-    lacking = len(planned - compared) - len(table.notes)  # a note for each one that was stopped early
-    missing = [f"{lacking} of {len(planned)} supernets of the sweep (run `gross sweep-alpha`)"] if lacking > 0 else []
-    return Section("sweep", title, sweep_charts(store, sweep), [table, *proposals], missing)
+    return Section("sweep", title, sweep_charts(store, sweep), [table, *proposals])
 
 
 def _decompositions(store: RunStore) -> Section:

@@ -312,17 +312,31 @@ def test_what_is_missing_is_said(store: RunStore) -> None:
         f"missing: run `{command}`" for command in commands
     ]
     _write_networks(store)
-    assert "missing: the fixed configurations (run `gross validate`)" in network_table(store)
+    fixed = "trainings of fixed configurations on their own (run `gross validate`)"
+    assert _missing(network_table(store)) == [f"4 of 4 {fixed}"]
+    store.delete_unit("networks", "seed=1")
+    assert _missing(network_table(store)) == ["1 of 3 base networks (run `gross train`)", f"4 of 4 {fixed}"]
+    _write_networks(store)
     _write_configurations(store, 4.0)
     _write_selections(store)
-    missing = "missing: accuracies on their own (run `gross validate`)"
-    assert missing in selection_table(store)
+    shown = "trainings of these configurations on their own (run `gross validate`)"
+    num = 2 * len(OWN)
+    assert _missing(selection_table(store)) == [f"{num} of {num} {shown}"]
     _write_validations(store, list(SELECTED))  # as the sweep over alpha leaves it: the selected ones still miss
-    assert missing in selection_table(store)
+    assert _missing(selection_table(store)) == [f"{num - 4} of {num} {shown}"]
+    assert _missing(network_table(store)) == []
     assert [row[4] for row in _cells(selection_table(store, markdown=True))] == ["-"] * 5
     _write_validations(store)
     _write_sweep(store)
-    assert "missing" not in results(store)
+    assert _missing(results(store)) == [f"1 of {num} {shown}"]  # of 4-1; the third repeat of 2-32 is none of the plan
+    store.delete_unit("validations", f"{list(SELECTED)[0]},seed=1")
+    assert _missing(results(store)) == [f"1 of 4 {fixed}", f"2 of {num} {shown}"]
+    store.delete_unit("alpha_sweep", "alpha=4,scaling=normalised,seed=0")
+    assert _missing(sweep_table(store)) == ["1 of 2 supernets of the sweep (run `gross sweep-alpha`)"]
+
+
+def _missing(text: str) -> list[str]:
+    return [line.removeprefix("missing: ") for line in text.splitlines() if line.startswith("missing")]
 
 
 def test_markdown_has_the_same_cells_in_each_row_and_nothing_right_above(store: RunStore) -> None:
