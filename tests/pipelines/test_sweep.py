@@ -16,11 +16,16 @@ import pandas as pd
 import pytest
 import torch
 from ray.tune import Callback
+from torch import nn
 
-from gross_ray.data.images import load_dataset
+from gross_ray.data.images import ImageSet, load_dataset
+from gross_ray.decomposition.btd import BTDOptions
+from gross_ray.decomposition.surgery import decompose_model
 from gross_ray.errors import InvalidValueError, UnitsFailedError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
+from gross_ray.search.evaluator import evaluate_configurations
+from gross_ray.space import SearchSpace
 from pipelines import decompose, sweep, train, validate
 from pipelines.alpha_trials import OptunaOptions
 from pipelines.cluster import Cluster, Resources
@@ -94,6 +99,33 @@ def mean_over_fixed(store: RunStore, unit: str) -> float:
     rows = configurations[(configurations["supernet"] == unit) & configurations["configuration"].isin(["1", "16"])]
     assert len(rows) == 2
     return float(rows["val_correct"].sum() / rows["val_total"].sum())
+
+
+def test_the_metric_has_the_batch_norm_statistics_that_the_search_takes() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 4),
+        )
+        supernet = decompose_model(network, options=BTDOptions(tolerance=1e-2)).eval()
+        pixels = torch.randint(256, (400, 3, 12, 12), dtype=torch.uint8)
+        labels = torch.randint(4, (200,))
+    images, calibration = ImageSet(pixels[:200], labels), pixels[200:]
+    space = SearchSpace.of(supernet)
+    found = {
+        name: sweep.mean_accuracy(supernet, list(space), images, some)
+        for name, some in {"own": calibration, "the network's": None}.items()
+    }
+    table = evaluate_configurations(supernet, images.images, labels, calibration=calibration, form="bottleneck")
+    assert found["own"] == pytest.approx(table["accuracy"].mean(), abs=1 / 800)
+    assert abs(found["own"] - found["the network's"]) > 1 / 200
 
 
 def files(store: RunStore) -> dict[Path, int]:
