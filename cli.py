@@ -405,6 +405,40 @@ def _as_setting(value: Any) -> str:
 
 
 @main.command()
+@click.option(
+    "--model", required=True, metavar="NAME", help="four-conv, vgg16, resnet18, or your own: package.module:factory."
+)
+@click.option("--layers", multiple=True, metavar="GLOB", help="Layers to decompose, by name or glob [all]; repeatable.")
+@click.option("--group-sizes", metavar="LIST", help="Group-sizes, like 1,4,16,32 [powers of two].")
+@click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels of an image's side.")
+@click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True, help="Classes it tells apart.")
+def inspect(model: str, layers: tuple[str, ...], group_sizes: str | None, image_size: int, num_classes: int) -> None:
+    """Print what decomposing a network would give: layers, group-sizes, the space and its cheapest configuration.
+
+    \b
+    Example:
+      gross inspect --model vgg16 --group-sizes 1,4,16,32
+      gross inspect --model my_package.networks:small_resnet --image-size 64 --layers 'layer[34].*'
+    """
+    from gross_ray.decomposition.layers import choice_of
+    from gross_ray.models import model_of
+    from gross_ray.report.inspection import inspection
+    from gross_ray.report.terminal import inspection_page
+
+    sys.path.append(os.getcwd())  # a console script does not look there by itself
+    network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
+    choice = choice_of(network, layers, _whole_numbers("--group-sizes", group_sizes))
+    click.echo(inspection_page(inspection(network, choice, (3, image_size, image_size))))
+
+
+def _whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
+    parts = () if text is None else tuple(part.strip() for part in text.split(","))
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise click.UsageError(f"{option} {text}: must be whole numbers above 0 with commas between, like 1,4,16,32")
+    return tuple(map(int, parts))
+
+
+@main.command()
 @click.argument("run", metavar="RUN")
 def status(run: str) -> None:
     """Show how far each stage of RUN is.

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from gross_ray import BTDOptions, Configuration, SearchSpace, decompose_model, extract
 from gross_ray.data.images import ImageSet, load_dataset
+from gross_ray.decomposition.layers import decomposable_layers
 from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import decomposable_layers, empty_supernet, series_layers
+from gross_ray.decomposition.surgery import empty_supernet, series_layers
 from gross_ray.experiment import DataOptions
 from gross_ray.models import build_model
 from gross_ray.search.evaluation_options import EvaluationOptions

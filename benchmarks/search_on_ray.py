@@ -31,7 +31,8 @@ from torch import nn
 
 from gross_ray import BTDOptions, decompose_model, models, read_table
 from gross_ray.data.images import Splits, load_dataset
-from gross_ray.decomposition.surgery import decomposable_layers, empty_supernet, series_layers
+from gross_ray.decomposition.layers import decomposable_layers
+from gross_ray.decomposition.surgery import empty_supernet, series_layers
 from gross_ray.experiment import DataOptions, Experiment, SearchOptions, SupernetOptions, SweepOptions, TrainingOptions
 from gross_ray.models import build_model
 from gross_ray.presets import quickstart

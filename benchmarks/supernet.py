@@ -23,7 +23,8 @@ from torch import nn
 from gross_ray import Configuration, SearchSpace, extract, set_configuration
 from gross_ray.data.images import ImageSet, Splits
 from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.surgery import build_supernet, decomposable_layers
+from gross_ray.decomposition.layers import decomposable_layers
+from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.experiment import Schedule
 from gross_ray.models import build_model
 from gross_ray.training.sampling import ConfigurationSampler

@@ -19,7 +19,8 @@ from torch import nn
 
 from gross_ray import BlockTerms, Bottleneck, BTDOptions, SearchSpace, block_term_decomposition
 from gross_ray.data.images import Splits, load_dataset
-from gross_ray.decomposition.surgery import build_supernet, decomposable_layers, default_group_sizes
+from gross_ray.decomposition.layers import decomposable_layers, default_group_sizes
+from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import DivergedError
 from gross_ray.experiment import DataOptions, Schedule
 from gross_ray.models import build_model

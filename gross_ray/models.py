@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -22,7 +24,38 @@ def build_model(name: str, *, num_classes: int, image_size: int = 32, generator:
     check_model_name(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return model_of(name, num_classes=num_classes, image_size=image_size)
+
+
+def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
+    """Return the network called `name`, or what the function `package.module:factory` of one's own returns.
+
+    Of the arguments num_classes and image_size a factory is given those that it names (num_classes too where it takes
+    any). Raises InvalidValueError for a name or a factory that is not there, one that fails, and one that returns no
+    nn.Module.
+    """
+    if ":" not in name:
+        check_model_name(name)
         return MODELS[name](num_classes, image_size)
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidValueError(
+            f"model {name!r}: {error}; write package.module:factory, from a folder that Python finds (PYTHONPATH)"
+        ) from None
+    if not callable(factory):
+        raise InvalidValueError(f"model {name!r}: {attribute} is no function; write package.module:factory")
+    given = {"num_classes": num_classes, "image_size": image_size}
+    taken = inspect.signature(factory).parameters.values()
+    names = {"num_classes" if one.kind is one.VAR_KEYWORD else one.name for one in taken}
+    try:
+        network = factory(**{name: value for name, value in given.items() if name in names})
+    except Exception as error:  # whatever the user's own code raises
+        raise InvalidValueError(f"model {name!r}: {attribute} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise InvalidValueError(f"model {name!r}: it returned a {type(network).__name__}, must be an nn.Module")
+    return network
 
 
 def check_model_name(name: str) -> None:

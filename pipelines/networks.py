@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.surgery import choose_layers, default_group_sizes, empty_supernet, extract
-from gross_ray.errors import InvalidValueError, MissingStageError
+from gross_ray.decomposition.layers import choice_of, choose_layers
+from gross_ray.decomposition.surgery import empty_supernet, extract
+from gross_ray.errors import MissingStageError
 from gross_ray.models import build_model
 from gross_ray.results.store import RunStore
 from gross_ray.space import Configuration, SearchSpace
@@ -53,21 +54,9 @@ def load_base(store: RunStore) -> Base:
     network = new_network(store, about["num_classes"], about["image_size"], torch.Generator())
     network.load_state_dict(tensors)
     options = store.experiment.decomposition
-    convs = choose_layers(network, options.layers)
-    sizes = {name: _group_sizes(name, conv, options.group_sizes) for name, conv in convs.items()}
+    choice = choice_of(network, options.layers, options.group_sizes)
     shape = (3, about["image_size"], about["image_size"])
-    return Base(network, seed, shape, SearchSpace(sizes))
-
-
-def _group_sizes(name: str, conv: nn.Conv2d, wanted: tuple[int, ...]) -> tuple[int, ...]:
-    if not wanted:
-        return default_group_sizes(conv.in_channels)
-    fitting = tuple(size for size in wanted if conv.in_channels % size == 0)
-    if not fitting:
-        raise InvalidValueError(
-            f"decomposition.group_sizes = {list(wanted)}: none divides the {conv.in_channels} input channels of {name}"
-        )
-    return fitting
+    return Base(network, seed, shape, SearchSpace(choice.group_sizes))
 
 
 def new_network(store: RunStore, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:

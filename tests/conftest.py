@@ -8,7 +8,8 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.surgery import build_supernet, choose_layers
+from gross_ray.decomposition.layers import choose_layers
+from gross_ray.decomposition.surgery import build_supernet
 
 torch.set_num_threads(1)
 settings.register_profile("gross_ray", deadline=None, derandomize=True, max_examples=30)

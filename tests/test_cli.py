@@ -451,3 +451,36 @@ def test_the_sweep_gets_what_was_asked_for(run: Path, monkeypatch: pytest.Monkey
         {"scheduler": "none", "optuna": None},
         {"scheduler": "asha", "optuna": OptunaOptions(trials=7, alpha_low=0.0, alpha_high=2.5)},
     ]
+
+
+def test_inspect_prints_layers_the_space_and_what_is_left_alone() -> None:
+    told = gross(
+        "inspect", "--model", "vgg16", "--group-sizes", "1,4,16,32", "--layers", "features.1*", "--layers", "features.3"
+    )
+    assert "Decomposed: 4 layers, for images of 3x32x32" in told.stdout
+    assert "The space: 256 configurations" in told.stdout
+    assert "Left alone: 9 convolutions" in told.stdout
+    assert "features.0   the network's first convolution" in told.stdout
+
+
+def test_inspect_takes_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_networks.py").write_text(
+        "from torch import nn\n\ndef small():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
+    told = gross("inspect", "--model", "own_networks:small", "--image-size", "9")
+    assert "for images of 3x9x9" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--group-sizes", "1,a"], "--group-sizes 1,a: must be whole numbers above 0 with commas between"),
+        (["--layers", "fc*"], "layers 'fc*': no convolution that can be decomposed"),
+        (["--image-size", "20", "--group-sizes", "5"], "none of the group-sizes 5 divides its 32 input channels"),
+    ],
+)
+def test_inspect_refuses_in_a_line(arguments: list[str], line: str) -> None:
+    assert line in mistake("inspect", "--model", "four-conv", *arguments)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import gross_ray
-from gross_ray.decomposition.surgery import choose_layers, default_group_sizes, empty_supernet
+from gross_ray.decomposition.layers import choose_layers, default_group_sizes
+from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.models import build_model
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore

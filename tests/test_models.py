@@ -7,9 +7,19 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from gross_ray.decomposition.surgery import decomposable_layers
+from gross_ray.decomposition.layers import decomposable_layers
 from gross_ray.errors import InvalidValueError
-from gross_ray.models import MODELS, build_model, check_model_name, four_conv, initialise, predict, resnet18, vgg16
+from gross_ray.models import (
+    MODELS,
+    build_model,
+    check_model_name,
+    four_conv,
+    initialise,
+    model_of,
+    predict,
+    resnet18,
+    vgg16,
+)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -185,3 +195,36 @@ def test_unknown_model_lists_those_there_are() -> None:
         with pytest.raises(InvalidValueError) as caught:
             refuse("bert")
         assert str(caught.value) == "unknown model 'bert'; there are: four-conv, vgg16, resnet18"
+
+
+def own_factory(num_classes: int, *, image_size: int) -> nn.Module:
+    return nn.Linear(image_size, num_classes)
+
+
+def no_network() -> int:
+    return 3
+
+
+def test_a_factory_of_ones_own_is_given_what_it_names() -> None:
+    own = model_of(f"{__name__}:own_factory", num_classes=7, image_size=40)
+    assert (own.in_features, own.out_features) == (40, 7)
+    theirs = model_of("torchvision.models:mobilenet_v2", num_classes=3, image_size=40)
+    assert theirs.classifier[1].out_features == 3
+    assert len(convolutions(model_of("vgg16", num_classes=3, image_size=32))) == 13
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("nowhere.at_all:make", "model 'nowhere.at_all:make': No module named 'nowhere'; write package.module:factory"),
+        (":make", "model ':make': .*write package.module:factory"),
+        ("torch:nothing", "module 'torch' has no attribute 'nothing'; write"),
+        ("torch:pi", "pi is no function"),
+        (f"{__name__}:no_network", "it returned a int, must be an nn.Module"),
+        ("torch.nn:Linear", "Linear fails: TypeError: .*in_features"),
+        ("vgg", "unknown model 'vgg'; there are: four-conv, vgg16, resnet18"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused(name: str, line: str) -> None:
+    with pytest.raises(InvalidValueError, match=line):
+        model_of(name, num_classes=2, image_size=32)

@@ -1,6 +1,7 @@
 import pytest
 
-from gross_ray.decomposition.surgery import choose_layers, empty_supernet, layer_group_sizes
+from gross_ray.decomposition.layers import choose_layers, layer_group_sizes
+from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment, Schedule
 from gross_ray.models import four_conv

@@ -1,4 +1,4 @@
-"""Operations on whole networks: find the layers, put series in their place, choose a configuration, take it out."""
+"""Operations on whole networks: put series in place of layers, choose a configuration, take it out."""
 
 from __future__ import annotations
 
@@ -9,62 +9,10 @@ from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.btd import BlockTerms, BTDOptions, block_term_decompositions, default_restarts
+from gross_ray.decomposition.layers import choose_layers, layer_group_sizes
 from gross_ray.decomposition.series import SeriesConv2d, check_dense
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import Configuration, SearchSpace
-
-
-def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the network's first convolution."""
-    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    return {name: conv for name, conv in convs[1:] if conv.groups == 1 and max(conv.kernel_size) > 1}
-
-
-def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Conv2d]:
-    """Return the named layers in layer order (all `decomposable_layers` where no names are given).
-
-    Raises InvalidValueError for a name that is not a dense convolution of `model`, and if nothing is left.
-    """
-    if not names:
-        chosen = decomposable_layers(model)
-        if not chosen:
-            raise InvalidValueError("this network has no dense convolution with a kernel above 1x1 after its first one")
-        return chosen
-    dense = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1
-    }
-    modules = dict(model.named_modules())
-    for name in names:
-        if isinstance(conv := modules.get(name), nn.Conv2d) and conv.groups != 1:
-            raise InvalidValueError(
-                f"layer {name!r} has groups = {conv.groups} of {conv.in_channels} input channels: only a convolution "
-                "with groups=1 can be decomposed"
-            )
-        if name not in dense:
-            raise InvalidValueError(
-                f"{name!r} is not a dense convolution of this network; there are: {', '.join(dense)}"
-            )
-    return {name: conv for name, conv in dense.items() if name in names}
-
-
-def default_group_sizes(in_channels: int) -> tuple[int, ...]:
-    """Return the powers of two that divide `in_channels` (section 4.2: all that do not exceed them)."""
-    return tuple(2**power for power in range(in_channels.bit_length()) if in_channels % 2**power == 0)
-
-
-def layer_group_sizes(
-    layers: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[int]] | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Return the group-sizes of each layer: those given for it, or `default_group_sizes`."""
-    unknown = [name for name in group_sizes or {} if name not in layers]
-    if unknown:
-        raise InvalidValueError(
-            f"group-sizes for {unknown[0]!r}, which is not decomposed; there are: {', '.join(layers)}"
-        )
-    return {
-        name: tuple(sorted((group_sizes or {}).get(name) or default_group_sizes(conv.in_channels)))
-        for name, conv in layers.items()
-    }
 
 
 def decompose_model(
@@ -78,9 +26,9 @@ def decompose_model(
 ) -> nn.Module:
     """Return a copy of `model` with a SeriesConv2d in place of each chosen convolution: the supernet.
 
-    `layers` are names (default: `decomposable_layers`), `group_sizes` the sizes for each name (default: the powers of
-    two that divide its input channels). With `nested`, each group-size starts from the expansion of the next smaller
-    one. Raises InvalidValueError for a layer or a group-size that does not fit.
+    `layers` are names or globs (default: `decomposable_layers`), `group_sizes` the sizes for each name (default: the
+    powers of two that divide its input channels). With `nested`, each group-size starts from the expansion of the next
+    smaller one. Raises InvalidValueError for a layer or a group-size that does not fit.
     """
     chosen = choose_layers(model, layers)
     sizes = layer_group_sizes(chosen, group_sizes)

@@ -63,6 +63,11 @@ def trials_table(store: RunStore, *, markdown: bool = False) -> str:
     return _page(stored.trials_table(store), markdown)
 
 
+def inspection_page(tables: Sequence[ResultTable]) -> str:
+    """Return what `inspection` gives as text."""
+    return "\n\n".join(map(_page, tables))
+
+
 def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
     """Return what `best_under` gives as text, the best first."""
     columns = {"rank": [str(rank) for rank in range(1, len(best) + 1)], **_costs(best, {one.cost for one in budgets})}

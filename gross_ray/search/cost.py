@@ -99,6 +99,10 @@ class CostTable:
         """Return the number of parameters of `configuration`, biases and all other layers included."""
         return self.parameters_of_all([self._space.check(configuration)])[0]
 
+    def parts(self, cost: str) -> tuple[int, list[dict[int, int]]]:
+        """Return of "macs" or "parameters" what all configurations share, and each layer's part by group-size."""
+        return {"macs": self._macs, "parameters": self._parameters}[cost]
+
     def macs_of_all(self, configurations: Sequence[Configuration]) -> list[int]:
         """Return the MACs of each of many members of the space, which are not checked again."""
         return _sums(configurations, *self._macs)

@@ -7,13 +7,12 @@ from torch import nn
 
 from gross_ray.decomposition import surgery
 from gross_ray.decomposition.btd import BTDOptions, block_term_decomposition
+from gross_ray.decomposition.layers import decomposable_layers, default_group_sizes
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import (
     build_supernet,
-    decomposable_layers,
     decompose_layer,
     decompose_model,
-    default_group_sizes,
     empty_supernet,
     extract,
     get_configuration,

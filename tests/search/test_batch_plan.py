@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from gross_ray.decomposition.surgery import default_group_sizes
+from gross_ray.decomposition.layers import default_group_sizes
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search.batch_plan import SegmentMemory, default_memory_budget, plan_batches

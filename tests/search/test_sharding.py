@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gross_ray.decomposition.surgery import decomposable_layers, empty_supernet
+from gross_ray.decomposition.layers import decomposable_layers
+from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search.sharding import PrefixCosts, segment_macs

@@ -1,0 +1,150 @@
+"""Which convolutions of a network are decomposed, at which group-sizes, and why the others are left alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from gross_ray.errors import InvalidValueError
+
+_MOST_NAMED = 8
+"""Names that an error lists; of more, the closest."""
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What becomes of each convolution of a network."""
+
+    convs: dict[str, nn.Conv2d]
+    """Those that are decomposed, in layer order."""
+    group_sizes: dict[str, tuple[int, ...]]
+    """Their group-sizes, ascending."""
+    left_alone: dict[str, str]
+    """Why each of the others is not, by name."""
+
+
+def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the network's first convolution."""
+    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return {name: conv for name, conv in convs[1:] if conv.groups == 1 and max(conv.kernel_size) > 1}
+
+
+def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Conv2d]:
+    """Return the named layers in layer order (all `decomposable_layers` where no names are given).
+
+    A name with *, ? or [ stands for those of `decomposable_layers` that it matches, as in a shell; a plain one may
+    be any dense convolution. Raises InvalidValueError for a name that is not a dense convolution of `model`, one that
+    matches none, and if nothing is left.
+    """
+    usual = decomposable_layers(model)
+    if not names:
+        if not usual:
+            raise InvalidValueError("this network has no dense convolution with a kernel above 1x1 after its first one")
+        return usual
+    modules = dict(model.named_modules())
+    dense = {name: one for name, one in modules.items() if isinstance(one, nn.Conv2d) and one.groups == 1}
+    chosen: set[str] = set()
+    for name in names:
+        if any(sign in name for sign in "*?["):
+            matching = {one for one in usual if fnmatchcase(one, name)}
+            if not matching:
+                raise InvalidValueError(
+                    f"layers {name!r}: no convolution that can be decomposed has such a name; {_there(name, usual)}"
+                )
+            chosen |= matching
+            continue
+        if isinstance(conv := modules.get(name), nn.Conv2d) and conv.groups != 1:
+            raise InvalidValueError(
+                f"layer {name!r} has groups = {conv.groups} of {conv.in_channels} input channels: only a convolution "
+                "with groups=1 can be decomposed"
+            )
+        if name not in dense:
+            raise InvalidValueError(f"{name!r} is not a dense convolution of this network; {_there(name, dense)}")
+        chosen.add(name)
+    return {name: conv for name, conv in dense.items() if name in chosen}
+
+
+def choice_of(model: nn.Module, names: Sequence[str] | None = None, sizes: Sequence[int] = ()) -> LayerChoice:
+    """Return what becomes of each convolution: `names` as in `choose_layers`, each at those of `sizes` that fit it.
+
+    Without `sizes`, at all of `default_group_sizes`. A layer whose input channels no size divides is left alone,
+    unless it is named plainly. Raises InvalidValueError for such a one, as `choose_layers` does, and if none is left.
+    """
+    convs = choose_layers(model, names)
+    group_sizes, left_alone = {}, _reasons(model, convs)
+    for name, conv in convs.items():
+        fitting = tuple(sorted(size for size in sizes if conv.in_channels % size == 0))
+        if fitting or not sizes:
+            group_sizes[name] = fitting or default_group_sizes(conv.in_channels)
+            continue
+        left_alone[name] = f"none of the group-sizes {_listed(sizes)} divides its {conv.in_channels} input channels"
+        if name in (names or ()):
+            raise InvalidValueError(f"layer {name!r}: {left_alone[name]}; name other group-sizes or leave it out")
+    if not group_sizes:
+        name = next(iter(convs))
+        raise InvalidValueError(f"no layer is left to decompose; {name!r}: {left_alone[name]}")
+    in_order = [name for name, module in model.named_modules() if name in left_alone]
+    return LayerChoice(
+        {name: conv for name, conv in convs.items() if name in group_sizes},
+        group_sizes,
+        {name: left_alone[name] for name in in_order},
+    )
+
+
+def default_group_sizes(in_channels: int) -> tuple[int, ...]:
+    """Return the powers of two that divide `in_channels` (section 4.2: all that do not exceed them)."""
+    return tuple(2**power for power in range(in_channels.bit_length()) if in_channels % 2**power == 0)
+
+
+def layer_group_sizes(
+    layers: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the group-sizes of each layer: those given for it, or `default_group_sizes`."""
+    unknown = [name for name in group_sizes or {} if name not in layers]
+    if unknown:
+        raise InvalidValueError(
+            f"group-sizes for {unknown[0]!r}, which is not decomposed; {_there(unknown[0], layers)}"
+        )
+    return {
+        name: tuple(sorted((group_sizes or {}).get(name) or default_group_sizes(conv.in_channels)))
+        for name, conv in layers.items()
+    }
+
+
+def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d]) -> dict[str, str]:
+    """Return why each convolution that is not chosen is left alone."""
+    convs = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.modules.conv._ConvNd)]
+    first = next((name for name, conv in convs if isinstance(conv, nn.Conv2d)), None)
+    reasons = {}
+    for name, conv in convs:
+        if name in chosen:
+            continue
+        if isinstance(conv, nn.modules.conv._ConvTransposeNd):
+            reasons[name] = "a transposed convolution"
+        elif not isinstance(conv, nn.Conv2d):
+            reasons[name] = f"a {type(conv).__name__}, no Conv2d"
+        elif conv.groups == conv.in_channels > 1:
+            reasons[name] = "depthwise"
+        elif conv.groups > 1:
+            reasons[name] = f"grouped already ({conv.groups} groups)"
+        elif max(conv.kernel_size) == 1:
+            reasons[name] = "1x1"
+        elif name == first:
+            reasons[name] = "the network's first convolution"
+        else:
+            reasons[name] = "not named"
+    return reasons
+
+
+def _there(name: str, known: Mapping[str, object]) -> str:
+    if len(known) <= _MOST_NAMED:
+        return f"there are: {', '.join(known)}"
+    return f"the closest: {', '.join(difflib.get_close_matches(name, known, _MOST_NAMED, cutoff=0.0))}"
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))

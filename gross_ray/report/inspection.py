@@ -1,0 +1,63 @@
+"""What decomposing a network would give, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from gross_ray.decomposition.layers import LayerChoice
+from gross_ray.decomposition.surgery import empty_supernet
+from gross_ray.errors import InvalidValueError
+from gross_ray.report.results import ResultTable, millions
+from gross_ray.search.cost import CostTable, count_macs, count_parameters, network_calls, plain_macs
+from gross_ray.space import Configuration, SearchSpace
+
+
+def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[int]) -> list[ResultTable]:
+    """Return the layers with their costs, the extremes of the space, and the convolutions that are left alone.
+
+    `input_shape` is (C, H, W). Raises InvalidValueError where the network cannot run an image of that shape.
+    """
+    shape = "x".join(map(str, input_shape))
+    try:
+        calls = network_calls(network, input_shape)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidValueError(
+            f"the network cannot run an image of {shape}: {reason}; give another --image-size"
+        ) from None
+    dense: dict[int, int] = {}
+    for call in calls:
+        dense[id(call.module)] = dense.get(id(call.module), 0) + plain_macs(call)
+    supernet = empty_supernet(network, choice.group_sizes)
+    space, costs = SearchSpace.of(supernet), CostTable.of(supernet, input_shape)
+    rows = []
+    for (name, conv), by_size in zip(choice.convs.items(), costs.parts("macs")[1], strict=True):
+        smallest, largest = (millions(by_size[size]) for size in (min(by_size), max(by_size)))
+        sizes = " ".join(map(str, choice.group_sizes[name]))
+        rows.append([name, _kernel(conv), sizes, millions(dense.get(id(conv), 0)), f"{smallest} to {largest}"])
+    heads = ["layer", "kernel", "group-sizes", "M MACs dense", "as bottleneck"]
+    layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows)
+    extremes = [Configuration([pick(sizes) for sizes in space.group_sizes.values()]) for pick in (min, max)]
+    total = [["the network itself", millions(count_macs(network, input_shape)), f"{count_parameters(network):,}"]]
+    total += [[str(one), millions(costs.macs(one)), f"{costs.parameters(one):,}"] for one in extremes]
+    whole = ResultTable(f"The space: {len(space):,} configurations", ["", "M MACs", "parameters"], total)
+    if not choice.left_alone:
+        return [layers, whole]
+    rest = [[name, reason] for name, reason in choice.left_alone.items()]
+    return [
+        layers,
+        whole,
+        ResultTable(f"Left alone: {len(rest)} convolution{'s' * (len(rest) > 1)}", ["layer", "why"], rest),
+    ]
+
+
+def _kernel(conv: nn.Conv2d) -> str:
+    kernel = "x".join(map(str, conv.kernel_size))
+    more = [
+        f"{name} {value[0] if len(set(value)) == 1 else tuple(value)}"
+        for name, value in (("stride", conv.stride), ("dilation", conv.dilation))
+        if set(value) != {1}
+    ]
+    return ", ".join([f"{conv.in_channels} to {conv.out_channels}, {kernel}", *more])

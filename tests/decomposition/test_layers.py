@@ -1,0 +1,96 @@
+"""Which convolutions are decomposed, and what is said of the others."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from gross_ray.decomposition.layers import choice_of, choose_layers, decomposable_layers
+from gross_ray.errors import InvalidValueError
+
+
+def network() -> nn.Module:
+    shared = nn.Conv2d(12, 12, 3, padding=1)
+    return nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(3, 12, 3),
+            "body": nn.Sequential(nn.Conv2d(12, 12, 3), shared, nn.Conv2d(12, 9, 1), nn.Conv2d(9, 12, 5)),
+            "again": shared,
+            "grouped": nn.Conv2d(12, 12, 3, groups=3),
+            "depthwise": nn.Conv2d(12, 12, 3, groups=12),
+            "up": nn.ConvTranspose2d(12, 12, 2),
+            "line": nn.Conv1d(12, 12, 3),
+        }
+    )
+
+
+LEFT = {
+    "stem": "the network's first convolution",
+    "body.2": "1x1",
+    "grouped": "grouped already (3 groups)",
+    "depthwise": "depthwise",
+    "up": "a transposed convolution",
+    "line": "a Conv1d, no Conv2d",
+}
+
+
+def test_every_convolution_is_decomposed_or_left_alone_for_a_reason() -> None:
+    choice = choice_of(network())
+    assert choice.group_sizes == {"body.0": (1, 2, 4), "body.1": (1, 2, 4), "body.3": (1,)}
+    assert choice.left_alone == LEFT
+    assert list(choice.convs) == list(decomposable_layers(network()))
+    convs = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+    all_convs = {name for name, module in network().named_modules() if isinstance(module, convs)}
+    assert {*choice.convs, *choice.left_alone} == all_convs  # a shared one once
+
+
+def test_sizes_that_do_not_divide_leave_a_layer_alone() -> None:
+    choice = choice_of(network(), sizes=(4, 2))
+    assert choice.group_sizes == {"body.0": (2, 4), "body.1": (2, 4)}
+    assert choice.left_alone["body.3"] == "none of the group-sizes 4, 2 divides its 9 input channels"
+    assert list(choice.left_alone) == ["stem", "body.2", "body.3", "grouped", "depthwise", "up", "line"]
+    with pytest.raises(InvalidValueError, match="layer 'body.3': none of the group-sizes 4, 2 divides .* leave it out"):
+        choice_of(network(), ["body.3", "body.0"], (4, 2))
+    with pytest.raises(InvalidValueError, match="no layer is left to decompose; 'body.0': none of the group-sizes 5 "):
+        choice_of(network(), sizes=(5,))
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["body.*"], ["body.0", "body.1", "body.3"]),
+        (["body.[13]", "body.0"], ["body.0", "body.1", "body.3"]),
+        (["*.?"], ["body.0", "body.1", "body.3"]),
+        (["body.2"], ["body.2"]),  # by its own name even a 1x1
+        (["stem", "*.3"], ["stem", "body.3"]),
+        ([], ["body.0", "body.1", "body.3"]),
+    ],
+)
+def test_layers_are_chosen_by_name_or_glob(names: list[str], chosen: list[str]) -> None:
+    assert list(choose_layers(network(), names)) == chosen
+    left = choice_of(network(), names).left_alone
+    assert {name for name, reason in left.items() if reason == "not named"} == {
+        name for name in ("body.0", "body.1", "body.3") if name not in chosen
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("head.*", r"layers 'head.\*': no convolution that can be decomposed .*; there are: body.0, body.1, body.3$"),
+        ("stem*", "no convolution that can be decomposed has such a name"),
+        ("bodi.0", "'bodi.0' is not a dense convolution of this network; there are: stem, body.0, body.1"),
+        ("up", "'up' is not a dense convolution"),
+        ("grouped", "layer 'grouped' has groups = 3 of 12 input channels: only"),
+    ],
+)
+def test_a_name_that_is_not_there_is_refused(name: str, line: str) -> None:
+    with pytest.raises(InvalidValueError, match=line):
+        choose_layers(network(), ["body.0", name])
+
+
+def test_of_many_names_the_closest_are_listed() -> None:
+    many = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(40)))
+    with pytest.raises(InvalidValueError, match="'101' is not a dense convolution .*; the closest: 1.*") as refused:
+        choose_layers(many, ["101"])
+    assert str(refused.value).count(",") == 7

@@ -1,0 +1,54 @@
+"""What `gross inspect` tells of a network, against extracted configurations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gross_ray.decomposition.layers import choice_of
+from gross_ray.decomposition.surgery import empty_supernet, extract
+from gross_ray.errors import InvalidValueError
+from gross_ray.report.inspection import inspection
+from gross_ray.search.cost import count_macs, count_parameters
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shared = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.down = nn.Conv2d(4, 8, 3, stride=(2, 1), dilation=2, padding=2, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.down(self.shared(self.shared(self.stem(images))))
+
+
+def test_the_costs_are_those_of_the_extracted_networks() -> None:
+    network, shape = Twice(), (3, 16, 16)
+    choice = choice_of(network)
+    layers, space, left = inspection(network, choice, shape)
+    assert layers.title == "Decomposed: 2 layers, for images of 3x16x16"
+    assert [list(row[:3]) for row in layers.rows] == [
+        ["shared", "4 to 4, 3x3", "1 2 4"],
+        ["down", "4 to 8, 3x3, stride (2, 1), dilation 2", "1 2 4"],
+    ]
+    # The shared layer runs twice: 2 x 16 x 16 x 4 x 4 x 9 MACs as it is.
+    assert layers.rows[0][3] == f"{2 * 256 * 144 / 1e6:.2f}"
+    supernet = empty_supernet(network, choice.group_sizes)
+    expected = [
+        ("the network itself", network),
+        *((name, extract(supernet, sizes)) for name, sizes in (("1-1", (1, 1)), ("4-4", (4, 4)))),
+    ]
+    assert [list(row) for row in space.rows] == [
+        [name, f"{count_macs(one, shape) / 1e6:.2f}", f"{count_parameters(one):,}"] for name, one in expected
+    ]
+    assert space.title == "The space: 9 configurations"
+    assert [list(row) for row in left.rows] == [["stem", "the network's first convolution"]]
+    assert left.title == "Left alone: 1 convolution"
+
+
+def test_a_shape_that_does_not_fit_is_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(InvalidValueError, match="cannot run an image of 3x9x9: .*mat1 and mat2 .*; give another"):
+        inspection(network, choice_of(network), (3, 9, 9))
+    inspection(network, choice_of(network), (3, 8, 8))
