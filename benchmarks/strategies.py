@@ -8,9 +8,9 @@ budget is among them, in batches of 8; the baseline is the strategy `random`. Th
 
 Then 12 layers at 1, 4, 16 and 32, as VGG-16 has them (4^12 configurations), with the MACs of VGG-16. No supernet of
 it is trained here: an accuracy is 0.94 less a part for each layer, larger for smaller group-sizes and drawn at random,
-less a part for pairs of neighbouring layers that are both small, plus noise. Hypervolume of accuracy and MACs (the share
-of the rectangle from the cheapest configuration at the lowest accuracy to the dearest at the highest), of the accuracies
-without noise, after every quarter of the evaluations, as a ratio to `random`'s.
+less a part for pairs of neighbouring layers that are both small, plus noise. Hypervolume of accuracy and MACs (the
+share of the rectangle from the cheapest configuration at the lowest accuracy to the dearest at the highest), of the
+accuracies without noise, after every quarter of the evaluations, as a ratio to `random`'s.
 """
 
 from __future__ import annotations
