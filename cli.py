@@ -521,23 +521,43 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
 @main.command()
 @click.argument("run", metavar="RUN")
 @click.option("--configuration", required=True, help="Group-sizes in layer order, like 8-16-64.")
-@click.option("--to", "target", required=True, type=click.Path(dir_okay=False, path_type=Path), help="FILE.onnx")
-@click.option("--seed", default=0, show_default=True, help="Which repeat of the validated configuration.")
-def export(run: str, configuration: str, target: Path, seed: int) -> None:
-    """Write a validated configuration of RUN as a plain network in ONNX.
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="FILE.onnx, FILE.pt2 (torch.export) or FILE.safetensors (weights).",
+)
+@click.option("--seed", type=int, help="Which repeat of it [the most accurate one on the validation split].")
+def export(run: str, configuration: str, target: Path, seed: int | None) -> None:
+    """Write a validated configuration of RUN as a plain network, and beside it FILE.json: what to know of it.
+
+    The weights are those of its own training. The file is used without gross_ray: the card says how to feed it.
 
     \b
     Example:
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx
     """
-    from gross_ray.export import export_onnx
+    import json
+
+    from gross_ray.export import check_format, export_network
+    from gross_ray.report.model_card import model_card, most_accurate_seed
     from gross_ray.results.store import RunStore
+    from gross_ray.space import Configuration
     from pipelines.networks import load_validated
 
-    store = RunStore.open(run)
-    network, input_shape = load_validated(store, configuration, seed)
-    export_onnx(network, target, input_shape)
-    click.echo(f"{configuration} (seed {seed}) written to {target}")
+    check_format(target)
+    store, configuration = RunStore.open(run), str(Configuration.parse(configuration))
+    if seed is None:
+        seed = most_accurate_seed(store, configuration) or 0
+    network, input_shape, classes = load_validated(store, configuration, seed)
+    export_network(network, target, input_shape)
+    card = model_card(store, configuration, seed, input_shape, classes) | {"file": target.name}
+    if target.suffix == ".safetensors":
+        card["network"] = str(network).splitlines()
+    beside = target.with_name(f"{target.name}.json")
+    beside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    click.echo(f"{configuration} (seed {seed}) written to {target}, its card to {beside}")
 
 
 if __name__ == "__main__":

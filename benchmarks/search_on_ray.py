@@ -193,7 +193,8 @@ def _timed_work(context: Context, unit: Unit) -> str:
 
 def _store_supernet(store: RunStore, network: nn.Module, decomposed: nn.Module) -> None:
     """Store what the search needs from the stages before it."""
-    store.save_checkpoint("train", "seed=0", network.state_dict(), {"num_classes": 10, "image_size": 32})
+    about = {"num_classes": 10, "image_size": 32, "classes": list(map(str, range(10)))}
+    store.save_checkpoint("train", "seed=0", network.state_dict(), about)
     row = {"seed": 0, "val_correct": 0, "val_total": 1, "val_accuracy": 0.0, "test_accuracy": 0.0}
     costs = {"macs": count_macs(network, (3, 32, 32)), "parameters": count_parameters(network)}
     store.write_table("networks", "seed=0", [row | costs])

@@ -1,17 +1,36 @@
-"""A plain network, taken out of the framework."""
+"""A plain network, taken out of the framework: ONNX, a program of torch.export, or its weights."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from gross_ray.errors import GrossRayError, InvalidValueError
+
+
+def export_network(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:
+    """Write `model` in the format that the ending of `path` names: .onnx, .pt2 or .safetensors.
+
+    Raises InvalidValueError for any other ending, and as `export_onnx`, `export_program` and `export_weights` do.
+    """
+    check_format(path)
+    FORMATS[Path(path).suffix](model, path, input_shape)
+
+
+def check_format(path: str | Path) -> None:
+    """Raise InvalidValueError where the ending of `path` names no format, or its folder is not there."""
+    if Path(path).suffix not in FORMATS:
+        raise InvalidValueError(f"{path}: the formats are {', '.join(FORMATS)}; choose one by the file's ending")
+    if not Path(path).absolute().parent.is_dir():
+        raise InvalidValueError(f"{path}: there is no folder {Path(path).parent}; make it, or name another file")
 
 
 def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:
@@ -20,34 +39,87 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
     The file takes its place when it is whole. Needs the extra `gross-ray[onnx]`. Raises InvalidValueError for a
     supernet (extract a configuration first) and GrossRayError where the extra is not installed.
     """
-    from gross_ray.decomposition.series import SeriesConv2d
-
-    if any(isinstance(module, SeriesConv2d) for module in model.modules()):
-        raise InvalidValueError("export_onnx of a supernet: take one configuration out of it first, with extract")
+    _check_plain(model, "export_onnx")
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise GrossRayError(f"export_onnx needs the package {package}; install gross-ray[onnx]")
-    example = torch.zeros(2, *input_shape, device=next(model.parameters()).device)
-    final = Path(path)
-    partial = final.with_name(f".{final.name}.partial")
+    with _whole_or_not_at_all(path) as partial, _evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter speaks about its own internals
+        torch.onnx.export(
+            model,
+            (_example(model, input_shape),),
+            str(partial),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+
+
+def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:
+    """Write `model` as a program of torch.export, for inputs (N, C, H, W) of any N: `torch.export.load(path).module()`.
+
+    It runs where torch is, without gross_ray. The file takes its place when it is whole. Raises InvalidValueError for
+    a supernet.
+    """
+    _check_plain(model, "export_program")
+    with _whole_or_not_at_all(path) as partial, _evaluating(model), torch.no_grad():
+        batch = ({0: torch.export.Dim("batch")},)
+        program = torch.export.export(model, (_example(model, input_shape),), dynamic_shapes=batch)
+        torch.export.save(program, partial)
+
+
+def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[int] = ()) -> None:
+    """Write the state dict of `model` as safetensors, which `export_program` and `extract` give the network for.
+
+    The file takes its place when it is whole. Raises InvalidValueError for a supernet.
+    """
+    _check_plain(model, "export_weights")
+    with _whole_or_not_at_all(path) as partial:
+        # Clones: a file takes no two names of one memory, as shared modules give them.
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+        save_file(tensors, partial)
+
+
+FORMATS: dict[str, Callable[[nn.Module, str | Path, Sequence[int]], None]] = {
+    ".onnx": export_onnx,
+    ".pt2": export_program,
+    ".safetensors": export_weights,
+}
+"""What writes each format, by the file's ending."""
+
+
+def _check_plain(model: nn.Module, what: str) -> None:
+    from gross_ray.decomposition.series import SeriesConv2d
+
+    if any(isinstance(module, SeriesConv2d) for module in model.modules()):
+        raise InvalidValueError(f"{what} of a supernet: take one configuration out of it first, with extract")
+
+
+def _example(model: nn.Module, input_shape: Sequence[int]) -> torch.Tensor:
+    return torch.zeros(2, *input_shape, device=next(model.parameters()).device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter speaks about its own internals
-            torch.onnx.export(
-                model,
-                (example,),
-                str(partial),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                external_data=False,
-                dynamo=True,
-                verbose=False,
-            )
-        os.replace(partial, final)
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def _whole_or_not_at_all(path: str | Path) -> Iterator[Path]:
+    """Give a file to write beside `path`, of the same ending, which takes its place at the end."""
+    final = Path(path)
+    partial = final.with_name(f".partial-{final.name}")
+    try:
+        yield partial
+        os.replace(partial, final)
+    finally:
         partial.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ class Base:
     seed: int
     input_shape: tuple[int, int, int]
     space: SearchSpace
+    classes: tuple[str, ...]
 
     @property
     def convs(self) -> dict[str, nn.Conv2d]:
@@ -56,7 +57,7 @@ def load_base(store: RunStore) -> Base:
     options = store.experiment.decomposition
     choice = choice_of(network, options.layers, options.group_sizes)
     shape = (3, about["image_size"], about["image_size"])
-    return Base(network, seed, shape, SearchSpace(choice.group_sizes))
+    return Base(network, seed, shape, SearchSpace(choice.group_sizes), tuple(about["classes"]))
 
 
 def new_network(store: RunStore, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
@@ -90,8 +91,10 @@ def history_rows(stage: str, unit: str, seed: int, records: list[EpochRecord]) -
     return [{"stage": stage, "unit": unit, "seed": seed, **vars(record)} for record in records]
 
 
-def load_validated(store: RunStore, configuration: str, seed: int) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Return a validated configuration as a plain network on the CPU, and its input shape.
+def load_validated(
+    store: RunStore, configuration: str, seed: int
+) -> tuple[nn.Module, tuple[int, int, int], tuple[str, ...]]:
+    """Return a validated configuration as a plain network on the CPU, its input shape, and the names of its classes.
 
     Raises MissingStageError if it was not validated, naming those that were.
     """
@@ -101,4 +104,4 @@ def load_validated(store: RunStore, configuration: str, seed: int) -> tuple[nn.M
     if not store.has_checkpoint("validate", unit):
         there = ", ".join(sorted(store.finished_units("validations"))) or "none"
         raise MissingStageError(f"{unit} is not validated in {store.storage}; there are: {there}")
-    return extract(load_supernet(store, "validate", unit, base), chosen), base.input_shape
+    return extract(load_supernet(store, "validate", unit, base), chosen), base.input_shape, base.classes

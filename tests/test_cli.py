@@ -69,7 +69,8 @@ def trained(run: Path) -> Path:
     network = new_network(store, 10, 32, torch.Generator().manual_seed(0))
     for seed in range(2):
         row = {"seed": seed, "val_correct": 9, "val_total": 10, "val_accuracy": 0.9, "test_accuracy": 0.9}
-        store.save_checkpoint("train", f"seed={seed}", network.state_dict(), {"num_classes": 10, "image_size": 32})
+        about = {"num_classes": 10, "image_size": 32, "classes": list("abcdefghij")}
+        store.save_checkpoint("train", f"seed={seed}", network.state_dict(), about)
         store.write_table("networks", f"seed={seed}", [{**row, "macs": 1, "parameters": 1}])
     return run
 

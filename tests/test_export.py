@@ -1,15 +1,19 @@
+import copy
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from gross_ray.decomposition.surgery import extract
 from gross_ray.errors import GrossRayError, InvalidValueError
-from gross_ray.export import export_onnx
+from gross_ray.export import export_network, export_onnx, export_program, export_weights
 
 SIZES = {"1": (1, 2, 4), "4": (2, 8)}
 
@@ -57,10 +61,54 @@ def test_modes_and_random_state_are_left_as_they_were(supernet: nn.Module, tmp_p
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_supernet_is_refused(supernet: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["onnx", "pt2", "safetensors"])
+def test_supernet_is_refused(supernet: nn.Module, tmp_path: Path, ending: str) -> None:
     with pytest.raises(InvalidValueError, match="supernet: take one configuration out of it first, with extract"):
-        export_onnx(supernet, tmp_path / "network.onnx", (3, 10, 10))
+        export_network(supernet, tmp_path / f"network.{ending}", (3, 10, 10))
     assert not list(tmp_path.iterdir())
+
+
+WITHOUT_US = """
+import sys, torch
+network = torch.export.load("network.pt2").module()
+images = torch.load("images.pt")
+torch.save([network(batch).detach() for batch in (images, images[:1])], "logits.pt")
+assert not [name for name in sys.modules if name.startswith(("gross_ray", "pipelines"))]
+"""
+
+
+def test_a_program_runs_where_we_are_not(supernet: nn.Module, tmp_path: Path) -> None:
+    network = extract(supernet, (2, 8)).train()
+    export_program(network, tmp_path / "network.pt2", (3, 10, 10))
+    assert network.training
+    assert [file.name for file in tmp_path.iterdir()] == ["network.pt2"]
+    images = torch.randn(10, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    torch.save(images, tmp_path / "images.pt")
+    subprocess.run([sys.executable, "-c", WITHOUT_US], cwd=tmp_path, check=True, timeout=200)
+    network.eval()
+    for batch, logits in zip((images, images[:1]), torch.load(tmp_path / "logits.pt"), strict=True):
+        torch.testing.assert_close(logits, network(batch).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_those_of_the_plain_network(supernet: nn.Module, tmp_path: Path) -> None:
+    network = extract(supernet, (2, 8)).to(memory_format=torch.channels_last)
+    network.append(network[-1])  # shared
+    export_weights(network, tmp_path / "network.safetensors")
+    again = copy.deepcopy(network)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    again.load_state_dict(load_file(tmp_path / "network.safetensors"))
+    assert all(torch.equal(one, other) for one, other in zip(network.parameters(), again.parameters(), strict=True))
+
+
+def test_the_ending_chooses_the_format_and_an_unknown_one_is_refused(supernet: nn.Module, tmp_path: Path) -> None:
+    network = extract(supernet, (2, 8))
+    export_network(network, tmp_path / "network.safetensors", (3, 10, 10))
+    assert load_file(tmp_path / "network.safetensors")
+    with pytest.raises(InvalidValueError, match="network.h5: the formats are .onnx, .pt2, .safetensors; choose one"):
+        export_network(network, "network.h5", (3, 10, 10))
+    with pytest.raises(InvalidValueError, match="nowhere/network.pt2: there is no folder .*nowhere; make it"):
+        export_network(network, tmp_path / "nowhere" / "network.pt2", (3, 10, 10))
 
 
 @pytest.mark.parametrize("earlier", [None, b"whole"])

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 
+import onnxruntime
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 from miniature import assert_equal_tables, gross, run_command, tables
+from safetensors.torch import load_file
 
 from cli import main
 from gross_ray import read_table
+from gross_ray.results.store import RunStore
+from pipelines.networks import load_validated
 
 STAGE_SIGNS = {
     "train": "checkpoints/train-under-way/*.safetensors",
@@ -70,6 +77,31 @@ def test_the_same_command_again_does_nothing(whole_run: tuple[Path, str]) -> Non
     assert ended.returncode == 0, ended.stderr
     after = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.name not in again}
     assert after == before
+
+
+def test_a_validated_configuration_is_exported_with_its_card(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    run = whole_run[0]
+    row = tables(run)["validations"].set_index("configuration").loc["4-4-4"]
+    images = torch.rand(100, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    network = load_validated(RunStore.open(run), "4-4-4", 0)[0].eval()
+    expected = network(images).detach()
+    for ending in ("onnx", "pt2", "safetensors"):
+        ended = gross("export", str(run), "--configuration", "4-4-4", "--to", str(tmp_path / f"network.{ending}"))
+        assert ended.returncode == 0, ended.stderr
+        card = json.loads((tmp_path / f"network.{ending}.json").read_text())
+        assert card["accuracy"]["test"] == row["test_accuracy"]
+        assert (card["macs"], card["parameters"]) == (row["macs"], row["parameters"])
+        assert card["layers"] == {"conv2": 4, "conv3": 4, "conv4": 4}
+        assert card["input"]["shape"] == ["N", 3, 32, 32]
+        assert card["input"]["from pixels 0 to 255"] == "(x / 255 - 0.5) / 0.225"
+        assert len(card["classes"]) == 10
+        assert card["versions"]["torch"] == version("torch")
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+    program = torch.export.load(tmp_path / "network.pt2").module()
+    torch.testing.assert_close(program(images).detach(), expected, rtol=1e-5, atol=1e-5)
+    assert load_file(tmp_path / "network.safetensors").keys() == network.state_dict().keys()
 
 
 def test_status_and_single_stages(whole_run: tuple[Path, str]) -> None:

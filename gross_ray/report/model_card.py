@@ -1,0 +1,65 @@
+"""What to know of an exported network, as plain JSON values: the model card beside its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from gross_ray.data.augment import DEVIATION, MEAN
+from gross_ray.results.store import RunStore
+
+
+def model_card(
+    store: RunStore, configuration: str, seed: int, input_shape: Sequence[int], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Return the card of a validated configuration: accuracies, costs, how to feed it, and where it comes from.
+
+    `input_shape` is (C, H, W). Latencies are those that were predicted for its configuration, if any.
+    """
+    repeats = store.read_table("validations").query("configuration == @configuration")
+    row = repeats.query("seed == @seed").iloc[0]
+    searched = store.read_table("configurations").query("configuration == @configuration")
+    run = store.read_table("runs").iloc[-1]
+    latency = searched["latency_ms"].dropna()
+    return {
+        "configuration": configuration,
+        "layers": {
+            name.removeprefix("layer "): int(searched[name].iloc[0])
+            for name in searched.columns
+            if name.startswith("layer ") and len(searched)
+        },
+        "accuracy": {
+            "validation": float(row["val_accuracy"]),
+            "test": float(row["test_accuracy"]),
+            "test of all repeats": _spread(repeats["test_accuracy"]),
+        },
+        "macs": int(row["macs"]),
+        "parameters": int(row["parameters"]),
+        "latency_ms": float(latency.median()) if len(latency) else None,
+        "input": {
+            "shape": ["N", *input_shape],
+            "dtype": "float32",
+            "from pixels 0 to 255": f"(x / 255 - {MEAN}) / {DEVIATION}",
+        },
+        "classes": list(classes),
+        "dataset": store.experiment.data.name,
+        "seed": seed,
+        "experiment": store.experiment.fields(),
+        "fingerprint": store.experiment.fingerprint(),
+        "versions": {name: str(run[name]) for name in ("gross_ray", "python", "torch", "torchvision", "ray")},
+    }
+
+
+def most_accurate_seed(store: RunStore, configuration: str) -> int | None:
+    """Return the repeat of a validated configuration most accurate on the validation split; None if there is none."""
+    repeats = store.read_table("validations").query("configuration == @configuration")
+    if repeats.empty:
+        return None
+    return int(repeats.sort_values(["val_accuracy", "seed"], ascending=[False, True])["seed"].iloc[0])
+
+
+def _spread(accuracies: pd.Series) -> dict[str, float | int | None]:
+    std = None if len(accuracies) < 2 else float(accuracies.std())
+    return {"mean": float(accuracies.mean()), "std": std, "n": len(accuracies)}
