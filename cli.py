@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ import click
 
 PRESET_HELP = "Named experiment (see `gross presets`)."
 SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
+MODEL_HELP = "Network: four-conv, vgg16, resnet18, or a function of your own, package.module:factory."
+WEIGHTS_HELP = "Its trained weights: safetensors, or a state dict by torch.save [they are trained]."
 
 
 class _Group(click.Group):
@@ -66,15 +69,27 @@ def main() -> None:
       gross run --preset quickstart --out runs/quickstart
       gross report runs/quickstart
     """
+    sys.path.append(os.getcwd())  # models and callbacks of one's own: a console script does not look there by itself
 
 
-def _experiment_options(command: Callable[..., None]) -> Callable[..., None]:
+def _experiment_options(command: Callable[..., None], *, preset_required: bool = False) -> Callable[..., None]:
+    """Add the options that make an experiment, and hand them over as a preset and the settings that change it."""
+
+    @functools.wraps(command)
+    def wrapped(settings: tuple[str, ...], model: str | None, weights: Path | None, **rest: Any) -> None:
+        own = [] if model is None else [f"model={json.dumps(model)}"]
+        if weights is not None:  # what is trained is one network
+            own += [f"weights={json.dumps(str(weights.absolute()))}", "training.seeds=1"]
+        command(settings=(*own, *settings), **rest)
+
     for decorate in (
         click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP),
-        click.option("--preset", "preset_name", help=PRESET_HELP),
+        click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help=WEIGHTS_HELP),
+        click.option("--model", metavar="NAME", help=MODEL_HELP),
+        click.option("--preset", "preset_name", required=preset_required, help=PRESET_HELP),
     ):
-        command = decorate(command)
-    return command
+        wrapped = decorate(wrapped)
+    return wrapped
 
 
 def _work_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -118,11 +133,14 @@ def _work_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _experiment(preset_name: str, settings: tuple[str, ...]) -> Any:
     from gross_ray.data.images import check_dataset_name
-    from gross_ray.models import check_model_name
+    from gross_ray.models import factory_of
     from gross_ray.presets import preset
+    from gross_ray.weights import read_weights
 
     experiment = preset(preset_name).override(list(settings))
-    check_model_name(experiment.model)
+    factory_of(experiment.model)
+    if experiment.weights:
+        read_weights(experiment.weights)
     check_dataset_name(experiment.data.name)
     return experiment
 
@@ -165,9 +183,8 @@ def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None], ca
 
 
 @main.command()
-@click.option("--preset", "preset_name", required=True, help=PRESET_HELP)
 @click.option("--out", required=True, help="Run folder, or a URI like s3://bucket/folder.")
-@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP)
+@functools.partial(_experiment_options, preset_required=True)
 @_callback_option
 @_work_options
 def run(
@@ -399,15 +416,11 @@ def presets(name: str | None) -> None:
 
 
 def _as_setting(value: Any) -> str:
-    import json
-
     return value if isinstance(value, str) else json.dumps(value)
 
 
 @main.command()
-@click.option(
-    "--model", required=True, metavar="NAME", help="four-conv, vgg16, resnet18, or your own: package.module:factory."
-)
+@click.option("--model", required=True, metavar="NAME", help=MODEL_HELP)
 @click.option("--layers", multiple=True, metavar="GLOB", help="Layers to decompose, by name or glob [all]; repeatable.")
 @click.option("--group-sizes", metavar="LIST", help="Group-sizes, like 1,4,16,32 [powers of two].")
 @click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels of an image's side.")
@@ -425,7 +438,6 @@ def inspect(model: str, layers: tuple[str, ...], group_sizes: str | None, image_
     from gross_ray.report.inspection import inspection
     from gross_ray.report.terminal import inspection_page
 
-    sys.path.append(os.getcwd())  # a console script does not look there by itself
     network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
     choice = choice_of(network, layers, _whole_numbers("--group-sizes", group_sizes))
     click.echo(inspection_page(inspection(network, choice, (3, image_size, image_size))))
@@ -538,8 +550,6 @@ def export(run: str, configuration: str, target: Path, seed: int | None) -> None
     Example:
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx
     """
-    import json
-
     from gross_ray.export import check_format, export_network
     from gross_ray.report.model_card import model_card, most_accurate_seed
     from gross_ray.results.store import RunStore

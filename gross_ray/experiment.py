@@ -261,7 +261,9 @@ class Experiment:
     seed: int = 0
     """Root of every random number of the experiment."""
     model: str = "four-conv"
-    """Network: four-conv (the paper's), vgg16 or resnet18."""
+    """Network: four-conv (the paper's), vgg16, resnet18, or a function of one's own, package.module:factory."""
+    weights: str = ""
+    """File of its trained weights (safetensors, or a state dict by torch.save); empty: networks are trained."""
     data: DataOptions = field(default_factory=DataOptions)
     """The images."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -288,6 +290,8 @@ class Experiment:
         _require(bool(self.name), "name", self.name, "must not be empty")
         _require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
         check_model_name(self.model)
+        alone = not self.weights or self.training.seeds == 1
+        _require(alone, "training.seeds", self.training.seeds, "must be 1 where weights are given")
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, ready for JSON."""

@@ -34,33 +34,48 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
     any). Raises InvalidValueError for a name or a factory that is not there, one that fails, and one that returns no
     nn.Module.
     """
+    factory = factory_of(name)
     if ":" not in name:
-        check_model_name(name)
-        return MODELS[name](num_classes, image_size)
-    module_name, _, attribute = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidValueError(
-            f"model {name!r}: {error}; write package.module:factory, from a folder that Python finds (PYTHONPATH)"
-        ) from None
-    if not callable(factory):
-        raise InvalidValueError(f"model {name!r}: {attribute} is no function; write package.module:factory")
+        return factory(num_classes, image_size)
     given = {"num_classes": num_classes, "image_size": image_size}
     taken = inspect.signature(factory).parameters.values()
     names = {"num_classes" if one.kind is one.VAR_KEYWORD else one.name for one in taken}
     try:
         network = factory(**{name: value for name, value in given.items() if name in names})
     except Exception as error:  # whatever the user's own code raises
-        raise InvalidValueError(f"model {name!r}: {attribute} fails: {type(error).__name__}: {error}") from error
+        raise InvalidValueError(f"model {name!r}: it fails: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise InvalidValueError(f"model {name!r}: it returned a {type(network).__name__}, must be an nn.Module")
     return network
 
 
+def factory_of(name: str) -> Callable[..., nn.Module]:
+    """Return the function that makes a network called `name`; raises InvalidValueError where there is none."""
+    check_model_name(name)
+    if ":" not in name:
+        return MODELS[name]
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidValueError(
+            f"model {name!r}: {error}; write package.module:factory, from a folder that Python finds (PYTHONPATH)"
+        ) from None
+    if not callable(factory):
+        raise InvalidValueError(f"model {name!r}: {attribute} is no function; write package.module:factory")
+    return factory
+
+
 def check_model_name(name: str) -> None:
-    """Raise InvalidValueError for an unknown network, listing those there are."""
-    if name not in MODELS:
+    """Raise InvalidValueError for an unknown network, listing those there are, and for no package.module:factory.
+
+    A factory of one's own is not looked for: what is stored is read where it is not installed, too.
+    """
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        if not (all(part.isidentifier() for part in module_name.split(".")) and attribute.isidentifier()):
+            raise InvalidValueError(f"model {name!r}: write package.module:factory")
+    elif name not in MODELS:
         raise InvalidValueError(f"unknown model {name!r}; there are: {', '.join(MODELS)}")
 
 

@@ -9,9 +9,10 @@ import socket
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,8 @@ class Cluster:
 
 
 @contextmanager
-def connected(resources: Resources) -> Iterator[Cluster]:
-    """Connect to Ray while the block runs; to a running cluster the code of gross_ray travels along.
+def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator[Cluster]:
+    """Connect to Ray while the block runs; to a running cluster the code of gross_ray travels along, and `own_modules`.
 
     Raises ResourcesError if the cluster cannot be reached, or will never have what is asked for.
     """
@@ -132,7 +133,7 @@ def connected(resources: Resources) -> Iterator[Cluster]:
     try:
         if started_here:
             with _environment(_MARK, mark):
-                _connect(resources)
+                _connect(resources, own_modules)
         alone = started_here and resources.joined_address is None
         yield _describe(resources, None if alone else _autoscaling_config())
     finally:
@@ -141,13 +142,13 @@ def connected(resources: Resources) -> Iterator[Cluster]:
             _end_orphans(mark)
 
 
-def _connect(resources: Resources) -> None:
+def _connect(resources: Resources, own_modules: Sequence[str]) -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = resources.joined_address
     try:
         if address is not None:
             _check_listening(address)
-            ray.init(address=address, runtime_env=_runtime_env(), **quiet)
+            ray.init(address=address, runtime_env=_runtime_env(own_modules), **quiet)
         else:
             cores = resources.num_cpus or os.cpu_count() or 1
             with _loopback_alone():
@@ -212,10 +213,24 @@ def _end_orphans(mark: str) -> None:
             continue
 
 
-def _runtime_env() -> dict[str, Any]:
-    """Return what workers of a running cluster need: this code, whatever is installed there."""
+def module_of(model: str) -> str | None:
+    """Return the folder or file of the package that a model package.module:factory is in; None for a built-in one.
+
+    None too for one that is installed: on a cluster it is installed there as well.
+    """
+    if ":" not in model:
+        return None
+    spec = find_spec(model.partition(":")[0].partition(".")[0])
+    if spec is None or spec.origin is None or "site-packages" in Path(spec.origin).parts:
+        return None
+    file = Path(spec.origin)
+    return str(file.parent if file.name == "__init__.py" else file)
+
+
+def _runtime_env(own_modules: Sequence[str]) -> dict[str, Any]:
+    """Return what workers of a running cluster need: this code, whatever is installed there, and the user's."""
     return {
-        "py_modules": [str(package) for package in PACKAGES],
+        "py_modules": [*(str(package) for package in PACKAGES), *own_modules],
         "excludes": ["__pycache__"],
         "env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"]},
     }

@@ -18,7 +18,7 @@ from gross_ray.data.images import load_dataset
 from gross_ray.errors import UnitsFailedError
 from gross_ray.results.store import RunStore
 from pipelines import signals
-from pipelines.cluster import Cluster, Resources, connected
+from pipelines.cluster import Cluster, Resources, connected, module_of
 from pipelines.progress import Reporter
 from pipelines.threads import threads_of_stage
 from pipelines.tuning import Tuning
@@ -147,7 +147,8 @@ class Session:
         """Return the cluster, joined now if it is not yet, with the images laid out on it."""
         if self._cluster is None:
             splits = load_dataset(self.store.experiment.data, root=self._source.root, download=self._source.download)
-            self._cluster = self._stack.enter_context(connected(self._resources))
+            own = module_of(self.store.experiment.model)
+            self._cluster = self._stack.enter_context(connected(self._resources, [own] if own else []))
             self._packed = ray.put(pack_splits(splits))
             self._record_start(self._cluster)
         return self._cluster

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from gross_ray.results.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.training.loop import count_correct
 from gross_ray.training.stages import train_network
+from gross_ray.weights import read_weights, set_weights
 from pipelines.networks import history_rows, metrics, new_network
 from pipelines.session import Session
 from pipelines.units import Context, EpochSlot, Unit
 
 STAGE = "train"
+GIVEN = "given"
+"""Where the run folder keeps weights that are given."""
 
 
 def plan(store: RunStore) -> list[Unit]:
@@ -25,12 +30,25 @@ def finished(store: RunStore) -> set[str]:
 
 
 def run(session: Session) -> None:
-    """Train the base networks that are missing."""
+    """Train the base networks that are missing, or take the weights that are given."""
+    if session.store.experiment.weights and not finished(session.store):
+        keep_given(session.store)
     session.run(STAGE, plan(session.store), work, lambda: finished(session.store))
 
 
+def keep_given(store: RunStore) -> None:
+    """Put the weights that are given into the run folder, from this machine, so that all workers have them."""
+    store.save_checkpoint(GIVEN, "weights", read_weights(store.experiment.weights), {})
+
+
+def load_given(store: RunStore, network: nn.Module) -> None:
+    """Put the weights that are given into `network`."""
+    tensors, _ = store.load_checkpoint(GIVEN, "weights")
+    set_weights(network, tensors, store.experiment.weights)
+
+
 def work(context: Context, unit: Unit) -> str:
-    """Train one base network."""
+    """Train one base network, or take the weights that are given."""
     store, splits, seed = context.store, context.splits, unit.arguments["seed"]
     schedule = store.experiment.training
     image_size = splits.train.images.shape[-1]
@@ -38,21 +56,29 @@ def work(context: Context, unit: Unit) -> str:
     generator = derived_generator(context.seed, STAGE, unit.name, "weights")
     network = new_network(store, len(splits.classes), image_size, generator).to(context.device)
     slot = EpochSlot(store, STAGE, unit.name)
-    history = train_network(
-        network,
-        splits,
-        schedule,
-        seed=derive_seed(context.seed, STAGE, unit.name, "epochs"),
-        engine=store.experiment.engine,
-        checkpoint=slot,
-        on_epoch=lambda record: context.report(
-            record.epoch / schedule.epochs, f"epoch {record.epoch}", **metrics(record)
-        ),
+    given = store.experiment.weights
+    if given:
+        load_given(store, network)
+    history = (
+        []
+        if given
+        else train_network(
+            network,
+            splits,
+            schedule,
+            seed=derive_seed(context.seed, STAGE, unit.name, "epochs"),
+            engine=store.experiment.engine,
+            checkpoint=slot,
+            on_epoch=lambda record: context.report(
+                record.epoch / schedule.epochs, f"epoch {record.epoch}", **metrics(record)
+            ),
+        )
     )
     correct, total = count_correct(network, splits.validation), len(splits.validation)
     test_accuracy = count_correct(network, splits.test) / len(splits.test)
     store.save_checkpoint(STAGE, unit.name, network.state_dict(), about)
-    store.write_table("history", f"{STAGE},{unit.name}", history_rows(STAGE, unit.name, seed, history))
+    if history:
+        store.write_table("history", f"{STAGE},{unit.name}", history_rows(STAGE, unit.name, seed, history))
     row = {
         "seed": seed,
         "val_correct": correct,

@@ -68,7 +68,7 @@ def unlawful_values(value: Any) -> list[str]:
     if isinstance(value, float):
         return [*wrong_type, "-1", "NaN", "Infinity", "-Infinity", "1e999", "1" * 400, "true", "x", "", "[1.0]"]
     if isinstance(value, str):
-        return [""]
+        return [""] if value else []  # one that is empty by default may be
     return [*wrong_type, "[null]", "[[1]]", "[-1]", '[""]', "[1, 1]", '["index", "index"]', "[NaN]", "[true]"]
 
 

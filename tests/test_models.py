@@ -221,7 +221,7 @@ def test_a_factory_of_ones_own_is_given_what_it_names() -> None:
         ("torch:nothing", "module 'torch' has no attribute 'nothing'; write"),
         ("torch:pi", "pi is no function"),
         (f"{__name__}:no_network", "it returned a int, must be an nn.Module"),
-        ("torch.nn:Linear", "Linear fails: TypeError: .*in_features"),
+        ("torch.nn:Linear", "it fails: TypeError: .*in_features"),
         ("vgg", "unknown model 'vgg'; there are: four-conv, vgg16, resnet18"),
     ],
 )

@@ -1,0 +1,84 @@
+"""Trained weights of one's own, from a file: safetensors, or a state dict that torch reads without running code."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gross_ray.errors import InvalidValueError
+
+WRAPPERS = ("state_dict", "model", "model_state_dict")
+"""Names under which training scripts put the state dict into a file."""
+_PARALLEL = "module."  # what DataParallel puts before every name
+_MOST_NAMED = 3
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Put the weights of a file into `network`, in place.
+
+    `path` ends in .safetensors, or is a file of torch.save, read with weights_only: a state dict by itself or under one
+    of WRAPPERS, its names with or without the prefix of DataParallel. Raises InvalidValueError for a file that is
+    missing or no such file, and for weights that are missing, unexpected or of another shape, naming the first.
+    """
+    set_weights(network, read_weights(path), path)
+
+
+def set_weights(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Put `tensors`, those of the file `path`, into `network`; raises InvalidValueError where they do not fit it."""
+    expected = network.state_dict()
+    wrong = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ],
+    }
+    told = [f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names]
+    if told:
+        raise InvalidValueError(
+            f"weights {path}: they are another network's: {'; '.join(told)}; give the model that they were trained in"
+        )
+    network.load_state_dict(tensors)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by their names; the file and the errors are those of `load_weights`."""
+    if not Path(path).is_file():
+        raise InvalidValueError(f"weights {path}: there is no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that are refused anyway
+            found: Any = (
+                load_file(path)
+                if Path(path).suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InvalidValueError(
+            f"weights {path}: cannot be read ({reason}); save a state dict, by safetensors or torch.save"
+        ) from None
+    for wrapper in WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(one, Tensor) for one in found.values()):
+        raise InvalidValueError(
+            f"weights {path}: holds a {type(found).__name__}, no state dict of tensors; save network.state_dict()"
+        )
+    if all(str(name).startswith(_PARALLEL) for name in found):
+        return {str(name).removeprefix(_PARALLEL): tensor for name, tensor in found.items()}
+    return dict(found)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")

@@ -1,0 +1,78 @@
+"""A network and weights of one's own, through the real command line and Ray's workers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gross_ray.data.images import load_dataset
+from gross_ray.experiment import DataOptions
+from gross_ray.results.store import RunStore
+from gross_ray.training.loop import accuracy
+
+OWN = """
+from torch import nn
+
+def small(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 6, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes),
+    )
+"""
+LIMITS = ["data.limit_train=50", "data.limit_validation=40", "data.limit_test=30", "decomposition.tolerance=1e-3"]
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `gross` as the installed script does: where it is, no folder of the user's is on Python's path."""
+    start = "import sys; sys.path.remove(''); from cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", start, *words], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "own_networks.py").write_text(OWN)
+    names: dict[str, object] = {}
+    exec(OWN, names)
+    network: nn.Module = names["small"](10)  # type: ignore[operator]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network(torch.randn(64, 3, 32, 32))  # statistics
+    save_file(network.state_dict(), tmp_path / "network.safetensors")
+    settings = [word for limit in LIMITS for word in ("--set", limit)]
+    model = ["--model", "own_networks:small", "--num-cpus", "2"]
+    given = ["--preset", "quickstart", "--weights", "network.safetensors", *model[:2], *settings]
+    trained = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
+    assert trained.returncode == 0, trained.stderr
+    store = RunStore.open(tmp_path / "run")
+    (row,) = store.read_table("networks").to_dict("records")
+    splits = load_dataset(DataOptions(name="sample", limit_train=50, limit_validation=40, limit_test=30))
+    assert (row["seed"], row["val_accuracy"]) == (0, accuracy(network.eval(), splits.validation))
+    assert row["test_accuracy"] == accuracy(network, splits.test)
+    stored, _ = store.load_checkpoint("train", "seed=0")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
+    assert store.read_table("history").empty
+    (tmp_path / "network.safetensors").unlink()  # the run folder has them
+    decomposed = command(tmp_path, "decompose", "run", "--num-cpus", "2")
+    assert decomposed.returncode == 0, decomposed.stderr
+    rows = store.read_table("decompositions")
+    assert set(zip(rows["layer"], rows["group_size"], strict=True)) == {("2", 1), ("2", 2), ("2", 4)}
+
+
+def test_mistakes_are_told_in_a_line_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "own_networks.py").write_text(OWN)
+    for words, line in (
+        (["--model", "own_networks:large"], "module 'own_networks' has no attribute 'large'"),
+        (["--weights", "nowhere.pt"], "nowhere.pt: there is no such file"),
+        (["--weights", "a.pt", "--set", "training.seeds=2"], "training.seeds = 2: must be 1 where weights are given"),
+    ):
+        refused = command(tmp_path, "train", "run", "--preset", "quickstart", *words)
+        assert refused.returncode == 2, refused.stderr
+        assert line in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+        assert not (tmp_path / "run").exists()

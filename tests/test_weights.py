@@ -1,0 +1,90 @@
+"""Weights from files of one's own."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gross_ray.errors import InvalidValueError
+from gross_ray.weights import load_weights
+
+
+@pytest.fixture
+def trained() -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        made = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        made(torch.randn(8, 3, 5, 5))
+    return made.state_dict()
+
+
+def fresh() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+
+FORMS = {
+    "safetensors": lambda tensors, file: save_file(tensors, file),
+    "plain.pt": lambda tensors, file: torch.save(tensors, file),
+    "wrapped.pth": lambda tensors, file: torch.save({"epoch": 3, "state_dict": tensors}, file),
+    "parallel.pt": lambda tensors, file: torch.save({f"module.{name}": one for name, one in tensors.items()}, file),
+    "old.pt": lambda tensors, file: torch.save(tensors, file, _use_new_zipfile_serialization=False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_state_dict_is_read(trained: dict[str, Tensor], tmp_path: Path, form: str) -> None:
+    file = tmp_path / f"network.{form}"
+    FORMS[form](trained, file)
+    loaded = fresh()
+    load_weights(loaded, file)
+    assert all(torch.equal(one, trained[name]) for name, one in loaded.state_dict().items())
+
+
+def test_another_networks_weights_are_told_in_a_line(trained: dict[str, Tensor], tmp_path: Path) -> None:
+    del trained["0.bias"], trained["1.weight"]
+    trained |= {"head.weight": torch.zeros(2), "2.bias": torch.zeros(5)}
+    save_file(trained, tmp_path / "w.safetensors")
+    line = (
+        r"w.safetensors: they are another network's: 2 missing \(0.bias, 1.weight\); 1 unexpected \(head.weight\); "
+        r"1 of another shape \(2.bias \(5,\), not \(2,\)\); give the model that they were trained in$"
+    )
+    loaded = fresh()
+    before = {name: one.clone() for name, one in loaded.state_dict().items()}
+    with pytest.raises(InvalidValueError, match=line):
+        load_weights(loaded, tmp_path / "w.safetensors")
+    assert all(torch.equal(one, before[name]) for name, one in loaded.state_dict().items())
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("run",)
+
+
+def test_what_is_no_state_dict_is_refused_and_nothing_in_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({}, tmp_path / "empty.pt")
+    torch.save(Evil(), tmp_path / "evil.pt")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "text.pt").write_text("weights")
+    (tmp_path / "text.safetensors").write_text("weights")
+    refused = {
+        "list.pt": "holds a list, no state dict of tensors",
+        "empty.pt": "holds a dict, no state dict",
+        "evil.pt": "cannot be read .*; save a state dict, by safetensors or torch.save",
+        "plain.pkl": "cannot be read",
+        "text.pt": "cannot be read",
+        "text.safetensors": "cannot be read",
+        "nowhere.pt": "there is no such file",
+    }
+    for name, part in refused.items():
+        with pytest.raises(InvalidValueError, match=part) as error:
+            load_weights(fresh(), tmp_path / name)
+        assert len(str(error.value).splitlines()) == 1
+    assert capsys.readouterr().out == ""
