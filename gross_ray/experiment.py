@@ -15,7 +15,7 @@ from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import check_model_name
 from gross_ray.precision import PRECISIONS
-from gross_ray.search.evaluation_options import FORM_CHOICES
+from gross_ray.search.evaluation_options import FORM_CHOICES, STRATEGY_NAMES
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -165,12 +165,16 @@ class SupernetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """The exhaustive search and the selection (section 5.1)."""
+    """The search, exhaustive (section 5.1) or by a strategy, and the selection."""
 
     budgets: tuple[int, ...] = (16, 4)
     """Each names a fixed configuration (this group-size in every layer) whose MACs are a budget."""
     top: int = 2
     """How many configurations are selected under each budget."""
+    strategy: str = "exhaustive"
+    """What is evaluated: the whole space, or what surrogate, breadth-first, evolution or random propose."""
+    evaluations: int = 0
+    """Configurations that a strategy may evaluate, the fixed ones besides; 0 with the whole space."""
     form: str = "auto"
     """How decomposed layers run: dense, bottleneck, or auto (timed once, at the start; equal up to float rounding)."""
     precision: str = "float32"
@@ -181,9 +185,13 @@ class SearchOptions:
     def __post_init__(self) -> None:
         _settle(self, "search.")
         _require(self.top >= 1, "search.top", self.top, "must be 1 or more")
-        for name, choices in (("form", FORM_CHOICES), ("precision", PRECISIONS)):
+        for name, choices in (("form", FORM_CHOICES), ("precision", PRECISIONS), ("strategy", STRATEGY_NAMES)):
             value = getattr(self, name)
             _require(value in choices, f"search.{name}", value, f"must be one of {', '.join(choices)}")
+        _require(self.evaluations >= 0, "search.evaluations", self.evaluations, "must be 0 or more")
+        whole = self.strategy == "exhaustive"
+        rule = "must be 0 with search.strategy=exhaustive" if whole else f"must be 1 or more with {self.strategy}"
+        _require(whole == (self.evaluations == 0), "search.evaluations", self.evaluations, rule)
         _require(self.memory_budget >= 0, "search.memory_budget", self.memory_budget, "must be 0 (automatic) or more")
         _require(bool(self.budgets), "search.budgets", self.budgets, "must name a group-size or more, like [16, 4]")
         _require_group_sizes("search.budgets", self.budgets)

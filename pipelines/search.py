@@ -1,4 +1,7 @@
-"""Stage `search`: every configuration of the supernets, in shards; then the selection (section 5.1)."""
+"""Stage `search`: configurations of the supernets; then the selection (section 5.1).
+
+All of them, in shards, or as many rounds as a strategy is given (`pipelines.rounds`).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 
 from gross_ray.batch_norm import calibration_images
 from gross_ray.decomposition.surgery import empty_supernet
-from gross_ray.errors import MissingStageError
+from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.results.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
 from gross_ray.search.cost import CostTable
@@ -29,6 +32,7 @@ from gross_ray.search.selection import (
 )
 from gross_ray.search.sharding import PrefixCosts, segment_macs
 from gross_ray.space import Configuration
+from pipelines import rounds
 from pipelines import supernet as supernets
 from pipelines.networks import Base, load_base
 from pipelines.session import Session
@@ -41,6 +45,8 @@ SHARDS_A_WORKER = 4
 the workers' shares are, against prefixes computed more than once."""
 MOST_CONFIGURATIONS = 20_000
 """Configurations of one shard at most: what a worker holds in memory until they are stored."""
+MOST_EXHAUSTIVE = 5_000_000
+"""Configurations of a space that is searched whole at most."""
 LEAST_BUDGET = 4 * 2**20
 """Bytes of live tensors that a worker's share of the cache is taken for at least: below, overhead decides."""
 
@@ -69,8 +75,19 @@ def load_plan(store: RunStore) -> SearchPlan:
 
 
 def shards(store: RunStore, supernet_units: Sequence[Unit]) -> list[Unit]:
-    """Return the units that evaluate the whole space in each supernet: neighbours, which share prefixes, together."""
+    """Return the units that evaluate the space in each supernet: neighbours, which share prefixes, together.
+
+    Of a search by a strategy, the rounds so far; of supernets that are not the search's, the first one.
+    """
     planned = load_plan(store).shards
+    if by_strategy(store):
+        searched, found = {unit.name for unit in supernets.plan(store)}, rounds.stored(store)
+        return [
+            unit
+            for one in supernet_units
+            for number, some in enumerate(found if one.name in searched else found[:1])
+            for unit in rounds.units(one, number, some)
+        ]
     return [
         Unit(
             f"{unit.name},start={shard.start},stop={shard.stop}",
@@ -94,20 +111,53 @@ def finished(store: RunStore) -> set[str]:
 
 
 def run(session: Session) -> None:
-    """Evaluate the shards that are missing, and select."""
-    budgets(session.store)  # one that no configuration has is found now, not after the search
-    evaluate(session, STAGE, supernets.plan(session.store))
-    choose(session.store)
+    """Evaluate what is missing of the space, or of a strategy's rounds, and select."""
+    store = session.store
+    budgets(store)  # one that no configuration has is found now, not after the search
+    if by_strategy(store):
+        _propose(session, rounds.Proposals(store))
+    else:
+        evaluate(session, STAGE, supernets.plan(store))
+    choose(store)
+
+
+def by_strategy(store: RunStore) -> bool:
+    """Return whether a strategy proposes what is evaluated; else it is the whole space."""
+    return store.experiment.search.strategy != "exhaustive"
+
+
+def _propose(session: Session, proposals: rounds.Proposals) -> None:
+    """Evaluate round after round in the search's supernets."""
+    store, supernet_units = session.store, supernets.plan(session.store)
+    _prepare(session, supernet_units)
+    number, (some, *_) = 0, rounds.stored(store)
+    while some:
+        units = [unit for one in supernet_units for unit in rounds.units(one, number, some)]
+        _evaluate(session, f"{STAGE} round {number}", units)
+        proposals.learn(some, [unit.name for unit in units])
+        number, some = number + 1, proposals.next_round()
 
 
 def evaluate(session: Session, stage: str, supernet_units: Sequence[Unit]) -> None:
-    """Evaluate the whole space in each of the supernets."""
+    """Evaluate the whole space in each of the supernets; where a strategy searches, the rounds that `shards` tells."""
+    _prepare(session, supernet_units)
+    _evaluate(session, stage, shards(session.store, supernet_units))
+
+
+def _prepare(session: Session, supernet_units: Sequence[Unit]) -> None:
+    """Plan the search, unless it is planned."""
     store = session.store
     trained = supernets.finished(store, supernets.FINETUNE)
     if not store.has_checkpoint(PLAN, "plan"):
         require(store, supernets.FINETUNE, {supernet_units[0].name}, trained)
         _make_plan(session, supernet_units[0].name)
-    units = shards(store, supernet_units)
+    if by_strategy(store):
+        rounds.begin(store)
+
+
+def _evaluate(session: Session, stage: str, units: Sequence[Unit]) -> None:
+    store = session.store
+    trained = supernets.finished(store, supernets.FINETUNE)
     done = finished(store)
     require(store, supernets.FINETUNE, {unit.shared for unit in units if unit.name not in done}, trained)
     session.run(stage, units, work, lambda: finished(store), shared=lambda name: load_shared(store, name))
@@ -116,6 +166,12 @@ def evaluate(session: Session, stage: str, supernet_units: Sequence[Unit]) -> No
 def _make_plan(session: Session, supernet: str) -> None:
     """Cut the space for the workers there are, and have one of them time the forms of the layers."""
     store = session.store
+    size = len(load_base(store).space)
+    if size > MOST_EXHAUSTIVE and not by_strategy(store):
+        raise InvalidValueError(
+            f"search.strategy = 'exhaustive': the space has {size:,} configurations; let a strategy choose some of "
+            "them, like search.strategy=surrogate with search.evaluations=2000"
+        )
 
     def planned() -> set[str]:
         return {"plan"} if store.has_checkpoint(PLAN, "plan") else set()
@@ -177,14 +233,15 @@ def plan_work(context: Context, unit: Unit) -> str:
     forms = searched.evaluator.forms
     supernet = empty_supernet(base.network, context.shared["group_sizes"])
     num = max(SHARDS_A_WORKER * workers, -(-len(base.space) // MOST_CONFIGURATIONS))
-    cut = PrefixCosts(base.space, segment_macs(supernet, base.input_shape)).cut(num)
+    whole = not by_strategy(context.store)
+    cut = PrefixCosts(base.space, segment_macs(supernet, base.input_shape)).cut(num) if whole else []
     about = {
         "shards": [[shard.start, shard.stop] for shard in cut],
         "forms": {name: asdict(form) for name, form in forms.items()},
         "memory_budget": memory_budget,
     }
     context.store.save_checkpoint(PLAN, "plan", {}, about)
-    found = f"{len(base.space)} configurations in {len(cut)} shards"
+    found = f"{len(base.space)} configurations" + (f" in {len(cut)} shards" if whole else "")
     if reason := searched.evaluator.not_traceable:
         return f"{found}, one by one: this network cannot be traced ({reason})"
     bottlenecks = sum(one == "bottleneck" for form in forms.values() for one in form.by_size.values())
@@ -200,7 +257,10 @@ def work(context: Context, unit: Unit) -> str:
         context.kept[arguments["supernet"]] = _Searched.of(context, planned.forms, planned.memory_budget)
     searched: _Searched = context.kept[arguments["supernet"]]
     base, validation = searched.base, context.splits.validation
-    configurations = base.space[arguments["start"] : arguments["stop"]]
+    if "configurations" in arguments:
+        configurations = [Configuration.parse(text) for text in arguments["configurations"]]
+    else:
+        configurations = base.space[arguments["start"] : arguments["stop"]]
     calibration = calibration_images(context.splits) if store.experiment.engine.recalibrate else None
     correct, loss = searched.evaluator.evaluate(validation.images, validation.labels, configurations, calibration)
     total = len(validation.labels)
@@ -253,11 +313,11 @@ def accuracies(store: RunStore) -> Iterator[pd.DataFrame]:
         raise MissingStageError(
             f"{len(missing)} of {len(units)} shards are not stored in {store.storage}: run `gross search` on it first"
         )
-    by_range: dict[int, list[str]] = {}
+    by_part: dict[str, list[str]] = {}
     for unit in units:
-        by_range.setdefault(unit.arguments["start"], []).append(unit.name)
+        by_part.setdefault(unit.name.removeprefix(unit.shared), []).append(unit.name)
     columns = ["configuration", *COSTS, "val_accuracy"]
-    for names in by_range.values():
+    for names in by_part.values():
         yield supernet_accuracies(store.read_units("configurations", names, columns))
 
 

@@ -64,7 +64,7 @@ def _space(store: RunStore, searched: Searched) -> Section:
     sizes = store.read_table("decompositions", ["layer", "group_size"]).groupby("layer")["group_size"].nunique()
     planned = max(math.prod(sizes.tolist()), len(searched.accuracies)) * store.experiment.supernet.seeds
     missing = []
-    if searched.num_evaluations < planned:
+    if searched.num_evaluations < planned and store.experiment.search.strategy == "exhaustive":
         missing = [f"{planned - searched.num_evaluations:,} of {planned:,} evaluations (run `gross search`)"]
     return Section("configurations", title, [space_chart(store, searched)], missing=missing)
 

@@ -9,6 +9,8 @@ from gross_ray.precision import PRECISIONS
 from gross_ray.search.layer_forms import FORMS
 
 FORM_CHOICES = ("auto", *FORMS)
+STRATEGY_NAMES = ("exhaustive", "surrogate", "breadth-first", "evolution", "random")
+"""The strategies of `gross_ray.search.strategies`, whose import takes what an experiment does not need."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,124 @@
+"""The search by a strategy: rounds of proposals, each stored before it is evaluated, so that a search is continued.
+
+Round 0 is the fixed configurations. Then the experiment's budgets take turns; each has a strategy of its own, which
+learns from the rounds of all. A strategy's proposals follow from its seed and from what it learned, so that a run that
+is killed goes on as it would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+
+from gross_ray.decomposition.surgery import empty_supernet
+from gross_ray.errors import InvalidValueError
+from gross_ray.results.store import RunStore
+from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
+from gross_ray.search.cost import CostTable
+from gross_ray.search.selection import Budget, supernet_accuracies, uniform
+from gross_ray.search.strategies import Strategy, strategy
+from gross_ray.seeds import derive_seed
+from gross_ray.space import Configuration
+from pipelines.networks import Base, load_base
+from pipelines.units import Unit
+
+ROUNDS = "search-rounds"
+ROUNDS_A_SEARCH = 20
+"""A round is this share of all evaluations, but for LEAST and MOST."""
+LEAST, MOST = 8, 512
+PARTS = 4
+"""Units of one supernet and round."""
+
+
+def stored(store: RunStore) -> list[list[Configuration]]:
+    """Return the rounds so far."""
+    rounds: list[list[Configuration]] = []
+    while store.has_checkpoint(ROUNDS, f"round={len(rounds)}"):
+        _, about = store.load_checkpoint(ROUNDS, f"round={len(rounds)}")
+        rounds.append([Configuration.parse(text) for text in about["configurations"]])
+    return rounds
+
+
+def begin(store: RunStore) -> None:
+    """Store round 0, the fixed configurations, unless it is there."""
+    if not store.has_checkpoint(ROUNDS, "round=0"):
+        sizes = list(load_base(store).space.group_sizes.values())
+        asked = {*store.experiment.search.budgets, *store.experiment.validation.fixed}
+        _store(store, 0, [uniform(sizes, size) for size in sorted(asked)])
+
+
+def units(supernet: Unit, number: int, configurations: Sequence[Configuration]) -> list[Unit]:
+    """Return the units that evaluate a round in one supernet."""
+    step = ceil(len(configurations) / PARTS)
+    return [
+        Unit(
+            f"{supernet.name},round={number},part={part}",
+            {"supernet": supernet.name, **supernet.arguments, "configurations": list(map(str, some))},
+            len(some),
+            shared=supernet.name,
+        )
+        for part in range(PARTS)
+        if (some := configurations[part * step : (part + 1) * step])
+    ]
+
+
+class Proposals:
+    """The strategies of a search, one for each of the experiment's budgets."""
+
+    def __init__(self, store: RunStore) -> None:
+        """Make them; raises InvalidValueError for a budget below the cheapest configuration."""
+        self._store, base = store, load_base(store)
+        options = store.experiment.search
+        self._left = options.evaluations
+        self._size = min(max(options.evaluations // ROUNDS_A_SEARCH, LEAST), MOST)
+        macs = additive_macs(base)
+        self._strategies: list[Strategy] = []
+        for size in options.budgets:
+            fixed = uniform(list(base.space.group_sizes.values()), size)
+            limit = float(macs.of(BudgetedSpace(base.space, [macs]).places([fixed]))[0])
+            within = BudgetedSpace(base.space, [macs], [Budget("macs", limit)])
+            seed = derive_seed(store.experiment.seed, ROUNDS, f"budget={size}") % 2**32
+            self._strategies.append(strategy(options.strategy, within, seed))
+        self._number = 0
+
+    def learn(self, round_: Sequence[Configuration], names: Sequence[str]) -> None:
+        """Take the accuracies of a round from the stored units `names`: the median over the supernets of each."""
+        rows = self._store.read_units("configurations", names)
+        found = supernet_accuracies(rows)
+        accuracies = dict(
+            zip(map(Configuration.parse, found["configuration"]), found["supernet_accuracy"], strict=True)
+        )
+        if set(accuracies) != set(round_):
+            raise InvalidValueError(f"round {self._number} of the search is stored in part: run `gross search` again")
+        self._left -= len(round_) if self._number else 0
+        for one in self._strategies:
+            one.learn(accuracies)
+        self._number += 1
+
+    def next_round(self) -> list[Configuration]:
+        """Return the next round, as it was stored or else proposed and stored now; empty at the end."""
+        size = min(self._size, self._left)
+        proposed: list[Configuration] = []
+        for turn in range(len(self._strategies)):
+            if size > 0 and not proposed:
+                proposed = self._strategies[(self._number - 1 + turn) % len(self._strategies)].propose(size)
+        there = stored(self._store)[self._number :]
+        if there:  # another version of a library may propose otherwise: what is evaluated counts
+            return there[0]
+        if proposed:
+            _store(self._store, self._number, proposed)
+        return proposed
+
+
+def additive_macs(base: Base) -> AdditiveCost:
+    """Return the MACs of a base network's configurations, layer by layer."""
+    shared, by_layer = CostTable.of(empty_supernet(base.network, base.space.group_sizes), base.input_shape).parts(
+        "macs"
+    )
+    return AdditiveCost("macs", float(shared), tuple(np.array([c[s] for s in sorted(c)], float) for c in by_layer))
+
+
+def _store(store: RunStore, number: int, configurations: Sequence[Configuration]) -> None:
+    store.save_checkpoint(ROUNDS, f"round={number}", {}, {"configurations": list(map(str, configurations))})

@@ -1,0 +1,126 @@
+"""The search by a strategy, through the real command line: the miniature's supernets, searched in part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from miniature import command, gross
+
+from gross_ray.results.store import RunStore
+from gross_ray.search.evaluation_options import STRATEGY_NAMES
+from gross_ray.search.strategies import STRATEGIES
+
+EVALUATIONS = 40
+KEY = ["supernet", "configuration"]
+
+
+def searched(run: Path) -> pd.DataFrame:
+    store = RunStore.open(run)
+    supernets = store.experiment.supernet
+    rows = store.read_table("configurations")
+    ours = rows[(rows["alpha"] == supernets.alpha) & (rows["scaling"] == supernets.scaling)]
+    return ours.sort_values(KEY, ignore_index=True)
+
+
+def part_of(whole_run: Path, to: Path, strategy: str, evaluations: int = EVALUATIONS) -> Path:
+    """The run as it is before its search, of the same experiment but for the strategy."""
+    shutil.copytree(whole_run, to, ignore=shutil.ignore_patterns("tune", ".lock", "report.html"))
+    for table in ("configurations", "selections", "validations", "alpha_sweep", "alpha_trials"):
+        shutil.rmtree(to / "tables" / table)
+    for stage in ("search-plan", "validate"):
+        shutil.rmtree(to / "checkpoints" / stage)
+    experiment = json.loads((to / "experiment.json").read_text())
+    experiment["search"] |= {"strategy": strategy, "evaluations": evaluations}
+    (to / "experiment.json").write_text(json.dumps(experiment))
+    return to
+
+
+def search(run: Path) -> str:
+    ended = gross("search", str(run), "--num-cpus", "2")
+    assert ended.returncode == 0, ended.stderr
+    return ended.stderr
+
+
+@pytest.fixture(scope="module")
+def by_surrogate(whole_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = part_of(whole_run[0], tmp_path_factory.mktemp("rounds") / "run", "surrogate")
+    search(run)
+    return run
+
+
+def test_a_part_of_the_space_is_evaluated_as_in_the_whole(whole_run: tuple[Path, str], by_surrogate: Path) -> None:
+    rows, whole = searched(by_surrogate), searched(whole_run[0])
+    store = RunStore.open(by_surrogate)
+    seeds = store.experiment.supernet.seeds
+    assert len(rows) == len(rows.drop_duplicates(KEY)) == (EVALUATIONS + 2) * seeds  # and two fixed ones
+    same = rows.merge(whole, on=KEY, suffixes=("", " whole"))
+    assert len(same) == len(rows)
+    for column in ("val_correct", "macs", "parameters", "layer conv2"):
+        assert (same[column] == same[f"{column} whole"]).all()
+    selections = store.read_table("selections")
+    assert set(selections["budget"]) == {"16-16-16", "4-4-4"}
+    assert (selections["macs"] <= selections["budget_macs"]).all()
+    for budget, chosen in selections.groupby("budget"):
+        limit = chosen["budget_macs"].iloc[0]
+        fitting = rows[(rows["macs"] <= limit) & (rows["configuration"] != budget)]
+        best = fitting.groupby("configuration")["val_accuracy"].median().max()
+        assert chosen["supernet_accuracy"].max() == best
+
+
+def test_again_it_does_nothing_and_the_later_stages_go_on(by_surrogate: Path) -> None:
+    tables = by_surrogate / "tables" / "configurations"
+    before = {file: file.stat().st_mtime_ns for file in tables.iterdir()}
+    search(by_surrogate)
+    assert {file: file.stat().st_mtime_ns for file in tables.iterdir()} == before
+    status = gross("status", str(by_surrogate)).stdout
+    assert f"search {len(before)} of {len(before)}" in " ".join(status.split())
+    told = gross("search", str(by_surrogate), "--num-cpus", "2", "--budget", "macs=2.2M", "--top", "1").stdout
+    assert "Most accurate within macs=2.2M" in told
+    swept = gross("sweep-alpha", str(by_surrogate), "--num-cpus", "2")
+    assert swept.returncode == 0, swept.stderr
+    store = RunStore.open(by_surrogate)
+    assert set(store.read_table("alpha_sweep")["configuration"]) == {"16-16-16", "4-4-4"}
+    others = store.read_table("configurations").query("alpha == 0")
+    assert sorted(others["configuration"].unique()) == ["16-16-16", "4-4-4"]  # of other supernets the fixed ones alone
+
+
+def test_killed_in_a_round_it_goes_on_as_it_would_have(
+    whole_run: tuple[Path, str], by_surrogate: Path, tmp_path: Path
+) -> None:
+    run = part_of(whole_run[0], tmp_path / "run", "surrogate")
+    expected = searched(by_surrogate)
+    process = subprocess.Popen(
+        command("search", str(run), "--num-cpus", "2"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    tables = run / "tables" / "configurations"
+    deadline = time.monotonic() + 200
+    while not list(tables.glob("*round=2,*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {file.name: file.stat().st_mtime_ns for file in tables.glob("*.parquet")}
+    assert done
+    search(run)
+    pd.testing.assert_frame_equal(searched(run), expected)
+    assert {name: (tables / name).stat().st_mtime_ns for name in done} == done  # nothing is done again
+
+
+@pytest.mark.parametrize("strategy", ["random", "breadth-first", "evolution"])
+def test_the_other_strategies_search_too(whole_run: tuple[Path, str], tmp_path: Path, strategy: str) -> None:
+    run = part_of(whole_run[0], tmp_path / "run", strategy, 16)
+    search(run)
+    rows = searched(run)
+    assert len(rows) == len(rows.drop_duplicates(KEY)) == 18 * RunStore.open(run).experiment.supernet.seeds
+
+
+def test_the_names_are_those_of_the_strategies() -> None:
+    assert set(STRATEGY_NAMES) == set(STRATEGIES)
