@@ -117,8 +117,19 @@ def run(session: Session) -> None:
     if by_strategy(store):
         _propose(session, rounds.Proposals(store))
     else:
+        _check_size(store)
         evaluate(session, STAGE, supernets.plan(store))
     choose(store)
+
+
+def _check_size(store: RunStore) -> None:
+    """Raise InvalidValueError for a space that is too large to be searched whole."""
+    size = len(load_base(store).space)
+    if size > MOST_EXHAUSTIVE:
+        raise InvalidValueError(
+            f"search.strategy = 'exhaustive': the space has {size:,} configurations; let a strategy choose some of "
+            "them, like search.strategy=surrogate with search.evaluations=2000"
+        )
 
 
 def by_strategy(store: RunStore) -> bool:
@@ -166,12 +177,6 @@ def _evaluate(session: Session, stage: str, units: Sequence[Unit]) -> None:
 def _make_plan(session: Session, supernet: str) -> None:
     """Cut the space for the workers there are, and have one of them time the forms of the layers."""
     store = session.store
-    size = len(load_base(store).space)
-    if size > MOST_EXHAUSTIVE and not by_strategy(store):
-        raise InvalidValueError(
-            f"search.strategy = 'exhaustive': the space has {size:,} configurations; let a strategy choose some of "
-            "them, like search.strategy=surrogate with search.evaluations=2000"
-        )
 
     def planned() -> set[str]:
         return {"plan"} if store.has_checkpoint(PLAN, "plan") else set()

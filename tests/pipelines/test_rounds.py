@@ -9,14 +9,17 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from miniature import command, gross
 
+from gross_ray.errors import InvalidValueError
 from gross_ray.results.store import RunStore
 from gross_ray.search.evaluation_options import STRATEGY_NAMES
 from gross_ray.search.strategies import STRATEGIES
+from pipelines import search as stage
 
 EVALUATIONS = 40
 KEY = ["supernet", "configuration"]
@@ -120,6 +123,15 @@ def test_the_other_strategies_search_too(whole_run: tuple[Path, str], tmp_path: 
     search(run)
     rows = searched(run)
     assert len(rows) == len(rows.drop_duplicates(KEY)) == 18 * RunStore.open(run).experiment.supernet.seeds
+
+
+def test_a_space_too_large_to_be_searched_whole_is_refused(
+    whole_run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "MOST_EXHAUSTIVE", 251)
+    session = SimpleNamespace(store=RunStore.open(whole_run[0]))
+    with pytest.raises(InvalidValueError, match="the space has 252 configurations; .*search.strategy=surrogate"):
+        stage.run(session)
 
 
 def test_the_names_are_those_of_the_strategies() -> None:
