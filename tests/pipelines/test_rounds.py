@@ -38,8 +38,8 @@ def part_of(whole_run: Path, to: Path, strategy: str, evaluations: int = EVALUAT
     shutil.copytree(whole_run, to, ignore=shutil.ignore_patterns("tune", ".lock", "report.html"))
     for table in ("configurations", "selections", "validations", "alpha_sweep", "alpha_trials"):
         shutil.rmtree(to / "tables" / table)
-    for stage in ("search-plan", "validate"):
-        shutil.rmtree(to / "checkpoints" / stage)
+    for done in ("search-plan", "validate"):
+        shutil.rmtree(to / "checkpoints" / done)
     experiment = json.loads((to / "experiment.json").read_text())
     experiment["search"] |= {"strategy": strategy, "evaluations": evaluations}
     (to / "experiment.json").write_text(json.dumps(experiment))
