@@ -152,6 +152,8 @@ def _connect(resources: Resources, own_modules: Sequence[str]) -> None:
         else:
             cores = resources.num_cpus or os.cpu_count() or 1
             with _loopback_alone():
+                # Of a thread that is not the main one, glibc's arena gives memory back and faults it in again.
+                os.environ.setdefault("MALLOC_ARENA_MAX", "1")
                 ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     except SystemExit:  # Ray's own answer to a SIGTERM while it starts
         raise signals.terminated() from None
