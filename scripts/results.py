@@ -1,6 +1,6 @@
 """Keep the tables of a finished run under results/, and write what README.md shows of them.
 
-    python scripts/results.py keep RUN NAME --command "gross run ..." --machine "2 cores of ..." --time "1 h 10 min"
+    python scripts/results.py keep RUN NAME --command "gross run ..." --machine "2 cores of ..." --time "1 h 10 min" --commit 0fa06ed
     python scripts/results.py write
 
 `keep` takes each table as one Parquet file, without checkpoints: results/NAME is a run folder, which `gross report`
@@ -46,6 +46,7 @@ def main() -> None:
 @click.option("--command", required=True, help="What made the run.")
 @click.option("--machine", required=True, help="What it ran on.")
 @click.option("--time", required=True, help="How long it took.")
+@click.option("--commit", required=True, help="The commit that it ran from.")
 def keep(run: Path, name: str, **about: str) -> None:
     """Put the tables of RUN into results/NAME, in place of what is there."""
     store, folder = RunStore.open(run), RESULTS / name
@@ -125,7 +126,7 @@ def made(store: RunStore) -> str:
     runs = store.read_table("runs")
     versions = ", ".join(f"{name} {runs[name].iloc[-1]}" for name in ("python", "torch", "torchvision", "ray"))
     day = runs["started"].iloc[0][:10]
-    return f"`{about['command']}`: {about['time']} on {about['machine']}, {day}; {versions}."
+    return f"`{about['command']}`: {about['time']} on {about['machine']}, {day}; commit {about['commit']}, {versions}."
 
 
 def figures(store: RunStore, folder: str) -> str:

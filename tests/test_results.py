@@ -67,7 +67,7 @@ def test_keeping_changes_no_row(script: ModuleType, tmp_path: Path, monkeypatch:
     for seed in (2, 10):
         network = {"seed": seed, "val_correct": 3, "val_total": 4, "val_accuracy": 0.75, "test_accuracy": 0.7}
         run.write_table("networks", f"seed={seed}", [network | {"macs": 5, "parameters": 6}])
-    told = ["--command", "gross run", "--machine", "a machine", "--time", "1 min"]
+    told = ["--command", "gross run", "--machine", "a machine", "--time", "1 min", "--commit", "abc"]
     for _ in range(2):  # the second time in place of the first
         outcome = CliRunner().invoke(script.main, ["keep", str(run.path), "kept", *told])
         assert outcome.exit_code == 0, outcome.output
