@@ -1,6 +1,7 @@
 """Keep the tables of a finished run under results/, and write what README.md shows of them.
 
-    python scripts/results.py keep RUN NAME --command "gross run ..." --machine "2 cores of ..." --time "1 h 10 min" --commit 0fa06ed
+    python scripts/results.py keep RUN NAME --command "gross run ..." --machine "2 cores of ..." \\
+        --time "1 h 10 min" --commit 0fa06ed
     python scripts/results.py write
 
 `keep` takes each table as one Parquet file, without checkpoints: results/NAME is a run folder, which `gross report`
