@@ -1,6 +1,6 @@
-"""Keep the tables of a finished run under results/, and write what README.md shows of them.
+r"""Keep the tables of a finished run under results/, and write what README.md shows of them.
 
-    python scripts/results.py keep RUN NAME --command "gross run ..." --machine "2 cores of ..." \\
+    python scripts/results.py keep RUN NAME --command "gross run ..." --machine "2 cores of ..." \
         --time "1 h 10 min" --commit 0fa06ed
     python scripts/results.py write
 
