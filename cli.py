@@ -15,6 +15,7 @@ import click
 PRESET_HELP = "Named experiment (see `gross presets`)."
 SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
 MODEL_HELP = "Network: four-conv, vgg16, resnet18, or a function of your own, package.module:factory."
+DATA_HELP = "Dataset: sample, fashion-mnist, cifar10, folder:PATH, or a function of your own, package.module:function."
 WEIGHTS_HELP = "Its trained weights: safetensors, or a state dict by torch.save [they are trained]."
 
 
@@ -76,14 +77,18 @@ def _experiment_options(command: Callable[..., None], *, preset_required: bool =
     """Add the options that make an experiment, and hand them over as a preset and the settings that change it."""
 
     @functools.wraps(command)
-    def wrapped(settings: tuple[str, ...], model: str | None, weights: Path | None, **rest: Any) -> None:
+    def wrapped(
+        settings: tuple[str, ...], data: str | None, model: str | None, weights: Path | None, **rest: Any
+    ) -> None:
         own = [] if model is None else [f"model={json.dumps(model)}"]
+        own += [] if data is None else [f"data.name={json.dumps(data)}"]
         if weights is not None:  # what is trained is one network
             own += [f"weights={json.dumps(str(weights.absolute()))}", "training.seeds=1"]
         command(settings=(*own, *settings), **rest)
 
     for decorate in (
         click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP),
+        click.option("--data", metavar="NAME", help=DATA_HELP),
         click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help=WEIGHTS_HELP),
         click.option("--model", metavar="NAME", help=MODEL_HELP),
         click.option("--preset", "preset_name", required=preset_required, help=PRESET_HELP),
@@ -132,7 +137,7 @@ def _work_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _experiment(preset_name: str, settings: tuple[str, ...]) -> Any:
-    from gross_ray.data.images import check_dataset_name
+    from gross_ray.data.own import function_of, is_function_name
     from gross_ray.models import factory_of
     from gross_ray.presets import preset
     from gross_ray.weights import read_weights
@@ -141,7 +146,8 @@ def _experiment(preset_name: str, settings: tuple[str, ...]) -> Any:
     factory_of(experiment.model)
     if experiment.weights:
         read_weights(experiment.weights)
-    check_dataset_name(experiment.data.name)
+    if is_function_name(experiment.data.name):
+        function_of(experiment.data.name)
     return experiment
 
 

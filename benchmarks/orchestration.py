@@ -23,7 +23,8 @@ from pathlib import Path
 import ray
 import torch
 
-from gross_ray.data.images import Splits, load_dataset
+from gross_ray.data.image_set import Splits
+from gross_ray.data.images import load_dataset
 from gross_ray.experiment import (
     DataOptions,
     DecompositionOptions,

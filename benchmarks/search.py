@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gross_ray import BTDOptions, Configuration, SearchSpace, decompose_model, extract
-from gross_ray.data.images import ImageSet, load_dataset
+from gross_ray.data.image_set import ImageSet
+from gross_ray.data.images import load_dataset
 from gross_ray.decomposition.layers import decomposable_layers
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import empty_supernet, series_layers

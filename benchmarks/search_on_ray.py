@@ -30,7 +30,8 @@ import torch
 from torch import nn
 
 from gross_ray import BTDOptions, decompose_model, models, read_table
-from gross_ray.data.images import Splits, load_dataset
+from gross_ray.data.image_set import Splits
+from gross_ray.data.images import load_dataset
 from gross_ray.decomposition.layers import decomposable_layers
 from gross_ray.decomposition.surgery import empty_supernet, series_layers
 from gross_ray.experiment import DataOptions, Experiment, SearchOptions, SupernetOptions, SweepOptions, TrainingOptions

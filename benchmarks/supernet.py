@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gross_ray import Configuration, SearchSpace, extract, set_configuration
-from gross_ray.data.images import ImageSet, Splits
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.layers import decomposable_layers
 from gross_ray.decomposition.surgery import build_supernet

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from gross_ray import BlockTerms, Bottleneck, BTDOptions, SearchSpace, block_term_decomposition
-from gross_ray.data.images import Splits, load_dataset
+from gross_ray.data.image_set import Splits
+from gross_ray.data.images import load_dataset
 from gross_ray.decomposition.layers import decomposable_layers, default_group_sizes
 from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import DivergedError

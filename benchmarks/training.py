@@ -21,7 +21,8 @@ from scipy import stats
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from gross_ray.data.images import ImageSet, Splits, load_dataset
+from gross_ray.data.image_set import ImageSet, Splits
+from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions, Schedule
 from gross_ray.models import build_model
 from gross_ray.training.loop import accuracy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gross_ray.data.images import Splits
+from gross_ray.data.image_set import Splits
 
 CALIBRATION_IMAGES = 512
 """Images of the training split from which statistics are taken."""
@@ -19,7 +19,7 @@ CALIBRATION_BATCH = 128
 
 def calibration_images(splits: Splits) -> Tensor:
     """Return the images, uint8 (N, 3, H, W), from which statistics are taken: the first of the training split."""
-    return splits.train.images[:CALIBRATION_IMAGES]
+    return splits.train.images[:CALIBRATION_IMAGES].to(splits.train.device)
 
 
 def calibration_batches(images: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from gross_ray.data.augment import DEVIATION, MEAN, Normalisation
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import check_model_name
@@ -39,7 +40,11 @@ class DataOptions:
     """Which images, and how many of them."""
 
     name: str = "sample"
-    """Dataset: sample, fashion-mnist, cifar10 or folder:PATH."""
+    """Dataset: sample, fashion-mnist, cifar10, folder:PATH, or package.module:function, which returns datasets."""
+    mean: tuple[float, ...] = (MEAN,)
+    """Mean that pixels, from 0 to 1, are normalised by: one for all channels, or one for each of three."""
+    std: tuple[float, ...] = (DEVIATION,)
+    """Standard deviation that they are normalised by, likewise."""
     limit_train: int = 0
     """Use only the first so many training images (0: all)."""
     limit_validation: int = 0
@@ -52,6 +57,7 @@ class DataOptions:
 
         _settle(self, "data.")
         check_dataset_name(self.name)
+        Normalisation(self.mean, self.std)
         for name in ("limit_train", "limit_validation", "limit_test"):
             _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "must be 0 (all images) or more")
 

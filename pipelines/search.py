@@ -222,7 +222,9 @@ class _Searched:
         actual, paper = (CostTable.of(supernet, base.input_shape, convention=one) for one in ("actual", "paper"))
         search = context.store.experiment.search
         options = EvaluationOptions(memory_budget=memory_budget, form=search.form, precision=search.precision)
-        return cls(base, Evaluator(supernet.to(context.device), options, forms=forms), actual, paper)
+        normalisation = context.splits.validation.normalisation
+        evaluator = Evaluator(supernet.to(context.device), options, forms=forms, normalisation=normalisation)
+        return cls(base, evaluator, actual, paper)
 
 
 def plan_work(context: Context, unit: Unit) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from gross_ray.data.images import Splits
+from gross_ray.data.image_set import Splits
 from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import DivergedError, UnitsFailedError
 from gross_ray.experiment import EngineOptions, Schedule

@@ -15,12 +15,12 @@ from itertools import count, islice
 from torch import Tensor, nn
 
 from gross_ray.batch_norm import calibration_batches, calibration_images, recalibrated
-from gross_ray.data.images import ImageSet
+from gross_ray.data.image_set import ImageSet
 from gross_ray.decomposition.surgery import set_configuration
 from gross_ray.errors import InvalidValueError, UnitsFailedError
 from gross_ray.results.store import RunStore
 from gross_ray.space import Configuration
-from gross_ray.training.loop import EpochRecord, as_inputs, count_correct
+from gross_ray.training.loop import EpochRecord, count_correct
 from pipelines import search, supernet, validate
 from pipelines.alpha_trials import (
     SCHEDULERS,
@@ -207,7 +207,7 @@ def mean_accuracy(
     correct = 0
     for configuration in configurations:
         set_configuration(network, configuration)
-        batches = () if calibration is None else map(as_inputs, calibration_batches(calibration))
+        batches = () if calibration is None else map(images.as_inputs, calibration_batches(calibration))
         with nullcontext() if calibration is None else recalibrated(network, batches):
             correct += count_correct(network, images)
     return correct / (len(configurations) * len(images))

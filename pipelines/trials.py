@@ -23,7 +23,7 @@ from pipelines import signals
 from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
 from pipelines.tuning import Ended, Tuning, trial_config
-from pipelines.units import Context, Unit, Work, unpack_splits
+from pipelines.units import Context, Unit, Work, room_for_images, unpack_splits
 from pipelines.versions import Versions
 
 MAX_FAILURES = 2
@@ -126,7 +126,7 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
 
     try:
         setup.versions.check()
-        splits = unpack_splits(ray.get(packed.reference), setup.device)
+        splits = unpack_splits(ray.get(packed.reference), setup.device, room_for_images(setup.device))
         text = setup.work(Context(setup.store, splits, setup.device, report), _unit(config))
     except ray.exceptions.RayError:  # a node or process is gone, not an error of the work: tried again
         raise

@@ -8,12 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor
 
-from gross_ray.data.images import ImageSet, Splits
+from gross_ray.data.augment import Normalisation
+from gross_ray.data.image_set import ImageSet, Splits
+from gross_ray.data.images import SPLITS
 from gross_ray.errors import MissingStageError
 from gross_ray.results.store import UNDER_WAY, RunStore
+
+RESIDENT_SHARE = 0.3
+"""Of a worker's share of a GPU's memory, what its images may take; where they need more, they are streamed."""
 
 
 class Report(Protocol):
@@ -122,19 +128,33 @@ class EpochSlot:
 def pack_splits(splits: Splits) -> dict[str, Any]:
     """Return the images as NumPy arrays, which Ray's object store shares between processes without a copy."""
     packed: dict[str, Any] = {"name": splits.name, "classes": splits.classes}
-    for name in ("train", "validation", "test"):
+    for name in SPLITS:
         part: ImageSet = getattr(splits, name)
-        packed[name] = (part.images.numpy(), part.labels.numpy())
+        packed[name] = (part.images.numpy(), part.labels.numpy(), part.normalisation)
     return packed
 
 
-def unpack_splits(packed: Mapping[str, Any], device: str) -> Splits:
-    """Return what `pack_splits` packed, on `device`."""
-    parts = {
-        name: ImageSet(*(tensor_of(array).to(device) for array in packed[name]))
-        for name in ("train", "validation", "test")
-    }
-    return Splits(packed["name"], parts["train"], parts["validation"], parts["test"], packed["classes"])
+def unpack_splits(packed: Mapping[str, Any], device: str, room: int | None = None) -> Splits:
+    """Return what `pack_splits` packed, on `device`, or streamed to it if the images are more than `room` bytes."""
+    resident = room is None or sum(packed[name][0].nbytes for name in SPLITS) <= room
+
+    def unpacked(images: np.ndarray, labels: np.ndarray, normalisation: Normalisation) -> ImageSet:
+        here = ImageSet(tensor_of(images), tensor_of(labels), normalisation=normalisation)
+        return here.to(device) if resident else here.stream_to(device)
+
+    train, validation, test = (unpacked(*packed[name]) for name in SPLITS)
+    return Splits(packed["name"], train, validation, test, packed["classes"])
+
+
+def room_for_images(device: str) -> int | None:
+    """Return how many bytes of `device` the images of the process that Ray runs here may take; on a CPU, any number.
+
+    There they lie in the object store, which all processes of a node share.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
+    return int(RESIDENT_SHARE * share * torch.cuda.get_device_properties(device).total_memory)
 
 
 def tensor_of(array: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ from gross_ray.search.cost import configuration_macs, count_parameters
 from gross_ray.search.selection import uniform
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
-from gross_ray.training.loop import EpochRecord, accuracy, as_inputs
+from gross_ray.training.loop import EpochRecord, accuracy
 from gross_ray.training.stages import finetune, reconstruct
 from pipelines import search
 from pipelines.decompose import layer_terms
@@ -116,7 +116,7 @@ def work(context: Context, unit: Unit) -> str:
     )
     rows += history_rows(f"{STAGE}-finetune", unit.name, seed, history)
     if store.experiment.engine.recalibrate:
-        recalibrate(network, map(as_inputs, calibration_batches(calibration_images(splits))))
+        recalibrate(network, map(splits.train.as_inputs, calibration_batches(calibration_images(splits))))
     test_accuracy = accuracy(network, splits.test)
     val_accuracy = accuracy(network, splits.validation)
     save_supernet(store, STAGE, unit.name, network, dict(unit.arguments))

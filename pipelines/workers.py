@@ -15,7 +15,7 @@ from gross_ray.errors import GrossRayError, VersionMismatchError
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
-from pipelines.units import Context, Unit, Work, unpack_splits
+from pipelines.units import Context, Unit, Work, room_for_images, unpack_splits
 from pipelines.versions import Versions
 
 MAX_ATTEMPTS = 3
@@ -44,7 +44,7 @@ class _Worker:
         except VersionMismatchError as error:  # raised in here, it would reach the driver as text alone
             self._refused = error
         else:
-            self._splits = unpack_splits(packed, device)
+            self._splits = unpack_splits(packed, device, room_for_images(device))
 
     def do(self, work: Work, store: RunStore, unit: Unit, threads: int, shared: Any) -> str:
         torch.set_num_threads(threads)

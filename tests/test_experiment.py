@@ -117,7 +117,7 @@ def test_no_field_takes_what_its_type_forbids(name: str) -> None:
         ("sweep.alphas", "[0, -0.0]", "each named once"),
         ("sweep.scalings", "linear", "must be among index, normalised"),
         ("sweep.seeds", "0", "must be 1 or more"),
-        ("data.name", "mnist", "must be sample, fashion-mnist, cifar10 or folder:PATH"),
+        ("data.name", "mnist", "must be sample, fashion-mnist, cifar10, folder:PATH"),
         ("data.limit_test", "-1", "must be 0 (all images) or more"),
         ("seed", "-1", "must be 0 or more"),
     ],

@@ -3,23 +3,52 @@
 Shapes: N images, H height, W width; images are (N, 3, H, W).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from gross_ray.errors import InvalidValueError
 
 MEAN = 0.5
 DEVIATION = 0.225
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Return the images as a network takes them: (x / 255 - 0.5) / 0.225.
-
-    `images` is (N, 3, H, W), uint8; the result has the same shape, float32, on the same device.
+@dataclass(frozen=True)
+class Normalisation:
+    """How pixels become what a network takes, channel by channel: (x / 255 - mean) / std.
 
     The paper (section 4.2) gives a mean of 0.5 and a "variance" of 0.225 for every channel. The latter is read as the
     standard deviation, as in common use: ImageNet's are 0.229, 0.224 and 0.225.
     """
-    return images.to(torch.float32).div_(255).sub_(MEAN).div_(DEVIATION)
+
+    mean: tuple[float, ...] = (MEAN,)
+    """One for all channels, or one for each; 0 is black, 1 is white."""
+    std: tuple[float, ...] = (DEVIATION,)
+    """One for all channels, or one for each; above 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, 3):
+                rule = "must be one number, or one for each of the three channels"
+                raise InvalidValueError(f"{name} = {getattr(self, name)}: {rule}")
+        if not all(0 <= mean <= 1 for mean in self.mean):
+            raise InvalidValueError(f"mean = {self.mean}: must be from 0 (black) to 1 (white)")
+        if min(self.std) <= 0:
+            raise InvalidValueError(f"std = {self.std}: must be above 0")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return uint8 images (N, 3, H, W) normalised: of the same shape, float32, on the same device."""
+        mean, std = (
+            values[0] if len(values) == 1 else torch.tensor(values, device=images.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
+        return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+THE_PAPERS = Normalisation()
+"""What holds where nothing else is said."""
 
 
 def augment(images: Tensor, generator: torch.Generator, *, padding: int = 2) -> Tensor:

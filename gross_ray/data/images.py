@@ -1,4 +1,4 @@
-"""Datasets as uint8 tensors: the embedded sample, Fashion-MNIST, CIFAR-10 and folders of images.
+"""Datasets as uint8 tensors: the embedded sample, Fashion-MNIST, CIFAR-10, folders of images, and one's own.
 
 Shapes: N images, H height, W width; images are (N, 3, H, W). Every split is shuffled once, in a way that never
 changes, with the classes interleaved: its first n images are balanced by class as far as its classes allow.
@@ -12,7 +12,7 @@ import json
 import math
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from gross_ray.data.augment import Normalisation
+from gross_ray.data.image_set import ImageSet, Splits
+from gross_ray.data.own import is_function_name, read_own
 from gross_ray.errors import DatasetError, InvalidValueError
 
 if TYPE_CHECKING:
@@ -57,49 +60,17 @@ DOWNLOAD_ERRORS = (RuntimeError, OSError, http.client.HTTPException)
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Images and their classes, on one device."""
-
-    images: Tensor
-    """(N, 3, H, W), uint8."""
-    labels: Tensor
-    """(N,), int64: positions in `Splits.classes`."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str) -> ImageSet:
-        """Return the same set on another device."""
-        return ImageSet(self.images.to(device), self.labels.to(device))
-
-    def first(self, n: int) -> ImageSet:
-        """Return the first `n` images, or all for 0; raises InvalidValueError where there are fewer than `n`."""
-        if not 0 <= n <= len(self):
-            raise InvalidValueError(f"n = {n}: must be 0 (all) to {len(self)}, the number of images there are")
-        return ImageSet(self.images[:n], self.labels[:n]) if n else self
-
-
-@dataclass(frozen=True, eq=False)
-class Splits:
-    """A dataset in its three disjoint splits. Validation selects, test is only reported."""
-
-    name: str
-    """The dataset's name, as in `DataOptions.name`."""
-    train: ImageSet
-    """Images to learn from."""
-    validation: ImageSet
-    """Images to select by."""
-    test: ImageSet
-    """Images that choose nothing."""
-    classes: tuple[str, ...]
-    """Names of the classes, in the order of the labels."""
-
-
 def check_dataset_name(name: str) -> None:
-    """Raise InvalidValueError unless `name` is sample, fashion-mnist, cifar10 or folder:PATH."""
-    if name not in ("sample", "fashion-mnist", "cifar10") and not (name.startswith("folder:") and name != "folder:"):
-        rule = "must be sample, fashion-mnist, cifar10 or folder:PATH, like folder:/data/flowers"
+    """Raise InvalidValueError unless `name` is sample, fashion-mnist, cifar10, folder:PATH or package.module:function.
+
+    A function of one's own is not looked for: what is stored is read where it is not installed, too.
+    """
+    known = name in ("sample", "fashion-mnist", "cifar10") or (name.startswith("folder:") and name != "folder:")
+    if not known and not is_function_name(name):
+        rule = (
+            "must be sample, fashion-mnist, cifar10, folder:PATH, like folder:/data/flowers, "
+            "or package.module:function, which returns torch datasets"
+        )
         raise InvalidValueError(f"data.name = {name!r}: {rule}")
 
 
@@ -121,10 +92,16 @@ def load_dataset(options: DataOptions, *, root: str | Path | None = None, downlo
         splits = _load_fashion_mnist(folder, download)
     elif options.name == "cifar10":
         splits = _load_cifar10(folder, download)
-    else:
+    elif options.name.startswith("folder:"):
         splits = _load_folder(options.name, Path(options.name.removeprefix("folder:")).expanduser())
+    else:
+        splits = _load_own(options.name)
     limits = (options.limit_train, options.limit_validation, options.limit_test)
-    train, validation, test = (_limited(splits, split, limit) for split, limit in zip(SPLITS, limits, strict=True))
+    normalisation = Normalisation(options.mean, options.std)
+    train, validation, test = (
+        replace(_limited(splits, split, limit), normalisation=normalisation)
+        for split, limit in zip(SPLITS, limits, strict=True)
+    )
     return Splits(options.name, train, validation, test, splits.classes)
 
 
@@ -170,7 +147,7 @@ def read_sample(path: Path) -> Splits:
         raise DatasetError(f"sample: {path} {wrong}; {remedy}")
     pool = ImageSet(_fashion_images(torch.from_numpy(np.stack(images))), torch.tensor(labels))
     rows = [torch.tensor([row for row, name in enumerate(names) if name == split]).long() for split in SPLITS]
-    train, validation, test = (ImageSet(pool.images[part], pool.labels[part]) for part in rows)
+    train, validation, test = map(pool.part, rows)
     return Splits("sample", train, validation, test, classes)
 
 
@@ -185,9 +162,7 @@ def _ranks(classes: Tensor) -> Tensor:
 
 def _split(pool: ImageSet, proportions: tuple[int, ...]) -> list[ImageSet]:
     generator = torch.Generator().manual_seed(0)  # which image is in which split is part of the dataset, not of a run
-    return [
-        ImageSet(pool.images[part], pool.labels[part]) for part in balanced_split(pool.labels, proportions, generator)
-    ]
+    return [pool.part(places) for places in balanced_split(pool.labels, proportions, generator)]
 
 
 def _limited(splits: Splits, split: str, limit: int) -> ImageSet:
@@ -338,6 +313,16 @@ def _load_folder(name: str, path: Path) -> Splits:
             raise DatasetError(f"{name}: {differing}; give all splits the same class folders")
         sets += _split(_read_images(name, files, sets[0].images.shape if sets else None), (1,))
     train, validation, test = sets
+    return Splits(name, train, validation, test, classes)
+
+
+def _load_own(name: str) -> Splits:
+    sets, classes = read_own(name)
+    if len(sets) == 2:
+        train, validation = _split(sets[0], (4, 1))
+        (test,) = _split(sets[1], (1,))
+    else:
+        train, validation, test = (part for one in sets for part in _split(one, (1,)))
     return Splits(name, train, validation, test, classes)
 
 

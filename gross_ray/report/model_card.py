@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 
-from gross_ray.data.augment import DEVIATION, MEAN
 from gross_ray.results.store import RunStore
 
 
@@ -22,6 +21,7 @@ def model_card(
     row = repeats.query("seed == @seed").iloc[0]
     searched = store.read_table("configurations").query("configuration == @configuration")
     run = store.read_table("runs").iloc[-1]
+    data = store.experiment.data
     latency = searched["latency_ms"].dropna()
     return {
         "configuration": configuration,
@@ -41,10 +41,10 @@ def model_card(
         "input": {
             "shape": ["N", *input_shape],
             "dtype": "float32",
-            "from pixels 0 to 255": f"(x / 255 - {MEAN}) / {DEVIATION}",
+            "from pixels 0 to 255": f"(x / 255 - {_text(data.mean)}) / {_text(data.std)}",
         },
         "classes": list(classes),
-        "dataset": store.experiment.data.name,
+        "dataset": data.name,
         "seed": seed,
         "experiment": store.experiment.fields(),
         "fingerprint": store.experiment.fingerprint(),
@@ -58,6 +58,11 @@ def most_accurate_seed(store: RunStore, configuration: str) -> int | None:
     if repeats.empty:
         return None
     return int(repeats.sort_values(["val_accuracy", "seed"], ascending=[False, True])["seed"].iloc[0])
+
+
+def _text(values: Sequence[float]) -> str:
+    """Return a number, or one for each channel."""
+    return str(values[0] if len(values) == 1 else list(values))
 
 
 def _spread(accuracies: pd.Series) -> dict[str, float | int | None]:

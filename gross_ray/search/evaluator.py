@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gross_ray.batch_norm import calibration_batches, recalibrated, statistics_of, with_statistics
-from gross_ray.data.augment import normalise
+from gross_ray.data.augment import THE_PAPERS, Normalisation
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
@@ -59,10 +59,12 @@ def evaluate_configurations(
     form: str = "auto",
     precision: str = "float32",
     calibration: Tensor | None = None,
+    normalisation: Normalisation = THE_PAPERS,
 ) -> pd.DataFrame:
     """Return what a forward pass of each configuration over all images would give.
 
-    `images` are uint8 (N, 3, H, W), normalised here, or floating point, taken as they are; `labels` (N,) int64;
+    `images` are uint8 (N, 3, H, W), brought to what a network takes by `normalisation`, or floating point, taken as
+    they are; on the network's device, or elsewhere: they go to it batch after batch. `labels` are (N,), int64;
     `configurations` default to the whole space. `calibration`, images like `images` (of the training split), gives each
     configuration batch-norm statistics of its own. The other arguments are those of `EvaluationOptions`. Columns:
     configuration (text), correct and total (images), accuracy, loss (mean cross-entropy); rows in the order given. A
@@ -73,7 +75,8 @@ def evaluate_configurations(
     options = EvaluationOptions(batch_size=batch_size, memory_budget=memory_budget, form=form, precision=precision)
     space = SearchSpace.of(supernet)
     chosen = list(space) if configurations is None else [space.check(one) for one in configurations]
-    correct, loss = Evaluator(supernet, options).evaluate(images, labels, chosen, calibration)
+    evaluator = Evaluator(supernet, options, normalisation=normalisation)
+    correct, loss = evaluator.evaluate(images, labels, chosen, calibration)
     rows = [
         (str(one), count, len(labels), count / len(labels), total / len(labels))
         for one, count, total in zip(chosen, correct.tolist(), loss.tolist(), strict=True)
@@ -94,9 +97,10 @@ class Evaluator:
         options: EvaluationOptions = EvaluationOptions(),  # noqa: B008 (frozen)
         *,
         forms: Mapping[str, LayerForm] | None = None,
+        normalisation: Normalisation = THE_PAPERS,
     ) -> None:
         """Take a supernet; `forms`, by layer name, are taken as given in place of timing them (see `forms`)."""
-        self._supernet, self._options = supernet, options
+        self._supernet, self._options, self._normalisation = supernet, options, normalisation
         self._space = SearchSpace.of(supernet)
         self._given = dict(forms or {})
         self._walk: PrefixWalk | None = None
@@ -128,9 +132,8 @@ class Evaluator:
         if len(images) == 0 or len(images) != len(labels):
             raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
         parameter = next(self._supernet.parameters())
-        if images.device != parameter.device:
-            raise InvalidValueError(f"images on {images.device}, the network on {parameter.device}: move one of them")
-        self._dtype = parameter.dtype
+        self._device, self._dtype = parameter.device, parameter.dtype
+        labels = labels.to(self._device)
         correct = torch.zeros(len(configurations), dtype=torch.int64)
         loss = torch.zeros(len(configurations), dtype=torch.float64)
         if not configurations:
@@ -138,7 +141,7 @@ class Evaluator:
         with torch.inference_mode(), evaluation_mode(self._supernet):
             plan = self._prepared_plan(images, configurations)
             totals = _Totals(labels, [])
-            with at_precision(self._options.precision, images.device):
+            with at_precision(self._options.precision, self._device):
                 for found in self._batches(plan, images, labels, configurations, calibration):
                     totals = found.joined(totals)
         for leaf, count, total in zip(totals.leaves, totals.correct.tolist(), totals.loss.tolist(), strict=True):
@@ -151,10 +154,10 @@ class Evaluator:
         if self._walk is None and self.not_traceable is None:
             try:
                 with _graph_faults():
-                    with at_precision(self._options.precision, images.device):
+                    with at_precision(self._options.precision, self._device):
                         self._walk = self._new_walk(images)
                     plan = self._plan(self._walk, images)
-                    with at_precision("float32", images.device):
+                    with at_precision("float32", self._device):
                         self._check(self._walk, plan, images, configurations)
                 return plan
             except NotTraceableError as error:
@@ -168,7 +171,7 @@ class Evaluator:
             return self._plan(self._walk, images)
         set_configuration(self._supernet, configurations[-1])
         needed = bytes_of_pass(self._supernet, self._batch(images[:1]))
-        return BatchPlan(images_of_batch(needed, len(images), self._budget(images), self._options.batch_size), ())
+        return BatchPlan(images_of_batch(needed, len(images), self._budget(), self._options.batch_size), ())
 
     def _batches(
         self,
@@ -252,17 +255,17 @@ class Evaluator:
 
             def on_layer(layer: SeriesConv2d, inputs: Tensor) -> None:
                 if layer in to_time:
-                    forms[layer] = fastest_form(layer, _typical_rows(layer, inputs, self._budget(images)))
+                    forms[layer] = fastest_form(layer, _typical_rows(layer, inputs, self._budget()))
 
             path, once = walk.tree([self._space[0]]), [1] * walk.num_layers
             with modules_out_of_place(self._supernet):
                 walk.run(self._batch(images[:1]), path, lambda *_: None, limits=once, on_layer=on_layer)
-        with torch.autocast(images.device.type, enabled=False):  # the kernels are as exact as the weights
+        with torch.autocast(self._device.type, enabled=False):  # the kernels are as exact as the weights
             walk.siblings = {layer: Siblings(layer, forms[layer]) for layer in walk.layers}
         return walk
 
-    def _budget(self, images: Tensor) -> int:
-        return self._options.memory_budget or default_memory_budget(images.device)
+    def _budget(self) -> int:
+        return self._options.memory_budget or default_memory_budget(self._device)
 
     def _plan(self, walk: PrefixWalk, images: Tensor) -> BatchPlan:
         names = {layer: name for name, layer in series_layers(self._supernet).items()}
@@ -283,10 +286,10 @@ class Evaluator:
             )
             for sizes in in_form.values()
         ]
-        with modules_out_of_place(self._supernet), at_precision(self._options.precision, images.device):
+        with modules_out_of_place(self._supernet), at_precision(self._options.precision, self._device):
             segments = measure_segments(walk, self._batch(images[:1]), paths)
         siblings = [len(layer.group_sizes) for layer in walk.layers]
-        return plan_batches(segments, siblings, len(images), self._budget(images), batch_size=self._options.batch_size)
+        return plan_batches(segments, siblings, len(images), self._budget(), batch_size=self._options.batch_size)
 
     def _check(
         self, walk: PrefixWalk, plan: BatchPlan, images: Tensor, configurations: Sequence[Configuration]
@@ -320,7 +323,9 @@ class Evaluator:
             raise NotTraceableError(reason)
 
     def _batch(self, images: Tensor) -> Tensor:
-        batch = images if images.is_floating_point() else normalise(images).to(self._dtype)
+        batch = images.to(self._device)
+        if not batch.is_floating_point():
+            batch = self._normalisation(batch).to(self._dtype)
         return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
 
 

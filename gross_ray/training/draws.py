@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gross_ray.data.augment import cropped_and_flipped, draw_crops
-from gross_ray.data.images import ImageSet
+from gross_ray.data.image_set import ImageSet
 from gross_ray.seeds import derive_seed
 
 Keep = Callable[[nn.Dropout, Tensor], Tensor]
@@ -21,23 +21,22 @@ class EpochDraws:
 
     def __init__(self, images: ImageSet, seed: int, *, augmented: bool) -> None:
         """Draw the order and the crops of the whole epoch, so that no step waits for a copy to the device."""
-        self.device = device = images.images.device
+        self.device = device = images.device
         self._images = images
         self.generator = torch.Generator().manual_seed(seed)
         """On the CPU; behind the order and the crops, it draws the configurations."""
-        self._order = torch.randperm(len(images), generator=self.generator).to(device)
+        self._order = torch.randperm(len(images), generator=self.generator).to(images.images.device)
         self._crops = draw_crops(len(images), self.generator).to(device) if augmented else None
         self._dropout = torch.Generator(device).manual_seed(derive_seed(seed, "dropout"))
         self.global_seed = derive_seed(seed, "global")
         """For what draws from torch's global generators."""
 
-    def batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """Return the images (B, 3, H, W), uint8, and labels (B,) from place `start` of the epoch on."""
-        places = self._order[start : start + size]
-        inputs = self._images.images[places]
-        if self._crops is not None:
-            inputs = cropped_and_flipped(inputs, self._crops[:, start : start + size])
-        return inputs, self._images.labels[places]
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images (B, 3, H, W), uint8, and labels (B,) of each step, cropped and flipped if so asked."""
+        for number, (inputs, labels) in enumerate(self._images.batches(size, self._order)):
+            if self._crops is not None:
+                inputs = cropped_and_flipped(inputs, self._crops[:, number * size : (number + 1) * size])
+            yield inputs, labels
 
     def keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
         """Draw what a dropout keeps of `inputs`, of their shape (a `Keep`)."""

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gross_ray.data.augment import normalise
-from gross_ray.data.images import ImageSet
+from gross_ray.data.image_set import ImageSet
 from gross_ray.errors import DivergedError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.precision import forward_at, products_at
@@ -86,7 +85,7 @@ def train(
 
     Raises DivergedError, naming the step and the learning rate, if a loss or a gradient is not finite.
     """
-    device = images.images.device
+    device = images.device
     trained = list(parameters.values())
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
     history, momenta = restore(network, checkpoint)
@@ -96,9 +95,12 @@ def train(
     if engine.compile:
         loss = torch.compile(loss)
 
+    def on_pixels(pixels: Tensor, labels: Tensor) -> Tensor:
+        return loss(images.as_inputs(pixels), labels)
+
     def step(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         part = images_of_part(network, inputs) if in_parts else len(inputs)
-        value, gradients = _gradients(loss, trained, inputs, labels, part, engine.precision)
+        value, gradients = _gradients(on_pixels, trained, inputs, labels, part, engine.precision)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
@@ -114,8 +116,7 @@ def train(
         draws = EpochDraws(images, derive_seed(seed, epoch), augmented=schedule.augment)
         steps: list[tuple[Tensor, Tensor]] = []
         with random_numbers_of(draws, network, compiled=engine.compile), products_at(engine.precision, device):
-            for start in range(0, len(images), schedule.batch_size):
-                inputs, labels = draws.batch(start, schedule.batch_size)
+            for inputs, labels in draws.batches(schedule.batch_size):
                 if before_step is not None:
                     before_step(draws.generator)
                 steps.append(step(inputs, labels))
@@ -148,20 +149,14 @@ def accuracy(network: nn.Module, images: ImageSet) -> float:
 
 def count_correct(network: nn.Module, images: ImageSet, *, batch_size: int | None = None) -> int:
     """Return the number of correctly classified images; the network is left in eval mode."""
-    device = images.images.device
+    device = images.device
     size = batch_size or (EVALUATION_BATCH_CUDA if device.type == "cuda" else EVALUATION_BATCH)
     network.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     with torch.inference_mode(), products_at("float32", device):
-        for start in range(0, len(images), size):
-            logits = network(as_inputs(images.images[start : start + size]))
-            correct += (logits.argmax(dim=1) == images.labels[start : start + size]).sum()
+        for batch, labels in images.batches(size):
+            correct += (network(images.as_inputs(batch)).argmax(dim=1) == labels).sum()
     return int(correct)
-
-
-def as_inputs(images: Tensor) -> Tensor:
-    """Return uint8 images (B, 3, H, W) as a network takes them: normalised, channels last."""
-    return normalise(images).contiguous(memory_format=torch.channels_last)
 
 
 def _gradients(
@@ -169,14 +164,14 @@ def _gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the batch's loss and its gradients, None where a parameter takes no part, from `part` images at a time.
 
-    `inputs` are uint8 images. Not by `backward`, which would add the next part's gradients in place: those of a sum's
+    Not by `backward`, which would add the next part's gradients in place: those of a sum's
     terms may lie in one memory.
     """
     total: Tensor | None = None
     gradients: list[Tensor | None] = [None] * len(parameters)
     for inputs_part, labels_part in zip(inputs.split(part), labels.split(part), strict=True):
         with forward_at(precision, inputs.device):
-            value = loss(as_inputs(inputs_part), labels_part)
+            value = loss(inputs_part, labels_part)
         if len(inputs_part) < len(inputs):
             value = value * (len(inputs_part) / len(inputs))
         some = torch.autograd.grad(value, parameters, allow_unused=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gross_ray.data.images import Splits
+from gross_ray.data.image_set import Splits
 from gross_ray.decomposition.surgery import series_layers, set_configuration
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.training.loop import FLOAT32, CheckpointSlot, EpochRecord, accuracy, train

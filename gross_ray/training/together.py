@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from gross_ray.data.images import ImageSet, Splits
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.decomposition.stacked import SupernetStack
 from gross_ray.decomposition.surgery import series_layers, set_configuration
 from gross_ray.errors import DivergedError, InvalidValueError
@@ -29,7 +29,6 @@ from gross_ray.training.loop import (
     CheckpointSlot,
     EpochRecord,
     accuracy,
-    as_inputs,
     check_finite,
     images_of_part,
     restore,
@@ -214,15 +213,14 @@ class _Steps:
             for member in self.members
         ]
         steps: list[tuple[Tensor, Tensor]] = []
-        with dropout_by(template, self._keep), products_at(self._engine.precision, images.images.device):
-            for start in range(0, len(images), size):
-                batches = [each.batch(start, size) for each in draws]
+        with dropout_by(template, self._keep), products_at(self._engine.precision, images.device):
+            for batches in zip(*(each.batches(size) for each in draws), strict=True):
                 configurations = [
                     member.sampler.draw(each.generator) for member, each in zip(self.members, draws, strict=True)
                 ]
                 active = self._stack.active(configurations)
                 inputs, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))
-                losses = self._backward(inputs, labels, active, draws)
+                losses = self._backward(inputs, labels, active, draws, images.as_inputs)
                 steps.append((losses, self._update(active, lr)))
         return torch.stack([losses for losses, _ in steps]), torch.stack([norms for _, norms in steps])
 
@@ -241,7 +239,12 @@ class _Steps:
         self._momenta = {name: momentum[members] for name, momentum in self._momenta.items()}
 
     def _backward(
-        self, inputs: Tensor, labels: Tensor, active: dict[str, Tensor], draws: Sequence[EpochDraws]
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        active: dict[str, Tensor],
+        draws: Sequence[EpochDraws],
+        as_inputs: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Leave the gradients of all members in the stacked terms; return the losses (S,)."""
         terms, total = self._stack.terms, torch.zeros(())

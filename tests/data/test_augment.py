@@ -1,10 +1,13 @@
+import re
+
 import pytest
 import torch
 from scipy import stats
 from torchvision.transforms import functional as oracle
 from torchvision.transforms import v2
 
-from gross_ray.data.augment import augment, normalise
+from gross_ray.data.augment import Normalisation, augment
+from gross_ray.errors import InvalidValueError
 
 
 def random_images(num_images: int, height: int = 32, width: int = 32) -> torch.Tensor:
@@ -66,7 +69,30 @@ def test_normalise_is_torchvisions() -> None:
     values[1] = values[1].flip(1)
     scale = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.225] * 3)])
     before = values.clone()
-    result = normalise(values)
+    result = Normalisation()(values)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, scale(values), rtol=0, atol=1e-6)
     assert torch.equal(values, before)
+
+
+def test_each_channel_has_its_own_normalisation() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+    values = torch.randint(256, (2, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scale = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    torch.testing.assert_close(Normalisation(mean, std)(values), scale(values), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "complaint"),
+    [
+        ((0.5, 0.5), (0.2,), "mean = (0.5, 0.5): must be one number"),
+        ((0.5, 0.5, 123.0), (0.2,), "mean = (0.5, 0.5, 123.0): must be from 0 (black) to 1 (white)"),
+        ((0.5,), (), "std = (): must be one number"),
+        ((0.5,), (0.2, 0.0, 0.2), "std = (0.2, 0.0, 0.2): must be above 0"),
+    ],
+)
+def test_a_normalisation_that_cannot_be_is_refused(
+    mean: tuple[float, ...], std: tuple[float, ...], complaint: str
+) -> None:
+    with pytest.raises(InvalidValueError, match=re.escape(complaint)):
+        Normalisation(mean, std)

@@ -105,7 +105,7 @@ def test_known_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mnist", "Sample", "folder", "folder:", ""])
 def test_unknown_name_lists_the_known(name: str) -> None:
-    with pytest.raises(InvalidValueError, match="sample, fashion-mnist, cifar10 or folder:PATH") as caught:
+    with pytest.raises(InvalidValueError, match="sample, fashion-mnist, cifar10, folder:PATH, like") as caught:
         check_dataset_name(name)
     assert repr(name) in str(caught.value)
 

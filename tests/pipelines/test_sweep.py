@@ -18,7 +18,8 @@ import torch
 from ray.tune import Callback
 from torch import nn
 
-from gross_ray.data.images import ImageSet, load_dataset
+from gross_ray.data.image_set import ImageSet
+from gross_ray.data.images import load_dataset
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.decomposition.surgery import decompose_model
 from gross_ray.errors import InvalidValueError, UnitsFailedError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gross_ray.data.images import ImageSet, Splits
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster, ray

@@ -15,7 +15,7 @@ import torch
 from ray.tune import Callback
 from tensorboardX.proto import event_pb2
 
-from gross_ray.data.images import ImageSet, Splits
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore

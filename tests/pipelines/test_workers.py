@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 
-from gross_ray.data.images import ImageSet, Splits
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore

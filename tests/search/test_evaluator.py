@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gross_ray.data.augment import normalise
+from gross_ray.data.augment import Normalisation
 from gross_ray.decomposition.surgery import extract, get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
@@ -487,7 +487,7 @@ def test_bytes_are_normalised_here(random_supernet, generator):
     images = torch.randint(256, (len(labels), 3, 16, 16), generator=generator).to(torch.uint8)
     supernet = supernet.float()
     pd_bytes = evaluate_configurations(supernet, images, labels, form="dense")
-    pd_floats = evaluate_configurations(supernet, normalise(images), labels, form="dense")
+    pd_floats = evaluate_configurations(supernet, Normalisation()(images), labels, form="dense")
     in_double = evaluate_configurations(supernet.double(), images, labels)
     assert in_double["loss"].tolist() == pytest.approx(pd_floats["loss"].tolist(), abs=1e-5)
     assert pd_bytes.equals(pd_floats)

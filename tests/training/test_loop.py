@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gross_ray.data.augment import augment, normalise
-from gross_ray.data.images import ImageSet
+from gross_ray.data.augment import Normalisation, augment
+from gross_ray.data.image_set import ImageSet
 from gross_ray.errors import DivergedError, InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.seeds import derive_seed
 from gross_ray.training import loop
-from gross_ray.training.loop import EVALUATION_BATCH, EpochRecord, accuracy, as_inputs, count_correct, train
+from gross_ray.training.loop import EVALUATION_BATCH, EpochRecord, accuracy, count_correct, train
 
 SCHEDULE = Schedule(
     epochs=4, lr=0.1, milestones=(1, 3), gamma=0.5, momentum=0.9, weight_decay=1e-2, batch_size=12, augment=True
@@ -169,7 +169,7 @@ def test_augmented_batches_come_from_the_epochs_generator(network: nn.Sequential
         generator = torch.Generator().manual_seed(derive_seed(7, epoch))
         order = torch.randperm(40, generator=generator)
         for batch in augment(images.images[order], generator).split(12):
-            expected.append(normalise(batch))
+            expected.append(Normalisation()(batch))
             expected_draws.append(int(torch.randint(1000, (), generator=generator)))
     assert len(batches) == len(expected) == 16
     assert all(torch.equal(one, other) for one, other in zip(batches, expected, strict=True))
@@ -303,7 +303,8 @@ def test_a_batch_in_parts_takes_the_same_steps(
 ) -> None:
     monkeypatch.setattr(loop, "PART", part)
     network.double()[1] = nn.Identity()
-    monkeypatch.setattr(loop, "as_inputs", lambda images: as_inputs(images).double())
+    inputs_of = ImageSet.as_inputs
+    monkeypatch.setattr(ImageSet, "as_inputs", lambda self, images: inputs_of(self, images).double())
     sizes: set[int] = set()
 
     def loss(inputs: Tensor, labels: Tensor) -> Tensor:
@@ -402,7 +403,7 @@ def test_count_correct_is_the_number_of_right_argmaxes(
     correct = count_correct(network.train(), some)
     assert not network.training
     with torch.no_grad():
-        logits = [network(normalise(image[None]))[0].tolist() for image in some.images]
+        logits = [network(Normalisation()(image[None]))[0].tolist() for image in some.images]
     right = [
         max(range(3), key=row.__getitem__) == label for row, label in zip(logits, some.labels.tolist(), strict=True)
     ]
@@ -421,3 +422,30 @@ def make_images() -> Callable[[int], ImageSet]:
         return ImageSet(pixels, torch.randint(3, (num_images,), generator=generator))
 
     return make
+
+
+def test_streamed_images_train_the_same_network(network: nn.Sequential, images: ImageSet) -> None:
+    other = copy.deepcopy(network)
+    residing = fit(network, images, measure=lambda: accuracy(network.eval(), images))
+    streamed = images.stream_to("cpu")
+    assert timeless(residing) == timeless(fit(other, streamed, measure=lambda: accuracy(other.eval(), streamed)))
+    assert_equal_weights(network, other)
+
+
+def test_a_normalisation_is_that_of_the_images(network: nn.Sequential, images: ImageSet) -> None:
+    shown: list[Tensor] = []
+
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        shown.append(inputs)
+        return F.cross_entropy(network(inputs), labels)
+
+    own = Normalisation((0.0, 1.0, 0.5), (1.0, 2.0, 3.0))
+    schedule = replace(SCHEDULE, epochs=1, augment=False, batch_size=40)
+    fit(network, replace(images, normalisation=own), schedule, loss=loss)
+    totals = sorted(own(images.images).flatten(1).sum(1).tolist())
+    assert sorted(shown[0].flatten(1).sum(1).tolist()) == pytest.approx(totals, abs=1e-3)
+    seen: list[Tensor] = []
+    handle = network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    count_correct(network, replace(images, normalisation=own))
+    handle.remove()
+    assert torch.equal(seen[0], own(images.images))

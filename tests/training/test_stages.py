@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gross_ray.data.augment import normalise
-from gross_ray.data.images import ImageSet, Splits
+from gross_ray.data.augment import Normalisation
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import decompose_model, extract, get_configuration, set_configuration
@@ -103,7 +103,7 @@ def changed(network: nn.Module, before: nn.Module) -> set[str]:
 
 def errors_of_responses(network: nn.Module, original: nn.Sequential, images: ImageSet) -> list[float]:
     """Eq. 9 of each decomposed layer, with the layers run by hand and numpy for the norms."""
-    ours = theirs = normalise(images.images)
+    ours = theirs = Normalisation()(images.images)
     errors = []
     with torch.no_grad():
         for name, layer in original.named_children():
@@ -152,7 +152,7 @@ def test_finetuning_lowers_the_classification_loss(supernet: nn.Module, splits: 
 
     def loss() -> float:
         with torch.no_grad():
-            return float(F.cross_entropy(supernet.eval()(normalise(splits.train.images)), splits.train.labels))
+            return float(F.cross_entropy(supernet.eval()(Normalisation()(splits.train.images)), splits.train.labels))
 
     before = loss()
     history = finetune(supernet, splits, SCHEDULE, seed=0)

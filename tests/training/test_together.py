@@ -8,15 +8,15 @@ import torch
 from test_loop import Slot, timeless
 from torch import Tensor, nn
 
-from gross_ray.data.images import ImageSet, Splits
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.decomposition.stacked import SupernetStack
 from gross_ray.decomposition.surgery import decompose_model, series_layers, set_configuration
 from gross_ray.errors import DivergedError, InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.space import SearchSpace
-from gross_ray.training import loop, together
-from gross_ray.training.loop import EpochRecord, as_inputs
+from gross_ray.training import loop
+from gross_ray.training.loop import EpochRecord
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import finetune, reconstruct
 from gross_ray.training.together import Member, Outcome, finetune_together, reconstruct_together
@@ -68,8 +68,8 @@ def supernets(original: nn.Sequential) -> list[nn.Module]:
 @pytest.fixture(autouse=True)
 def in_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equality but for rounding is told from anything else with 16 digits, not with 7."""
-    for module in (loop, together):
-        monkeypatch.setattr(module, "as_inputs", lambda images: as_inputs(images).double())
+    inputs_of = ImageSet.as_inputs
+    monkeypatch.setattr(ImageSet, "as_inputs", lambda self, images: inputs_of(self, images).double())
     monkeypatch.setattr(loop, "PART", 5)
 
 

@@ -1,0 +1,143 @@
+"""Datasets of one's own: what a function `package.module:function` returns, read into memory as uint8 images.
+
+Shapes: N images, H height, W width; images are (N, 3, H, W).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gross_ray.data.image_set import ImageSet
+from gross_ray.errors import DatasetError
+
+LAYOUT = "return (train, test) or (train, validation, test), each with a length and items (image, class number)"
+PIXELS = "give images of PIL, uint8 arrays (H, W) or (H, W, 3), or tensors (1 or 3, H, W), uint8 or multiples of 1/255"
+EXACT = 1e-3
+"""How far, in steps of 1/255, a floating-point pixel may be from a whole number of them: ToTensor's are exact."""
+
+
+def is_function_name(name: str) -> bool:
+    """Return whether `name` is written like package.module:function."""
+    module_name, separator, attribute = name.partition(":")
+    written = bool(separator) and all(part.isidentifier() for part in [*module_name.split("."), attribute])
+    return written and module_name != "folder"
+
+
+def function_of(name: str) -> Callable[[], Any]:
+    """Return the function called package.module:function; raises DatasetError where there is none."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        function: Callable[[], Any] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        remedy = "write package.module:function, from a folder that Python finds (PYTHONPATH)"
+        raise DatasetError(f"{name}: {error}; {remedy}") from None
+    if not callable(function):
+        raise DatasetError(f"{name}: {attribute} is no function; write package.module:function")
+    return function
+
+
+def read_own(name: str) -> tuple[list[ImageSet], tuple[str, ...]]:
+    """Call the function `name`, without arguments, and read the datasets that it returns: two or three of them.
+
+    Each item is read once, in order: what a dataset draws at random is drawn once. Images of one channel become three
+    equal ones. The names of the classes are the first dataset's `classes`, else their numbers. Raises DatasetError,
+    naming the dataset and the item, where the function or one of its items fails or is not what it should be.
+    """
+    function = function_of(name)
+    try:
+        datasets = function()
+    except Exception as error:  # whatever the user's own code raises
+        raise DatasetError(f"{name}: the function fails: {type(error).__name__}: {error}") from error
+    if not isinstance(datasets, tuple | list) or len(datasets) not in (2, 3):
+        found = f"{len(datasets)} values" if isinstance(datasets, tuple | list) else type(datasets).__name__
+        raise DatasetError(f"{name}: the function returned {found}; {LAYOUT}")
+    parts = ("train", "test") if len(datasets) == 2 else ("train", "validation", "test")
+    sets = [_read(f"{name}, {part}", dataset) for part, dataset in zip(parts, datasets, strict=True)]
+    for (part, one), (other_part, other) in pairwise(zip(parts, sets, strict=True)):
+        if one.images.shape[1:] != other.images.shape[1:]:
+            sizes = f"{part} has images of {_size(one.images)} pixels, {other_part} of {_size(other.images)}"
+            raise DatasetError(f"{name}: {sizes}; resize all images to one size")
+    return sets, _classes(name, getattr(datasets[0], "classes", None), sets)
+
+
+def _read(where: str, dataset: Any) -> ImageSet:
+    try:
+        count = len(dataset)
+    except TypeError:
+        raise DatasetError(f"{where}: a {type(dataset).__name__} has no length; {LAYOUT}") from None
+    if count == 0:
+        raise DatasetError(f"{where}: the dataset is empty; {LAYOUT}")
+    images: np.ndarray | None = None
+    labels = torch.empty(count, dtype=torch.int64)
+    for place in range(count):
+        item = f"{where}, item {place}"
+        try:
+            image, label = dataset[place]
+        except Exception as error:  # whatever the user's own code raises
+            raise DatasetError(f"{item}: {type(error).__name__}: {error}; {LAYOUT}") from error
+        pixels = _pixels(item, image)
+        if images is None:
+            images = np.empty((count, *pixels.shape), dtype=np.uint8)
+        if pixels.shape != images.shape[1:]:
+            sizes = f"is {pixels.shape[2]}x{pixels.shape[1]} pixels, those before it {_size(images)}"
+            raise DatasetError(f"{item}: {sizes}; resize all images to one size")
+        images[place] = pixels
+        labels[place] = _label(item, label)
+    return ImageSet(torch.from_numpy(images), labels)
+
+
+def _pixels(item: str, image: Any) -> np.ndarray:
+    """Return an image as uint8 (3, H, W)."""
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):  # PIL would clip them to 255 without a word
+            raise DatasetError(f"{item}: an image of mode {image.mode}, more than 8 bits a channel; {PIXELS}")
+        values = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    elif isinstance(image, Tensor):
+        values = image.detach().cpu().numpy()
+        values = values[None] if values.ndim == 2 else values
+    elif isinstance(image, np.ndarray):
+        values = image[None] if image.ndim == 2 else image.transpose(2, 0, 1) if image.ndim == 3 else image
+    else:
+        raise DatasetError(f"{item}: a {type(image).__name__} is no image; {PIXELS}")
+    if values.ndim != 3 or values.shape[0] not in (1, 3):
+        raise DatasetError(f"{item}: an image of shape {tuple(image.shape)}; {PIXELS}")
+    if values.dtype.kind == "f":
+        scaled = values * 255.0
+        rounded = np.rint(scaled)
+        if not (np.abs(scaled - rounded).max() <= EXACT and rounded.min() >= 0 and rounded.max() <= 255):
+            found = f"values from {values.min():.4g} to {values.max():.4g} that are not multiples of 1/255 from 0 to 1"
+            raise DatasetError(f"{item}: {found}: leave the normalisation to data.mean and data.std; {PIXELS}")
+        values = rounded.astype(np.uint8)
+    elif values.dtype != np.uint8:
+        raise DatasetError(f"{item}: an image of {values.dtype}; {PIXELS}")
+    return np.broadcast_to(values, (3, *values.shape[1:]))
+
+
+def _label(item: str, label: Any) -> int:
+    try:
+        number = int(label)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0 or number != label:
+        raise DatasetError(f"{item}: the class is {label!r}; must be a whole number from 0 on")
+    return number
+
+
+def _classes(name: str, named: Sequence[str] | None, sets: Sequence[ImageSet]) -> tuple[str, ...]:
+    highest = max(int(one.labels.max()) for one in sets)
+    classes = tuple(map(str, range(highest + 1) if named is None else named))
+    if highest >= len(classes):
+        raise DatasetError(f"{name}: there is the class {highest}, and names of {len(classes)}; name all classes")
+    return classes
+
+
+def _size(images: Tensor | np.ndarray) -> str:
+    return f"{images.shape[-1]}x{images.shape[-2]}"

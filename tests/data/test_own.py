@@ -1,0 +1,164 @@
+"""Datasets of one's own, by a function."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import to_tensor
+
+from gross_ray.data.images import load_dataset
+from gross_ray.errors import DatasetError, InvalidValueError
+from gross_ray.experiment import DataOptions
+
+PIXELS = np.random.default_rng(0).integers(256, size=(40, 6, 5, 3), dtype=np.uint8)
+LABELS = [number % 4 for number in range(40)]
+Item = tuple[Any, Any]
+
+
+class Own(Dataset[Item]):
+    """A torch dataset that has only what one must have."""
+
+    def __init__(self, images: list[Any], labels: list[Any]) -> None:
+        self.items = list(zip(images, labels, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: int) -> Item:
+        return self.items[place]
+
+
+@pytest.fixture
+def module() -> Iterator[ModuleType]:
+    made = ModuleType("own_pictures")
+    sys.modules["own_pictures"] = made
+    yield made
+    del sys.modules["own_pictures"]
+
+
+def as_dataset(change: Callable[[np.ndarray], Any], places: slice = slice(None)) -> Own:
+    return Own([change(image) for image in PIXELS[places]], LABELS[places])
+
+
+def channels_first(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def sorted_images(images: Tensor) -> list[bytes]:
+    return sorted(image.numpy().tobytes() for image in images)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Image.fromarray,
+        lambda image: image,
+        channels_first,
+        lambda image: to_tensor(Image.fromarray(image)),
+        lambda image: to_tensor(Image.fromarray(image)).double(),
+    ],
+    ids=["pil", "numpy", "tensor", "ToTensor", "float64"],
+)
+def test_images_of_each_kind_are_read_without_loss(module: ModuleType, change: Callable[[np.ndarray], Any]) -> None:
+    module.pictures = lambda: (as_dataset(change, slice(0, 30)), as_dataset(change, slice(30, 40)))  # type: ignore[attr-defined]
+    splits = load_dataset(DataOptions(name="own_pictures:pictures"))
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (24, 6, 10)
+    assert splits.train.images.shape[1:] == (3, 6, 5)
+    learnt = torch.cat([splits.train.images, splits.validation.images])
+    expected = torch.from_numpy(PIXELS).permute(0, 3, 1, 2).contiguous()
+    assert sorted_images(learnt) == sorted_images(expected[:30])
+    assert sorted_images(splits.test.images) == sorted_images(expected[30:])
+    by_image = {image.numpy().tobytes(): label for image, label in zip(expected, LABELS, strict=True)}
+    found = [by_image[image.numpy().tobytes()] for image in learnt]
+    assert found == torch.cat([splits.train.labels, splits.validation.labels]).tolist()
+    assert splits.classes == ("0", "1", "2", "3")
+
+
+def test_grey_images_and_three_datasets(module: ModuleType) -> None:
+    parts = [as_dataset(lambda image: image[..., 0], slice(start, start + 10)) for start in (0, 10, 20)]
+    parts[0].classes = ["a", "b", "c", "d"]  # type: ignore[attr-defined]
+    module.pictures = lambda: tuple(parts)  # type: ignore[attr-defined]
+    splits = load_dataset(DataOptions(name="own_pictures:pictures", mean=(0.1, 0.2, 0.3)))
+    assert splits.classes == ("a", "b", "c", "d")
+    for start, part in zip((0, 10, 20), (splits.train, splits.validation, splits.test), strict=True):
+        grey = torch.from_numpy(PIXELS[start : start + 10, :, :, 0].copy())
+        assert sorted_images(part.images[:, 0]) == sorted_images(grey)
+        assert torch.equal(part.images[:, 0], part.images[:, 2])
+        assert part.normalisation.mean == (0.1, 0.2, 0.3)
+
+
+def test_it_is_read_in_the_same_order_each_time(module: ModuleType) -> None:
+    module.pictures = lambda: (as_dataset(channels_first), as_dataset(channels_first))  # type: ignore[attr-defined]
+    one, other = (load_dataset(DataOptions(name="own_pictures:pictures")) for _ in range(2))
+    assert torch.equal(one.train.images, other.train.images)
+
+
+WHOLE = as_dataset(channels_first)
+
+
+@pytest.mark.parametrize(
+    ("returned", "complaint"),
+    [
+        (WHOLE, "own_pictures:pictures: the function returned Own; return (train, test) or"),
+        ((WHOLE,), "own_pictures:pictures: the function returned 1 values; return (train, test) or"),
+        ((WHOLE, iter([])), "own_pictures:pictures, test: a list_iterator has no length; return"),
+        ((Own([], []), WHOLE), "own_pictures:pictures, train: the dataset is empty"),
+        ((WHOLE, Own([3], [1])), "own_pictures:pictures, test, item 0: a int is no image; give images of PIL"),
+        ((Own([PIXELS[0]], ["cat"]), WHOLE), "train, item 0: the class is 'cat'; must be a whole number from 0 on"),
+        ((Own([PIXELS[0]], [-1]), WHOLE), "train, item 0: the class is -1; must be"),
+        ((Own([PIXELS[0]], [0.5]), WHOLE), "train, item 0: the class is 0.5; must be"),
+        ((Own([PIXELS[0], PIXELS[1, :4]], [0, 0]), WHOLE), "train, item 1: is 5x4 pixels, those before it 5x6; resize"),
+        ((Own([PIXELS[0, :4]] * 3, [0] * 3), WHOLE), "train has images of 5x4 pixels, test of 5x6; resize all"),
+        ((Own([torch.zeros(2, 6, 5)], [0]), WHOLE), "train, item 0: an image of shape (2, 6, 5); give"),
+        ((Own([torch.zeros(3, 6, 5).long()], [0]), WHOLE), "train, item 0: an image of int64; give"),
+        (
+            (Own([to_tensor(PIXELS[0]) * 2 - 1], [0]), WHOLE),
+            "that are not multiples of 1/255 from 0 to 1: leave the normalisation to data.mean and data.std",
+        ),
+        ((Own([torch.full((3, 6, 5), torch.nan)], [0]), WHOLE), "values from nan to nan that are not multiples"),
+        ((Own([Image.new("I;16", (5, 6))], [0]), WHOLE), "an image of mode I;16, more than 8 bits a channel"),
+        ((Own([(1, 2, 3)], [0]).items, WHOLE), "train, item 0: a tuple is no image"),
+        (([5], WHOLE), "train, item 0: TypeError: cannot unpack non-iterable int object"),
+    ],
+)
+def test_what_is_no_dataset_is_named(module: ModuleType, returned: Any, complaint: str) -> None:
+    module.pictures = lambda: returned  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match=re.escape(complaint)) as caught:
+        load_dataset(DataOptions(name="own_pictures:pictures"))
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_names_than_classes(module: ModuleType) -> None:
+    few = as_dataset(channels_first)
+    few.classes = ["a", "b", "c"]  # type: ignore[attr-defined]
+    module.pictures = lambda: (few, WHOLE)  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="there is the class 3, and names of 3; name all classes"):
+        load_dataset(DataOptions(name="own_pictures:pictures"))
+
+
+def test_a_function_that_fails_or_is_not_there(module: ModuleType) -> None:
+    def pictures() -> None:
+        raise FileNotFoundError("no pictures here")
+
+    module.pictures = pictures  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="the function fails: FileNotFoundError: no pictures here"):
+        load_dataset(DataOptions(name="own_pictures:pictures"))
+    with pytest.raises(DatasetError, match="no_such_module.*write package.module:function, from a folder that Python"):
+        load_dataset(DataOptions(name="no_such_module:pictures"))
+    with pytest.raises(DatasetError, match="other.*write package.module:function"):
+        load_dataset(DataOptions(name="own_pictures:other"))
+    module.pictures = 3  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="pictures is no function"):
+        load_dataset(DataOptions(name="own_pictures:pictures"))
+    with pytest.raises(InvalidValueError, match=re.escape("data.name = 'own pictures:x': must be sample")):
+        DataOptions(name="own pictures:x")
