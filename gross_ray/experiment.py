@@ -157,8 +157,8 @@ class SupernetOptions:
 
     seeds: int = 5
     """How many supernets are trained; a configuration's accuracy is their median."""
-    alpha: float = 4.0
-    """Temperature of the sampling of group-sizes (Eq. 8); 0 is uniform."""
+    alpha: float = 0.0
+    """Temperature of the sampling of group-sizes (Eq. 8); 0 is uniform, the paper's is 4 (docs/method.md)."""
     scaling: str = "normalised"
     """"index" samples with exp(-alpha i), Eq. 8 as printed; "normalised" with exp(-alpha i / N)."""
 

@@ -119,10 +119,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory, evaluated: dict[str, Evalu
     """What the names in the code of docs/tables.md hold after it has run on a run folder of this space."""
     store = RunStore.create(tmp_path_factory.mktemp("queries") / "runs" / "quickstart", preset("quickstart"))
     for alpha, scaling, seed in (
-        (4.0, "normalised", 0),
-        (4.0, "normalised", 1),
-        (4.0, "normalised", 2),
         (0.0, "index", 0),
+        (0.0, "index", 1),
+        (0.0, "index", 2),
+        (4.0, "normalised", 0),
     ):
         unit = f"alpha={alpha:g},scaling={scaling},seed={seed}"
         rows = [
@@ -135,7 +135,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, evaluated: dict[str, Evalu
                 "val_correct": 1,
                 "val_total": 1,
             }
-            | {"val_accuracy": one.by_seed[seed] if alpha else 1.0, "val_loss": 1.0, "latency_ms": None}
+            | {"val_accuracy": 1.0 if alpha else one.by_seed[seed], "val_loss": 1.0, "latency_ms": None}
             for name, one in evaluated.items()
         ]
         store.write_table("configurations", unit, rows, layers=["conv2", "conv3", "conv4"])

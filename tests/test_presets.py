@@ -74,4 +74,4 @@ def test_search_space_is_the_papers(name: str) -> None:
 
 def test_fashion_departs_from_the_paper_where_it_says_so() -> None:
     changed = {name for name, value in preset("fashion").fields().items() if value != preset("paper").fields()[name]}
-    assert changed == {"name", "data.name", "training.lr", "supernet.scaling", "sweep.scalings"}
+    assert changed == {"name", "data.name", "training.lr", "supernet.alpha", "supernet.scaling", "sweep.scalings"}

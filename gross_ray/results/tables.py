@@ -373,7 +373,7 @@ import pandas as pd
 from gross_ray import read_table
 
 run = "runs/quickstart"
-configurations = read_table(run, "configurations").query("alpha == 4 and scaling == 'normalised'")
+configurations = read_table(run, "configurations").query("alpha == 0")
 layers = [name for name in configurations if name.startswith("layer ")]
 key = ["configuration", *layers, "macs", "parameters"]
 space = configurations.groupby(key, as_index=False)["val_accuracy"].median()

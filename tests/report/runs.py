@@ -16,13 +16,14 @@ FOUR_CONV = {"conv2": (1, 2, 4, 8, 16, 32), "conv3": (1, 2, 4, 8, 16, 32), "conv
 TEMPERATURES = ((0.0, "index"), *((alpha, scaling) for scaling in ("index", "normalised") for alpha in (2.0, 4.0, 8.0)))
 FIXED = ("32-32-32", "16-16-16", "4-4-4", "1-1-1")
 SELECTED = {"16-16-16": ("8-16-16", "2-16-16"), "4-4-4": ("8-1-4", "1-2-4")}
-SETTINGS = ["supernet.seeds=5", "supernet.alpha=4.0", "supernet.scaling=normalised", "search.top=2", "training.seeds=5"]
+SEARCHED = ["supernet.alpha=4.0", "supernet.scaling=normalised"]
+SETTINGS = ["supernet.seeds=5", "search.top=2", "training.seeds=5"]
 SETTINGS += ["sweep.alphas=[0,2,4,8]", 'sweep.scalings=["index","normalised"]', "sweep.seeds=5"]
 SHARD = 20_000
 
 
 def new_run(folder: Path, settings: Sequence[str] = SETTINGS) -> RunStore:
-    return RunStore.create(folder, preset("quickstart").override(list(settings)))
+    return RunStore.create(folder, preset("quickstart").override([*SEARCHED, *settings]))
 
 
 def macs_of(sizes: Sequence[int]) -> int:
