@@ -323,7 +323,7 @@ def search(
     click.echo("\n\n".join(parts))
 
 
-def _refuse_alone(owner: str, given: bool, options: Mapping[str, float | None]) -> None:
+def _refuse_alone(owner: str, given: bool, options: Mapping[str, object]) -> None:
     """Refuse those of `options` that are set where the option that they belong to is not."""
     for name, value in options.items():
         if value is not None and not given:
@@ -547,7 +547,28 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
     help="FILE.onnx, FILE.pt2 (torch.export) or FILE.safetensors (weights).",
 )
 @click.option("--seed", type=int, help="Which repeat of it [the most accurate one on the validation split].")
-def export(run: str, configuration: str, target: Path, seed: int | None) -> None:
+@click.option(
+    "--fold",
+    "objective",
+    type=click.Choice(["none", "macs", "parameters", "latency_ms"]),
+    default="none",
+    show_default=True,
+    help="Write a layer as the dense convolution that it equals where that has less of this; latency_ms: where it is "
+    "faster on this machine.",
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Images of a batch that is timed for --fold latency_ms [1].")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Where --fold latency_ms times [cuda where there is one]."
+)
+def export(
+    run: str,
+    configuration: str,
+    target: Path,
+    seed: int | None,
+    objective: str,
+    batch: int | None,
+    device: str | None,
+) -> None:
     """Write a validated configuration of RUN as a plain network, and beside it FILE.json: what to know of it.
 
     The weights are those of its own training. The file is used without gross_ray: the card says how to feed it.
@@ -555,20 +576,35 @@ def export(run: str, configuration: str, target: Path, seed: int | None) -> None
     \b
     Example:
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx
+      gross export runs/quickstart --configuration 16-16-16 --to model.onnx --fold latency_ms
     """
+    import torch
+
     from gross_ray.export import check_format, export_network
-    from gross_ray.report.model_card import model_card, most_accurate_seed
+    from gross_ray.report.model_card import folded_card, foldings_text, model_card, most_accurate_seed
     from gross_ray.results.store import RunStore
+    from gross_ray.search.folding import fold
+    from gross_ray.search.latency import LatencyOptions
     from gross_ray.space import Configuration
     from pipelines.networks import load_validated
 
+    timed = {"--batch": batch, "--device": device}
+    given = {name: value for name, value in timed.items() if value is not None}
+    _refuse_alone("--fold latency_ms", objective == "latency_ms", given)
     check_format(target)
     store, configuration = RunStore.open(run), str(Configuration.parse(configuration))
     if seed is None:
         seed = most_accurate_seed(store, configuration) or 0
     network, input_shape, classes = load_validated(store, configuration, seed)
-    export_network(network, target, input_shape)
     card = model_card(store, configuration, seed, input_shape, classes) | {"file": target.name}
+    if objective != "none":
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        network, foldings = fold(
+            network, input_shape, objective=objective, latency=LatencyOptions(batch_size=batch or 1), device=place
+        )
+        card |= folded_card(network, input_shape, objective, foldings)
+        click.echo(foldings_text(objective, foldings))
+    export_network(network, target, input_shape)
     if target.suffix == ".safetensors":
         card["network"] = str(network).splitlines()
     beside = target.with_name(f"{target.name}.json")

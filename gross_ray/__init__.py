@@ -12,6 +12,7 @@ from gross_ray.presets import preset
 from gross_ray.results.store import read_table
 from gross_ray.search.cost import configuration_macs, count_macs
 from gross_ray.search.evaluator import evaluate_configurations
+from gross_ray.search.folding import fold
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.training.sampling import sampling_probabilities
 from gross_ray.training.stages import response_error
@@ -36,6 +37,7 @@ __all__ = [
     "expand_grouped_weight",
     "export_onnx",
     "extract",
+    "fold",
     "preset",
     "read_table",
     "response_error",

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gross_ray.errors import GrossRayError, InvalidValueError
+from gross_ray.modes import evaluating
 
 
 def export_network(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:
@@ -43,7 +44,7 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise GrossRayError(f"export_onnx needs the package {package}; install gross-ray[onnx]")
-    with _whole_or_not_at_all(path) as partial, _evaluating(model), warnings.catch_warnings():
+    with _whole_or_not_at_all(path) as partial, evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter speaks about its own internals
         torch.onnx.export(
             model,
@@ -65,7 +66,7 @@ def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int
     a supernet.
     """
     _check_plain(model, "export_program")
-    with _whole_or_not_at_all(path) as partial, _evaluating(model), torch.no_grad():
+    with _whole_or_not_at_all(path) as partial, evaluating(model), torch.no_grad():
         batch = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(model, (_example(model, input_shape),), dynamic_shapes=batch)
         torch.export.save(program, partial)
@@ -100,17 +101,6 @@ def _check_plain(model: nn.Module, what: str) -> None:
 
 def _example(model: nn.Module, input_shape: Sequence[int]) -> torch.Tensor:
     return torch.zeros(2, *input_shape, device=next(model.parameters()).device)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from gross_ray.results.store import RunStore
+from gross_ray.search.cost import count_macs
+from gross_ray.search.folding import Folding
 
 
 def model_card(
@@ -50,6 +54,28 @@ def model_card(
         "fingerprint": store.experiment.fingerprint(),
         "versions": {name: str(run[name]) for name in ("gross_ray", "python", "torch", "torchvision", "ray")},
     }
+
+
+def folded_card(
+    network: nn.Module, input_shape: Sequence[int], objective: str, foldings: Sequence[Folding]
+) -> dict[str, Any]:
+    """Return what differs in the card of a network some of whose layers were folded: its costs, and what decided."""
+    return {
+        "folded by": objective,
+        "folded": [asdict(one) for one in foldings if one.folded],
+        "macs": count_macs(network, input_shape),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "latency_ms": None,
+    }
+
+
+def foldings_text(objective: str, foldings: Sequence[Folding]) -> str:
+    """Return a line a layer: what it costs in both forms, and which it is written as."""
+    return "\n".join(
+        f"{one.layer} (group-size {one.group_size}): {objective} {one.bottleneck:.6g} as a bottleneck, {one.dense:.6g} "
+        f"dense: {'folded' if one.folded else 'kept'}"
+        for one in foldings
+    )
 
 
 def most_accurate_seed(store: RunStore, configuration: str) -> int | None:

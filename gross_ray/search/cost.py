@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
+from gross_ray.modes import evaluating
 from gross_ray.space import Configuration, SearchSpace
 
 CONVENTIONS = ("actual", "paper")
@@ -134,17 +135,13 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
 
     counted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | SeriesConv2d)]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
-    modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     try:
-        model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model(torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return calls
 
 

@@ -4,22 +4,14 @@ Each decomposed layer's bottleneck is timed alone at each group-size, and so is 
 layers answer at once with a tensor made beforehand (a difference of two measurements would be less steady). Sampled
 configurations, timed whole, correct the sum of the parts: offset_ms + slope x sum. All run as `extract` leaves them,
 contiguous, in eval and inference mode.
-
-A machine changes its speed for seconds at a time, by more than configurations differ. So all are timed in rounds, a
-sample each (the fastest of three calls after an untimed one), and each round's own speed is divided out. A single CPU
-thread is timed by the CPU time it used, which is what a call takes on a free core: on one shared with others, wall
-time was three times as long and told configurations apart no more. Several threads, and GPUs, are timed by wall time.
 """
 
 from __future__ import annotations
 
-import platform
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,16 +21,12 @@ from torch import Tensor, nn
 
 from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
 from gross_ray.errors import InvalidValueError
+from gross_ray.search.timing import Work, device_name, typical_ms
 from gross_ray.space import Configuration, SearchSpace
 
 REST = "rest"
 """Names, in the table `latencies`, everything but the decomposed layers; there it has no group-size."""
-_WARM_UP_ROUNDS = 2
-_CALLS_PER_SAMPLE = 3
-_POLISHES = 3
-_TICK_MS = 1e-6  # of the clock: a layer that is never called takes less
 _WHERE = ("device", "host", "batch_size", "threads")
-_Work = tuple[nn.Module, Sequence[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +156,7 @@ def measure_latency(
     try:
         with torch.inference_mode():
             works = _works(supernet, sampled, images.to(place, parameter.dtype))
-            times = _typical_ms(works, options.repeats, place, on_part)
+            times = typical_ms(works, options.repeats, place, on_part)
     finally:
         torch.set_num_threads(threads)
     layer_ms = {name: {size: times[name, size] for size in sizes} for name, sizes in space.group_sizes.items()}
@@ -176,7 +164,7 @@ def measure_latency(
     sums, measured = _sums(times[REST], layer_ms, columns), np.array([times[one] for one in sampled])
     offset_ms, slope = _fit(sums, measured)
     return LatencyModel(
-        device=_device_name(place),
+        device=device_name(place),
         host=socket.gethostname(),
         batch_size=options.batch_size,
         threads=options.threads,
@@ -205,7 +193,7 @@ class _AnswersAtOnce(nn.Module):
         return self.outputs[images.shape]
 
 
-def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor) -> dict[Any, _Work]:
+def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor) -> dict[Any, Work]:
     """Return what is timed, and the inputs of its calls: REST, each (layer, group-size), each sampled configuration.
 
     The networks are those of `extract`, but made of the very modules that are timed alone: twenty with weights of
@@ -218,7 +206,7 @@ def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor)
     network(batch)
     for handle in handles:
         handle.remove()
-    works: dict[Any, _Work] = {REST: (replace_modules(network, free, share_weights=True), [batch])}
+    works: dict[Any, Work] = {REST: (replace_modules(network, free, share_weights=True), [batch])}
     for name, layer in layers.items():
         for size in layer.group_sizes:
             works[name, size] = (layer.to_modules(size).eval().to(device), free[name].inputs)
@@ -226,50 +214,6 @@ def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor)
         chosen = {name: works[name, size][0] for name, size in zip(layers, one, strict=True)}
         works[one] = (replace_modules(network, chosen, share_weights=True), [batch])
     return works
-
-
-def _typical_ms(
-    works: Mapping[Any, _Work], repeats: int, device: torch.device, on_part: Callable[[int, int], object] | None
-) -> dict[Any, float]:
-    """Return the median time of each over the rounds, each round's speed divided out (Tukey's median polish)."""
-    samples = np.empty((_WARM_UP_ROUNDS + repeats, len(works)))
-    for turn in range(len(samples)):
-        for place, (module, inputs) in enumerate(works.values()):
-            samples[turn, place] = _sample_ms(module, inputs, device)
-            if on_part is not None:
-                on_part(turn * len(works) + place + 1, samples.size)
-    logs = np.log(np.maximum(samples[_WARM_UP_ROUNDS:], _TICK_MS))
-    slowness = np.zeros((repeats, 1))
-    for _ in range(_POLISHES):
-        slowness = np.median(logs - np.median(logs - slowness, axis=0), axis=1, keepdims=True)
-        slowness -= np.median(slowness)
-    return dict(zip(works, np.exp(np.median(logs - slowness, axis=0)).tolist(), strict=True))
-
-
-def _sample_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
-    """Return the fastest of some calls of `module` on all `inputs`, in ms, after one that fills the caches."""
-    clock = _cuda_ms if device.type == "cuda" else _cpu_ms
-    return min([clock(module, inputs, device) for _ in range(1 + _CALLS_PER_SAMPLE)][1:])
-
-
-def _cpu_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    for images in inputs:
-        module(images)
-    return (clock() - start) * 1e3
-
-
-def _cuda_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    stream = torch.cuda.current_stream(device)
-    stream.synchronize()
-    start.record(stream)
-    for images in inputs:
-        module(images)
-    end.record(stream)
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def _sample(space: SearchSpace, num_sampled: int, generator: torch.Generator) -> list[Configuration]:
@@ -316,12 +260,3 @@ def _leave_one_out_error(sums: np.ndarray, measured: np.ndarray) -> float:
         offset_ms, slope = _fit(np.delete(sums, place), np.delete(measured, place))
         errors.append(abs(max(0.0, offset_ms + slope * sums[place]) - measured[place]) / measured[place])
     return float(np.median(errors))
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()

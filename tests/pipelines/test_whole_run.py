@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from miniature import assert_equal_tables, gross, run_command, tables
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cli import main
 from gross_ray import read_table
@@ -99,9 +100,46 @@ def test_a_validated_configuration_is_exported_with_its_card(whole_run: tuple[Pa
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
-    program = torch.export.load(tmp_path / "network.pt2").module()
-    torch.testing.assert_close(program(images).detach(), expected, rtol=1e-5, atol=1e-5)
+    save_file({"images": images, "expected": expected}, tmp_path / "images.safetensors")
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
     assert load_file(tmp_path / "network.safetensors").keys() == network.state_dict().keys()
+
+
+WITHOUT_US = """
+import sys
+for name in ("gross_ray", "pipelines", "cli"):
+    sys.modules[name] = None
+import torch
+from safetensors.torch import load_file, save_file
+
+held = load_file("images.safetensors")
+logits = torch.export.load("network.pt2").module()(held["images"])
+torch.testing.assert_close(logits.detach(), held["expected"], rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_an_export_folds_layers_where_that_is_faster(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    run, target = whole_run[0], tmp_path / "folded.pt2"
+    alone = gross("export", str(run), "--configuration", "16-16-16", "--to", str(target), "--batch", "8")
+    assert (alone.returncode, target.exists()) == (2, False)
+    assert "--batch 8 without --fold latency_ms" in alone.stderr
+    words = ["--configuration", "16-16-16", "--to", str(target), "--fold", "latency_ms", "--batch", "8"]
+    ended = gross("export", str(run), *words, "--device", "cpu")
+    assert ended.returncode == 0, ended.stderr
+    card = json.loads((tmp_path / "folded.pt2.json").read_text())
+    folded = {one["layer"] for one in card["folded"]}
+    lines = [line for line in ended.stdout.splitlines() if "latency_ms" in line]
+    assert [(line.split()[0], line.endswith(": folded")) for line in lines] == [
+        (layer, layer in folded) for layer in ("conv2", "conv3", "conv4")
+    ]
+    network = load_validated(RunStore.open(run), "16-16-16", 0)[0].eval()
+    images = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    program = torch.export.load(target).module()
+    torch.testing.assert_close(program(images).detach(), network(images).detach(), rtol=1e-4, atol=1e-4)
+    assert sum(parameter.numel() for parameter in program.parameters()) == card["parameters"]
 
 
 def test_status_and_single_stages(whole_run: tuple[Path, str]) -> None:

@@ -14,7 +14,7 @@ from gross_ray.decomposition.surgery import extract, get_configuration, series_l
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.results.tables import TABLES
-from gross_ray.search import latency
+from gross_ray.search import latency, timing
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
 from gross_ray.space import Configuration, SearchSpace
 
@@ -52,7 +52,7 @@ def group_size(bottleneck):
 
 
 class Timer:
-    """Stands in for `_sample_ms`: parts take made-up times, a whole network what `whole` says of its parts' sum."""
+    """In place of `timing._sample_ms`: parts take made-up times, a whole network what `whole` says of their sum."""
 
     def __init__(self, whole=lambda sum_ms, configuration: 2 + 1.5 * sum_ms, disturbance=lambda sample, place: 1.0):
         self.whole, self.disturbance = whole, disturbance
@@ -91,7 +91,7 @@ def supernet(random_supernet):
 def use_timer(monkeypatch):
     def use(*args, **kwargs):
         timer = Timer(*args, **kwargs)
-        monkeypatch.setattr(latency, "_sample_ms", timer)
+        monkeypatch.setattr(timing, "_sample_ms", timer)
         return timer
 
     return use
@@ -188,7 +188,7 @@ def test_two_configurations_predict_each_other_with_the_sum_as_it_is(random_supe
 
 def test_equal_sums_leave_the_slope_at_one(random_supernet, monkeypatch):
     supernet = random_supernet(four_conv(image_size=16), {"conv2": (1, 2, 32)})
-    monkeypatch.setattr(latency, "_sample_ms", lambda module, *_: 0.1 if bottlenecks(module) else 0.2)
+    monkeypatch.setattr(timing, "_sample_ms", lambda module, *_: 0.1 if bottlenecks(module) else 0.2)
     model = measure(supernet)
     assert model.slope == 1
     assert model.predict((2,)) == pytest.approx(0.1)
@@ -310,10 +310,10 @@ def test_all_run_in_rounds_in_eval_and_inference_mode_with_the_threads_asked_for
         turns.append((id(module), modes, torch.is_inference_mode_enabled(), torch.get_num_threads(), device.type))
         return 1.0
 
-    monkeypatch.setattr(latency, "_sample_ms", look)
+    monkeypatch.setattr(timing, "_sample_ms", look)
     measure(supernet, threads=2, repeats=3, num_sampled=4)
     works = 1 + sum(map(len, SIZES.values())) + 4
-    assert len(turns) == works * (latency._WARM_UP_ROUNDS + 3)
+    assert len(turns) == works * (timing._WARM_UP_ROUNDS + 3)
     assert len({turn[0] for turn in turns}) == works
     assert all(turns[place] == turns[place % works] for place in range(len(turns)))
     assert all(turn[1:] == ({False}, True, 2, "cpu") for turn in turns)
@@ -371,7 +371,7 @@ def test_sampling_is_uniform_and_never_lists_a_vast_space(generator):
 def test_the_machine_s_changing_speed_and_single_disturbances_are_divided_out(supernet, use_timer):
     random = np.random.default_rng(0)
     works, rounds = 1 + sum(map(len, SIZES.values())) + 10, 21
-    speeds = random.uniform(0.5, 2.0, latency._WARM_UP_ROUNDS + rounds)
+    speeds = random.uniform(0.5, 2.0, timing._WARM_UP_ROUNDS + rounds)
     hit = random.random((len(speeds), works)) < 0.1
 
     def disturbance(sample, module):
@@ -380,7 +380,7 @@ def test_the_machine_s_changing_speed_and_single_disturbances_are_divided_out(su
 
     use_timer(disturbance=disturbance)
     model = measure(supernet, repeats=rounds)
-    usual = np.median(speeds[latency._WARM_UP_ROUNDS :])
+    usual = np.median(speeds[timing._WARM_UP_ROUNDS :])
     assert model.rest_ms == pytest.approx(REST_MS * usual)
     assert (model.offset_ms, model.slope) == pytest.approx((2 * usual, 1.5))
     assert model.median_error == pytest.approx(0, abs=1e-9)
@@ -394,8 +394,8 @@ def test_warm_up_rounds_do_not_count(supernet, use_timer):
 
 def test_a_sample_is_the_fastest_call_after_an_untimed_one(monkeypatch):
     clock = iter([1.0, 5.0, 3.0, 4.0])
-    monkeypatch.setattr(latency, "_cpu_ms", lambda *_: next(clock))
-    assert latency._sample_ms(nn.Identity(), [], torch.device("cpu")) == 3.0
+    monkeypatch.setattr(timing, "_cpu_ms", lambda *_: next(clock))
+    assert timing._sample_ms(nn.Identity(), [], torch.device("cpu")) == 3.0
     assert not list(clock)
 
 
@@ -408,10 +408,10 @@ def test_one_thread_is_timed_by_its_cpu_time_and_more_by_wall_time(monkeypatch, 
             now.s += seconds.item()
 
     clocks = SimpleNamespace(perf_counter=lambda: now.s, thread_time=lambda: now.s / 10)
-    monkeypatch.setattr(latency, "time", clocks)
+    monkeypatch.setattr(timing, "time", clocks)
     torch.set_num_threads(threads)
     inputs = [torch.tensor(0.25), torch.tensor(0.5)]
-    assert latency._cpu_ms(Takes(), inputs, torch.device("cpu")) == pytest.approx(expected_ms)
+    assert timing._cpu_ms(Takes(), inputs, torch.device("cpu")) == pytest.approx(expected_ms)
 
 
 def test_progress_counts_every_timing(supernet, use_timer):
@@ -422,14 +422,14 @@ def test_progress_counts_every_timing(supernet, use_timer):
 
 def test_device_name_is_the_processor_s(monkeypatch, tmp_path):
     listed = tmp_path / "cpuinfo"
-    monkeypatch.setattr(latency, "Path", lambda path: listed)
-    monkeypatch.setattr(latency.platform, "processor", lambda: "")
-    monkeypatch.setattr(latency.platform, "machine", lambda: "riscv64")
-    assert latency._device_name(torch.device("cpu")) == "riscv64"
+    monkeypatch.setattr(timing, "Path", lambda path: listed)
+    monkeypatch.setattr(timing.platform, "processor", lambda: "")
+    monkeypatch.setattr(timing.platform, "machine", lambda: "riscv64")
+    assert timing.device_name(torch.device("cpu")) == "riscv64"
     listed.write_text("processor\t: 0\n")
-    assert latency._device_name(torch.device("cpu")) == "riscv64"
+    assert timing.device_name(torch.device("cpu")) == "riscv64"
     listed.write_text("processor\t: 0\nmodel name\t: Some CPU: 3 GHz\nprocessor\t: 1\nmodel name\t: Other\n")
-    assert latency._device_name(torch.device("cpu")) == "Some CPU: 3 GHz"
+    assert timing.device_name(torch.device("cpu")) == "Some CPU: 3 GHz"
 
 
 # A real run

@@ -1,0 +1,177 @@
+"""Fold a bottleneck of a plain network into the one dense convolution that it equals, where that costs less."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gross_ray.decomposition.bottleneck import Bottleneck
+from gross_ray.decomposition.surgery import replace_modules
+from gross_ray.errors import InvalidValueError
+from gross_ray.modes import evaluating
+from gross_ray.search.cost import network_calls, plain_macs
+from gross_ray.search.latency import LatencyOptions
+from gross_ray.search.timing import typical_ms
+
+OBJECTIVES = ("macs", "parameters", "latency_ms")
+"""What may decide: MACs of an image, numbers of weights, or a measured time."""
+_PARTS = ("pointwise_in", "grouped", "pointwise_out")
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What one layer costs in both forms, all its calls in a forward pass together."""
+
+    layer: str
+    """Its name in the network."""
+    group_size: int
+    """That of its bottleneck."""
+    bottleneck: float
+    """Cost as a bottleneck, in the objective's unit."""
+    dense: float
+    """Cost as a dense convolution."""
+
+    @property
+    def folded(self) -> bool:
+        """Whether the dense convolution costs less, and takes the bottleneck's place."""
+        return self.dense < self.bottleneck
+
+
+def fold(
+    network: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    objective: str = "macs",
+    latency: LatencyOptions = LatencyOptions(),  # noqa: B008 (frozen)
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, list[Folding]]:
+    """Return a copy of `network` with each bottleneck folded whose dense convolution costs less, and all their costs.
+
+    `network` is what `extract` returns, (N, *input_shape) its input. With equal weights in exact arithmetic the outputs
+    are equal; dense kernels are multiplied out in float64 and rounded to the network's dtype. "latency_ms" times both
+    forms of each layer alone, on `device`, as `latency` says (`num_sampled` is not used). Raises InvalidValueError for
+    an unknown objective.
+    """
+    if objective not in OBJECTIVES:
+        raise InvalidValueError(f"objective = {objective!r}: must be one of {', '.join(OBJECTIVES)}")
+    found = bottlenecks(network)
+    dense = {name: dense_convolution(module) for name, module in found.items()}
+    if objective == "parameters":
+        costs = {name: (_parameters(found[name]), _parameters(dense[name])) for name in found}
+    elif objective == "macs":
+        costs = _macs(network, found, dense, input_shape)
+    else:
+        costs = _milliseconds(network, found, dense, input_shape, latency, torch.device(device))
+    foldings = [Folding(name, _grouped(found[name]).weight.shape[1], *costs[name]) for name in found]
+    return replace_modules(network, {one.layer: dense[one.layer] for one in foldings if one.folded}), foldings
+
+
+def bottlenecks(network: nn.Module) -> dict[str, nn.Sequential]:
+    """Return the bottlenecks of a plain network by name, one that is used in several places once."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Sequential) and tuple(module._modules) == _PARTS
+    }
+
+
+def dense_convolution(bottleneck: nn.Sequential) -> nn.Conv2d:
+    """Return the dense convolution that a bottleneck of three convolutions equals."""
+    parts: list[nn.Conv2d] = [getattr(bottleneck, part) for part in _PARTS]
+    _, grouped, last = parts
+    kernel = Bottleneck(*(part.weight.detach().double() for part in parts)).dense_kernel()
+    place: dict[str, Any] = {
+        "kernel_size": grouped.kernel_size,
+        "stride": grouped.stride,
+        "padding": grouped.padding,
+        "dilation": grouped.dilation,
+    }
+    conv = nn.Conv2d(
+        kernel.shape[1],
+        kernel.shape[0],
+        bias=last.bias is not None,
+        padding_mode=grouped.padding_mode,
+        dtype=grouped.weight.dtype,
+        device=grouped.weight.device,
+        **place,
+    )
+    with torch.no_grad():
+        conv.weight.copy_(kernel)
+        if conv.bias is not None and last.bias is not None:
+            conv.bias.copy_(last.bias)
+    return conv
+
+
+def _grouped(bottleneck: nn.Sequential) -> nn.Conv2d:
+    conv = bottleneck.get_submodule("grouped")
+    assert isinstance(conv, nn.Conv2d)
+    return conv
+
+
+def _parameters(module: nn.Module) -> float:
+    return float(sum(parameter.numel() for parameter in module.parameters()))
+
+
+def _macs(
+    network: nn.Module, found: dict[str, nn.Sequential], dense: dict[str, nn.Conv2d], input_shape: Sequence[int]
+) -> dict[str, tuple[float, float]]:
+    layer_of = {id(part): name for name, module in found.items() for part in module}
+    costs = dict.fromkeys(found, (0.0, 0.0))
+    for call in network_calls(network, input_shape):
+        if (name := layer_of.get(id(call.module))) is None:
+            continue
+        before, as_dense = costs[name]
+        if call.module is _grouped(found[name]):  # of its places are the dense convolution's outputs
+            places = call.output_size[2] * call.output_size[3]
+            as_dense += places * dense[name].weight.numel()
+        costs[name] = (before + plain_macs(call), as_dense)
+    return costs
+
+
+def _milliseconds(
+    network: nn.Module,
+    found: dict[str, nn.Sequential],
+    dense: dict[str, nn.Conv2d],
+    input_shape: Sequence[int],
+    options: LatencyOptions,
+    device: torch.device,
+) -> dict[str, tuple[float, float]]:
+    inputs = _inputs(network, found, input_shape, options.batch_size)
+    works = {
+        (name, form): (replace_modules(module, {}).eval().to(device), [one.to(device) for one in inputs[name]])
+        for name in found
+        for form, module in (("bottleneck", found[name]), ("dense", dense[name]))
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        with torch.inference_mode():
+            times = typical_ms(works, options.repeats, device)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: (times[name, "bottleneck"], times[name, "dense"]) for name in found}
+
+
+def _inputs(
+    network: nn.Module, found: dict[str, nn.Sequential], input_shape: Sequence[int], batch_size: int
+) -> dict[str, list[Tensor]]:
+    """Return what each bottleneck is given as `network` runs a batch."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in found}
+    names = {id(module): name for name, module in found.items()}
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[names[id(module)]].append(args[0].clone())  # it may be overwritten in place
+
+    handles = [module.register_forward_pre_hook(keep) for module in found.values()]
+    images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.inference_mode(), evaluating(network):
+            network(images.to(next(network.parameters())))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs

@@ -1,0 +1,149 @@
+"""Folding bottlenecks back into dense convolutions."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from networks import Twice
+from torch import nn
+
+from gross_ray.decomposition.series import SeriesConv2d
+from gross_ray.decomposition.surgery import decompose_model, extract, replace_modules
+from gross_ray.errors import InvalidValueError
+from gross_ray.search import timing
+from gross_ray.search.cost import count_macs
+from gross_ray.search.folding import bottlenecks, dense_convolution, fold
+from gross_ray.search.latency import LatencyOptions
+from gross_ray.space import SearchSpace
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    """Draw all weights, so that nothing is equal by being zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return module.eval()
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"stride": (1, 2), "padding": (2, 0), "dilation": (1, 2), "bias": False},
+        {"padding": "same", "dilation": 2},
+        {"padding": 1, "padding_mode": "reflect"},
+        {"padding": (1, 2), "padding_mode": "circular", "bias": False},
+        {"kernel_size": (1, 5), "padding": (0, 2)},
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_the_dense_convolution_equals_the_bottleneck(options: dict[str, Any], size: int) -> None:
+    conv = nn.Conv2d(8, 6, **{"kernel_size": 3, **options})
+    bottleneck = drawn(SeriesConv2d(conv, (1, 2, 4, 8)).to_modules(size))
+    dense = dense_convolution(bottleneck)
+    assert dense.weight.shape == conv.weight.shape
+    batch = images(3, 8, 9, 10)
+    expected = bottleneck.double()(batch.double())
+    torch.testing.assert_close(dense(batch).double(), expected, rtol=1e-5, atol=1e-5)
+    assert (dense.bias is None) == (conv.bias is None)
+
+
+@pytest.fixture
+def supernet() -> nn.Module:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 4, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 12, 3),
+        nn.Flatten(),
+        nn.Linear(12 * 9, 5),
+    )
+    return decompose_model(drawn(network).double())
+
+
+@pytest.mark.parametrize("objective", ["macs", "parameters"])
+def test_no_other_choice_of_forms_costs_less(supernet: nn.Module, objective: str) -> None:
+    shape, batch = (3, 12, 12), images(4, 3, 12, 12).double()
+    forms: set[tuple[bool, ...]] = set()
+    for configuration in SearchSpace.of(supernet):
+        plain = extract(supernet, configuration).eval()
+        folded, found = fold(plain, shape, objective=objective)
+
+        def cost(network: nn.Module) -> int:
+            return count_macs(network, shape) if objective == "macs" else sum(p.numel() for p in network.parameters())
+
+        dense = {name: dense_convolution(module) for name, module in bottlenecks(plain).items()}
+        others = [
+            cost(replace_modules(plain, {name: dense[name] for name in chosen}))
+            for count in range(len(dense) + 1)
+            for chosen in itertools.combinations(dense, count)
+        ]
+        assert cost(folded) == min(others)
+        saved = sum(one.bottleneck - one.dense for one in found if one.folded)
+        assert cost(plain) - saved == cost(folded)
+        assert [one.group_size for one in found] == list(configuration)
+        torch.testing.assert_close(folded(batch), plain(batch), rtol=1e-9, atol=1e-9)
+        assert set(bottlenecks(folded)) == {one.layer for one in found if not one.folded}
+        forms.add(tuple(one.folded for one in found))
+    assert len(forms) > 1  # the choice depends on the group-sizes
+
+
+def test_a_shared_layer_is_folded_once() -> None:
+    supernet = decompose_model(drawn(Twice()), layers=["shared"])
+    plain = extract(supernet, (4,)).eval()
+    folded, found = fold(plain, (3, 12, 12))
+    assert [(one.layer, one.folded) for one in found] == [("shared", True)]
+    assert sum(isinstance(one, nn.Conv2d) for one in folded.modules()) == 2
+    batch = images(2, 3, 12, 12)
+    torch.testing.assert_close(folded(batch), plain(batch), rtol=1e-5, atol=1e-5)
+    assert count_macs(plain, (3, 12, 12)) - count_macs(folded, (3, 12, 12)) == found[0].bottleneck - found[0].dense
+
+
+def test_measured_times_decide(supernet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[str, int]] = []
+
+    def milliseconds(module: nn.Module, inputs: list[torch.Tensor], device: torch.device) -> float:
+        assert torch.get_num_threads() == 1
+        assert not module.training
+        assert [len(one) for one in inputs] == [7]
+        form = "dense" if isinstance(module, nn.Conv2d) else "bottleneck"
+        channels = inputs[0].shape[1]
+        timed.append((form, channels))
+        return {("dense", 4): 1.0, ("bottleneck", 4): 2.0}.get((form, channels), 3.0)
+
+    monkeypatch.setattr(timing, "_sample_ms", milliseconds)
+    plain = extract(supernet, (1, 1, 1))
+    plain.train()
+    plain[3].eval()
+    options = LatencyOptions(batch_size=7, repeats=3)
+    folded, found = fold(plain, (3, 12, 12), objective="latency_ms", latency=options)
+    assert [(one.layer, one.folded) for one in found] == [("2", False), ("4", False), ("6", True)]
+    assert found[2].dense == pytest.approx(1.0)
+    assert found[2].bottleneck == pytest.approx(2.0)
+    assert set(timed) == {(form, channels) for form in ("dense", "bottleneck") for channels in (8, 4)}
+    assert [one.training for one in (plain, plain[2], plain[3])] == [True, True, False]
+    assert [one.training for one in (folded, folded[3], folded[6])] == [True, False, True]
+    assert all(not module._forward_pre_hooks for module in [*plain.modules(), *folded.modules()])
+
+
+def test_real_times_are_measured(supernet: nn.Module) -> None:
+    options = LatencyOptions(repeats=2)
+    _, found = fold(extract(supernet, (1, 2, 4)), (3, 12, 12), objective="latency_ms", latency=options)
+    assert all(one.dense > 0 and one.bottleneck > 0 for one in found)
+
+
+def test_an_unknown_objective_is_refused(supernet: nn.Module) -> None:
+    with pytest.raises(InvalidValueError, match=r"objective = 'speed': must be one of macs, parameters, latency_ms"):
+        fold(extract(supernet, (1, 1, 1)), (3, 12, 12), objective="speed")
