@@ -429,9 +429,22 @@ def _as_setting(value: Any) -> str:
 @click.option("--model", required=True, metavar="NAME", help=MODEL_HELP)
 @click.option("--layers", multiple=True, metavar="GLOB", help="Layers to decompose, by name or glob [all]; repeatable.")
 @click.option("--group-sizes", metavar="LIST", help="Group-sizes, like 1,4,16,32 [powers of two].")
+@click.option(
+    "--layer-group-sizes",
+    metavar="GLOB=LIST",
+    multiple=True,
+    help="Other ones for these layers, like 'layer4.*=16,32'.",
+)
 @click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels of an image's side.")
 @click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True, help="Classes it tells apart.")
-def inspect(model: str, layers: tuple[str, ...], group_sizes: str | None, image_size: int, num_classes: int) -> None:
+def inspect(
+    model: str,
+    layers: tuple[str, ...],
+    group_sizes: str | None,
+    layer_group_sizes: tuple[str, ...],
+    image_size: int,
+    num_classes: int,
+) -> None:
     """Print what decomposing a network would give: layers, group-sizes, the space and its cheapest configuration.
 
     \b
@@ -439,13 +452,14 @@ def inspect(model: str, layers: tuple[str, ...], group_sizes: str | None, image_
       gross inspect --model vgg16 --group-sizes 1,4,16,32
       gross inspect --model my_package.networks:small_resnet --image-size 64 --layers 'layer[34].*'
     """
-    from gross_ray.decomposition.layers import choice_of
+    from gross_ray.decomposition.layers import choice_of, parse_layer_group_sizes
     from gross_ray.models import model_of
     from gross_ray.report.inspection import inspection
     from gross_ray.report.terminal import inspection_page
 
     network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
-    choice = choice_of(network, layers, _whole_numbers("--group-sizes", group_sizes))
+    by_layer = parse_layer_group_sizes(layer_group_sizes)
+    choice = choice_of(network, layers, _whole_numbers("--group-sizes", group_sizes), by_layer)
     click.echo(inspection_page(inspection(network, choice, (3, image_size, image_size))))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from gross_ray.data.augment import DEVIATION, MEAN, Normalisation
 from gross_ray.decomposition.btd import BTDOptions
+from gross_ray.decomposition.layers import parse_layer_group_sizes
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import check_model_name
 from gross_ray.precision import PRECISIONS
@@ -119,9 +120,11 @@ class DecompositionOptions(BTDOptions):
     """The block term decomposition of each layer at each group-size (section 3)."""
 
     layers: tuple[str, ...] = ()
-    """Names of the layers to decompose; empty: every dense convolution with a kernel above 1x1 but the first."""
+    """Names or globs of layers to decompose; empty: every dense convolution with a kernel above 1x1 but the first."""
     group_sizes: tuple[int, ...] = ()
     """Group-sizes to try where they divide a layer's input channels; empty: the powers of two up to them."""
+    layer_group_sizes: tuple[str, ...] = ()
+    """Other ones for single layers, like "layer4.*=16,32": a name, or a glob; the first that fits a layer counts."""
     nested: bool = False
     """Start each group-size from the expansion of the next smaller one (a chain), not by itself (parallel)."""
 
@@ -131,6 +134,10 @@ class DecompositionOptions(BTDOptions):
         named = all(self.layers) and len(set(self.layers)) == len(self.layers)
         _require(named, "decomposition.layers", self.layers, "must be names of layers, each named once")
         _require_group_sizes("decomposition.group_sizes", self.group_sizes)
+        try:
+            parse_layer_group_sizes(self.layer_group_sizes)
+        except InvalidValueError as error:
+            raise InvalidValueError(f"decomposition.layer_group_sizes: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.layers import choice_of, choose_layers
+from gross_ray.decomposition.layers import choice_of, choose_layers, parse_layer_group_sizes
 from gross_ray.decomposition.surgery import empty_supernet, extract
 from gross_ray.errors import MissingStageError
 from gross_ray.models import build_model
@@ -55,7 +55,7 @@ def load_base(store: RunStore) -> Base:
     network = new_network(store, about["num_classes"], about["image_size"], torch.Generator())
     network.load_state_dict(tensors)
     options = store.experiment.decomposition
-    choice = choice_of(network, options.layers, options.group_sizes)
+    choice = choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
     shape = (3, about["image_size"], about["image_size"])
     return Base(network, seed, shape, SearchSpace(choice.group_sizes), tuple(about["classes"]))
 

@@ -68,21 +68,30 @@ def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[
     return {name: conv for name, conv in dense.items() if name in chosen}
 
 
-def choice_of(model: nn.Module, names: Sequence[str] | None = None, sizes: Sequence[int] = ()) -> LayerChoice:
+def choice_of(
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    sizes: Sequence[int] = (),
+    by_layer: Mapping[str, Sequence[int]] | None = None,
+) -> LayerChoice:
     """Return what becomes of each convolution: `names` as in `choose_layers`, each at those of `sizes` that fit it.
 
-    Without `sizes`, at all of `default_group_sizes`. A layer whose input channels no size divides is left alone,
-    unless it is named plainly. Raises InvalidValueError for such a one, as `choose_layers` does, and if none is left.
+    `by_layer` has other sizes for some of them, by name or glob; the first that names a layer counts. Without sizes, a
+    layer is decomposed at all of `default_group_sizes`. One whose input channels no size divides is left alone, unless
+    it is named plainly or by `by_layer`. Raises InvalidValueError for such a one, for a name in `by_layer` that no
+    layer has, as `choose_layers` does, and if none is left.
     """
     convs = choose_layers(model, names)
+    own = _sizes_by_layer(convs, by_layer or {})
     group_sizes, left_alone = {}, _reasons(model, convs)
     for name, conv in convs.items():
-        fitting = tuple(sorted(size for size in sizes if conv.in_channels % size == 0))
-        if fitting or not sizes:
+        asked = own.get(name, sizes)
+        fitting = tuple(sorted(size for size in asked if conv.in_channels % size == 0))
+        if fitting or not asked:
             group_sizes[name] = fitting or default_group_sizes(conv.in_channels)
             continue
-        left_alone[name] = f"none of the group-sizes {_listed(sizes)} divides its {conv.in_channels} input channels"
-        if name in (names or ()):
+        left_alone[name] = f"none of the group-sizes {_listed(asked)} divides its {conv.in_channels} input channels"
+        if name in (names or ()) or name in own:
             raise InvalidValueError(f"layer {name!r}: {left_alone[name]}; name other group-sizes or leave it out")
     if not group_sizes:
         name = next(iter(convs))
@@ -103,16 +112,41 @@ def default_group_sizes(in_channels: int) -> tuple[int, ...]:
 def layer_group_sizes(
     layers: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the group-sizes of each layer: those given for it, or `default_group_sizes`."""
-    unknown = [name for name in group_sizes or {} if name not in layers]
-    if unknown:
-        raise InvalidValueError(
-            f"group-sizes for {unknown[0]!r}, which is not decomposed; {_there(unknown[0], layers)}"
-        )
+    """Return the group-sizes of each layer: those given for it, by name or glob, or `default_group_sizes`."""
+    own = _sizes_by_layer(layers, group_sizes or {})
     return {
-        name: tuple(sorted((group_sizes or {}).get(name) or default_group_sizes(conv.in_channels)))
-        for name, conv in layers.items()
+        name: tuple(sorted(own.get(name) or default_group_sizes(conv.in_channels))) for name, conv in layers.items()
     }
+
+
+def parse_layer_group_sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Read texts like ``layer4.*=16,32``, a layer's name or glob and its group-sizes; InvalidValueError for others."""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, listed = text.rpartition("=")
+        sizes = [part.strip() for part in listed.split(",")]
+        lawful = all(part.isascii() and part.isdigit() and int(part) for part in sizes) and len(set(sizes)) == len(
+            sizes
+        )
+        if not name.strip() or not lawful or name.strip() in found:
+            rule = "write GLOB=SIZES, like layer4.*=16,32, each glob once and whole numbers above 0"
+            raise InvalidValueError(f"group-sizes {text!r}: {rule}")
+        found[name.strip()] = tuple(map(int, sizes))
+    return found
+
+
+def _sizes_by_layer(
+    layers: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[int]]
+) -> dict[str, Sequence[int]]:
+    """Return the sizes of each layer that is named plainly, or else by a glob: the first that fits it."""
+    found: dict[str, Sequence[int]] = {}
+    for name, sizes in group_sizes.items():
+        matching = [one for one in layers if one == name or fnmatchcase(one, name)]
+        if not matching:
+            raise InvalidValueError(f"group-sizes for {name!r}, which is not decomposed; {_there(name, layers)}")
+        for one in matching:
+            found.setdefault(one, sizes)
+    return found | {name: sizes for name, sizes in group_sizes.items() if name in layers}
 
 
 def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.btd import BlockTerms, BTDOptions, block_term_decompositions, default_restarts
-from gross_ray.decomposition.layers import choose_layers, layer_group_sizes
+from gross_ray.decomposition.layers import choice_of, choose_layers, layer_group_sizes
 from gross_ray.decomposition.series import SeriesConv2d, check_dense
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import Configuration, SearchSpace
@@ -19,19 +19,24 @@ def decompose_model(
     model: nn.Module,
     *,
     layers: Sequence[str] | None = None,
-    group_sizes: Mapping[str, Sequence[int]] | None = None,
+    group_sizes: Mapping[str, Sequence[int]] | Sequence[int] | None = None,
     options: BTDOptions = BTDOptions(),  # noqa: B008 (frozen)
     nested: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """Return a copy of `model` with a SeriesConv2d in place of each chosen convolution: the supernet.
 
-    `layers` are names or globs (default: `decomposable_layers`), `group_sizes` the sizes for each name (default: the
-    powers of two that divide its input channels). With `nested`, each group-size starts from the expansion of the next
-    smaller one. Raises InvalidValueError for a layer or a group-size that does not fit.
+    `layers` are names or globs (default: `decomposable_layers`). `group_sizes` are those to try where they divide a
+    layer's input channels (a layer that none of them divides is left alone), or the sizes for each name or glob; the
+    default are the powers of two that divide its input channels. With `nested`, each group-size starts from the
+    expansion of the next smaller one. Raises InvalidValueError for a layer or a group-size that does not fit.
     """
-    chosen = choose_layers(model, layers)
-    sizes = layer_group_sizes(chosen, group_sizes)
+    if group_sizes is None or isinstance(group_sizes, Mapping):
+        chosen = choose_layers(model, layers)
+        sizes = layer_group_sizes(chosen, group_sizes)
+    else:
+        choice = choice_of(model, layers, group_sizes)
+        chosen, sizes = choice.convs, choice.group_sizes
     bottlenecks: dict[str, list[Bottleneck]] = {}
     for names in _batches(chosen, sizes):
         weights = [chosen[name].weight for name in names]

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from gross_ray.decomposition.layers import choice_of, choose_layers, decomposable_layers
+from gross_ray.decomposition.layers import (
+    choice_of,
+    choose_layers,
+    decomposable_layers,
+    layer_group_sizes,
+    parse_layer_group_sizes,
+)
 from gross_ray.errors import InvalidValueError
 
 
@@ -94,3 +100,29 @@ def test_of_many_names_the_closest_are_listed() -> None:
     with pytest.raises(InvalidValueError, match="'101' is not a dense convolution .*; the closest: 1.*") as refused:
         choose_layers(many, ["101"])
     assert str(refused.value).count(",") == 7
+
+
+def test_single_layers_have_group_sizes_of_their_own() -> None:
+    by_layer = {"body.1": (12,), "body.[01]": (5, 3, 6), "*": (9, 1)}
+    choice = choice_of(network(), sizes=(4, 2), by_layer=by_layer)
+    assert choice.group_sizes == {"body.0": (3, 6), "body.1": (12,), "body.3": (1, 9)}
+    globs_first = {"body.[01]": (6,), "body.1": (12,)}
+    assert choice_of(network(), sizes=(4, 2), by_layer=globs_first).group_sizes == {"body.0": (6,), "body.1": (12,)}
+    exact = layer_group_sizes(decomposable_layers(network()), {"body.[01]": (6, 2)})
+    assert exact == {"body.0": (2, 6), "body.1": (2, 6), "body.3": (1,)}
+    with pytest.raises(InvalidValueError, match="group-sizes for 'boddy', which is not decomposed; there are: body.0"):
+        choice_of(network(), by_layer={"boddy": (1,)})
+    with pytest.raises(
+        InvalidValueError, match="layer 'body.3': none of the group-sizes 4 divides its 9 input channel"
+    ):
+        choice_of(network(), by_layer={"body.3": (4,)})
+
+
+def test_group_sizes_of_layers_are_read_from_text() -> None:
+    assert parse_layer_group_sizes(["conv2=1, 4", "layer4.* = 16"]) == {"conv2": (1, 4), "layer4.*": (16,)}
+    for text in ("conv2", "=1", "conv2=", "conv2=1,x", "conv2=0", "conv2=1,1", "conv2=-1"):
+        with pytest.raises(InvalidValueError, match="write GLOB=SIZES, like layer4") as caught:
+            parse_layer_group_sizes([text])
+        assert repr(text) in str(caught.value)
+    with pytest.raises(InvalidValueError, match="each glob once"):
+        parse_layer_group_sizes(["a=1", "a=2"])

@@ -1,0 +1,59 @@
+"""A network and data of one's own, a budget in milliseconds, an ONNX file back: python examples/own_model.py."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import gross_ray as gr
+from gross_ray.data.images import load_dataset
+from gross_ray.experiment import DataOptions, Schedule
+from gross_ray.search.latency import LatencyOptions, measure_latency
+from gross_ray.training.loop import accuracy
+from gross_ray.training.sampling import ConfigurationSampler
+from gross_ray.training.stages import finetune, reconstruct, train_network
+
+
+def pictures() -> tuple[TensorDataset, TensorDataset]:
+    """Return images to learn from and to test with: stripes at one of eight angles, under noise."""
+    drawn, labels = torch.Generator().manual_seed(0), torch.arange(3000) % 8
+    angle, phase = labels[:, None, None] * torch.pi / 8, 6.3 * torch.rand(3000, 1, 1, generator=drawn)
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    stripes = torch.sin(0.8 * (x * angle.cos() + y * angle.sin()) + phase)
+    images = (128 + 20 * stripes + 60 * torch.randn(3000, 32, 32, generator=drawn)).clamp(0, 255).byte()
+    return TensorDataset(images[:2500], labels[:2500]), TensorDataset(images[2500:], labels[2500:])
+
+
+class Residual(nn.Sequential):
+    """Layers around which the input goes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the input to what they return."""
+        return torch.relu(x + super().forward(x))
+
+
+def small_resnet() -> nn.Module:
+    """Return two residual blocks of 32 channels."""
+    convs = (nn.Conv2d(32, 32, 3, padding=1, bias=False) for _ in range(4))
+    blocks = (Residual(next(convs), nn.BatchNorm2d(32), nn.ReLU(), next(convs), nn.BatchNorm2d(32)) for _ in range(2))
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 8))
+    return nn.Sequential(nn.Conv2d(3, 32, 3, 2), nn.ReLU(), *blocks, *head)
+
+
+if __name__ == "__main__":
+    data, network = load_dataset(DataOptions(name="own_model:pictures")), small_resnet()
+    train_network(network, data, Schedule(epochs=3, lr=0.05, batch_size=64, augment=False), seed=0)
+    supernet = gr.decompose_model(network, group_sizes=(1, 4, 16))  # of each of 4 convolutions: 81 configurations
+    short = Schedule(epochs=1, lr=1e-3, batch_size=64, augment=False)
+    sampler = ConfigurationSampler(gr.SearchSpace.of(supernet), alpha=0.0)
+    reconstruct(supernet, network, data, short, seed=0, sampler=sampler)
+    finetune(supernet, data, short, seed=0, sampler=sampler)
+    table = gr.evaluate_configurations(supernet, data.validation.images, data.validation.labels)
+    model = measure_latency(supernet, (3, 32, 32), LatencyOptions(repeats=20), generator=torch.Generator())
+    table["ms"] = [model.predict(gr.Configuration.parse(one)) for one in table["configuration"]]
+    budget = table["ms"].quantile(0.3)
+    best = gr.Configuration.parse(table[table["ms"] <= budget].nlargest(1, "accuracy")["configuration"].iloc[0])
+    gr.set_configuration(supernet, best)
+    finetune(supernet, data, short, seed=1)  # this one alone
+    plain, _ = gr.fold(gr.extract(supernet, best), (3, 32, 32), objective="latency_ms")
+    gr.export_onnx(plain, "own_model.onnx", (3, 32, 32))
+    print(f"full network {accuracy(network, data.test):.3f}; {best}, {budget:.2f} ms, {accuracy(plain, data.test):.3f}")
