@@ -213,32 +213,21 @@ def run(
     click.echo(f"page: {write_page(store)}", err=True)
 
 
-def _stage_command(name: str, description: str, *, trials: bool = False) -> click.Command:
-    """Return the command of a stage; one whose units are trials of Ray Tune takes callbacks."""
-    examples = f"gross {name} runs/quickstart"
-    if trials:
-        examples += f"\n  gross {name} runs/quickstart --callback my_callbacks:Notify"
+def _stage_command(name: str, description: str) -> click.Command:
+    """Return the command of a stage that has no options of its own."""
 
-    def command(
-        run: str,
-        preset_name: str | None,
-        settings: tuple[str, ...],
-        resources: Any,
-        source: Any,
-        callbacks: Sequence[Any] = (),
-    ) -> None:
+    def command(run: str, preset_name: str | None, settings: tuple[str, ...], resources: Any, source: Any) -> None:
         from gross_ray.report.terminal import stage_results
         from pipelines.run import STAGES
 
         store = _run_folder(run, preset_name, settings)
-        _work(store, resources, source, STAGES[name].run, callbacks)
+        _work(store, resources, source, STAGES[name].run)
         click.echo(stage_results(store, name))
 
-    decorated = _experiment_options(_work_options(command))
-    if trials:
-        decorated = _callback_option(decorated)
-    help_text = f"{description}\n\n\b\nExample:\n  {examples}"
-    return click.command(name, help=help_text)(click.argument("run", metavar="RUN")(decorated))
+    help_text = f"{description}\n\n\b\nExample:\n  gross {name} runs/quickstart"
+    return click.command(name, help=help_text)(
+        click.argument("run", metavar="RUN")(_experiment_options(_work_options(command)))
+    )
 
 
 for _name, _description in {
@@ -330,13 +319,124 @@ def _refuse_alone(owner: str, given: bool, options: Mapping[str, object]) -> Non
             raise click.UsageError(f"{name} {value} without {owner}: it says nothing then; add {owner} or leave it out")
 
 
-main.add_command(
-    _stage_command(
-        "validate",
-        "Train the fixed and the selected configurations on their own, each a trial of Ray Tune.",
-        trials=True,
-    )
+def _configurations(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
+    from gross_ray.space import Configuration
+
+    return tuple(Configuration.parse(value) for value in values)
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="What is timed, of this machine [cuda where there is one]."
 )
+@click.option("--batch", type=click.IntRange(min=1), help="Images of a batch [1].")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; more than one need a machine left alone [1].")
+@click.option("--repeats", type=click.IntRange(min=1), help="Rounds of timings [50].")
+@click.option(
+    "--to", "target", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write FILE.parquet."
+)
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Take what --to wrote on another machine, and time nothing.",
+)
+def latency(
+    run: str,
+    device: str | None,
+    batch: int | None,
+    threads: int | None,
+    repeats: int | None,
+    target: Path | None,
+    source: Path | None,
+) -> None:
+    """Time each layer of RUN at each group-size on this machine, and predict latency_ms of what is searched.
+
+    Needs the base network only: it may come before the search, which then has budgets in milliseconds
+    (search.limits). On a device that is not in the cluster, copy RUN there or carry the table: --to there, --from here.
+
+    \b
+    Example:
+      gross latency runs/quickstart --batch 1
+      gross latency runs/quickstart --device cuda --to h200.parquet
+      gross latency runs/quickstart --from phone.parquet
+    """
+    import torch
+
+    from gross_ray.report.terminal import latency_table
+    from gross_ray.results.store import RunStore
+    from gross_ray.search.latency import LatencyModel, LatencyOptions
+    from pipelines import latency as stage
+    from pipelines.predictions import put
+
+    asked = {"batch_size": batch, "threads": threads, "repeats": repeats}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if source is not None and (given or device or target):
+        raise click.UsageError(f"--from {source} times nothing: leave the other options out")
+    if target is not None and not target.absolute().parent.is_dir():
+        raise click.UsageError(f"--to {target}: there is no folder {target.parent}; make it, or name another file")
+    store = RunStore.open(run)
+    with store.lock():
+        if source is not None:
+            model = LatencyModel.load(source)
+        else:
+            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            with click.progressbar(length=1000, label=f"latency on {place}", file=sys.stderr) as bar:
+
+                def advance(done: int, total: int) -> None:
+                    bar.update(1000 * done // total - bar.pos)
+
+                model = stage.measure(store, place, LatencyOptions(**given), advance)
+        put(store, model)
+    if target is not None:
+        model.save(target)
+    click.echo(latency_table(store))
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--configuration",
+    "configurations",
+    metavar="GROUP-SIZES",
+    multiple=True,
+    callback=_configurations,
+    help="Train this one, like 8-16-64, in place of the fixed and the selected ones; may be repeated.",
+)
+@_callback_option
+@_experiment_options
+@_work_options
+def validate(
+    run: str,
+    configurations: tuple[Any, ...],
+    callbacks: list[Any],
+    preset_name: str | None,
+    settings: tuple[str, ...],
+    resources: Any,
+    source: Any,
+) -> None:
+    """Train the fixed and the selected configurations on their own, each a trial of Ray Tune.
+
+    \b
+    Example:
+      gross validate runs/quickstart
+      gross validate runs/quickstart --configuration 4-8-64
+      gross validate runs/quickstart --callback my_callbacks:Notify
+    """
+    from gross_ray.report.terminal import stage_results
+    from pipelines import validate as stage
+
+    def do(session: Any) -> None:
+        if configurations:
+            stage.run_named(session, configurations)
+        else:
+            stage.run(session)
+
+    store = _run_folder(run, preset_name, settings)
+    _work(store, resources, source, do, callbacks)
+    click.echo(stage_results(store, "validate"))
 
 
 @main.command("sweep-alpha")

@@ -18,6 +18,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.models import check_model_name
 from gross_ray.precision import PRECISIONS
 from gross_ray.search.evaluation_options import FORM_CHOICES, STRATEGY_NAMES
+from gross_ray.search.selection import Budget
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -182,6 +183,8 @@ class SearchOptions:
 
     budgets: tuple[int, ...] = (16, 4)
     """Each names a fixed configuration (this group-size in every layer) whose MACs are a budget."""
+    limits: tuple[str, ...] = ()
+    """Budgets besides, like "latency_ms=1.5" or "macs=2.66M" (k, M, G): a strategy searches within each, too."""
     top: int = 2
     """How many configurations are selected under each budget."""
     strategy: str = "exhaustive"
@@ -208,6 +211,12 @@ class SearchOptions:
         _require(self.memory_budget >= 0, "search.memory_budget", self.memory_budget, "must be 0 (automatic) or more")
         _require(bool(self.budgets), "search.budgets", self.budgets, "must name a group-size or more, like [16, 4]")
         _require_group_sizes("search.budgets", self.budgets)
+        for text in self.limits:
+            try:
+                Budget.parse(text)
+            except InvalidValueError as error:
+                raise InvalidValueError(f"search.limits: {error}") from None
+        _require(len(set(self.limits)) == len(self.limits), "search.limits", self.limits, "must name each once")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,25 @@
-"""Latency of the configurations that are searched: measured on a worker, written beside their other costs."""
+"""Latency of the configurations that are searched: measured on a worker, or here, and written beside their costs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
 
 from gross_ray.decomposition.surgery import empty_supernet
+from gross_ray.errors import InvalidValueError
 from gross_ray.results.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
 from gross_ray.seeds import derived_generator
 from pipelines import search
 from pipelines.networks import load_base
+from pipelines.predictions import TABLES, fill
 from pipelines.session import Session
 from pipelines.units import Context, Unit, require, tensor_of
+
+OnPart = Callable[[int, int], object]
+"""Told how many timings are done, of how many."""
 
 
 def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
@@ -32,31 +37,26 @@ def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
         f"{search.STAGE} latency",
         [Unit(name, asdict(options), shared=units[0].shared)],
         work,
-        lambda: store.finished_units("latencies") & store.finished_units("latency_models"),
+        lambda: set.intersection(*map(store.finished_units, TABLES)),
         shared=lambda supernet: search.load_shared(store, supernet),
     )
-    model = LatencyModel.from_tables(*(store.read_units(table, [name]) for table in ("latencies", "latency_models")))
-    layers = load_base(store).space.layers
-    changed = [unit for unit in sorted(store.finished_units("configurations")) if _differs(store, model, unit, layers)]
-    for unit in changed:  # first none, then all: a run killed in between never mixes two measurements
-        missing = [None] * len(store.read_units("configurations", [unit], ["latency_ms"]))
-        store.set_column("configurations", unit, "latency_ms", missing)
-    for unit in changed:
-        store.set_column("configurations", unit, "latency_ms", _predicted(store, model, unit, layers)[0])
+    fill(store, LatencyModel.from_tables(*(store.read_units(table, [name]) for table in TABLES)))
 
 
-def _differs(store: RunStore, model: LatencyModel, unit: str, layers: Sequence[str]) -> bool:
-    predicted, stored = _predicted(store, model, unit, layers)
-    return predicted != stored
+def measure(store: RunStore, device: str, options: LatencyOptions, on_part: OnPart | None = None) -> LatencyModel:
+    """Time the parts of the supernet in this process, on `device` of this machine, cpu or cuda.
 
-
-def _predicted(
-    store: RunStore, model: LatencyModel, unit: str, layers: Sequence[str]
-) -> tuple[list[float], list[float]]:
-    """Return what the model predicts for a shard's rows, and what is stored."""
-    rows = store.read_units("configurations", [unit], [*(f"layer {layer}" for layer in layers), "latency_ms"])
-    predicted = model.predict_many({layer: rows[f"layer {layer}"].to_numpy() for layer in layers})
-    return predicted.tolist(), rows["latency_ms"].tolist()
+    Raises MissingStageError before the base networks are trained, as `measure_latency` does, and InvalidValueError for
+    cuda where there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidValueError("device = 'cuda': this machine has none that torch can use; take cpu")
+    base, generator = load_base(store), derived_generator(store.experiment.seed, "latency")
+    supernet = empty_supernet(base.network, base.space.group_sizes)
+    with torch.no_grad():  # any weights: zeros alone might be faster
+        for parameter in supernet.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+    return measure_latency(supernet, base.input_shape, options, generator=generator, device=device, on_part=on_part)
 
 
 def work(context: Context, unit: Unit) -> str:

@@ -1,19 +1,19 @@
 """The search by a strategy: rounds of proposals, each stored before it is evaluated, so that a search is continued.
 
-Round 0 is the fixed configurations. Then the experiment's budgets take turns; each has a strategy of its own, which
-learns from the rounds of all. A strategy's proposals follow from its seed and from what it learned, so that a run that
-is killed goes on as it would have.
+Round 0 is the fixed configurations. Then the experiment's budgets and limits take turns; each has a strategy of its
+own, which learns from the rounds of all. A strategy's proposals follow from its seed and from what it learned, so that
+a run that is killed goes on as it would have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 
 import numpy as np
 
 from gross_ray.decomposition.surgery import empty_supernet
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.results.store import RunStore
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
@@ -22,6 +22,7 @@ from gross_ray.search.strategies import Strategy, strategy
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
 from pipelines.networks import Base, load_base
+from pipelines.predictions import stored_model
 from pipelines.units import Unit
 
 ROUNDS = "search-rounds"
@@ -73,14 +74,18 @@ class Proposals:
         options = store.experiment.search
         self._left = options.evaluations
         self._size = min(max(options.evaluations // ROUNDS_A_SEARCH, LEAST), MOST)
-        macs = additive_macs(base)
+        macs = additive_cost(store, base, "macs")
         self._strategies: list[Strategy] = []
         for size in options.budgets:
             fixed = uniform(list(base.space.group_sizes.values()), size)
             limit = float(macs.of(BudgetedSpace(base.space, [macs]).places([fixed]))[0])
             within = BudgetedSpace(base.space, [macs], [Budget("macs", limit)])
-            seed = derive_seed(store.experiment.seed, ROUNDS, f"budget={size}") % 2**32
-            self._strategies.append(strategy(options.strategy, within, seed))
+            self._strategies.append(strategy(options.strategy, within, _seed(store, f"budget={size}")))
+        for text in options.limits:
+            budget = Budget.parse(text)
+            costs = {macs.name: macs, budget.cost: additive_cost(store, base, budget.cost)}
+            within = BudgetedSpace(base.space, list(costs.values()), [budget])
+            self._strategies.append(strategy(options.strategy, within, _seed(store, f"limit={budget}")))
         self._number = 0
 
     def learn(self, round_: Sequence[Configuration], names: Sequence[str]) -> None:
@@ -112,12 +117,33 @@ class Proposals:
         return proposed
 
 
-def additive_macs(base: Base) -> AdditiveCost:
-    """Return the MACs of a base network's configurations, layer by layer."""
-    shared, by_layer = CostTable.of(empty_supernet(base.network, base.space.group_sizes), base.input_shape).parts(
-        "macs"
-    )
-    return AdditiveCost("macs", float(shared), tuple(np.array([c[s] for s in sorted(c)], float) for c in by_layer))
+def additive_cost(store: RunStore, base: Base, cost: str) -> AdditiveCost:
+    """Return a cost of a base network's configurations, layer by layer.
+
+    Raises MissingStageError for a latency that is not measured, or measured on several devices.
+    """
+    if cost == "latency_ms":
+        model = stored_model(store)
+        if model is None:
+            count = len(store.read_table("latency_models"))
+            raise MissingStageError(
+                f"search.limits has latency_ms, and {store.storage} has latencies of {count} devices, must be one: "
+                "run `gross latency` on it once, before the search"
+            )
+        shared = model.offset_ms + model.slope * model.rest_ms
+        times = ({size: model.slope * ms for size, ms in one.items()} for one in model.layer_ms.values())
+        return _additive(cost, shared, list(times))
+    supernet = empty_supernet(base.network, base.space.group_sizes)
+    name, convention = ("macs", "paper") if cost == "macs_paper" else (cost, "actual")
+    return _additive(cost, *CostTable.of(supernet, base.input_shape, convention=convention).parts(name))
+
+
+def _additive(name: str, shared: float, by_layer: Sequence[Mapping[int, float]]) -> AdditiveCost:
+    return AdditiveCost(name, float(shared), tuple(np.array([one[s] for s in sorted(one)], float) for one in by_layer))
+
+
+def _seed(store: RunStore, name: str) -> int:
+    return derive_seed(store.experiment.seed, ROUNDS, name) % 2**32
 
 
 def _store(store: RunStore, number: int, configurations: Sequence[Configuration]) -> None:

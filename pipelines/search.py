@@ -35,6 +35,7 @@ from gross_ray.space import Configuration
 from pipelines import rounds
 from pipelines import supernet as supernets
 from pipelines.networks import Base, load_base
+from pipelines.predictions import fill, stored_model
 from pipelines.session import Session
 from pipelines.units import Context, Unit, require, tensor_of
 
@@ -119,6 +120,8 @@ def run(session: Session) -> None:
     else:
         _check_size(store)
         evaluate(session, STAGE, supernets.plan(store))
+    if model := stored_model(store):
+        fill(store, model)
     choose(store)
 
 

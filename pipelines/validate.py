@@ -5,6 +5,7 @@ One trial of Ray Tune a configuration and seed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from gross_ray.batch_norm import calibration_batches, calibration_images, recalibrate
@@ -74,6 +75,16 @@ def run_fixed(session: Session) -> None:
     store = session.store
     units = units_of(store, fixed_configurations(store), "fixed")
     session.run(f"{STAGE} fixed", units, work, lambda: finished(store), tuning=Tuning())
+
+
+def run_named(session: Session, configurations: Sequence[Configuration]) -> None:
+    """Validate these configurations, whichever the budgets select; raises InvalidValueError outside the space."""
+    store = session.store
+    space, fixed = load_base(store).space, fixed_configurations(store)
+    chosen = list(dict.fromkeys(space.check(one) for one in configurations))
+    units = units_of(store, [one for one in chosen if one in fixed], "fixed")
+    units += units_of(store, [one for one in chosen if one not in fixed], "selected")
+    session.run(f"{STAGE} by name", units, work, lambda: finished(store), tuning=Tuning())
 
 
 def work(context: Context, unit: Unit) -> str:

@@ -14,6 +14,9 @@ from gross_ray.search.correlation import RankCorrelation, rank_correlation
 from gross_ray.seeds import derived_generator
 from gross_ray.training.sampling import settled_scaling
 
+SHOWN = ("val", "test")
+"""Splits."""
+
 
 @dataclass(frozen=True)
 class ResultTable:
@@ -87,6 +90,20 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
         notes=[] if validations.empty else [correlation_sentence(store, supernet["supernet_accuracy"], validations)],
         missing=_lacking_trainings(own, len(shown), store, "these configurations"),
     )
+
+
+def named_table(store: RunStore) -> ResultTable:
+    """Return the configurations trained on their own that no budget of the experiment selected, nor are fixed."""
+    selections, validations = selected(store), store.read_table("validations")
+    others = validations[
+        (validations["kind"] != "fixed") & ~validations["configuration"].isin([*selections["configuration"]])
+    ]
+    rows = [
+        [str(name), millions(group["macs"].iloc[0]), *(_accuracy(group[f"{split}_accuracy"])[1] for split in SHOWN)]
+        for name, group in others.sort_values("macs", ascending=False).groupby("configuration", sort=False)
+    ]
+    heads = ["configuration", "M MACs", *(f"on its own ({split}): mean (std, n)" for split in SHOWN)]
+    return ResultTable("Trained on their own by name", heads if rows else (), rows)
 
 
 def sweep_table(store: RunStore) -> ResultTable:

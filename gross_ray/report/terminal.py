@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from gross_ray.errors import InvalidValueError
 from gross_ray.report import results as stored
 from gross_ray.report.results import ResultTable, millions
+from gross_ray.report.searched import Searched
 from gross_ray.results.store import RunStore
-from gross_ray.search.selection import Budget
+from gross_ray.search.selection import Budget, best_under
 
 Row = Sequence[str]
 
@@ -21,6 +23,8 @@ def results(store: RunStore, *, markdown: bool = False) -> str:
         selection_table(store, markdown=markdown),
         sweep_table(store, markdown=markdown),
     ]
+    named = stored.named_table(store)
+    parts[2:2] = [_page(table, markdown) for table in [*_limit_tables(store), *([named] if named.rows else [])]]
     if (store.read_table("alpha_trials")["search"] == "optuna").any():
         parts.append(trials_table(store, markdown=markdown))
     return "\n\n".join(parts)
@@ -29,7 +33,8 @@ def results(store: RunStore, *, markdown: bool = False) -> str:
 def stage_results(store: RunStore, stage: str) -> str:
     """Return what one stage has to show."""
     if stage == "validate":
-        return f"{network_table(store)}\n\n{selection_table(store)}"
+        named = stored.named_table(store)
+        return "\n\n".join([network_table(store), selection_table(store), *([_page(named)] if named.rows else [])])
     if stage == "search":
         return _frame(stored.selected(store))
     if stage == "sweep-alpha":
@@ -70,9 +75,7 @@ def inspection_page(tables: Sequence[ResultTable]) -> str:
 
 def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
     """Return what `best_under` gives as text, the best first."""
-    columns = {"rank": [str(rank) for rank in range(1, len(best) + 1)], **_costs(best, {one.cost for one in budgets})}
-    rows = list(zip(*columns.values(), strict=True))
-    return _page(ResultTable(f"Most accurate within {' and '.join(map(str, budgets))}", list(columns), rows))
+    return _page(_budget_table(best, budgets))
 
 
 def front_table(front: pd.DataFrame, cost: str) -> str:
@@ -96,6 +99,27 @@ def latency_table(store: RunStore) -> str:
     ]
     heads = ["device", "host", "batch", "threads", "median error (configurations timed)"]
     return _page(ResultTable("Predicted latency of a configuration, against its own timing", heads, rows))
+
+
+def _budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> ResultTable:
+    columns = {"rank": [str(rank) for rank in range(1, len(best) + 1)], **_costs(best, {one.cost for one in budgets})}
+    return ResultTable(_within(budgets), list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _limit_tables(store: RunStore) -> list[ResultTable]:
+    """Return the best of what was searched within each of the experiment's limits."""
+    options, tables = store.experiment.search, []
+    searched = Searched.of(store).accuracies if options.limits else None
+    for budget in map(Budget.parse, options.limits):
+        try:
+            tables.append(_budget_table(best_under(searched, [budget], options.top), [budget]))
+        except InvalidValueError as error:
+            tables.append(ResultTable(_within([budget]), missing=[str(error)]))
+    return tables
+
+
+def _within(budgets: Sequence[Budget]) -> str:
+    return f"Most accurate within {' and '.join(map(str, budgets))}"
 
 
 def _costs(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]]:

@@ -8,14 +8,17 @@ contiguous, in eval and inference mode.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +30,7 @@ from gross_ray.space import Configuration, SearchSpace
 REST = "rest"
 """Names, in the table `latencies`, everything but the decomposed layers; there it has no group-size."""
 _WHERE = ("device", "host", "batch_size", "threads")
+_SUMMARY = (*_WHERE, "offset_ms", "slope", "num_sampled", "median_error")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +105,31 @@ class LatencyModel:
 
     def summary(self) -> dict[str, Any]:
         """Return the row of the table `latency_models`."""
-        names = (*_WHERE, "offset_ms", "slope", "num_sampled", "median_error")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _SUMMARY}
+
+    def save(self, path: Path) -> None:
+        """Write the measurement as one Parquet table, which `load` reads on another machine."""
+        frame = pd.DataFrame(self.rows()).assign(**self.summary())
+        partial = path.with_name(f".partial-{path.name}")
+        try:
+            frame.astype({"group_size": "Int64"}).to_parquet(partial, index=False)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyModel:
+        """Read what `save` wrote; raises InvalidValueError where the file is missing, damaged or of another kind."""
+        columns = [*_WHERE, "part", "group_size", "latency_ms"]
+        try:
+            frame = pd.read_parquet(path)
+            summary = frame[list(_SUMMARY)].drop_duplicates()
+            return cls.from_tables(frame[columns], summary)
+        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InvalidValueError(
+                f"{path}: is no table of latencies ({reason}); write one with gross latency"
+            ) from None
 
     @classmethod
     def from_tables(cls, latencies: pd.DataFrame, summary: pd.DataFrame) -> LatencyModel:

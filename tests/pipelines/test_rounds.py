@@ -18,8 +18,13 @@ from miniature import command, gross
 from gross_ray.errors import InvalidValueError
 from gross_ray.results.store import RunStore
 from gross_ray.search.evaluation_options import STRATEGY_NAMES
+from gross_ray.search.latency import LatencyModel
 from gross_ray.search.strategies import STRATEGIES
+from gross_ray.space import Configuration
 from pipelines import search as stage
+from pipelines.networks import load_base
+from pipelines.predictions import put
+from pipelines.rounds import stored
 
 EVALUATIONS = 40
 KEY = ["supernet", "configuration"]
@@ -33,7 +38,7 @@ def searched(run: Path) -> pd.DataFrame:
     return ours.sort_values(KEY, ignore_index=True)
 
 
-def part_of(whole_run: Path, to: Path, strategy: str, evaluations: int = EVALUATIONS) -> Path:
+def part_of(whole_run: Path, to: Path, strategy: str, evaluations: int = EVALUATIONS, **options: object) -> Path:
     """The run as it is before its search, of the same experiment but for the strategy."""
     shutil.copytree(whole_run, to, ignore=shutil.ignore_patterns("tune", ".lock", "report.html"))
     for table in ("configurations", "selections", "validations", "alpha_sweep", "alpha_trials"):
@@ -41,7 +46,7 @@ def part_of(whole_run: Path, to: Path, strategy: str, evaluations: int = EVALUAT
     for done in ("search-plan", "validate"):
         shutil.rmtree(to / "checkpoints" / done)
     experiment = json.loads((to / "experiment.json").read_text())
-    experiment["search"] |= {"strategy": strategy, "evaluations": evaluations}
+    experiment["search"] |= {"strategy": strategy, "evaluations": evaluations, **options}
     (to / "experiment.json").write_text(json.dumps(experiment))
     return to
 
@@ -91,7 +96,7 @@ def test_again_it_does_nothing_and_the_later_stages_go_on(by_surrogate: Path) ->
     assert swept.returncode == 0, swept.stderr
     store = RunStore.open(by_surrogate)
     assert set(store.read_table("alpha_sweep")["configuration"]) == {"16-16-16", "4-4-4"}
-    others = store.read_table("configurations").query("alpha == 0")
+    others = store.read_table("configurations").query("alpha == 4")
     assert sorted(others["configuration"].unique()) == ["16-16-16", "4-4-4"]  # of other supernets the fixed ones alone
 
 
@@ -123,6 +128,44 @@ def test_the_other_strategies_search_too(whole_run: tuple[Path, str], tmp_path: 
     search(run)
     rows = searched(run)
     assert len(rows) == len(rows.drop_duplicates(KEY)) == 18 * RunStore.open(run).experiment.supernet.seeds
+
+
+def made_up_latency(store: RunStore, host: str = "a phone") -> LatencyModel:
+    """Times by which the most dense layers are the fastest: nothing that MACs would tell."""
+    times = {name: {size: 1.0 / size for size in sizes} for name, sizes in load_base(store).space.group_sizes.items()}
+    return LatencyModel(
+        device="a chip", host=host, batch_size=1, threads=1, rest_ms=0.5, layer_ms=times, offset_ms=0.1, slope=2.0,
+        num_sampled=20, median_error=0.05,
+    )  # fmt: skip
+
+
+def test_a_strategy_searches_within_a_limit_in_milliseconds(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    run = part_of(whole_run[0], tmp_path / "run", "breadth-first", 24, limits=["latency_ms=1.5", "parameters=1.2M"])
+    refused = gross("search", str(run), "--num-cpus", "2")
+    assert refused.returncode == 2
+    assert "latencies of 0 devices, must be one: run `gross latency`" in refused.stderr
+    store = RunStore.open(run)
+    model = made_up_latency(store)
+    put(store, model)
+    search(run)
+    rows = searched(run)
+    assert rows["latency_ms"].tolist() == pytest.approx(
+        [model.predict(Configuration.parse(one)) for one in rows["configuration"]]
+    )
+    within, rounds = rows[rows["latency_ms"] <= 1.5], set(stored(store)[1])
+    assert len(within["configuration"].unique()) >= 6  # its share; at random 24 would have about 4
+    assert len(rounds) > 0
+    told = gross("report", str(run), "--to", str(tmp_path / "page.html")).stdout
+    best = within.groupby("configuration")["val_accuracy"].median().max()
+    (line,) = [
+        one for one in told.split("Most accurate within latency_ms=1.5")[1].splitlines() if one.startswith("  1 ")
+    ]
+    assert line.split()[-1] == f"{100 * best:.2f}"
+    assert "Most accurate within parameters=1.2M" in told
+    put(store, made_up_latency(store, host="another"))
+    twice = gross("search", str(run), "--num-cpus", "2")
+    assert twice.returncode == 2
+    assert "latencies of 2 devices, must be one" in twice.stderr
 
 
 def test_a_space_too_large_to_be_searched_whole_is_refused(

@@ -1,0 +1,47 @@
+"""The tables of a run by pandas, and three plots of them: python examples/analysis.py RUN [analysis.html]."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import plotly.express as px
+
+run, target = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "analysis.html")
+configurations = pd.read_parquet(run / "tables" / "configurations")
+validations = pd.read_parquet(run / "tables" / "validations")
+
+# One row a configuration: the median over the supernets of the lowest alpha that was trained.
+searched = configurations[configurations["alpha"] == configurations["alpha"].min()]
+layers = [name for name in searched if name.startswith("layer ")]
+space = searched.groupby(["configuration", *layers, "macs"], as_index=False)["val_accuracy"].median()
+space = space.sort_values(["macs", "val_accuracy"], ascending=[True, False])
+space["front"] = space["val_accuracy"] > space["val_accuracy"].cummax().shift(fill_value=0)
+
+by_cost = px.scatter(
+    space, x="macs", y="val_accuracy", color="front", hover_name="configuration", title="All configurations"
+)
+
+by_layer = px.box(
+    space.melt(["configuration", "val_accuracy"], layers, "layer", "group-size").sort_values("group-size"),
+    x="layer",
+    y="val_accuracy",
+    color="group-size",
+    title="What a layer's group-size does to the accuracy",
+)
+
+own = validations.groupby(["configuration", "kind"], as_index=False)[["val_accuracy", "test_accuracy"]].mean()
+both = own.merge(space[["configuration", "val_accuracy"]], on="configuration", suffixes=(" on its own", " in supernet"))
+agreement = px.scatter(
+    both,
+    x="val_accuracy in supernet",
+    y="val_accuracy on its own",
+    color="kind",
+    hover_name="configuration",
+    title=f"In the supernet and on its own: rank correlation "
+    f"{both['val_accuracy in supernet'].corr(both['val_accuracy on its own'], method='spearman'):.2f}",
+)
+
+figures = (by_cost, by_layer, agreement)
+parts = [figure.to_html(full_html=False, include_plotlyjs=figure is by_cost) for figure in figures]
+target.write_text("<!doctype html><meta charset=utf-8><title>Analysis</title>" + "".join(parts), encoding="utf-8")
+print(space[space["front"]].to_string(index=False))

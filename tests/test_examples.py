@@ -1,0 +1,55 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pandas as pd
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+RESULTS = EXAMPLES.parent / "results" / "fashion-short"
+
+
+def run(folder: Path, name: str, *words: str) -> str:
+    ended = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *words], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    assert len((EXAMPLES / "own_model.py").read_text().splitlines()) < 60
+    told = run(tmp_path, "own_model.py")
+    found = re.fullmatch(r"full network (0\.\d+|1\.0+); ([\d-]+), (\d+\.\d+) ms, (0\.\d+|1\.0+)\n", told)
+    assert found is not None, told
+    full, configuration, milliseconds, compressed = found.groups()
+    assert len(configuration.split("-")) == 4
+    assert float(milliseconds) > 0
+    assert float(full) > 0.5  # an eighth by chance
+    assert float(compressed) > 0.5
+    session = onnxruntime.InferenceSession(tmp_path / "own_model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": np.zeros((5, 3, 32, 32), np.float32)})
+    assert logits.shape == (5, 8)
+
+
+def test_the_analysis(tmp_path: Path) -> None:
+    told = run(tmp_path, "analysis.py", str(RESULTS), "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="plotly-graph-div"') == 3
+    assert "http" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    front = [line.split()[0] for line in told.splitlines()[1:]]
+    rows = pd.read_parquet(RESULTS / "tables" / "configurations").query("alpha == 0")
+    space = rows.groupby(["configuration", "macs"], as_index=False)["val_accuracy"].median()
+    for one in space.itertuples():
+        better = space[(space["macs"] <= one.macs) & (space["val_accuracy"] >= one.val_accuracy)]
+        dominated = any(
+            (other.macs, other.val_accuracy) != (one.macs, one.val_accuracy) for other in better.itertuples()
+        )
+        assert not (dominated and one.configuration in front)
+        assert dominated or one.configuration in front
