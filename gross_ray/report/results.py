@@ -11,6 +11,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.report.searched import Searched
 from gross_ray.results.store import RunStore
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
+from gross_ray.search.selection import Budget, best_under
 from gross_ray.seeds import derived_generator
 from gross_ray.training.sampling import settled_scaling
 
@@ -104,6 +105,45 @@ def named_table(store: RunStore) -> ResultTable:
     ]
     heads = ["configuration", "M MACs", *(f"on its own ({split}): mean (std, n)" for split in SHOWN)]
     return ResultTable("Trained on their own by name", heads if rows else (), rows)
+
+
+def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> ResultTable:
+    """Return what `best_under` gives, the best first."""
+    columns = {
+        "rank": [str(rank) for rank in range(1, len(best) + 1)],
+        **cost_columns(best, {one.cost for one in budgets}),
+    }
+    return ResultTable(_within(budgets), list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def limit_tables(store: RunStore, searched: Searched | None = None) -> list[ResultTable]:
+    """Return the best of what was searched within each of the experiment's limits."""
+    options, tables = store.experiment.search, []
+    if not options.limits:
+        return []
+    accuracies = (searched or Searched.of(store)).accuracies
+    for budget in map(Budget.parse, options.limits):
+        try:
+            tables.append(budget_table(best_under(accuracies, [budget], options.top), [budget]))
+        except InvalidValueError as error:
+            tables.append(ResultTable(_within([budget]), missing=[str(error)]))
+    return tables
+
+
+def _within(budgets: Sequence[Budget]) -> str:
+    return f"Most accurate within {' and '.join(map(str, budgets))}"
+
+
+def cost_columns(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]]:
+    """Return the cells of configurations with their costs and accuracy, by column."""
+    columns = {"configuration": frame["configuration"].tolist(), "M MACs": [millions(macs) for macs in frame["macs"]]}
+    if "macs_paper" in budgeted:
+        columns["M MACs (the paper's)"] = [millions(macs) for macs in frame["macs_paper"]]
+    columns["parameters"] = [str(count) for count in frame["parameters"]]
+    if frame["latency_ms"].notna().all():
+        columns["ms"] = [f"{latency:.3f}" for latency in frame["latency_ms"]]
+    columns["in supernet (val)"] = [f"{100 * accuracy:.2f}" for accuracy in frame["supernet_accuracy"]]
+    return columns
 
 
 def sweep_table(store: RunStore) -> ResultTable:

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 import pandas as pd
 
 from gross_ray.report.charts import Chart
-from gross_ray.report.results import ResultTable, network_table, selection_table, sweep_table, trials_table
+from gross_ray.report.results import (
+    ResultTable,
+    limit_tables,
+    named_table,
+    network_table,
+    selection_table,
+    sweep_table,
+    trials_table,
+)
 from gross_ray.report.run_charts import curves_chart, decomposition_chart, retrained_chart
 from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import space_chart
@@ -47,7 +55,7 @@ def sections(store: RunStore) -> list[Section]:
     searched = Searched.of(store)
     return [
         _space(store, searched),
-        Section("tables", "Tables 2 and 3", tables=[network_table(store), selection_table(store, searched)]),
+        _tables(store, searched),
         _retrained(store, searched),
         _sweep(store),
         _decompositions(store),
@@ -67,6 +75,12 @@ def _space(store: RunStore, searched: Searched) -> Section:
     if searched.num_evaluations < planned and store.experiment.search.strategy == "exhaustive":
         missing = [f"{planned - searched.num_evaluations:,} of {planned:,} evaluations (run `gross search`)"]
     return Section("configurations", title, [space_chart(store, searched)], missing=missing)
+
+
+def _tables(store: RunStore, searched: Searched) -> Section:
+    named = named_table(store)
+    tables = [network_table(store), selection_table(store, searched), *limit_tables(store, searched)]
+    return Section("tables", "Tables 2 and 3", tables=[*tables, *([named] if named.rows else [])])
 
 
 def _retrained(store: RunStore, searched: Searched) -> Section:

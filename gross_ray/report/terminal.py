@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from gross_ray.errors import InvalidValueError
 from gross_ray.report import results as stored
-from gross_ray.report.results import ResultTable, millions
-from gross_ray.report.searched import Searched
+from gross_ray.report.results import ResultTable
 from gross_ray.results.store import RunStore
-from gross_ray.search.selection import Budget, best_under
+from gross_ray.search.selection import Budget
 
 Row = Sequence[str]
 
@@ -24,7 +22,7 @@ def results(store: RunStore, *, markdown: bool = False) -> str:
         sweep_table(store, markdown=markdown),
     ]
     named = stored.named_table(store)
-    parts[2:2] = [_page(table, markdown) for table in [*_limit_tables(store), *([named] if named.rows else [])]]
+    parts[2:2] = [_page(table, markdown) for table in [*stored.limit_tables(store), *([named] if named.rows else [])]]
     if (store.read_table("alpha_trials")["search"] == "optuna").any():
         parts.append(trials_table(store, markdown=markdown))
     return "\n\n".join(parts)
@@ -75,12 +73,12 @@ def inspection_page(tables: Sequence[ResultTable]) -> str:
 
 def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
     """Return what `best_under` gives as text, the best first."""
-    return _page(_budget_table(best, budgets))
+    return _page(stored.budget_table(best, budgets))
 
 
 def front_table(front: pd.DataFrame, cost: str) -> str:
     """Return what `pareto_front` gives for `cost` as text, the cheapest first."""
-    columns = _costs(front, {cost})
+    columns = stored.cost_columns(front, {cost})
     rows = list(zip(*columns.values(), strict=True))
     return _page(ResultTable(f"Pareto front of {cost} and accuracy in the supernet", list(columns), rows))
 
@@ -99,39 +97,6 @@ def latency_table(store: RunStore) -> str:
     ]
     heads = ["device", "host", "batch", "threads", "median error (configurations timed)"]
     return _page(ResultTable("Predicted latency of a configuration, against its own timing", heads, rows))
-
-
-def _budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> ResultTable:
-    columns = {"rank": [str(rank) for rank in range(1, len(best) + 1)], **_costs(best, {one.cost for one in budgets})}
-    return ResultTable(_within(budgets), list(columns), list(zip(*columns.values(), strict=True)))
-
-
-def _limit_tables(store: RunStore) -> list[ResultTable]:
-    """Return the best of what was searched within each of the experiment's limits."""
-    options, tables = store.experiment.search, []
-    searched = Searched.of(store).accuracies if options.limits else None
-    for budget in map(Budget.parse, options.limits):
-        try:
-            tables.append(_budget_table(best_under(searched, [budget], options.top), [budget]))
-        except InvalidValueError as error:
-            tables.append(ResultTable(_within([budget]), missing=[str(error)]))
-    return tables
-
-
-def _within(budgets: Sequence[Budget]) -> str:
-    return f"Most accurate within {' and '.join(map(str, budgets))}"
-
-
-def _costs(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]]:
-    """Return the cells of configurations with their costs and accuracy, by column."""
-    columns = {"configuration": frame["configuration"].tolist(), "M MACs": [millions(macs) for macs in frame["macs"]]}
-    if "macs_paper" in budgeted:
-        columns["M MACs (the paper's)"] = [millions(macs) for macs in frame["macs_paper"]]
-    columns["parameters"] = [str(count) for count in frame["parameters"]]
-    if frame["latency_ms"].notna().all():
-        columns["ms"] = [f"{latency:.3f}" for latency in frame["latency_ms"]]
-    columns["in supernet (val)"] = [f"{100 * accuracy:.2f}" for accuracy in frame["supernet_accuracy"]]
-    return columns
 
 
 def _frame(frame: pd.DataFrame) -> str:

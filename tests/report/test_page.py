@@ -21,6 +21,7 @@ from runs import (
     FIXED,
     FOUR_CONV,
     SELECTED,
+    SETTINGS,
     STAGES,
     TEMPERATURES,
     finished_run,
@@ -117,6 +118,25 @@ def test_table_3(store: RunStore, page: ParsedPage, searched: dict[str, Row]) ->
             costs = [f"{searched[one]['macs'] / 1e6:.2f}", f"{100 * searched[one]['accuracy']:.2f}"]
             expected.append([named, *costs, mean(own[one]), "-" if one == budget else f"{gain:+.2f}"])
     assert page.tables[TABLE_3].rows == expected
+
+
+def test_limits_and_configurations_by_name(tmp_path: Path) -> None:
+    store = new_run(tmp_path / "run", [*SETTINGS, 'search.limits=["macs=2.7M","latency_ms=1"]'])
+    for write in STAGES.values():
+        write(store)
+    row = {"configuration": "2-2-2", "kind": "selected", "seed": 0, "val_accuracy": 0.5, "test_accuracy": 0.75}
+    row |= {"macs": 2_000_000, "macs_paper": 1, "parameters": 1}
+    store.write_table("validations", "2-2-2,seed=0", [row])
+    page, told = ParsedPage(html_page(store)), results(store)
+    fitting = {name: one for name, one in medians(store).items() if one["macs"] <= 2_700_000}
+    first = sorted(fitting, key=lambda name: (-fitting[name]["accuracy"], fitting[name]["macs"]))[:2]
+    within = "Most accurate within macs=2.7M"
+    assert [row[1] for row in page.tables[within].rows] == first
+    assert [line.split()[1] for line in told.split(within)[1].splitlines()[2:4]] == first
+    missing = "Most accurate within latency_ms=1"
+    assert any(missing in line and "latency_ms is not measured" in line for line in page.missing)
+    assert f"{missing}\nmissing: latency_ms is not measured" in told
+    assert page.tables["Trained on their own by name"].rows == [["2-2-2", "2.00", "50.00 (-, 1)", "75.00 (-, 1)"]]
 
 
 def test_every_table_has_a_caption_and_heads_of_rows_and_columns(page: ParsedPage) -> None:
