@@ -45,7 +45,7 @@ def _training(stage: str, prefix: str = "") -> StageFiles:
     return StageFiles(own, f"checkpoints/{stage}-under-way/{prefix}*.safetensors")
 
 
-_SWEPT = "alpha=0,"
+_SWEPT = "alpha=4,"
 STAGES = {
     "train": StageFiles((*_training("train").own, "tables/networks/*"), _training("train").sign),
     "decompose": StageFiles(("checkpoints/decompose/*", "tables/decompositions/*"), "tables/decompositions/*.parquet"),
