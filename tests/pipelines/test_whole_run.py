@@ -32,7 +32,7 @@ STAGE_SIGNS = {
     "finetune": "checkpoints/finetune-under-way/*.safetensors",
     "search": "tables/configurations/*.parquet",
     "validate": "checkpoints/validate-finetune-under-way/*.safetensors",
-    "sweep-alpha": "checkpoints/finetune-under-way/alpha=0*.safetensors",
+    "sweep-alpha": "checkpoints/finetune-under-way/alpha=4*.safetensors",
 }
 """A file that is there while the stage is under way: the first unit or epoch of it is stored."""
 
