@@ -6,61 +6,27 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-PRESET_HELP = "Named experiment (see `gross presets`)."
-SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
-MODEL_HELP = "Network: four-conv, vgg16, resnet18, or a function of your own, package.module:factory."
-DATA_HELP = "Dataset: sample, fashion-mnist, cifar10, folder:PATH, or a function of your own, package.module:function."
-WEIGHTS_HELP = "Its trained weights: safetensors, or a state dict by torch.save [they are trained]."
+from pipelines.command_line import (
+    MODEL_HELP,
+    OneLineErrors,
+    budgets_of,
+    callback_option,
+    configurations_of,
+    experiment_options,
+    refuse_alone,
+    run_folder,
+    whole_numbers,
+    work,
+    work_options,
+)
 
 
-class _Group(click.Group):
-    """Ends with status 2 and one line for a user's mistake, with 1 where units of work did not end."""
-
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        run = functools.partial(super().main, *args, standalone_mode=False, **kwargs)
-        if not standalone_mode:
-            return run()
-        from pipelines import signals
-
-        try:
-            with signals.orderly():
-                result: Any = run()
-            sys.exit(result if isinstance(result, int) else 0)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message())
-            sys.exit(0)
-        except click.ClickException as error:
-            context = getattr(error, "ctx", None)
-            where = f" (see {context.command_path} --help)" if context else ""
-            click.echo(f"Error: {error.format_message()}{where}", err=True)
-            sys.exit(2)
-        except (click.Abort, KeyboardInterrupt):  # click's versions differ in which of the two it is
-            click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
-            sys.exit(signals.exit_status())
-
-    def invoke(self, ctx: click.Context) -> Any:
-        from gross_ray.errors import DivergedError, GrossRayError, StorageError, UnitsFailedError
-
-        try:
-            return super().invoke(ctx)
-        except (UnitsFailedError, DivergedError, StorageError) as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(1)
-        except GrossRayError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of the stages
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="gross-ray")
 def main() -> None:
     """Find the grouped-convolution version of a convnet that is most accurate within your budget.
@@ -73,126 +39,11 @@ def main() -> None:
     sys.path.append(os.getcwd())  # models and callbacks of one's own: a console script does not look there by itself
 
 
-def _experiment_options(command: Callable[..., None], *, preset_required: bool = False) -> Callable[..., None]:
-    """Add the options that make an experiment, and hand them over as a preset and the settings that change it."""
-
-    @functools.wraps(command)
-    def wrapped(
-        settings: tuple[str, ...], data: str | None, model: str | None, weights: Path | None, **rest: Any
-    ) -> None:
-        own = [] if model is None else [f"model={json.dumps(model)}"]
-        own += [] if data is None else [f"data.name={json.dumps(data)}"]
-        if weights is not None:  # what is trained is one network
-            own += [f"weights={json.dumps(str(weights.absolute()))}", "training.seeds=1"]
-        command(settings=(*own, *settings), **rest)
-
-    for decorate in (
-        click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP),
-        click.option("--data", metavar="NAME", help=DATA_HELP),
-        click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help=WEIGHTS_HELP),
-        click.option("--model", metavar="NAME", help=MODEL_HELP),
-        click.option("--preset", "preset_name", required=preset_required, help=PRESET_HELP),
-    ):
-        wrapped = decorate(wrapped)
-    return wrapped
-
-
-def _work_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say where the work is done, and hand them over as one Resources and one DataSource."""
-
-    @functools.wraps(command)
-    def wrapped(
-        address: str | None,
-        num_cpus: int | None,
-        device: str,
-        gpus_per_unit: float,
-        data_root: str | None,
-        download: bool,
-        **rest: Any,
-    ) -> None:
-        from pipelines.cluster import Resources
-        from pipelines.session import DataSource
-
-        resources = Resources(address=address, num_cpus=num_cpus, device=device, gpus_per_unit=gpus_per_unit)
-        command(resources=resources, source=DataSource(root=data_root, download=download), **rest)
-
-    for decorate in (
-        click.option("--download", is_flag=True, help="Fetch a dataset that is missing."),
-        click.option("--data-root", metavar="FOLDER", help="Where the dataset's files are [~/.cache/gross_ray]."),
-        click.option(
-            "--gpus-per-unit", type=float, default=0.25, show_default=True, help="GPUs for each unit of work on cuda."
-        ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            show_default=True,
-            help="auto: cuda where the cluster has a GPU.",
-        ),
-        click.option("--num-cpus", type=int, help="CPU cores of this machine to use [all]."),
-        click.option("--address", help="Join the Ray cluster at this address [RAY_ADDRESS, else start Ray here]."),
-    ):
-        wrapped = decorate(wrapped)
-    return wrapped
-
-
-def _experiment(preset_name: str, settings: tuple[str, ...]) -> Any:
-    from gross_ray.data.own import function_of, is_function_name
-    from gross_ray.models import factory_of
-    from gross_ray.presets import preset
-    from gross_ray.weights import read_weights
-
-    experiment = preset(preset_name).override(list(settings))
-    factory_of(experiment.model)
-    if experiment.weights:
-        read_weights(experiment.weights)
-    if is_function_name(experiment.data.name):
-        function_of(experiment.data.name)
-    return experiment
-
-
-def _run_folder(run: str, preset_name: str | None, settings: tuple[str, ...]) -> Any:
-    """Open a run folder, or create it where an experiment is given; both must agree."""
-    from gross_ray.errors import InvalidValueError
-    from gross_ray.results.store import RunStore
-
-    if preset_name is not None:
-        return RunStore.create(run, _experiment(preset_name, settings))
-    if settings:
-        raise InvalidValueError(f"--set {settings[0]} without --preset: name the preset that it changes")
-    return RunStore.open(run)
-
-
-def _callbacks(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[Any]:
-    from pipelines.callbacks import load_callbacks
-
-    return load_callbacks(values)
-
-
-_callback_option = click.option(
-    "--callback",
-    "callbacks",
-    metavar="MODULE:NAME",
-    multiple=True,
-    callback=_callbacks,
-    help="A ray.tune.Callback, or a function that makes one, to be told of the trials of validate and sweep-alpha; "
-    "may be repeated.",
-)
-
-
-def _work(store: Any, resources: Any, source: Any, do: Callable[[Any], None], callbacks: Sequence[Any] = ()) -> None:
-    from pipelines.progress import Reporter
-    from pipelines.session import Session
-
-    with Session.opened(store, resources, source, Reporter(), callbacks=callbacks) as session:
-        do(session)
-
-
 @main.command()
 @click.option("--out", required=True, help="Run folder, or a URI like s3://bucket/folder.")
-@functools.partial(_experiment_options, preset_required=True)
-@_callback_option
-@_work_options
+@functools.partial(experiment_options, preset_required=True)
+@callback_option
+@work_options
 def run(
     preset_name: str, out: str, settings: tuple[str, ...], callbacks: list[Any], resources: Any, source: Any
 ) -> None:
@@ -207,8 +58,8 @@ def run(
     from gross_ray.report.terminal import results
     from pipelines.run import run_all
 
-    store = _run_folder(out, preset_name, settings)
-    _work(store, resources, source, run_all, callbacks)
+    store = run_folder(out, preset_name, settings)
+    work(store, resources, source, run_all, callbacks)
     click.echo(results(store))
     click.echo(f"page: {write_page(store)}", err=True)
 
@@ -220,13 +71,13 @@ def _stage_command(name: str, description: str) -> click.Command:
         from gross_ray.report.terminal import stage_results
         from pipelines.run import STAGES
 
-        store = _run_folder(run, preset_name, settings)
-        _work(store, resources, source, STAGES[name].run)
+        store = run_folder(run, preset_name, settings)
+        work(store, resources, source, STAGES[name].run)
         click.echo(stage_results(store, name))
 
     help_text = f"{description}\n\n\b\nExample:\n  gross {name} runs/quickstart"
     return click.command(name, help=help_text)(
-        click.argument("run", metavar="RUN")(_experiment_options(_work_options(command)))
+        click.argument("run", metavar="RUN")(experiment_options(work_options(command)))
     )
 
 
@@ -239,12 +90,6 @@ for _name, _description in {
     main.add_command(_stage_command(_name, _description))
 
 
-def _budgets(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
-    from gross_ray.search.selection import Budget
-
-    return tuple(Budget.parse(value) for value in values)
-
-
 @main.command()
 @click.argument("run", metavar="RUN")
 @click.option(
@@ -252,7 +97,7 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, values: tuple
     "budgets",
     metavar="COST=LIMIT",
     multiple=True,
-    callback=_budgets,
+    callback=budgets_of,
     help="Print the most accurate within this limit on macs, macs_paper, parameters or latency_ms, like macs=2.66M "
     "(k, M, G); may be repeated: all must hold.",
 )
@@ -261,8 +106,8 @@ def _budgets(_context: click.Context, _parameter: click.Parameter, values: tuple
 @click.option("--latency", is_flag=True, help="Time the layers on this machine and predict latency_ms of everything.")
 @click.option("--latency-batch", type=click.IntRange(min=1), help="Images of a batch that is timed [1].")
 @click.option("--latency-threads", type=click.IntRange(min=1), help="CPU threads while it is timed [1].")
-@_experiment_options
-@_work_options
+@experiment_options
+@work_options
 def search(
     run: str,
     budgets: tuple[Any, ...],
@@ -291,16 +136,16 @@ def search(
     from pipelines.latency import add_latency
     from pipelines.run import STAGES
 
-    _refuse_alone("--budget", bool(budgets), {"--top": top})
-    _refuse_alone("--latency", latency, {"--latency-batch": latency_batch, "--latency-threads": latency_threads})
+    refuse_alone("--budget", bool(budgets), {"--top": top})
+    refuse_alone("--latency", latency, {"--latency-batch": latency_batch, "--latency-threads": latency_threads})
 
     def do(session: Any) -> None:
         STAGES["search"].run(session)
         if latency:
             add_latency(session, batch_size=latency_batch or 1, threads=latency_threads or 1)
 
-    store = _run_folder(run, preset_name, settings)
-    _work(store, resources, source, do)
+    store = run_folder(run, preset_name, settings)
+    work(store, resources, source, do)
     parts = [latency_table(store)] if latency else []
     if budgets:
         parts.append(budget_table(stage.best(store, budgets, top or 5), budgets))
@@ -310,19 +155,6 @@ def search(
     if not budgets and not pareto:
         parts.insert(0, stage_results(store, "search"))
     click.echo("\n\n".join(parts))
-
-
-def _refuse_alone(owner: str, given: bool, options: Mapping[str, object]) -> None:
-    """Refuse those of `options` that are set where the option that they belong to is not."""
-    for name, value in options.items():
-        if value is not None and not given:
-            raise click.UsageError(f"{name} {value} without {owner}: it says nothing then; add {owner} or leave it out")
-
-
-def _configurations(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
-    from gross_ray.space import Configuration
-
-    return tuple(Configuration.parse(value) for value in values)
 
 
 @main.command()
@@ -402,12 +234,12 @@ def latency(
     "configurations",
     metavar="GROUP-SIZES",
     multiple=True,
-    callback=_configurations,
+    callback=configurations_of,
     help="Train this one, like 8-16-64, in place of the fixed and the selected ones; may be repeated.",
 )
-@_callback_option
-@_experiment_options
-@_work_options
+@callback_option
+@experiment_options
+@work_options
 def validate(
     run: str,
     configurations: tuple[Any, ...],
@@ -434,8 +266,8 @@ def validate(
         else:
             stage.run(session)
 
-    store = _run_folder(run, preset_name, settings)
-    _work(store, resources, source, do, callbacks)
+    store = run_folder(run, preset_name, settings)
+    work(store, resources, source, do, callbacks)
     click.echo(stage_results(store, "validate"))
 
 
@@ -460,9 +292,9 @@ def validate(
 @click.option("--trials", type=int, help="Supernets to train in all under --search optuna [20].")
 @click.option("--alpha-low", type=float, help="Smallest alpha under --search optuna [0].")
 @click.option("--alpha-high", type=float, help="Largest alpha under --search optuna [8].")
-@_callback_option
-@_experiment_options
-@_work_options
+@callback_option
+@experiment_options
+@work_options
 def sweep_alpha(
     run: str,
     scheduler: str,
@@ -494,10 +326,10 @@ def sweep_alpha(
 
     limits = {"trials": trials, "alpha_low": alpha_low, "alpha_high": alpha_high}
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-    _refuse_alone("--search optuna", search == "optuna", {f"--{name.replace('_', '-')}": given[name] for name in given})
+    refuse_alone("--search optuna", search == "optuna", {f"--{name.replace('_', '-')}": given[name] for name in given})
     optuna = OptunaOptions(**given) if search == "optuna" else None
-    store = _run_folder(run, preset_name, settings)
-    _work(store, resources, source, lambda session: sweep.run(session, scheduler=scheduler, optuna=optuna), callbacks)
+    store = run_folder(run, preset_name, settings)
+    work(store, resources, source, lambda session: sweep.run(session, scheduler=scheduler, optuna=optuna), callbacks)
     click.echo(trials_table(store) if optuna else stage_results(store, "sweep-alpha"))
 
 
@@ -559,15 +391,8 @@ def inspect(
 
     network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
     by_layer = parse_layer_group_sizes(layer_group_sizes)
-    choice = choice_of(network, layers, _whole_numbers("--group-sizes", group_sizes), by_layer)
+    choice = choice_of(network, layers, whole_numbers("--group-sizes", group_sizes), by_layer)
     click.echo(inspection_page(inspection(network, choice, (3, image_size, image_size))))
-
-
-def _whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
-    parts = () if text is None else tuple(part.strip() for part in text.split(","))
-    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise click.UsageError(f"{option} {text}: must be whole numbers above 0 with commas between, like 1,4,16,32")
-    return tuple(map(int, parts))
 
 
 @main.command()
@@ -704,7 +529,7 @@ def export(
 
     timed = {"--batch": batch, "--device": device}
     given = {name: value for name, value in timed.items() if value is not None}
-    _refuse_alone("--fold latency_ms", objective == "latency_ms", given)
+    refuse_alone("--fold latency_ms", objective == "latency_ms", given)
     check_format(target)
     store, configuration = RunStore.open(run), str(Configuration.parse(configuration))
     if seed is None:

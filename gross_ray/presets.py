@@ -39,8 +39,8 @@ def quickstart() -> Experiment:
     return Experiment(
         name="quickstart",
         data=DataOptions(name="sample", limit_train=3000, limit_validation=1000),
-        training=TrainingOptions(epochs=5, lr=0.02, milestones=(4,), batch_size=32, augment=False, seeds=3),
-        decomposition=DecompositionOptions(tolerance=1e-5),
+        training=TrainingOptions(epochs=4, lr=0.02, milestones=(3,), batch_size=32, augment=False, seeds=3),
+        decomposition=DecompositionOptions(tolerance=1e-4),
         supernet=SupernetOptions(seeds=1),
         reconstruction=ReconstructionOptions(epochs=1, lr=1e-3, milestones=(), batch_size=64, augment=False),
         finetuning=FinetuningOptions(epochs=2, lr=1e-3, milestones=(), batch_size=64, augment=False),
@@ -95,7 +95,7 @@ def paper() -> Experiment:
 
 
 PRESETS: dict[str, Preset] = {
-    "quickstart": Preset(quickstart, "2 to 3 minutes on 2 cores"),
+    "quickstart": Preset(quickstart, "about 2 minutes on 2 cores"),
     "fashion": Preset(fashion, "days on 2 cores; meant for a GPU"),
     "fashion-short": Preset(fashion_short, "about an hour and a half on 2 cores"),
     "paper": Preset(paper, "days on 2 cores; meant for a GPU; downloads CIFAR-10 (170 MB)"),
