@@ -41,11 +41,22 @@ def main() -> None:
 
 @main.command()
 @click.option("--out", required=True, help="Run folder, or a URI like s3://bucket/folder.")
+@click.option(
+    "--reuse",
+    metavar="RUN",
+    help="Take over from another run folder what the settings leave as it is, like its supernets for another search.",
+)
 @functools.partial(experiment_options, preset_required=True)
 @callback_option
 @work_options
 def run(
-    preset_name: str, out: str, settings: tuple[str, ...], callbacks: list[Any], resources: Any, source: Any
+    preset_name: str,
+    out: str,
+    reuse: str | None,
+    settings: tuple[str, ...],
+    callbacks: list[Any],
+    resources: Any,
+    source: Any,
 ) -> None:
     """Do every stage, from training to the tables and the page of results; the same command again continues.
 
@@ -53,13 +64,26 @@ def run(
     Example:
       gross run --preset quickstart --out runs/quickstart
       gross run --preset fashion --out runs/short --set training.epochs=3 --set training.seeds=1
+      gross run --preset quickstart --out runs/b --reuse runs/quickstart --set 'search.limits=["parameters=60k"]'
     """
     from gross_ray.report.page import write_page
     from gross_ray.report.terminal import results
+    from gross_ray.results.store import RunStore
+    from pipelines.reuse import check_reusable, take_over
     from pipelines.run import run_all
 
-    store = run_folder(out, preset_name, settings)
-    work(store, resources, source, run_all, callbacks)
+    other = None if reuse is None else RunStore.open(reuse)
+    store = run_folder(
+        out, preset_name, settings, None if other is None else functools.partial(check_reusable, other=other)
+    )
+
+    def do(session: Any) -> None:
+        if other is not None:
+            taken = ", ".join(f"{stage} {num}" for stage, num in take_over(store, other).items())
+            session.reporter.note(f"taken over from {other.storage}, units by stage: {taken}")
+        run_all(session)
+
+    work(store, resources, source, do, callbacks)
     click.echo(results(store))
     click.echo(f"page: {write_page(store)}", err=True)
 

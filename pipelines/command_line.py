@@ -140,13 +140,18 @@ def _experiment_of(preset_name: str, settings: tuple[str, ...]) -> Any:
     return experiment
 
 
-def run_folder(run: str, preset_name: str | None, settings: tuple[str, ...]) -> Any:
-    """Open a run folder, or create it where an experiment is given; both must agree."""
+def run_folder(
+    run: str, preset_name: str | None, settings: tuple[str, ...], check: Callable[[Any], None] | None = None
+) -> Any:
+    """Open a run folder, or create it where an experiment is given, which `check` may refuse first; both must agree."""
     from gross_ray.errors import InvalidValueError
     from gross_ray.results.store import RunStore
 
     if preset_name is not None:
-        return RunStore.create(run, _experiment_of(preset_name, settings))
+        experiment = _experiment_of(preset_name, settings)
+        if check is not None:
+            check(experiment)
+        return RunStore.create(run, experiment)
     if settings:
         raise InvalidValueError(f"--set {settings[0]} without --preset: name the preset that it changes")
     return RunStore.open(run)

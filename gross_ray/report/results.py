@@ -55,8 +55,8 @@ def network_table(store: RunStore) -> ResultTable:
 def selection_table(store: RunStore, searched: Searched | None = None) -> ResultTable:
     """Return Table 3: under each budget the fixed and the selected configurations, in the supernet and on their own.
 
-    Its note is how far the supernet ranks all validated configurations as their own training does. `searched` is
-    read where it is not given.
+    Its note is how far the supernet ranks all validated configurations as their own training does. Where latencies
+    are stored, they have a column. `searched` is read where it is not given.
     """
     selections, validations = selected(store), store.read_table("validations")
     title = "Selected under the budget of a fixed configuration (Table 3)"
@@ -66,6 +66,7 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
     shown = {*selections["budget"], *selections["configuration"]}
     if not shown <= set(supernet.index):
         return ResultTable(title, missing=["evaluated configurations (run `gross search`)"])
+    timed = supernet.loc[sorted(shown), "latency_ms"].notna().all()
     rows = []
     for budget, group in selections.groupby("budget", sort=False):
         fixed = validations[validations["configuration"] == budget]["test_accuracy"]
@@ -77,18 +78,21 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
                 [
                     str(configuration) if chosen else f"{configuration} (fixed)",
                     millions(supernet.loc[configuration, "macs"]),
+                    *([f"{supernet.loc[configuration, 'latency_ms']:.3f}"] if timed else []),
                     f"{100 * supernet.loc[configuration, 'supernet_accuracy']:.2f}",
                     _accuracy(own)[1],
                     difference,
                 ]
             )
-    heads = ["configuration", "M MACs", "in supernet (val)", "on its own (test): mean (std, n)", "to fixed"]
+    costs = ["M MACs", "ms"] if timed else ["M MACs"]
+    heads = ["configuration", *costs, "in supernet (val)", "on its own (test): mean (std, n)", "to fixed"]
     own = validations[validations["configuration"].isin(shown)]
+    notes = [] if validations.empty else [correlation_sentence(store, supernet["supernet_accuracy"], validations)]
     return ResultTable(
         title,
         heads,
         rows,
-        notes=[] if validations.empty else [correlation_sentence(store, supernet["supernet_accuracy"], validations)],
+        notes=[*notes, *(latency_sentences(store) if timed else [])],
         missing=_lacking_trainings(own, len(shown), store, "these configurations"),
     )
 
@@ -227,6 +231,16 @@ def correlation_sentence(store: RunStore, supernet: pd.Series, validations: pd.D
         f"Spearman {found.spearman:.2f} [{found.spearman_low:.2f}, {found.spearman_high:.2f}], "
         f"Kendall {found.kendall:.2f} [{found.kendall_low:.2f}, {found.kendall_high:.2f}]"
     )
+
+
+def latency_sentences(store: RunStore) -> list[str]:
+    """Return a line on where the latencies in a table come from, for each measurement that is stored."""
+    return [
+        f"ms: one batch of {model.batch_size} on {model.device}, {model.threads} thread{'s' * (model.threads > 1)}, "
+        f"predicted from its layers' times; median error {100 * model.median_error:.1f} % of {model.num_sampled} "
+        "configurations timed whole"
+        for model in store.read_table("latency_models").itertuples()
+    ]
 
 
 def temperature(alpha: float, scaling: str) -> str:

@@ -205,6 +205,11 @@ class RunStore:
         """Forget what a unit stored in table `name`, if anything."""
         self.storage.delete(_table_file(name, unit))
 
+    def copy_unit(self, other: RunStore, name: str, unit: str) -> None:
+        """Store what a unit of table `name` is in another run folder. Raises FileNotFoundError and StorageError."""
+        file = _table_file(name, unit)
+        self.storage.write(file, other.storage.read(file))
+
     # The page for people
 
     def write_report(self, page: str) -> str:
@@ -256,6 +261,19 @@ class RunStore:
         if not self.storage.exists(file):
             return False
         return not self._locked or file in self._sound or self._is_sound(file)
+
+    def checkpoints(self, stage: str) -> list[str]:
+        """Return the units that have a checkpoint of `stage`, by natural order; what is in it is not looked at."""
+        files = self.storage.names(f"checkpoints/{_checked(stage, 'stage')}")
+        ending = ".safetensors"
+        units = [file.removesuffix(ending) for file in files if file.endswith(ending) and file[0] not in "._"]
+        return sorted(units, key=_natural)
+
+    def copy_checkpoint(self, other: RunStore, stage: str, unit: str) -> None:
+        """Store what a checkpoint is in another run folder. Raises FileNotFoundError and StorageError."""
+        file = _checkpoint_file(stage, unit)
+        for part in (_beside(file), file):
+            self.storage.write(part, other.storage.read(part))
 
     def delete_checkpoint(self, stage: str, unit: str) -> None:
         """Delete a checkpoint, if there is one."""

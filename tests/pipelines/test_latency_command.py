@@ -51,6 +51,7 @@ def test_a_measurement_is_carried_to_another_machine(run: Path, tmp_path: Path) 
 def test_what_is_no_measurement_is_refused(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.parquet"
     pd.DataFrame({"a": [1]}).to_parquet(other)
+    (tmp_path / "text.parquet").write_text("no Parquet")
     before = sorted((run / "tables").rglob("*"))
     for file, reason in (
         (other, "KeyError"),
@@ -59,7 +60,7 @@ def test_what_is_no_measurement_is_refused(run: Path, tmp_path: Path) -> None:
     ):
         refused = gross("latency", str(run), "--from", str(file))
         assert refused.returncode == 2
-        assert f"{file}: no table of latencies ({reason}" in refused.stderr
+        assert f"{file}: is no table of latencies ({reason}" in refused.stderr
     for words, complaint in (
         (["--from", str(other), "--batch", "2"], "times nothing: leave the other options out"),
         (["--to", str(tmp_path / "no" / "file")], "there is no folder"),

@@ -1,0 +1,85 @@
+"""gross run --reuse, through the real command line: what another run folder has is not done again, nor changed."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from miniature import SETTINGS, run_command
+
+from gross_ray.errors import InvalidValueError
+from gross_ray.presets import quickstart
+from gross_ray.results.store import RunStore
+from pipelines.reuse import PARTS, check_reusable, take_over
+
+ANOTHER_SEARCH = ["search.strategy=random", "search.evaluations=12", "sweep.alphas=[]"]
+
+
+@pytest.fixture
+def other(whole_run: tuple[Path, str]) -> RunStore:
+    return RunStore.open(whole_run[0])
+
+
+def test_another_search_trains_nothing_again(other: RunStore, tmp_path: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in other.path.rglob("*") if file.is_file()}
+    settings = [part for setting in ANOTHER_SEARCH for part in ("--set", setting)]
+    ended = subprocess.run(
+        run_command(tmp_path / "run", "--reuse", str(other.path), *settings),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert ended.returncode == 0, ended.stderr
+    for stage in ("train", "decompose", "reconstruct", "finetune"):
+        units = f"{len(other.checkpoints(stage))} units"
+        assert any(
+            line.startswith(f"{stage}: ") and line.endswith("done already") for line in ended.stderr.splitlines()
+        ), f"{stage} ({units}) was done again:\n{ended.stderr}"
+    store = RunStore.open(tmp_path / "run")
+    for table in ("networks", "decompositions"):
+        pd.testing.assert_frame_equal(store.read_table(table), other.read_table(table), check_exact=True)
+    evaluated = store.read_table("configurations").merge(
+        other.read_table("configurations"), on=["supernet", "configuration"], suffixes=("", " there")
+    )
+    assert len(evaluated) == len(store.read_table("configurations")) == 12 + 2  # and the fixed ones
+    assert (evaluated["val_correct"] == evaluated["val_correct there"]).all()
+    fixed = store.read_table("validations").query("kind == 'fixed'").reset_index(drop=True)
+    there = other.read_table("validations").query("kind == 'fixed'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(fixed, there, check_exact=True)
+    assert {file: file.stat().st_mtime_ns for file in other.path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "taken"),
+    [
+        ("search.top=2", [part.stage for part in PARTS]),
+        ("finetuning.epochs=3", ["train", "decompose", "latency", "reconstruct", "validate"]),
+        ("supernet.alpha=2", ["train", "decompose", "latency", "validate"]),
+        ("validation.seeds=3", ["train", "decompose", "latency", "reconstruct", "finetune"]),
+        ("decomposition.max_steps=16", ["train"]),
+    ],
+)
+def test_what_a_setting_decides_is_not_taken_over(
+    other: RunStore, tmp_path: Path, setting: str, taken: list[str]
+) -> None:
+    store = RunStore.create(tmp_path / "run", quickstart().override([*SETTINGS, setting]))
+    units = take_over(store, other)
+    assert list(units) == taken
+    for stage in taken:
+        assert units[stage] == len(other.checkpoints(stage))
+        assert store.checkpoints(stage) == other.checkpoints(stage)
+    assert {stage for part in PARTS if store.checkpoints(stage := part.stage)} <= set(taken)
+    assert store.units("networks") == other.units("networks")
+    assert take_over(store, other) == dict.fromkeys(taken, 0)  # nothing twice
+
+
+@pytest.mark.parametrize(
+    "setting", ["training.epochs=3", "seed=1", "data.limit_train=199", "engine.precision=bfloat16"]
+)
+def test_other_base_networks_are_refused_before_a_folder_is_made(other: RunStore, setting: str) -> None:
+    field, value = setting.split("=")
+    with pytest.raises(InvalidValueError, match=rf"for {field} is '?{value}'? here and .* there: give the same value"):
+        check_reusable(quickstart().override([*SETTINGS, setting]), other)
