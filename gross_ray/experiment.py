@@ -82,6 +82,8 @@ class Schedule:
     """Weight decay (L2) of SGD."""
     batch_size: int = 256
     """Images a step."""
+    images: int = 0
+    """Images an epoch, drawn anew for each; 0, or more than there are: every image of the training split once."""
     augment: bool = True
     """Random crop from a 2-pixel padding and horizontal flip."""
 
@@ -90,11 +92,16 @@ class Schedule:
         _require(self.epochs >= 1, "epochs", self.epochs, "must be 1 or more")
         _require(self.lr > 0, "lr", self.lr, "must be above 0")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "must be 1 or more")
+        _require(self.images >= 0, "images", self.images, "must be 0 (all images) or more")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
         _require(0 < self.gamma <= 1, "gamma", self.gamma, "must be in (0, 1]")
         ordered = all(earlier < later for earlier, later in pairwise((0, *self.milestones)))
         _require(ordered, "milestones", self.milestones, "must be positive and ascending")
+
+    def images_of(self, num_images: int) -> int:
+        """Return how many of a training split's `num_images` an epoch takes."""
+        return min(self.images or num_images, num_images)
 
     def lr_at(self, epoch: int) -> float:
         """Return the learning rate of `epoch` (0 is the first)."""

@@ -9,6 +9,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import (
     DataOptions,
     DecompositionOptions,
+    EngineOptions,
     Experiment,
     FinetuningOptions,
     ReconstructionOptions,
@@ -85,6 +86,32 @@ def fashion_short() -> Experiment:
     )
 
 
+def vgg16_short() -> Experiment:
+    """VGG-16 with batch-norm on Fashion-MNIST on two cores: 12 layers at 1, 4, 16, 32, some of the images an epoch."""
+    some = 12_800
+    return Experiment(
+        name="vgg16-short",
+        model="vgg16",
+        data=DataOptions(name="fashion-mnist", limit_validation=2500),
+        training=TrainingOptions(epochs=3, lr=0.05, milestones=(2,), batch_size=128, augment=False, seeds=1),
+        decomposition=DecompositionOptions(tolerance=1e-4, group_sizes=(1, 4, 16, 32)),
+        engine=EngineOptions(precision="bfloat16"),
+        supernet=SupernetOptions(seeds=1),
+        reconstruction=ReconstructionOptions(
+            epochs=2, lr=1e-3, milestones=(1,), batch_size=64, augment=False, images=some
+        ),
+        finetuning=FinetuningOptions(epochs=3, lr=1e-3, milestones=(2,), batch_size=64, augment=False, images=some),
+        search=SearchOptions(top=1, strategy="surrogate", evaluations=160, precision="bfloat16"),
+        sweep=SweepOptions(alphas=()),
+        validation=ValidationOptions(
+            fixed=(16, 4),
+            seeds=2,
+            reconstruction=Schedule(epochs=1, lr=3e-3, batch_size=64, augment=False, images=some),
+            finetuning=Schedule(epochs=1, lr=1e-3, batch_size=64, augment=False, images=some),
+        ),
+    )
+
+
 def paper() -> Experiment:
     """CIFAR-10 with exactly the paper's protocol: five repeats, alpha 0, 2, 4, 8, Eq. 8 as printed."""
     return Experiment(
@@ -99,6 +126,7 @@ PRESETS: dict[str, Preset] = {
     "quickstart": Preset(quickstart, "about 2 minutes on 2 cores"),
     "fashion": Preset(fashion, "days on 2 cores; meant for a GPU"),
     "fashion-short": Preset(fashion_short, "about an hour and a half on 2 cores"),
+    "vgg16-short": Preset(vgg16_short, "about an hour on 2 cores"),
     "paper": Preset(paper, "days on 2 cores; meant for a GPU; downloads CIFAR-10 (170 MB)"),
 }
 

@@ -84,6 +84,7 @@ def test_no_field_takes_what_its_type_forbids(name: str) -> None:
         ("training.epochs", "0", "must be 1 or more"),
         ("training.seeds", "0", "must be 1 or more"),
         ("training.batch_size", "0", "must be 1 or more"),
+        ("reconstruction.images", "-1", "must be 0 (all images) or more"),
         ("training.lr", "0", "must be above 0"),
         ("training.momentum", "1", "must be in [0, 1)"),
         ("training.gamma", "0", "must be in (0, 1]"),

@@ -65,8 +65,8 @@ class ImageSet:
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (B, 3, H, W), uint8, and labels (B,) on `device`, B = `size` but for the last.
 
-        `order` is (N,), int64, the places of the images one after the other; without, as they are. Streamed batches
-        are gathered by a thread while the device works on those before, AHEAD of them at most.
+        `order` is (M,), int64, the places of some images one after the other; without, all as they are. Streamed
+        batches are gathered by a thread while the device works on those before, AHEAD of them at most.
         """
         places = None if order is None else order.to(self.images.device)
 
@@ -76,7 +76,7 @@ class ImageSet:
                 chosen = places[chosen]
             return self.images[chosen], self.labels[chosen]
 
-        count = -(-len(self) // size)
+        count = -(-len(self if places is None else places) // size)
         if self.streamed_to is None:
             yield from map(gather, range(count))
             return

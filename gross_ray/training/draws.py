@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gross_ray.data.augment import cropped_and_flipped, draw_crops
 from gross_ray.data.image_set import ImageSet
+from gross_ray.experiment import Schedule
 from gross_ray.seeds import derive_seed
 
 Keep = Callable[[nn.Dropout, Tensor], Tensor]
@@ -19,14 +20,17 @@ Keep = Callable[[nn.Dropout, Tensor], Tensor]
 class EpochDraws:
     """The random numbers of one epoch of one training: they depend on its seed, not on what else is drawn."""
 
-    def __init__(self, images: ImageSet, seed: int, *, augmented: bool) -> None:
+    def __init__(self, images: ImageSet, seed: int, schedule: Schedule) -> None:
         """Draw the order and the crops of the whole epoch, so that no step waits for a copy to the device."""
+        self.num_images = schedule.images_of(len(images))
+        """How many images the epoch takes."""
         self.device = device = images.device
         self._images = images
         self.generator = torch.Generator().manual_seed(seed)
         """On the CPU; behind the order and the crops, it draws the configurations."""
-        self._order = torch.randperm(len(images), generator=self.generator).to(images.images.device)
-        self._crops = draw_crops(len(images), self.generator).to(device) if augmented else None
+        order = torch.randperm(len(images), generator=self.generator)[: self.num_images]
+        self._order = order.to(images.images.device)
+        self._crops = draw_crops(self.num_images, self.generator).to(device) if schedule.augment else None
         self._dropout = torch.Generator(device).manual_seed(derive_seed(seed, "dropout"))
         self.global_seed = derive_seed(seed, "global")
         """For what draws from torch's global generators."""

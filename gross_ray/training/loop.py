@@ -113,7 +113,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         set_mode()
-        draws = EpochDraws(images, derive_seed(seed, epoch), augmented=schedule.augment)
+        draws = EpochDraws(images, derive_seed(seed, epoch), schedule)
         steps: list[tuple[Tensor, Tensor]] = []
         with random_numbers_of(draws, network, compiled=engine.compile), products_at(engine.precision, device):
             for inputs, labels in draws.batches(schedule.batch_size):
@@ -131,7 +131,7 @@ def train(
             gradient_norm=gradient_norm,
             val_accuracy=None if measure is None else measure(),
             seconds=seconds,
-            images_per_second=len(images) / seconds,
+            images_per_second=draws.num_images / seconds,
         )
         history.append(record)
         if checkpoint is not None:

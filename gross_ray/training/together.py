@@ -161,7 +161,7 @@ def _epochs(
                 gradient_norm=float(norms[:, column].mean()),
                 val_accuracy=accuracy(supernet, splits.validation) if stage.targets is None else None,
                 seconds=seconds,
-                images_per_second=len(splits.train) / seconds,
+                images_per_second=schedule.images_of(len(splits.train)) / seconds,
             )
             histories[place].append(record)
             if member.checkpoint is not None:
@@ -208,10 +208,7 @@ class _Steps:
         """Do one epoch; return the losses and gradient norms of its steps: (steps, S) each."""
         size, template = self._schedule.batch_size, self._stack.template
         self._stage.set_mode(template)
-        draws = [
-            EpochDraws(images, derive_seed(member.seed, epoch), augmented=self._schedule.augment)
-            for member in self.members
-        ]
+        draws = [EpochDraws(images, derive_seed(member.seed, epoch), self._schedule) for member in self.members]
         steps: list[tuple[Tensor, Tensor]] = []
         with dropout_by(template, self._keep), products_at(self._engine.precision, images.device):
             for batches in zip(*(each.batches(size) for each in draws), strict=True):

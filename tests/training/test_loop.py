@@ -152,6 +152,31 @@ def test_every_image_is_seen_once_an_epoch_in_a_new_order(
     assert (padded > 0) == augmented
 
 
+@pytest.mark.parametrize("augmented", [False, True])
+def test_an_epoch_of_some_images_draws_them_anew(network: nn.Sequential, augmented: bool) -> None:
+    colours = torch.arange(40, dtype=torch.uint8)
+    plain = ImageSet(colours[:, None, None, None].expand(-1, 3, 8, 8).contiguous(), colours.long() % 3)
+    seen: list[int] = []
+
+    def loss(inputs: Tensor, labels: Tensor) -> Tensor:
+        seen.extend(((inputs[:, 0, 4, 4] * 0.225 + 0.5) * 255).round().long().tolist())
+        return F.cross_entropy(network(inputs), labels)
+
+    schedule = replace(SCHEDULE, augment=augmented, images=15)
+    history = fit(network, plain, schedule, loss=loss)
+    epochs = [seen[start : start + 15] for start in range(0, 60, 15)]
+    assert len(seen) == 60 and all(len(set(epoch)) == 15 for epoch in epochs)
+    assert len({frozenset(epoch) for epoch in epochs}) == 4
+    assert all(record.images_per_second == pytest.approx(15 / record.seconds) for record in history)
+
+
+def test_an_epoch_of_more_images_than_there_are_takes_all(network: nn.Sequential, images: ImageSet) -> None:
+    other = copy.deepcopy(network)
+    fit(network, images, replace(SCHEDULE, images=41))
+    fit(other, images, SCHEDULE)
+    assert_equal_weights(network, other)
+
+
 def test_augmented_batches_come_from_the_epochs_generator(network: nn.Sequential, images: ImageSet) -> None:
     batches: list[Tensor] = []
     drawn: list[int] = []
