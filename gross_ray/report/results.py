@@ -181,6 +181,11 @@ def sweep_table(store: RunStore) -> ResultTable:
     return ResultTable(title, ["alpha", *configurations, "n"], rows, notes, missing)
 
 
+def is_swept(store: RunStore) -> bool:
+    """Return whether the experiment asks for a sweep over alpha, or one is stored though it does not."""
+    return bool(store.experiment.sweep.alphas) or bool(store.units("alpha_sweep"))
+
+
 def trials_table(store: RunStore) -> ResultTable:
     """Return the trials of the search for alpha, the best first; no rows where none was made."""
     trials = store.read_table("alpha_trials")

@@ -12,6 +12,7 @@ import pandas as pd
 from gross_ray.report.charts import Chart
 from gross_ray.report.results import (
     ResultTable,
+    is_swept,
     limit_tables,
     named_table,
     network_table,
@@ -51,9 +52,9 @@ class Section:
 
 
 def sections(store: RunStore) -> list[Section]:
-    """Read the tables and return all parts."""
+    """Read the tables and return all parts; one that the experiment does not ask for is left out."""
     searched = Searched.of(store)
-    return [
+    parts = [
         _space(store, searched),
         _tables(store, searched),
         _retrained(store, searched),
@@ -63,6 +64,7 @@ def sections(store: RunStore) -> list[Section]:
         _times(store),
         _experiment(store),
     ]
+    return [part for part in parts if part.charts or part.tables or part.missing]
 
 
 def _space(store: RunStore, searched: Searched) -> Section:
@@ -98,7 +100,8 @@ def _sweep(store: RunStore) -> Section:
     table, trials, sweep = sweep_table(store), trials_table(store), store.read_table("alpha_sweep")
     proposals = [trials] if trials.rows else []
     if sweep.empty:
-        return Section("sweep", title, tables=proposals, missing=["the sweep over alpha (run `gross sweep-alpha`)"])
+        missing = ["the sweep over alpha (run `gross sweep-alpha`)"] if is_swept(store) else []
+        return Section("sweep", title, tables=proposals, missing=missing)
     return Section("sweep", title, sweep_charts(store, sweep), [table, *proposals])
 
 

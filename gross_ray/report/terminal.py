@@ -16,13 +16,15 @@ Row = Sequence[str]
 
 def results(store: RunStore, *, markdown: bool = False) -> str:
     """Return all results that are stored, and what is missing."""
-    parts = [
-        network_table(store, markdown=markdown),
-        selection_table(store, markdown=markdown),
-        sweep_table(store, markdown=markdown),
-    ]
     named = stored.named_table(store)
-    parts[2:2] = [_page(table, markdown) for table in [*stored.limit_tables(store), *([named] if named.rows else [])]]
+    tables = [
+        stored.network_table(store),
+        stored.selection_table(store),
+        *stored.limit_tables(store),
+        *([named] if named.rows else []),
+        *([stored.sweep_table(store)] if stored.is_swept(store) else []),
+    ]
+    parts = [_page(table, markdown) for table in tables]
     if (store.read_table("alpha_trials")["search"] == "optuna").any():
         parts.append(trials_table(store, markdown=markdown))
     return "\n\n".join(parts)

@@ -314,6 +314,34 @@ def test_a_search_and_a_sweep_that_are_under_way_say_how_far(tmp_path: Path) -> 
     assert "Missing: 2 of 35 supernets of the sweep (run gross sweep-alpha)." in missing
 
 
+def test_a_sweep_that_is_not_asked_for_is_not_missing(tmp_path: Path) -> None:
+    store = new_run(tmp_path / "run", [*SETTINGS, "sweep.alphas=[]"])
+    parsed = ParsedPage(html_page(store))
+    sweep = ("section", "id", "sweep")
+    assert not any("sweep" in what for what in parsed.missing) and sweep not in parsed.attributes
+    assert "sweep-alpha" not in results(store)
+    STAGES["sweep-alpha"](store)  # made all the same
+    assert sweep in ParsedPage(html_page(store)).attributes
+    assert "Sampling temperature" in results(store)
+
+
+def test_table_3_has_the_latencies_where_they_are_stored(tmp_path: Path) -> None:
+    store = new_run(tmp_path / "run")
+    write_configurations(store, latency=True)
+    write_selections(store)
+    model = {"device": "a phone", "host": "there", "batch_size": 1, "threads": 2, "offset_ms": 0.0, "slope": 1.0}
+    store.write_table("latency_models", "phone", [model | {"num_sampled": 20, "median_error": 0.012}])
+    rows = store.read_table("configurations").groupby("configuration")["latency_ms"].first()
+    page = ParsedPage(html_page(store))
+    table = page.tables[TABLE_3]
+    assert table.heads[:3] == ["configuration", "M MACs", "ms"]
+    assert {row[0].removesuffix(" (fixed)"): row[2] for row in table.rows} == {
+        name: f"{rows[name]:.3f}" for name in [*SELECTED, *(one for some in SELECTED.values() for one in some)]
+    }
+    (note,) = [line for line in results(store).splitlines() if line.startswith("ms: ")]
+    assert "one batch of 1 on a phone, 2 threads" in note and "median error 1.2 % of 20" in note
+
+
 HOSTILE = '</script><b>bold & "quoted"</b><!--'
 
 
