@@ -46,6 +46,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/search_on_ray.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/supernet.py
+	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/decomposition.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/orchestration.py

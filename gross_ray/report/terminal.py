@@ -24,7 +24,7 @@ def results(store: RunStore, *, markdown: bool = False) -> str:
         *([named] if named.rows else []),
         *([stored.sweep_table(store)] if stored.is_swept(store) else []),
     ]
-    parts = [_page(table, markdown) for table in tables]
+    parts = [as_text(table, markdown) for table in tables]
     if (store.read_table("alpha_trials")["search"] == "optuna").any():
         parts.append(trials_table(store, markdown=markdown))
     return "\n\n".join(parts)
@@ -34,7 +34,7 @@ def stage_results(store: RunStore, stage: str) -> str:
     """Return what one stage has to show."""
     if stage == "validate":
         named = stored.named_table(store)
-        return "\n\n".join([network_table(store), selection_table(store), *([_page(named)] if named.rows else [])])
+        return "\n\n".join([network_table(store), selection_table(store), *([as_text(named)] if named.rows else [])])
     if stage == "search":
         return _frame(stored.selected(store))
     if stage == "sweep-alpha":
@@ -47,7 +47,7 @@ def stage_results(store: RunStore, stage: str) -> str:
 
 def network_table(store: RunStore, *, markdown: bool = False) -> str:
     """Return Table 2: the full network and the fixed configurations, accuracy on the test split and MACs."""
-    return _page(stored.network_table(store), markdown)
+    return as_text(stored.network_table(store), markdown)
 
 
 def selection_table(store: RunStore, *, markdown: bool = False) -> str:
@@ -55,34 +55,34 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
 
     Beneath it stands how far the supernet ranks all validated configurations as their own training does.
     """
-    return _page(stored.selection_table(store), markdown)
+    return as_text(stored.selection_table(store), markdown)
 
 
 def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
     """Return Figure 1's numbers: accuracy in the supernet less that on its own, for each alpha (validation split)."""
-    return _page(stored.sweep_table(store), markdown)
+    return as_text(stored.sweep_table(store), markdown)
 
 
 def trials_table(store: RunStore, *, markdown: bool = False) -> str:
     """Return the trials of the search for alpha, the best first."""
-    return _page(stored.trials_table(store), markdown)
+    return as_text(stored.trials_table(store), markdown)
 
 
 def inspection_page(tables: Sequence[ResultTable]) -> str:
     """Return what `inspection` gives as text."""
-    return "\n\n".join(map(_page, tables))
+    return "\n\n".join(map(as_text, tables))
 
 
 def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
     """Return what `best_under` gives as text, the best first."""
-    return _page(stored.budget_table(best, budgets))
+    return as_text(stored.budget_table(best, budgets))
 
 
 def front_table(front: pd.DataFrame, cost: str) -> str:
     """Return what `pareto_front` gives for `cost` as text, the cheapest first."""
     columns = stored.cost_columns(front, {cost})
     rows = list(zip(*columns.values(), strict=True))
-    return _page(ResultTable(f"Pareto front of {cost} and accuracy in the supernet", list(columns), rows))
+    return as_text(ResultTable(f"Pareto front of {cost} and accuracy in the supernet", list(columns), rows))
 
 
 def latency_table(store: RunStore) -> str:
@@ -98,14 +98,14 @@ def latency_table(store: RunStore) -> str:
         for model in store.read_table("latency_models").itertuples()
     ]
     heads = ["device", "host", "batch", "threads", "median error (configurations timed)"]
-    return _page(ResultTable("Predicted latency of a configuration, against its own timing", heads, rows))
+    return as_text(ResultTable("Predicted latency of a configuration, against its own timing", heads, rows))
 
 
 def _frame(frame: pd.DataFrame) -> str:
     return frame.to_string(index=False) if len(frame) else "nothing stored"
 
 
-def _page(shown: ResultTable, markdown: bool = False) -> str:
+def as_text(shown: ResultTable, markdown: bool = False) -> str:
     """Return a table between its title and its notes; right beneath one in Markdown, a note would be a row of it."""
     notes = [*shown.notes, *(f"missing: {what}" for what in shown.missing)]
     if not shown.heads:

@@ -1,0 +1,64 @@
+"""Latency of whole networks: each validated configuration of some runs, as bottlenecks and folded, and the full network.
+
+    python benchmarks/whole_networks.py RUN [RUN ...] [--batch 1] [--threads 1] [--repeats 30]
+
+Baseline: the full network that was decomposed. All are timed beside one another in one process, a sample each in every
+round (`gross_ray.search.timing`). "folded" is what `gross export --fold latency_ms` writes: a layer is the dense
+convolution that it equals where that is faster here. Needs the checkpoints of the runs, all of one base network.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gross_ray.report.model_card import most_accurate_seed
+from gross_ray.results.store import RunStore
+from gross_ray.search.cost import count_macs
+from gross_ray.search.folding import fold
+from gross_ray.search.latency import LatencyOptions
+from gross_ray.search.timing import device_name, typical_ms
+from pipelines.networks import load_base, load_validated
+
+FULL = "full network"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--batch", type=int, default=1, help="images of a batch")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=30, help="rounds")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device, stores = torch.device(options.device), [RunStore.open(run) for run in options.runs]
+    base = load_base(stores[0])
+    networks: dict[str, nn.Module] = {FULL: base.network.eval()}
+    latency = LatencyOptions(batch_size=options.batch, threads=options.threads)
+    for store in stores:
+        for configuration in dict.fromkeys(store.read_table("validations")["configuration"]):
+            if configuration in networks:
+                continue
+            network, shape, _ = load_validated(store, configuration, most_accurate_seed(store, configuration) or 0)
+            folded, foldings = fold(network, shape, objective="latency_ms", latency=latency, device=device)
+            networks[configuration] = network.eval()
+            dense = sum(one.folded for one in foldings)
+            networks[f"{configuration}, folded ({dense} of {len(foldings)} layers dense)"] = folded.eval()
+    images = torch.randn(options.batch, *base.input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode():
+        times = typical_ms(
+            {name: (network.to(device), [images]) for name, network in networks.items()}, options.repeats, device
+        )
+    where = f"{device_name(device)}, {options.threads} thread(s), batch of {options.batch}"
+    print(f"{where}; median of {options.repeats} rounds")
+    for name, ms in times.items():
+        macs = count_macs(networks[name].to("cpu"), base.input_shape)
+        print(f"  {name}: {ms:.2f} ms, {macs / 1e6:.1f} M MACs; ratio to the full network {times[FULL] / ms:.2f}")
+
+
+if __name__ == "__main__":
+    main()
