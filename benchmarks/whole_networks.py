@@ -1,4 +1,4 @@
-"""Latency of whole networks: each validated configuration of some runs, as bottlenecks and folded, and the full network.
+"""Latency of whole networks: validated configurations of some runs, as bottlenecks and folded, and the full network.
 
     python benchmarks/whole_networks.py RUN [RUN ...] [--batch 1] [--threads 1] [--repeats 30]
 
