@@ -6,20 +6,20 @@ r"""Keep the tables of a finished run under results/, and write what README.md s
 
 `keep` takes each table as one Parquet file, without checkpoints: results/NAME is a run folder, which `gross report`
 and `gross show` take. `write` draws the figures of each (in Chromium, by playwright), writes
-results/NAME/README.md, and the part of README.md between its two marks.
+results/NAME/README.md, and the parts of README.md between their marks.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 import pyarrow.parquet as pq
 
-from gross_ray.report import terminal
+from gross_ray.report import results, terminal
 from gross_ray.report.charts import Chart
 from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import space_chart
@@ -30,8 +30,10 @@ from gross_ray.results.tables import TABLES
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 SHOWN = "fashion-short"
-"""The run that README.md shows."""
-START, END = f"<!-- results/{SHOWN}: python scripts/results.py write -->", "<!-- /results -->"
+"""The run that README.md shows whole."""
+SEARCHED, DRAWN = "vgg16-short", "vgg16-short-random"
+"""The runs whose searches README.md compares: by a strategy, and drawn at random."""
+END = "<!-- /results -->"
 WIDTH, HEIGHT, SCALE = 800, 420, 2
 """Of a figure, in pixels, and how many of the file's pixels make one."""
 
@@ -73,12 +75,13 @@ def write() -> None:
         draw(charts(store), folder)
         (folder / "README.md").write_text(page(store), encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(with_block(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    readme.write_text(with_blocks(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def charts(store: RunStore) -> dict[str, Chart]:
     """Return the figures by the name of their file."""
-    drawn = [space_chart(store, Searched.of(store)), *sweep_charts(store, store.read_table("alpha_sweep"))]
+    sweep = store.read_table("alpha_sweep")
+    drawn = [space_chart(store, Searched.of(store)), *(sweep_charts(store, sweep) if len(sweep) else [])]
     return {chart.name: chart for chart in drawn}
 
 
@@ -101,16 +104,19 @@ def page(store: RunStore) -> str:
     )
 
 
-def with_block(readme: str) -> str:
-    """Return README.md with its part written anew."""
-    before, _, rest = readme.partition(START)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"README.md lacks the marks {START} and {END}")
-    return f"{before}{START}\n\n{block()}\n\n{END}{after}"
+def with_blocks(readme: str) -> str:
+    """Return README.md with its parts written anew."""
+    for name, block in ((SHOWN, shown_block), (SEARCHED, compared_block)):
+        start = f"<!-- results/{name}: python scripts/results.py write -->"
+        before, _, rest = readme.partition(start)
+        _, found, after = rest.partition(END)
+        if not found:
+            raise SystemExit(f"README.md lacks the marks {start} and {END}")
+        readme = f"{before}{start}\n\n{block()}\n\n{END}{after}"
+    return readme
 
 
-def block() -> str:
+def shown_block() -> str:
     """Return what README.md shows of results/SHOWN."""
     store = RunStore.open(RESULTS / SHOWN)
     tables = [
@@ -119,6 +125,33 @@ def block() -> str:
         terminal.sweep_table(store, markdown=True),
     ]
     return "\n\n".join([*tables, figures(store, f"results/{SHOWN}/"), made(store)])
+
+
+def compared_block() -> str:
+    """Return the uniform configurations and the best of both searches in one table, and how they were made."""
+    searched, drawn = RunStore.open(RESULTS / SEARCHED), RunStore.open(RESULTS / DRAWN)
+    table = results.selection_table(searched)
+    base = results.network_table(searched).rows[0]
+    of_full = {"configuration": base[0], "M MACs": base[3], "on its own (test): mean (std, n)": base[2]}
+    rows = [["full network", *(of_full.get(head, "-") for head in table.heads)]]
+    by_budget = zip(groups(table), groups(results.selection_table(drawn)), strict=True)
+    for (fixed, *found), (_, *at_random) in by_budget:
+        rows.append(["uniform", *fixed])
+        for store, some in ((searched, found), (drawn, at_random)):
+            rows += [[store.experiment.search.strategy, *row] for row in some]
+    title = f"The best of {searched.experiment.search.evaluations} evaluations each, by budget"
+    shown = results.ResultTable(title, ["found by", *table.heads], rows, results.latency_sentences(searched))
+    return "\n\n".join([terminal.as_text(shown, markdown=True), made(searched), made(drawn)])
+
+
+def groups(table: results.ResultTable) -> list[list[Sequence[str]]]:
+    """Return the rows of Table 3 by budget, the fixed configuration's first."""
+    found: list[list[Sequence[str]]] = []
+    for row in table.rows:
+        if row[0].endswith("(fixed)"):
+            found.append([])
+        found[-1].append(row)
+    return found
 
 
 def made(store: RunStore) -> str:
