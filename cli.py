@@ -69,13 +69,11 @@ def run(
     from gross_ray.report.page import write_page
     from gross_ray.report.terminal import results
     from gross_ray.results.store import RunStore
-    from pipelines.reuse import check_reusable, take_over
+    from pipelines.reuse import take_over
     from pipelines.run import run_all
 
     other = None if reuse is None else RunStore.open(reuse)
-    store = run_folder(
-        out, preset_name, settings, None if other is None else functools.partial(check_reusable, other=other)
-    )
+    store = run_folder(out, preset_name, settings, source, other)
 
     def do(session: Any) -> None:
         if other is not None:
@@ -95,7 +93,7 @@ def _stage_command(name: str, description: str) -> click.Command:
         from gross_ray.report.terminal import stage_results
         from pipelines.run import STAGES
 
-        store = run_folder(run, preset_name, settings)
+        store = run_folder(run, preset_name, settings, source)
         work(store, resources, source, STAGES[name].run)
         click.echo(stage_results(store, name))
 
@@ -168,7 +166,7 @@ def search(
         if latency:
             add_latency(session, batch_size=latency_batch or 1, threads=latency_threads or 1)
 
-    store = run_folder(run, preset_name, settings)
+    store = run_folder(run, preset_name, settings, source)
     work(store, resources, source, do)
     parts = [latency_table(store)] if latency else []
     if budgets:
@@ -290,7 +288,7 @@ def validate(
         else:
             stage.run(session)
 
-    store = run_folder(run, preset_name, settings)
+    store = run_folder(run, preset_name, settings, source)
     work(store, resources, source, do, callbacks)
     click.echo(stage_results(store, "validate"))
 
@@ -352,7 +350,7 @@ def sweep_alpha(
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     refuse_alone("--search optuna", search == "optuna", {f"--{name.replace('_', '-')}": given[name] for name in given})
     optuna = OptunaOptions(**given) if search == "optuna" else None
-    store = run_folder(run, preset_name, settings)
+    store = run_folder(run, preset_name, settings, source)
     work(store, resources, source, lambda session: sweep.run(session, scheduler=scheduler, optuna=optuna), callbacks)
     click.echo(trials_table(store) if optuna else stage_results(store, "sweep-alpha"))
 

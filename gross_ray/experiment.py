@@ -191,7 +191,8 @@ class SearchOptions:
     budgets: tuple[int, ...] = (16, 4)
     """Each names a fixed configuration (this group-size in every layer) whose MACs are a budget."""
     limits: tuple[str, ...] = ()
-    """Budgets besides, like "latency_ms=1.5" or "macs=2.66M" (k, M, G): a strategy searches within each, too."""
+    """Budgets besides, like "latency_ms=1.5" or "macs=2.66M,parameters=60k" (all of them hold): the best within each
+    are retrained too, and a strategy searches within each."""
     top: int = 2
     """How many configurations are selected under each budget."""
     strategy: str = "exhaustive"
@@ -220,7 +221,7 @@ class SearchOptions:
         _require_group_sizes("search.budgets", self.budgets)
         for text in self.limits:
             try:
-                Budget.parse(text)
+                Budget.parse_all(text)
             except InvalidValueError as error:
                 raise InvalidValueError(f"search.limits: {error}") from None
         _require(len(set(self.limits)) == len(self.limits), "search.limits", self.limits, "must name each once")

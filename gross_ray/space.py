@@ -81,16 +81,21 @@ class SearchSpace(Sequence[Configuration]):
         """Names of the decomposed layers, in layer order."""
         return tuple(self.group_sizes)
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """How many configurations there are; `len` is the same, but fails from 2^63 on."""
         return prod(len(sizes) for sizes in self.group_sizes.values())
+
+    def __len__(self) -> int:
+        return self.size
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         """Return the configuration at `index`, or the list of those in a slice."""
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"configuration {index} of a space of {len(self)}")
-        rest = index % len(self)
+            return [self[i] for i in range(*index.indices(self.size))]
+        if not -self.size <= index < self.size:
+            raise IndexError(f"configuration {index} of a space of {self.size}")
+        rest = index % self.size
         chosen = []
         for sizes in reversed(self.group_sizes.values()):
             rest, place = divmod(rest, len(sizes))
@@ -98,7 +103,7 @@ class SearchSpace(Sequence[Configuration]):
         return Configuration(chosen[::-1])
 
     def __iter__(self) -> Iterator[Configuration]:
-        return (self[index] for index in range(len(self)))
+        return (self[index] for index in range(self.size))
 
     def __contains__(self, configuration: object) -> bool:
         if not isinstance(configuration, tuple) or len(configuration) != len(self.group_sizes):

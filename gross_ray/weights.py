@@ -34,6 +34,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 def set_weights(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Put `tensors`, those of the file `path`, into `network`; raises InvalidValueError where they do not fit it."""
     expected = network.state_dict()
+    tensors = _with_shared(expected, tensors)
     wrong = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
@@ -78,6 +79,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if all(str(name).startswith(_PARALLEL) for name in found):
         return {str(name).removeprefix(_PARALLEL): tensor for name, tensor in found.items()}
     return dict(found)
+
+
+def _with_shared(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `tensors` under every name of a shared one: safetensors' save_model keeps one of the names alone."""
+    given = {_place(tensor): tensors[name] for name, tensor in expected.items() if name in tensors and tensor.numel()}
+    alike = {name: given[_place(one)] for name, one in expected.items() if name not in tensors and _place(one) in given}
+    return tensors | alike
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _first(names: list[str]) -> str:

@@ -141,20 +141,34 @@ def _experiment_of(preset_name: str, settings: tuple[str, ...]) -> Any:
 
 
 def run_folder(
-    run: str, preset_name: str | None, settings: tuple[str, ...], check: Callable[[Any], None] | None = None
+    run: str,
+    preset_name: str | None,
+    settings: tuple[str, ...],
+    source: Any,
+    reuse: Any = None,
 ) -> Any:
-    """Open a run folder, or create it where an experiment is given, which `check` may refuse first; both must agree."""
+    """Open a run folder, or create it where an experiment is given; both must agree.
+
+    What the network, the images of `source` or the run folder `reuse` show to be wrong with a new one is found before
+    anything is made.
+    """
     from gross_ray.errors import InvalidValueError
     from gross_ray.results.store import RunStore
 
-    if preset_name is not None:
-        experiment = _experiment_of(preset_name, settings)
-        if check is not None:
-            check(experiment)
-        return RunStore.create(run, experiment)
-    if settings:
-        raise InvalidValueError(f"--set {settings[0]} without --preset: name the preset that it changes")
-    return RunStore.open(run)
+    if preset_name is None:
+        if settings:
+            raise InvalidValueError(f"--set {settings[0]} without --preset: name the preset that it changes")
+        return RunStore.open(run)
+    experiment = _experiment_of(preset_name, settings)
+    if not RunStore.is_there(run):
+        from pipelines.preflight import check_experiment
+
+        if reuse is not None:
+            from pipelines.reuse import check_reusable
+
+            check_reusable(experiment, reuse)
+        check_experiment(experiment, source.load(experiment.data))
+    return RunStore.create(run, experiment)
 
 
 def _callbacks(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[Any]:

@@ -103,5 +103,8 @@ def load_validated(
     unit = f"{chosen},seed={seed}"
     if not store.has_checkpoint("validate", unit):
         there = ", ".join(sorted(store.finished_units("validations"))) or "none"
-        raise MissingStageError(f"{unit} is not validated in {store.storage}; there are: {there}")
+        raise MissingStageError(
+            f"{unit} is not validated in {store.storage}; there are: {there}. Run `gross validate RUN --configuration "
+            f"{chosen}` on it first"
+        )
     return extract(load_supernet(store, "validate", unit, base), chosen), base.input_shape, base.classes

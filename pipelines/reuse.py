@@ -23,7 +23,16 @@ class _Part:
     """Whether units named after the stage are in `history`."""
 
 
-_NETWORKS = ("seed", "model", "weights", "data", "training", "engine")
+_NETWORKS = (
+    "seed",
+    "model",
+    "weights",
+    "data",
+    "training",
+    "engine.precision",
+    "engine.compile",
+    "engine.parallel_seeds",
+)
 _TERMS = (*_NETWORKS, "decomposition")
 _SUPERNETS = (*_TERMS, "supernet", "reconstruction")
 
@@ -33,7 +42,9 @@ PARTS = (
     _Part("latency", _TERMS, LATENCY_TABLES),
     _Part(supernet.RECONSTRUCT, _SUPERNETS, trains=True),
     _Part(supernet.FINETUNE, (*_SUPERNETS, "finetuning"), trains=True),
-    _Part(validate.STAGE, (*_TERMS, "validation", "search.budgets"), ("validations",), trains=True),
+    _Part(
+        validate.STAGE, (*_TERMS, "validation", "search.budgets", "engine.recalibrate"), ("validations",), trains=True
+    ),
 )
 """The parts in the order of the stages. A search is not among them: what it evaluates, its strategy decides."""
 

@@ -7,10 +7,8 @@ a run that is killed goes on as it would have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil
-
-import numpy as np
 
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
@@ -82,10 +80,10 @@ class Proposals:
             within = BudgetedSpace(base.space, [macs], [Budget("macs", limit)])
             self._strategies.append(strategy(options.strategy, within, _seed(store, f"budget={size}")))
         for text in options.limits:
-            budget = Budget.parse(text)
-            costs = {macs.name: macs, budget.cost: additive_cost(store, base, budget.cost)}
-            within = BudgetedSpace(base.space, list(costs.values()), [budget])
-            self._strategies.append(strategy(options.strategy, within, _seed(store, f"limit={budget}")))
+            budgets = Budget.parse_all(text)
+            costs = {macs.name: macs} | {one.cost: additive_cost(store, base, one.cost) for one in budgets}
+            within = BudgetedSpace(base.space, list(costs.values()), budgets)
+            self._strategies.append(strategy(options.strategy, within, _seed(store, f"limit={text}")))
         self._number = 0
 
     def learn(self, round_: Sequence[Configuration], names: Sequence[str]) -> None:
@@ -132,14 +130,10 @@ def additive_cost(store: RunStore, base: Base, cost: str) -> AdditiveCost:
             )
         shared = model.offset_ms + model.slope * model.rest_ms
         times = ({size: model.slope * ms for size, ms in one.items()} for one in model.layer_ms.values())
-        return _additive(cost, shared, list(times))
+        return AdditiveCost.of_parts(cost, shared, list(times))
     supernet = empty_supernet(base.network, base.space.group_sizes)
     name, convention = ("macs", "paper") if cost == "macs_paper" else (cost, "actual")
-    return _additive(cost, *CostTable.of(supernet, base.input_shape, convention=convention).parts(name))
-
-
-def _additive(name: str, shared: float, by_layer: Sequence[Mapping[int, float]]) -> AdditiveCost:
-    return AdditiveCost(name, float(shared), tuple(np.array([one[s] for s in sorted(one)], float) for one in by_layer))
+    return AdditiveCost.of_parts(cost, *CostTable.of(supernet, base.input_shape, convention=convention).parts(name))
 
 
 def _seed(store: RunStore, name: str) -> int:

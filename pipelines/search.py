@@ -31,7 +31,7 @@ from gross_ray.search.selection import (
     uniform,
 )
 from gross_ray.search.sharding import PrefixCosts, segment_macs
-from gross_ray.space import Configuration
+from gross_ray.space import Configuration, SearchSpace
 from pipelines import rounds
 from pipelines import supernet as supernets
 from pipelines.networks import Base, load_base
@@ -118,20 +118,19 @@ def run(session: Session) -> None:
     if by_strategy(store):
         _propose(session, rounds.Proposals(store))
     else:
-        _check_size(store)
+        check_size(load_base(store).space)
         evaluate(session, STAGE, supernets.plan(store))
     if model := stored_model(store):
         fill(store, model)
     choose(store)
 
 
-def _check_size(store: RunStore) -> None:
+def check_size(space: SearchSpace) -> None:
     """Raise InvalidValueError for a space that is too large to be searched whole."""
-    size = len(load_base(store).space)
-    if size > MOST_EXHAUSTIVE:
+    if space.size > MOST_EXHAUSTIVE:
         raise InvalidValueError(
-            f"search.strategy = 'exhaustive': the space has {size:,} configurations; let a strategy choose some of "
-            "them, like search.strategy=surrogate with search.evaluations=2000"
+            f"search.strategy = 'exhaustive': the space has {space.size:,} configurations; let a strategy choose some "
+            "of them, like search.strategy=surrogate with search.evaluations=2000"
         )
 
 
@@ -242,7 +241,7 @@ def plan_work(context: Context, unit: Unit) -> str:
     searched.evaluator.evaluate(validation.images[:1], validation.labels[:1], base.space[:1])
     forms = searched.evaluator.forms
     supernet = empty_supernet(base.network, context.shared["group_sizes"])
-    num = max(SHARDS_A_WORKER * workers, -(-len(base.space) // MOST_CONFIGURATIONS))
+    num = max(SHARDS_A_WORKER * workers, -(-base.space.size // MOST_CONFIGURATIONS))
     whole = not by_strategy(context.store)
     cut = PrefixCosts(base.space, segment_macs(supernet, base.input_shape)).cut(num) if whole else []
     about = {
@@ -251,7 +250,7 @@ def plan_work(context: Context, unit: Unit) -> str:
         "memory_budget": memory_budget,
     }
     context.store.save_checkpoint(PLAN, "plan", {}, about)
-    found = f"{len(base.space)} configurations" + (f" in {len(cut)} shards" if whole else "")
+    found = f"{base.space.size} configurations" + (f" in {len(cut)} shards" if whole else "")
     if reason := searched.evaluator.not_traceable:
         return f"{found}, one by one: this network cannot be traced ({reason})"
     bottlenecks = sum(one == "bottleneck" for form in forms.values() for one in form.by_size.values())

@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import version
 from math import ceil
 from typing import Any
 
 import ray
 
+from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.errors import UnitsFailedError
+from gross_ray.experiment import DataOptions
 from gross_ray.results.store import RunStore
 from pipelines import signals
 from pipelines.cluster import Cluster, Resources, connected, module_of
@@ -34,6 +37,20 @@ class DataSource:
     """Folder of the dataset's files; None: ~/.cache/gross_ray."""
     download: bool = False
     """Fetch what is missing."""
+
+    def load(self, options: DataOptions) -> Splits:
+        """Return the images; those that were loaded last are kept until `forget`. Raises as `load_dataset` does."""
+        return _loaded(options, self.root, self.download)
+
+    @staticmethod
+    def forget() -> None:
+        """Let go of the images."""
+        _loaded.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _loaded(options: DataOptions, root: str | None, download: bool) -> Splits:
+    return load_dataset(options, root=root, download=download)
 
 
 class Session:
@@ -146,10 +163,11 @@ class Session:
     def cluster(self) -> Cluster:
         """Return the cluster, joined now if it is not yet, with the images laid out on it."""
         if self._cluster is None:
-            splits = load_dataset(self.store.experiment.data, root=self._source.root, download=self._source.download)
+            splits = self._source.load(self.store.experiment.data)
             own = module_of(self.store.experiment.model)
             self._cluster = self._stack.enter_context(connected(self._resources, [own] if own else []))
             self._packed = ray.put(pack_splits(splits))
+            self._source.forget()
             self._record_start(self._cluster)
         return self._cluster
 

@@ -13,7 +13,7 @@ from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import MissingStageError
 from gross_ray.results.store import RunStore
 from gross_ray.search.cost import configuration_macs, count_parameters
-from gross_ray.search.selection import uniform
+from gross_ray.search.selection import Budget, uniform
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
 from gross_ray.training.loop import EpochRecord, accuracy
@@ -36,11 +36,17 @@ def fixed_configurations(store: RunStore) -> list[Configuration]:
 
 
 def selected_configurations(store: RunStore) -> list[Configuration]:
-    """Return the selected configurations of every budget; raises MissingStageError before `search` is done."""
+    """Return the selected configurations of every budget, and the best within every limit.
+
+    Raises MissingStageError before `search` is done.
+    """
     selections = store.read_table("selections")
     if set(selections["budget"]) != {str(budget) for budget in search.budgets(store)}:
         raise MissingStageError(f"nothing is selected yet in {store.storage}: run `gross search` on it first")
-    return list(dict.fromkeys(Configuration.parse(text) for text in selections["configuration"]))
+    options, chosen = store.experiment.search, selections["configuration"].tolist()
+    for text in options.limits:
+        chosen += search.best(store, Budget.parse_all(text), options.top)["configuration"].tolist()
+    return list(dict.fromkeys(map(Configuration.parse, chosen)))
 
 
 def units_of(store: RunStore, configurations: list[Configuration], kind: str) -> list[Unit]:

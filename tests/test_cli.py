@@ -107,8 +107,9 @@ def test_the_printed_fields_of_a_preset_set_the_same_experiment(tmp_path: Path, 
     assert len(lines) == len(preset(name).fields())
     other = "paper" if name == "quickstart" else "quickstart"
     run = tmp_path / "run"
+    RunStore.create(run, preset(name))
     line = mistake("search", run, "--preset", other, *(part for line in lines for part in ("--set", line)))
-    assert "gross train" in line  # the folder is made, the search finds nothing in it
+    assert "gross train" in line  # it is the folder's experiment; the search finds nothing in it
     assert RunStore.open(run).experiment == preset(name) != preset(other)
 
 

@@ -157,3 +157,14 @@ def test_refusals_name_the_layer_and_its_choices() -> None:
     with pytest.raises(InvalidValueError, match="2-4-8 has 3 group-sizes; this space has 2 layers: conv2, conv3"):
         space.check((2, 4, 8))
     assert type(space.check([2, 4])) is Configuration
+
+
+def test_a_space_beyond_what_len_can_tell_has_its_size_and_members() -> None:
+    space = SearchSpace({f"layer{number}": (1, 4, 16, 32) for number in range(33)})
+    assert space.size == 4**33
+    with pytest.raises(OverflowError):
+        len(space)
+    assert space[0] == Configuration([1] * 33) == next(iter(space))
+    assert space[-1] == Configuration([32] * 33)
+    assert space.index(space[4**32 + 7]) == 4**32 + 7
+    assert space[:2] == [space[0], space[1]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from gross_ray.errors import InvalidValueError
@@ -88,3 +88,23 @@ def test_what_is_no_state_dict_is_refused_and_nothing_in_it_runs(
             load_weights(fresh(), tmp_path / name)
         assert len(str(error.value).splitlines()) == 1
     assert capsys.readouterr().out == ""
+
+
+class Twice(nn.Module):
+    """One convolution under two names, and another like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.again = nn.Conv2d(3, 3, 3)
+        self.other = nn.Conv2d(3, 3, 3)
+
+
+def test_a_module_under_two_names_may_be_stored_under_one(tmp_path: Path) -> None:
+    made, network = Twice(), Twice()
+    save_model(made, str(tmp_path / "shared.safetensors"))
+    load_weights(network, tmp_path / "shared.safetensors")
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in made.state_dict().items())
+    lacking = {name: one for name, one in made.state_dict().items() if not name.startswith("other")}
+    torch.save(lacking, tmp_path / "lacking.pt")
+    with pytest.raises(InvalidValueError, match="2 missing .other.weight, other.bias"):
+        load_weights(network, tmp_path / "lacking.pt")

@@ -30,7 +30,9 @@ class LayerChoice:
 def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the network's first convolution."""
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    return {name: conv for name, conv in convs[1:] if conv.groups == 1 and max(conv.kernel_size) > 1}
+    return {
+        name: conv for name, conv in convs[1:] if conv.groups == 1 and max(conv.kernel_size) > 1 and not _computes(conv)
+    }
 
 
 def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Conv2d]:
@@ -61,6 +63,11 @@ def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[
             raise InvalidValueError(
                 f"layer {name!r} has groups = {conv.groups} of {conv.in_channels} input channels: only a convolution "
                 "with groups=1 can be decomposed"
+            )
+        if name in dense and _computes(dense[name]):
+            raise InvalidValueError(
+                f"layer {name!r} is a {type(dense[name]).__name__}, which computes in a way of its own: only "
+                "nn.Conv2d's can be decomposed; leave it out"
             )
         if name not in dense:
             raise InvalidValueError(f"{name!r} is not a dense convolution of this network; {_there(name, dense)}")
@@ -161,6 +168,8 @@ def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d]) -> dict[str, str
             reasons[name] = "a transposed convolution"
         elif not isinstance(conv, nn.Conv2d):
             reasons[name] = f"a {type(conv).__name__}, no Conv2d"
+        elif _computes(conv):
+            reasons[name] = f"a {type(conv).__name__}, which computes in a way of its own"
         elif conv.groups == conv.in_channels > 1:
             reasons[name] = "depthwise"
         elif conv.groups > 1:
@@ -172,6 +181,12 @@ def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d]) -> dict[str, str
         else:
             reasons[name] = "not named"
     return reasons
+
+
+def _computes(conv: nn.Conv2d) -> bool:
+    """Return whether a convolution's class has a forward of its own, which a series would not do."""
+    kind = type(conv)
+    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
 
 
 def _there(name: str, known: Mapping[str, object]) -> str:

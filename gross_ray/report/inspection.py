@@ -10,7 +10,7 @@ from gross_ray.decomposition.layers import LayerChoice
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.results import ResultTable, millions
-from gross_ray.search.cost import CostTable, count_macs, count_parameters, network_calls, plain_macs
+from gross_ray.search.cost import Call, CostTable, count_macs, count_parameters, network_calls, plain_macs
 from gross_ray.space import Configuration, SearchSpace
 
 
@@ -20,29 +20,25 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     `input_shape` is (C, H, W). Raises InvalidValueError where the network cannot run an image of that shape.
     """
     shape = "x".join(map(str, input_shape))
-    try:
-        calls = network_calls(network, input_shape)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidValueError(
-            f"the network cannot run an image of {shape}: {reason}; give another --image-size"
-        ) from None
     dense: dict[int, int] = {}
-    for call in calls:
+    outputs: dict[int, str] = {}
+    for call in calls_of(network, input_shape):
         dense[id(call.module)] = dense.get(id(call.module), 0) + plain_macs(call)
+        outputs[id(call.module)] = "x".join(map(str, call.output_size[1:]))
     supernet = empty_supernet(network, choice.group_sizes)
     space, costs = SearchSpace.of(supernet), CostTable.of(supernet, input_shape)
     rows = []
     for (name, conv), by_size in zip(choice.convs.items(), costs.parts("macs")[1], strict=True):
         smallest, largest = (millions(by_size[size]) for size in (min(by_size), max(by_size)))
         sizes = " ".join(map(str, choice.group_sizes[name]))
-        rows.append([name, _kernel(conv), sizes, millions(dense.get(id(conv), 0)), f"{smallest} to {largest}"])
-    heads = ["layer", "kernel", "group-sizes", "M MACs dense", "as bottleneck"]
+        costs_of_it = [millions(dense.get(id(conv), 0)), f"{smallest} to {largest}"]
+        rows.append([name, _kernel(conv), outputs.get(id(conv), "-"), sizes, *costs_of_it])
+    heads = ["layer", "kernel", "output", "group-sizes", "M MACs dense", "as bottleneck"]
     layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows)
     extremes = [Configuration([pick(sizes) for sizes in space.group_sizes.values()]) for pick in (min, max)]
     total = [["the network itself", millions(count_macs(network, input_shape)), f"{count_parameters(network):,}"]]
     total += [[str(one), millions(costs.macs(one)), f"{costs.parameters(one):,}"] for one in extremes]
-    whole = ResultTable(f"The space: {len(space):,} configurations", ["", "M MACs", "parameters"], total)
+    whole = ResultTable(f"The space: {space.size:,} configurations", ["", "M MACs", "parameters"], total)
     if not choice.left_alone:
         return [layers, whole]
     rest = [[name, reason] for name, reason in choice.left_alone.items()]
@@ -51,6 +47,18 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
         whole,
         ResultTable(f"Left alone: {len(rest)} convolution{'s' * (len(rest) > 1)}", ["layer", "why"], rest),
     ]
+
+
+def calls_of(network: nn.Module, input_shape: Sequence[int]) -> list[Call]:
+    """Return what `network_calls` does; InvalidValueError where the network cannot run an image of (C, H, W)."""
+    try:
+        return network_calls(network, input_shape)
+    except Exception as error:  # whatever the user's own code raises
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise InvalidValueError(
+            f"the network cannot run an image of {'x'.join(map(str, input_shape))}: {type(error).__name__}: {reason}; "
+            "give images (or --image-size) that fit it, or another model"
+        ) from None
 
 
 def _kernel(conv: nn.Conv2d) -> str:

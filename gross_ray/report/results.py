@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -125,12 +125,20 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
     options, tables = store.experiment.search, []
     if not options.limits:
         return []
-    accuracies = (searched or Searched.of(store)).accuracies
-    for budget in map(Budget.parse, options.limits):
+    accuracies, validations = (searched or Searched.of(store)).accuracies, store.read_table("validations")
+    for budgets in map(Budget.parse_all, options.limits):
         try:
-            tables.append(budget_table(best_under(accuracies, [budget], options.top), [budget]))
+            best = best_under(accuracies, budgets, options.top)
         except InvalidValueError as error:
-            tables.append(ResultTable(_within([budget]), missing=[str(error)]))
+            tables.append(ResultTable(_within(budgets), missing=[str(error)]))
+            continue
+        table = budget_table(best, budgets)
+        own = [
+            _accuracy(validations.loc[validations["configuration"] == one, "test_accuracy"])[1]
+            for one in best["configuration"]
+        ]
+        rows = [[*row, accuracy] for row, accuracy in zip(table.rows, own, strict=True)]
+        tables.append(replace(table, heads=[*table.heads, "on its own (test): mean (std, n)"], rows=rows))
     return tables
 
 

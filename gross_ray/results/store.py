@@ -97,6 +97,11 @@ class RunStore:
         store._check_experiment()
         return store
 
+    @staticmethod
+    def is_there(address: str | Path) -> bool:
+        """Return whether there is a run folder at a path or URI; raises as `Storage` does."""
+        return Storage(address).exists(_EXPERIMENT)
+
     @classmethod
     def open(cls, address: str | Path) -> RunStore:
         """Open an existing run folder; raises RunFolderError if it is missing or its experiment.json is damaged."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +30,11 @@ class AdditiveCost:
     """What all configurations cost, whatever their group-sizes."""
     by_layer: tuple[np.ndarray, ...]
     """For each layer its part at each group-size, in ascending order of these, (S,) float64."""
+
+    @classmethod
+    def of_parts(cls, name: str, shared: float, by_layer: Sequence[Mapping[int, float]]) -> AdditiveCost:
+        """Return the cost of these parts, each layer's by group-size."""
+        return cls(name, float(shared), tuple(np.array([one[s] for s in sorted(one)], float) for one in by_layer))
 
     def of(self, places: np.ndarray) -> np.ndarray:
         """Return the cost of each configuration, (N,); `places` (N, L) are the places of the group-sizes in theirs."""
@@ -123,7 +128,7 @@ class BudgetedSpace:
     @property
     def most(self) -> float:
         """At least as many as fit, and rarely many more."""
-        return float(self._completions[0][STEPS]) if self.budgets else float(len(self.space))
+        return float(self._completions[0][STEPS]) if self.budgets else float(self.space.size)
 
     def draw(self, num: int, generator: np.random.Generator) -> np.ndarray:
         """Return the places of `num` members that fit, (num, L), each drawn evenly from all that do.

@@ -52,6 +52,15 @@ class Budget:
         exponent = _SUFFIXES[suffix.replace("K", "k")]
         return cls(cost, float(Decimal(number).scaleb(exponent)))  # 0.57 * 1e6 would fall short of 570000
 
+    @classmethod
+    def parse_all(cls, text: str) -> list[Budget]:
+        """Read budgets with commas between, like ``macs=2.66M,latency_ms=1.5``: all hold, each on another cost."""
+        budgets = [cls.parse(part) for part in text.split(",")]
+        costs = [budget.cost for budget in budgets]
+        if len(set(costs)) < len(costs):
+            raise InvalidValueError(f"budget {text!r}: limits a cost twice; name each once")
+        return budgets
+
     def __str__(self) -> str:
         return f"{self.cost}={written(self.limit)}"
 

@@ -132,7 +132,7 @@ class BreadthFirst(Strategy):
 
 
 class Surrogated(Strategy):
-    """Those that a Gaussian process fitted to all accuracies so far holds for the best, or may (the default).
+    """Those that a Gaussian process fitted to all accuracies so far holds for the best, or may: the one to try first.
 
     Starts with the uniform configurations and drawn ones. In a space of many, the process is asked about drawn ones and
     the best so far, then about the neighbours of those that it likes best.

@@ -126,3 +126,25 @@ def test_group_sizes_of_layers_are_read_from_text() -> None:
         assert repr(text) in str(caught.value)
     with pytest.raises(InvalidValueError, match="each glob once"):
         parse_layer_group_sizes(["a=1", "a=2"])
+
+
+class Doubling(nn.Conv2d):
+    """Not what its weight says."""
+
+    def _conv_forward(self, input, weight, bias):  # type: ignore[no-untyped-def, override]
+        return super()._conv_forward(input, 2 * weight, bias)
+
+
+class Named(nn.Conv2d):
+    """What nn.Conv2d is."""
+
+
+def test_a_convolution_that_computes_in_a_way_of_its_own_is_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Doubling(4, 4, 3), Named(4, 4, 3))
+    choice = choice_of(model)
+    assert list(choice.convs) == ["2"]
+    assert choice.left_alone["1"] == "a Doubling, which computes in a way of its own"
+    with pytest.raises(
+        InvalidValueError, match="layer '1' is a Doubling, .* only nn.Conv2d's can be decomposed; leave"
+    ):
+        choose_layers(model, ["1", "2"])

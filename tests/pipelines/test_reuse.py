@@ -59,6 +59,7 @@ def test_another_search_trains_nothing_again(other: RunStore, tmp_path: Path) ->
         ("finetuning.epochs=3", ["train", "decompose", "latency", "reconstruct", "validate"]),
         ("supernet.alpha=2", ["train", "decompose", "latency", "validate"]),
         ("validation.seeds=3", ["train", "decompose", "latency", "reconstruct", "finetune"]),
+        ("engine.recalibrate=false", ["train", "decompose", "latency", "reconstruct", "finetune"]),
         ("decomposition.max_steps=16", ["train"]),
     ],
 )

@@ -28,12 +28,12 @@ def test_the_costs_are_those_of_the_extracted_networks() -> None:
     choice = choice_of(network)
     layers, space, left = inspection(network, choice, shape)
     assert layers.title == "Decomposed: 2 layers, for images of 3x16x16"
-    assert [list(row[:3]) for row in layers.rows] == [
-        ["shared", "4 to 4, 3x3", "1 2 4"],
-        ["down", "4 to 8, 3x3, stride (2, 1), dilation 2", "1 2 4"],
+    assert [list(row[:4]) for row in layers.rows] == [
+        ["shared", "4 to 4, 3x3", "4x16x16", "1 2 4"],
+        ["down", "4 to 8, 3x3, stride (2, 1), dilation 2", "8x8x16", "1 2 4"],
     ]
     # The shared layer runs twice: 2 x 16 x 16 x 4 x 4 x 9 MACs as it is.
-    assert layers.rows[0][3] == f"{2 * 256 * 144 / 1e6:.2f}"
+    assert layers.rows[0][4] == f"{2 * 256 * 144 / 1e6:.2f}"
     supernet = empty_supernet(network, choice.group_sizes)
     expected = [
         ("the network itself", network),
@@ -49,6 +49,15 @@ def test_the_costs_are_those_of_the_extracted_networks() -> None:
 
 def test_a_shape_that_does_not_fit_is_refused() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
-    with pytest.raises(InvalidValueError, match="cannot run an image of 3x9x9: .*mat1 and mat2 .*; give another"):
+    with pytest.raises(InvalidValueError, match="cannot run an image of 3x9x9: .*mat1 and mat2 .*; give images"):
         inspection(network, choice_of(network), (3, 9, 9))
     inspection(network, choice_of(network), (3, 8, 8))
+
+
+def test_whatever_a_network_raises_is_told_in_a_line() -> None:
+    class Fussy(Twice):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise TypeError("images of even sides\nonly")
+
+    with pytest.raises(InvalidValueError, match="cannot run an image of 3x9x9: TypeError: images of even sides; give"):
+        inspection(Fussy(), choice_of(Fussy()), (3, 9, 9))

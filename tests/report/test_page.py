@@ -132,6 +132,8 @@ def test_limits_and_configurations_by_name(tmp_path: Path) -> None:
     first = sorted(fitting, key=lambda name: (-fitting[name]["accuracy"], fitting[name]["macs"]))[:2]
     within = "Most accurate within macs=2.7M"
     assert [row[1] for row in page.tables[within].rows] == first
+    own = accuracies(store)
+    assert [row[-1] for row in page.tables[within].rows] == [mean(own[name]) if own[name] else "-" for name in first]
     assert [line.split()[1] for line in told.split(within)[1].splitlines()[2:4]] == first
     missing = "Most accurate within latency_ms=1"
     assert any(missing in line and "latency_ms is not measured" in line for line in page.missing)

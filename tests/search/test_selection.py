@@ -348,3 +348,12 @@ def test_a_uniform_configuration_has_one_size_everywhere():
     assert uniform([(1, 2, 4), (2, 4)], 2) == Configuration((2, 2))
     with pytest.raises(InvalidValueError, match="group-size 1 .* layer 2: 2, 4"):
         uniform([(1, 2, 4), (2, 4)], 1)
+
+
+def test_several_budgets_are_read_from_one_text():
+    assert Budget.parse_all("macs=2.66M, latency_ms=1.5") == [Budget("macs", 2.66e6), Budget("latency_ms", 1.5)]
+    assert Budget.parse_all("macs=1k") == [Budget("macs", 1000.0)]
+    with pytest.raises(InvalidValueError, match="'macs=1k,macs=2k': limits a cost twice; name each once"):
+        Budget.parse_all("macs=1k,macs=2k")
+    with pytest.raises(InvalidValueError, match="write COST=LIMIT"):
+        Budget.parse_all("macs=1k,")

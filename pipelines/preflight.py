@@ -1,0 +1,50 @@
+"""What only a network and images can tell of an experiment, found out before a run folder is made."""
+
+from __future__ import annotations
+
+import torch
+
+from gross_ray.data.image_set import Splits
+from gross_ray.decomposition.layers import choice_of, parse_layer_group_sizes
+from gross_ray.decomposition.surgery import empty_supernet
+from gross_ray.experiment import Experiment
+from gross_ray.models import build_model
+from gross_ray.report.inspection import calls_of
+from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
+from gross_ray.search.cost import CostTable
+from gross_ray.search.selection import Budget, uniform
+from gross_ray.space import SearchSpace
+from gross_ray.weights import read_weights, set_weights
+from pipelines import search
+
+
+def check_experiment(experiment: Experiment, splits: Splits) -> None:
+    """Raise InvalidValueError for what a stage of `experiment` on `splits` would meet, the last ones too.
+
+    That is: weights of another network, images that the network cannot run, layers and group-sizes that it does not
+    have, fixed configurations and budgets outside the space, limits below its cheapest configuration, and a space too
+    large for the strategy. Limits on a latency are not looked at: it is measured after the training.
+    """
+    shape = splits.train.images.shape[1:]
+    network = build_model(
+        experiment.model, num_classes=len(splits.classes), image_size=shape[-1], generator=torch.Generator()
+    )
+    if experiment.weights:
+        set_weights(network, read_weights(experiment.weights), experiment.weights)
+    calls_of(network, shape)
+    options = experiment.decomposition
+    choice = choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
+    supernet = empty_supernet(network, choice.group_sizes)
+    space = SearchSpace.of(supernet)
+    for size in (*experiment.search.budgets, *experiment.validation.fixed):
+        uniform(list(space.group_sizes.values()), size)
+    if experiment.search.strategy == "exhaustive":
+        search.check_size(space)
+    for text in experiment.search.limits:
+        budgets = [budget for budget in Budget.parse_all(text) if budget.cost != "latency_ms"]
+        BudgetedSpace(space, [_cost(supernet, shape, budget.cost) for budget in budgets], budgets)
+
+
+def _cost(supernet: torch.nn.Module, shape: torch.Size, cost: str) -> AdditiveCost:
+    name, convention = ("macs", "paper") if cost == "macs_paper" else (cost, "actual")
+    return AdditiveCost.of_parts(cost, *CostTable.of(supernet, shape, convention=convention).parts(name))

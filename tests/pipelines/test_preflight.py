@@ -1,0 +1,74 @@
+"""What is wrong with an experiment is found before a run folder is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from miniature import gross
+from torch import nn
+
+from gross_ray.data.image_set import Splits
+from gross_ray.data.images import load_dataset
+from gross_ray.errors import InvalidValueError
+from gross_ray.experiment import DataOptions
+from gross_ray.models import MODELS
+from gross_ray.presets import preset
+from pipelines.preflight import check_experiment
+
+SMALL = DataOptions(name="sample", limit_train=4, limit_validation=4, limit_test=4)
+WRONG = [
+    (['decomposition.layers=["conb*"]'], "layers 'conb*': no convolution .* there are: conv2, conv3, conv4"),
+    (['decomposition.layers=["conv9"]'], "'conv9' is not a dense convolution of this network"),
+    (["decomposition.group_sizes=[5]"], "none of the group-sizes 5 divides its 32 input channels"),
+    (['decomposition.layer_group_sizes=["conv2=4,6"]'], "group-size 16 is not among those of layer 1: 4"),
+    (["search.budgets=[16,3]"], "3"),
+    (["validation.fixed=[5]"], "5"),
+    (['search.limits=["macs=1M"]'], "budget macs=1M: nothing fits; the smallest is macs=1.9.*M at 1-1-1"),
+    (['search.limits=["parameters=1G,macs=1M"]'], "budget macs=1M: nothing fits"),
+    (["model=vgg16"], "the space has .* configurations; let a strategy choose"),
+    (["model=vgg16", "weights=WEIGHTS", "training.seeds=1"], "they are another network's: .* missing"),
+]
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return load_dataset(SMALL)
+
+
+@pytest.mark.parametrize(("settings", "told"), WRONG, ids=[" ".join(settings) for settings, _ in WRONG])
+def test_what_is_wrong_is_told(splits: Splits, tmp_path: Path, settings: list[str], told: str) -> None:
+    torch.save(MODELS["four-conv"](10, 32).state_dict(), tmp_path / "own.pt")
+    named = [setting.replace("WEIGHTS", str(tmp_path / "own.pt")) for setting in settings]
+    with pytest.raises(InvalidValueError, match=told.replace("*'", "[*]'")) as refused:
+        check_experiment(preset("quickstart").override(named), splits)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["quickstart", "fashion", "vgg16-short"])
+def test_nothing_is_wrong_with_the_presets(splits: Splits, name: str) -> None:
+    check_experiment(preset(name), splits)
+
+
+def test_a_limit_in_milliseconds_is_left_to_the_search(splits: Splits) -> None:
+    check_experiment(preset("quickstart").override(['search.limits=["latency_ms=0.001,macs=2.5M"]']), splits)
+
+
+def test_images_that_do_not_fit_the_network_are_told(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(num_classes: int, image_size: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, num_classes))
+
+    monkeypatch.setitem(MODELS, "four-conv", small)
+    with pytest.raises(InvalidValueError, match="the network cannot run an image of 3x32x32: RuntimeError: .*mat1"):
+        check_experiment(preset("quickstart"), splits)
+
+
+def test_no_folder_is_made(tmp_path: Path) -> None:
+    words = ["--preset", "quickstart", "--set", 'decomposition.layers=["conb2"]']
+    for command in (["run", "--out", str(tmp_path / "run")], ["train", str(tmp_path / "run")]):
+        refused = gross(*command, *words)
+        assert refused.returncode == 2, refused.stderr
+        assert refused.stderr.startswith("Error: 'conb2' is not a dense convolution")
+        assert len(refused.stderr.splitlines()) == 1
+        assert list(tmp_path.iterdir()) == []
