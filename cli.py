@@ -541,7 +541,7 @@ def export(
     """
     import torch
 
-    from gross_ray.export import check_format, export_network
+    from gross_ray.export import check_format, export_network, whole_or_not_at_all
     from gross_ray.report.model_card import folded_card, foldings_text, model_card, most_accurate_seed
     from gross_ray.results.store import RunStore
     from gross_ray.search.folding import fold
@@ -569,7 +569,8 @@ def export(
     if target.suffix == ".safetensors":
         card["network"] = str(network).splitlines()
     beside = target.with_name(f"{target.name}.json")
-    beside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    with whole_or_not_at_all(beside) as partial:
+        partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     click.echo(f"{configuration} (seed {seed}) written to {target}, its card to {beside}")
 
 

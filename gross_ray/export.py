@@ -44,7 +44,7 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise GrossRayError(f"export_onnx needs the package {package}; install gross-ray[onnx]")
-    with _whole_or_not_at_all(path) as partial, evaluating(model), warnings.catch_warnings():
+    with whole_or_not_at_all(path) as partial, evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter speaks about its own internals
         torch.onnx.export(
             model,
@@ -66,7 +66,7 @@ def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int
     a supernet.
     """
     _check_plain(model, "export_program")
-    with _whole_or_not_at_all(path) as partial, evaluating(model), torch.no_grad():
+    with whole_or_not_at_all(path) as partial, evaluating(model), torch.no_grad():
         batch = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(model, (_example(model, input_shape),), dynamic_shapes=batch)
         torch.export.save(program, partial)
@@ -78,7 +78,7 @@ def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[in
     The file takes its place when it is whole. Raises InvalidValueError for a supernet.
     """
     _check_plain(model, "export_weights")
-    with _whole_or_not_at_all(path) as partial:
+    with whole_or_not_at_all(path) as partial:
         # Clones: a file takes no two names of one memory, as shared modules give them.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
         save_file(tensors, partial)
@@ -104,7 +104,7 @@ def _example(model: nn.Module, input_shape: Sequence[int]) -> torch.Tensor:
 
 
 @contextmanager
-def _whole_or_not_at_all(path: str | Path) -> Iterator[Path]:
+def whole_or_not_at_all(path: str | Path) -> Iterator[Path]:
     """Give a file to write beside `path`, of the same ending, which takes its place at the end."""
     final = Path(path)
     partial = final.with_name(f".partial-{final.name}")

@@ -7,6 +7,7 @@ import torch
 from gross_ray.data.image_set import Splits
 from gross_ray.decomposition.layers import choice_of, parse_layer_group_sizes
 from gross_ray.decomposition.surgery import empty_supernet
+from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
 from gross_ray.report.inspection import calls_of
@@ -36,8 +37,15 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     choice = choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
     supernet = empty_supernet(network, choice.group_sizes)
     space = SearchSpace.of(supernet)
-    for size in (*experiment.search.budgets, *experiment.validation.fixed):
-        uniform(list(space.group_sizes.values()), size)
+    for name, sizes in (
+        ("search.budgets", experiment.search.budgets),
+        ("validation.fixed", experiment.validation.fixed),
+    ):
+        for size in sizes:
+            try:
+                uniform(list(space.group_sizes.values()), size)
+            except InvalidValueError as error:
+                raise InvalidValueError(f"{name} = {sizes}: {error}; name such as every layer has") from None
     if experiment.search.strategy == "exhaustive":
         search.check_size(space)
     for text in experiment.search.limits:
