@@ -46,6 +46,11 @@ def main() -> None:
     metavar="RUN",
     help="Take over from another run folder what the settings leave as it is, like its supernets for another search.",
 )
+@click.option(
+    "--reuse-evaluations",
+    is_flag=True,
+    help="With --reuse: the strategy of this search (search.strategy) begins with what that run evaluated.",
+)
 @functools.partial(experiment_options, preset_required=True)
 @callback_option
 @work_options
@@ -53,6 +58,7 @@ def run(
     preset_name: str,
     out: str,
     reuse: str | None,
+    reuse_evaluations: bool,
     settings: tuple[str, ...],
     callbacks: list[Any],
     resources: Any,
@@ -69,9 +75,10 @@ def run(
     from gross_ray.report.page import write_page
     from gross_ray.report.terminal import results
     from gross_ray.results.store import RunStore
-    from pipelines.reuse import take_over
+    from pipelines.reuse import take_evaluations, take_over
     from pipelines.run import run_all
 
+    refuse_alone("--reuse", reuse is not None, {"--reuse-evaluations": reuse_evaluations or None})
     other = None if reuse is None else RunStore.open(reuse)
     store = run_folder(out, preset_name, settings, source, other)
 
@@ -79,6 +86,9 @@ def run(
         if other is not None:
             taken = ", ".join(f"{stage} {num}" for stage, num in take_over(store, other).items())
             session.reporter.note(f"taken over from {other.storage}, units by stage: {taken}")
+            if reuse_evaluations:
+                num = take_evaluations(store, other)
+                session.reporter.note(f"taken over from {other.storage}: {num} evaluated configurations")
         run_all(session)
 
     work(store, resources, source, do, callbacks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from gross_ray.data.image_set import Splits
@@ -14,7 +15,7 @@ from gross_ray.report.inspection import calls_of
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, uniform
-from gross_ray.space import SearchSpace
+from gross_ray.space import Configuration, SearchSpace
 from gross_ray.weights import read_weights, set_weights
 from pipelines import search
 
@@ -48,9 +49,23 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
                 raise InvalidValueError(f"{name} = {sizes}: {error}; name such as every layer has") from None
     if experiment.search.strategy == "exhaustive":
         search.check_size(space)
+    macs = _cost(supernet, shape, "macs")
+    for size in experiment.search.budgets:
+        _check_budget(BudgetedSpace(space, [macs]), uniform(list(space.group_sizes.values()), size), macs)
     for text in experiment.search.limits:
         budgets = [budget for budget in Budget.parse_all(text) if budget.cost != "latency_ms"]
         BudgetedSpace(space, [_cost(supernet, shape, budget.cost) for budget in budgets], budgets)
+
+
+def _check_budget(space: BudgetedSpace, fixed: Configuration, macs: AdditiveCost) -> None:
+    """Raise InvalidValueError where nothing but the fixed configuration has no more MACs than it."""
+    spare = macs.of(space.places([fixed]))[0] - macs.shared - sum(parts.min() for parts in macs.by_layer)
+    least_more = min((np.partition(parts, 1)[1] - parts.min() for parts in macs.by_layer if len(parts) > 1), default=1)
+    if spare < least_more:
+        raise InvalidValueError(
+            f"search.budgets has {fixed[0]}: {fixed} is the cheapest configuration, and nothing else fits under it; "
+            "name larger group-sizes"
+        )
 
 
 def _cost(supernet: torch.nn.Module, shape: torch.Size, cost: str) -> AdditiveCost:

@@ -1,8 +1,8 @@
 """The search by a strategy: rounds of proposals, each stored before it is evaluated, so that a search is continued.
 
-Round 0 is the fixed configurations. Then the experiment's budgets and limits take turns; each has a strategy of its
-own, which learns from the rounds of all. A strategy's proposals follow from its seed and from what it learned, so that
-a run that is killed goes on as it would have.
+Round 0 is the fixed configurations, and what another search evaluated (`pipelines.reuse`). Then the experiment's
+budgets and limits take turns; each has a strategy of its own, which learns from the rounds of all. A strategy's
+proposals follow from its seed and from what it learned, so that a run that is killed goes on as it would have.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ def stored(store: RunStore) -> list[list[Configuration]]:
     return rounds
 
 
-def begin(store: RunStore) -> None:
-    """Store round 0, the fixed configurations, unless it is there."""
+def begin(store: RunStore, known: Sequence[Configuration] = ()) -> None:
+    """Store round 0, the fixed configurations and those whose accuracies are `known`, unless it is there."""
     if not store.has_checkpoint(ROUNDS, "round=0"):
         sizes = list(load_base(store).space.group_sizes.values())
         asked = {*store.experiment.search.budgets, *store.experiment.validation.fixed}
-        _store(store, 0, [uniform(sizes, size) for size in sorted(asked)])
+        fixed = [uniform(sizes, size) for size in sorted(asked)]
+        _store(store, 0, sorted({*fixed, *known}) if known else fixed)
 
 
 def units(supernet: Unit, number: int, configurations: Sequence[Configuration]) -> list[Unit]:

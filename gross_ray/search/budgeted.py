@@ -182,7 +182,7 @@ class BudgetedSpace:
         budget = self.budgets[self._tightest]
         cost = self._by_name[budget.cost]
         least = [parts.min() for parts in cost.by_layer]
-        left = max(budget.limit - cost.shared - sum(least), 1e-300)
+        left = max(budget.limit - cost.shared - sum(least), 1e-200)
         return [
             np.minimum(np.floor((parts - low) / left * STEPS * (1 - 1e-9)), STEPS + 1).astype(np.int64)
             for parts, low in zip(cost.by_layer, least, strict=True)

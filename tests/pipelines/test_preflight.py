@@ -28,6 +28,7 @@ WRONG = [
     ),
     (["search.budgets=[16,3]"], r"search.budgets = \(16, 3\): group-size 3 is not .*; name such as every layer has"),
     (["validation.fixed=[5]"], r"validation.fixed = \(5,\): group-size 5 is not among"),
+    (["search.budgets=[16,1]"], "search.budgets has 1: 1-1-1 is the cheapest configuration, and nothing else fits"),
     (['search.limits=["macs=1M"]'], "budget macs=1M: nothing fits; the smallest is macs=1.9.*M at 1-1-1"),
     (['search.limits=["parameters=1G,macs=1M"]'], "budget macs=1M: nothing fits"),
     (["model=vgg16"], "the space has .* configurations; let a strategy choose"),

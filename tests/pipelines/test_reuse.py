@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from miniature import SETTINGS, run_command
+from miniature import SETTINGS, gross, run_command
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import quickstart
 from gross_ray.results.store import RunStore
-from pipelines.reuse import PARTS, check_reusable, take_over
+from pipelines.reuse import PARTS, check_reusable, take_evaluations, take_over
 
 ANOTHER_SEARCH = ["search.strategy=random", "search.evaluations=12", "sweep.alphas=[]"]
 
@@ -50,6 +50,55 @@ def test_another_search_trains_nothing_again(other: RunStore, tmp_path: Path) ->
     there = other.read_table("validations").query("kind == 'fixed'").reset_index(drop=True)
     pd.testing.assert_frame_equal(fixed, there, check_exact=True)
     assert {file: file.stat().st_mtime_ns for file in other.path.rglob("*") if file.is_file()} == before
+
+
+def test_a_strategy_goes_on_from_what_another_search_evaluated(other: RunStore, tmp_path: Path) -> None:
+    drawn = [*SETTINGS, "search.strategy=random", "search.evaluations=12", "sweep.alphas=[]"]
+    first = RunStore.create(tmp_path / "first", quickstart().override(drawn))
+    assert take_over(first, other)["finetune"] > 0
+    searched = gross("search", str(first.path), "--num-cpus", "2")
+    assert searched.returncode == 0, searched.stderr
+    ours = [
+        *SETTINGS,
+        "search.strategy=surrogate",
+        "search.evaluations=8",
+        "sweep.alphas=[]",
+        "search.budgets=[16,4,2]",
+    ]
+    second = RunStore.create(tmp_path / "second", quickstart().override(ours))
+    take_over(second, other)
+    known = first.read_table("configurations")
+    assert take_evaluations(second, first) == len(known) == 12 + 2
+    taken = second.read_table("configurations")
+    assert 0 < len(taken) < len(known)  # a part of round 0 holds 2-2-2, which was not evaluated there
+    assert take_evaluations(second, first) == 0  # the search has begun
+    searched = gross("search", str(second.path), "--num-cpus", "2")
+    assert searched.returncode == 0, searched.stderr
+    rows = second.read_table("configurations")
+    assert len(rows) == len(set(rows["configuration"])) == 12 + 3 + 8  # nothing twice, and all evaluations its own
+    assert set(rows["configuration"]) >= {*known["configuration"], "2-2-2"}
+    both = rows.merge(known, on=["supernet", "configuration"], suffixes=("", " there"))
+    assert len(both) == len(known) and (both["val_correct"] == both["val_correct there"]).all()
+    whole = other.read_table("configurations")
+    same = rows.merge(whole, on=["supernet", "configuration"], suffixes=("", " there"))
+    assert len(same) == len(rows) and (same["val_correct"] == same["val_correct there"]).all()
+
+
+def test_evaluations_that_would_differ_are_refused(other: RunStore, tmp_path: Path) -> None:
+    for number, (setting, told) in enumerate(
+        (
+            ("search.top=1", "search.strategy = 'exhaustive': it evaluates all, and learns from none"),
+            ("search.precision=bfloat16", "search.precision is 'bfloat16' here and 'float32' there"),
+        )
+    ):
+        settings = [] if setting == "search.top=1" else ["search.strategy=random", "search.evaluations=4"]
+        store = RunStore.create(tmp_path / str(number), quickstart().override([*SETTINGS, setting, *settings]))
+        with pytest.raises(InvalidValueError, match=told):
+            take_evaluations(store, other)
+        assert store.units("configurations") == []
+    alone = gross("run", "--preset", "quickstart", "--out", str(tmp_path / "run"), "--reuse-evaluations")
+    assert alone.returncode == 2
+    assert "--reuse-evaluations True without --reuse" in alone.stderr
 
 
 @pytest.mark.parametrize(
