@@ -25,7 +25,7 @@ def small(num_classes):
     )
 """
 LIMITS = ["data.limit_train=50", "data.limit_validation=40", "data.limit_test=30", "decomposition.tolerance=1e-3"]
-LIMITS += ["search.budgets=[4,1]", "validation.fixed=[4]"]
+LIMITS += ["search.budgets=[4]", "validation.fixed=[4]"]
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
