@@ -48,7 +48,7 @@ def test_onnx_file_computes_what_the_network_does_for_any_batch_size(supernet: n
         with torch.no_grad():
             expected = network(batch)
         (logits,) = session.run(None, {"images": batch.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def named(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Module, nn.M
 
 def test_configurations_equal_the_network_with_dense_kernels(named: tuple[str, nn.Module, nn.Module]) -> None:
     _, network, supernet = named
+    network, precise = copy.deepcopy(network).double(), copy.deepcopy(supernet).double()
     space, shape = SearchSpace.of(supernet), (3, 64, 64)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(2, *shape, generator=generator)
@@ -68,22 +70,23 @@ def test_configurations_equal_the_network_with_dense_kernels(named: tuple[str, n
     for configuration in (mixed, Configuration([32] * len(space.layers))):
         plain = extract(supernet, configuration)
         assert {type(module).__module__.split(".")[0] for module in plain.modules()} <= {"torch", "torchvision"}
-        dense = model_weights(network, plain, space)
         with torch.no_grad():
-            for layer, kernel in dense.items():
+            for layer, kernel in dense_kernels(network, extract(precise, configuration), space).items():
                 network.get_submodule(layer).weight.copy_(kernel)
-            expected = network(images)
-            set_configuration(supernet, configuration)
+            expected = network(images.double())
             scale = float(expected.abs().max())
-            torch.testing.assert_close(plain(images), expected, rtol=0, atol=1e-4 * scale)
-            torch.testing.assert_close(supernet(images), expected, rtol=0, atol=1e-4 * scale)
+            for compressed, tolerance in ((precise, 1e-12), (supernet, 1e-5), (plain, 1e-5)):
+                if compressed is not plain:
+                    set_configuration(compressed, configuration)
+                outputs = compressed(images.to(next(compressed.parameters()).dtype))
+                torch.testing.assert_close(outputs.double(), expected, rtol=0, atol=tolerance * scale)
         assert (
             count_macs(plain, shape) == configuration_macs(supernet, configuration, shape) == costs.macs(configuration)
         )
         assert sum(parameter.numel() for parameter in plain.parameters()) == costs.parameters(configuration)
 
 
-def model_weights(network: nn.Module, plain: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
+def dense_kernels(network: nn.Module, plain: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
     found = {}
     for layer in space.layers:
         bottleneck = plain.get_submodule(layer)
