@@ -1,10 +1,11 @@
-"""What an autoscaler may add to the cluster: read where its process runs, for Ray itself does not tell.
+"""What an autoscaler may add to the cluster: read on the head, for Ray itself does not tell.
 
-This runs on the head, which may have no torch: the standard library and PyYAML (Ray's own) only.
+This runs on the head, which may have no torch: the standard library, Ray and PyYAML (Ray's own) only.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ class NodeKind:
 
 
 def autoscaling_config(gcs_address: str, processes: Path = Path("/proc")) -> dict[str, Any] | None:
-    """Return the configuration of the autoscaler of the cluster at `gcs_address`, whose monitor runs on this machine.
+    """Return the configuration of the autoscaler of the cluster at `gcs_address`, of which this machine is the head.
 
-    None where there is none: a cluster of fixed size, or one whose autoscaler runs elsewhere (KubeRay).
+    Its monitor is a process here, or under KubeRay a container of its own. None where there is none: a cluster of fixed
+    size. Raises OSError where Kubernetes does not answer.
     """
+    if (config := kuberay_config()) is not None:
+        return config
     for file in processes.glob("[0-9]*/cmdline"):
         try:
             words = file.read_text(errors="replace").split("\0")
@@ -41,6 +45,30 @@ def autoscaling_config(gcs_address: str, processes: Path = Path("/proc")) -> dic
         if path and options.get("--gcs-address") == gcs_address:
             return yaml.safe_load(Path(path).expanduser().read_text())
     return None
+
+
+def kuberay_config(account: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount")) -> dict[str, Any] | None:
+    """Return what KubeRay's autoscaler reads from the RayCluster that this pod belongs to; None for any other machine.
+
+    None too for a RayCluster without `enableInTreeAutoscaling`, and where the pod's account may not read it: KubeRay
+    gives that right to the head's account with the autoscaler. Raises OSError where Kubernetes does not answer.
+    """
+    name, namespace = os.environ.get("RAY_CLUSTER_NAME"), account / "namespace"  # KubeRay sets it in each pod
+    if not name or not namespace.exists():
+        return None
+    import requests
+    from ray.autoscaler._private.kuberay import autoscaling_config as reading
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
+    try:
+        cluster = KubernetesHttpApiClient(namespace.read_text().strip()).get(f"rayclusters/{name}")
+    except requests.HTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403, 404):
+            return None
+        raise
+    if not cluster["spec"].get("enableInTreeAutoscaling"):
+        return None
+    return reading._derive_autoscaling_config_from_ray_cr(cluster)
 
 
 def may_come(config: dict[str, Any], there: list[NodeKind]) -> list[NodeKind]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from math import ceil
 from typing import Any
@@ -131,11 +131,11 @@ class Session:
                 from pipelines.trials import run_trials  # Ray Tune takes a second that other stages need not wait
 
                 self._release_workers()
-                failed = run_trials(
+                trials = partial(
+                    run_trials,
                     stage,
                     work,
                     self.store,
-                    todo,
                     cluster=cluster,
                     packed_splits=self._packed,
                     threads=threads,
@@ -143,6 +143,13 @@ class Session:
                     tuning=tuning,
                     callbacks=self._callbacks,
                 )
+
+                def those_missing() -> dict[str, str]:
+                    done = finished()
+                    missing = [unit for unit in todo if unit.name not in done]
+                    return trials(missing) if missing else {}
+
+                failed = self.store.storage.patiently("write", "tune", those_missing)
             else:
                 if self._pool is None:
                     self._pool = WorkerPool(cluster, self._packed)
@@ -155,9 +162,8 @@ class Session:
         if missing:
             first = failed.get(missing[0], "it was interrupted")
             raise UnitsFailedError(
-                f"{stage}: {len(missing)} of {len(names)} units did not end: {', '.join(missing[:8])}"
-                f"{', ...' if len(missing) > 8 else ''} ({missing[0]}: {first}). "
-                "All others are stored; the same command again does only what is missing"
+                f"{stage}: {len(missing)} of {len(names)} units did not end: {', '.join(missing)} "
+                f"({missing[0]}: {first}). All others are stored; the same command again does only what is missing"
             )
 
     def cluster(self) -> Cluster:

@@ -46,8 +46,9 @@ def run_trials(
     """Do each unit as a trial of one Tune experiment, and return why those failed that did, by name.
 
     Under a search the units only say how many trials are asked for and by which names: it proposes what each one does.
-    `callbacks` are the user's. Tune's own files (results, TensorBoard events) are under RUN/tune. What is not in the
-    returned failures may still be missing, if Tune was interrupted: the caller looks at what is stored.
+    `callbacks` are the user's. Tune's own files (results, TensorBoard events) are under RUN/tune; raises OSError where
+    it cannot write them. What is not in the returned failures may still be missing, if Tune was interrupted: the caller
+    looks at what is stored.
     """
     tuning = tuning or Tuning()
     gpus = cluster.gpus_per_unit if cluster.device == "cuda" else 0
@@ -84,10 +85,7 @@ def run_trials(
                     verbose=0,
                 ),
             )
-            try:
-                results = tuner.fit()
-            except OSError as error:
-                raise store.storage.refused("write", "tune", error) from None
+            results = tuner.fit()
     if watch.error is not None:
         raise watch.error
     failed = dict(watch.failed)
@@ -126,6 +124,7 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
 
     try:
         setup.versions.check()
+        setup.store.require_here()
         splits = unpack_splits(ray.get(packed.reference), setup.device, room_for_images(setup.device))
         text = setup.work(Context(setup.store, splits, setup.device, report), _unit(config))
     except ray.exceptions.RayError:  # a node or process is gone, not an error of the work: tried again

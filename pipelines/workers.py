@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import torch
 
-from gross_ray.errors import GrossRayError, VersionMismatchError
+from gross_ray.errors import GrossRayError
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
@@ -34,14 +34,15 @@ Shared = Callable[[str], Any]
 class _Worker:
     """One process that does units, one after the other; a second thread answers how far it is."""
 
-    def __init__(self, packed: dict[str, Any], device: str, versions: Versions) -> None:
+    def __init__(self, packed: dict[str, Any], device: str, versions: Versions, store: RunStore) -> None:
         self._device = device
         self._state = (0.0, "starting")
         self._kept: dict[str, Any] = {}
-        self._refused: VersionMismatchError | None = None
+        self._refused: GrossRayError | None = None
         try:
             versions.check()
-        except VersionMismatchError as error:  # raised in here, it would reach the driver as text alone
+            store.require_here()
+        except GrossRayError as error:  # raised in here, it would reach the driver as text alone
             self._refused = error
         else:
             self._splits = unpack_splits(packed, device, room_for_images(device))
@@ -87,18 +88,19 @@ class WorkerPool:
 
         What `shared` loads goes into Ray's object store once for each name, and out again behind its last unit.
 
-        Raises VersionMismatchError as soon as a worker comes up that runs other versions than this driver.
+        Raises VersionMismatchError as soon as a worker comes up that runs other versions than this driver, and
+        RunFolderError or StorageError for one that does not reach the run folder.
         """
         wanted = min(self._cluster.slots(threads), len(units))
         while len(self._actors) < wanted:
-            self._actors.append(self._start())
+            self._actors.append(self._start(store))
         stage = _StageOnActors(work, store, units, threads, progress, shared)
         queues: dict[Any, deque[_Task]] = {}
         # Units go only to actors that are up: one for which the cluster has no room any more would keep them for ever.
         starting = {actor.state.remote(): actor for actor in self._actors[:wanted]}
         self._start_failures, waiting_since = 0, time.monotonic()
         while stage.todo or any(queues.values()):
-            self._take_up(starting, queues)
+            self._take_up(starting, queues, store)
             stage.hand_out(queues, len(queues) + len(starting))
             if not queues and not starting:
                 stage.give_up(
@@ -121,11 +123,11 @@ class WorkerPool:
                     continue
                 stage.lost(queue)
                 del queues[actor]
-                self._replace(actor, starting)
+                self._replace(actor, starting, store)
             progress.under_way(_states(queues))
         return stage.failed
 
-    def _take_up(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]]) -> None:
+    def _take_up(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]], store: RunStore) -> None:
         """Move the actors that are up from `starting` to `queues`; try again those that failed to start."""
         ready, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0) if starting else ([], [])
         for reference in ready:
@@ -138,20 +140,20 @@ class WorkerPool:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
                 if actor in self._were_up:  # it died between two stages, with its node, say
-                    self._replace(actor, starting)
+                    self._replace(actor, starting, store)
                     continue
                 self._start_failures += 1
                 self._last_failure = str(error).strip().splitlines()[-1].strip()
                 if self._start_failures < MAX_ATTEMPTS:
-                    self._replace(actor, starting)
+                    self._replace(actor, starting, store)
                 else:
                     self._actors.remove(actor)
 
-    def _replace(self, actor: Any, starting: dict[ray.ObjectRef, Any]) -> None:
+    def _replace(self, actor: Any, starting: dict[ray.ObjectRef, Any], store: RunStore) -> None:
         """Start an actor in place of one that is dead."""
         ray.kill(actor)  # one that Ray's memory monitor took a task from may live on
         self._actors.remove(actor)
-        self._actors.append(self._start())
+        self._actors.append(self._start(store))
         starting[self._actors[-1].state.remote()] = self._actors[-1]
 
     def _give_back(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]]) -> None:
@@ -169,10 +171,10 @@ class WorkerPool:
         self._actors.clear()
         self._were_up.clear()
 
-    def _start(self) -> Any:
+    def _start(self, store: RunStore) -> Any:
         gpus = self._cluster.gpus_per_unit if self._cluster.device == "cuda" else 0
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "concurrency_groups": {"state": 1}}
-        return ray.remote(**options)(_Worker).remote(self._packed, self._cluster.device, self._versions)
+        return ray.remote(**options)(_Worker).remote(self._packed, self._cluster.device, self._versions, store)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,6 +13,9 @@ from torch import Tensor, nn
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.layers import choose_layers
 from gross_ray.decomposition.surgery import build_supernet
+
+if TYPE_CHECKING:
+    from s3_server import Door
 
 torch.set_num_threads(1)
 settings.register_profile("gross_ray", deadline=None, derandomize=True, max_examples=30)
@@ -24,6 +30,15 @@ def s3_port() -> Iterator[int]:
 
     with serving() as port:
         yield port
+
+
+@pytest.fixture
+def door(s3_port: int) -> Iterator[Door]:
+    """The same server behind a door that answers itself when told to; `door.port` is asked."""
+    from s3_server import Door
+
+    with Door.opened(s3_port) as door:
+        yield door
 
 
 @pytest.fixture

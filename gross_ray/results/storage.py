@@ -74,7 +74,7 @@ class Storage:
             """The root's path in `filesystem`."""
         else:
             self.folder = None
-            self.filesystem, self.root = self._do("reach", "", lambda: _filesystem(self._address))
+            self.filesystem, self.root = self.patiently("reach", "", lambda: _filesystem(self._address))
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self._address if self.folder is None else str(self.folder),)
@@ -99,14 +99,14 @@ class Storage:
     def make(self) -> None:
         """Make the root where it is a local folder; a bucket's folders are only names. Raises StorageError."""
         if self.folder is not None:
-            self._do("make", "", lambda: self._local("").mkdir(parents=True, exist_ok=True))
+            self.patiently("make", "", lambda: self._local("").mkdir(parents=True, exist_ok=True))
 
     def write(self, name: str, data: bytes | memoryview | pa.Buffer) -> None:
         """Store a file, in place of the one of that name. Raises StorageError, with the old file as it was."""
         if self.folder is not None:
-            self._do("write", name, lambda: _replace(self._local(name), data))
+            self.patiently("write", name, lambda: _replace(self._local(name), data))
         else:
-            self._do("write", name, lambda: self._put(name, data))
+            self.patiently("write", name, lambda: self._put(name, data))
 
     def read(self, name: str) -> bytes:
         """Return a file's content. Raises FileNotFoundError and StorageError."""
@@ -115,11 +115,11 @@ class Storage:
             with self.filesystem.open_input_file(self.path(name)) as file:
                 return file.read()
 
-        return self._do("read", name, all_of_it)
+        return self.patiently("read", name, all_of_it)
 
     def exists(self, name: str) -> bool:
         """Return whether a file is there. Raises StorageError."""
-        info = self._do("look for", name, lambda: self.filesystem.get_file_info(self.path(name)))
+        info = self.patiently("look for", name, lambda: self.filesystem.get_file_info(self.path(name)))
         return info.type == fs.FileType.File
 
     def names(self, folder: str = "") -> list[str]:
@@ -141,7 +141,7 @@ class Storage:
             with suppress(FileNotFoundError):
                 self.filesystem.delete_file(self.path(name))
 
-        self._do("delete", name, away)
+        self.patiently("delete", name, away)
 
     def remove_leftovers(self) -> None:
         """Delete the temporary files of local writers that were killed; an unfinished upload leaves nothing to see."""
@@ -164,9 +164,9 @@ class Storage:
     def _list(self, folder: str) -> list[fs.FileInfo]:
         path = self.path(folder) if folder else self.root
         selector = fs.FileSelector(path, allow_not_found=True)
-        return self._do("list", folder, lambda: self.filesystem.get_file_info(selector))
+        return self.patiently("list", folder, lambda: self.filesystem.get_file_info(selector))
 
-    def _do(self, what: str, name: str, action: Callable[[], Result]) -> Result:
+    def patiently(self, what: str, name: str, action: Callable[[], Result]) -> Result:
         """Do something to a file: again where a store does not answer, with a StorageError where it refuses."""
         started, pause = time.monotonic(), FIRST_PAUSE_SECONDS
         while True:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,14 @@ class RunStore:
             finally:
                 self._locked = False
                 self._sound.clear()
+
+    def require_here(self) -> None:
+        """Raise RunFolderError unless this machine reaches the folder, as each one that does its work has to."""
+        if not self.storage.exists(_EXPERIMENT):
+            raise RunFolderError(
+                f"the run folder {self.storage} is not there on {socket.gethostname()}: give --out a folder that all "
+                "machines of the cluster see under this path, or a bucket (s3://bucket/folder)"
+            )
 
     def remove_leftovers(self) -> None:
         """Delete what killed writers left, and the damaged states of trainings under way (noted in `damaged`).

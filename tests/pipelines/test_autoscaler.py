@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+import yaml
+from miniature import ROOT
+from ray.autoscaler._private.kuberay import node_provider
 
 from gross_ray.errors import ResourcesError
 from pipelines import cluster
-from pipelines.autoscaler import NodeKind, autoscaling_config, may_come
+from pipelines.autoscaler import NodeKind, autoscaling_config, kuberay_config, may_come
 from pipelines.cluster import Cluster, Resources
 
 HEAD, SMALL, LARGE = NodeKind(0, 0.0), NodeKind(4, 0.0), NodeKind(8, 1.0)
@@ -58,6 +63,61 @@ def test_the_configuration_is_the_one_of_this_clusters_monitor(tmp_path: Path) -
     assert autoscaling_config("10.0.0.1:6379", tmp_path / "proc") == {"max_workers": 3}
     assert autoscaling_config("10.0.0.2:6379", tmp_path / "proc") == {"max_workers": 7}
     assert autoscaling_config("10.0.0.3:6379", tmp_path / "proc") is None
+
+
+class Kubernetes:
+    """Kubernetes's answers about the RayCluster of deploy/kuberay.yaml, as the account of its head gets them."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        documents = yaml.safe_load_all((ROOT / "deploy/kuberay.yaml").read_text(encoding="utf-8"))
+        self.cluster = next(document for document in documents if document["kind"] == "RayCluster")
+        self.cluster["metadata"]["namespace"] = "research"
+        self.status = 200
+        self.asked: list[tuple[str, str]] = []
+        (folder / "namespace").write_text("research\n")
+        (folder / "token").write_text("a token")
+        monkeypatch.setattr(node_provider, "IN_CLUSTER_TOKEN_PATH", str(folder / "token"))
+        monkeypatch.setattr(node_provider.requests, "get", self._get)
+        monkeypatch.setenv("RAY_CLUSTER_NAME", self.cluster["metadata"]["name"])
+
+    def _get(self, url: str, headers: dict[str, str], **_: Any) -> requests.Response:
+        self.asked.append((url, headers["Authorization"]))
+        answer = requests.Response()
+        answer.status_code, answer._content = self.status, json.dumps(self.cluster).encode()
+        return answer
+
+
+@pytest.fixture
+def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
+    return Kubernetes(tmp_path, monkeypatch)
+
+
+def test_kuberays_autoscaler_is_found(kubernetes: Kubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = kuberay_config(tmp_path)
+    assert config is not None
+    (asked,) = kubernetes.asked
+    path = "/apis/ray.io/v1/namespaces/research/rayclusters/gross-ray"
+    assert (asked[0].endswith(path), asked[1]) == (True, "Bearer a token")
+    assert may_come(config, [HEAD]) == [NodeKind(7, 1.0, 4)]
+    found = _described(monkeypatch, [HEAD], config, device="cuda")
+    assert (found.num_gpus, found.device, found.autoscales) == (4.0, "cuda", True)
+
+
+def test_no_autoscaler_of_kuberays(kubernetes: Kubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for status in (401, 403, 404):
+        kubernetes.status = status
+        assert kuberay_config(tmp_path) is None
+    kubernetes.status = 500
+    with pytest.raises(OSError, match="500 Server Error"):
+        kuberay_config(tmp_path)
+    kubernetes.status = 200
+    kubernetes.cluster["spec"]["enableInTreeAutoscaling"] = False
+    assert kuberay_config(tmp_path) is None
+    kubernetes.asked.clear()
+    assert kuberay_config(tmp_path / "nothing is mounted") is None
+    monkeypatch.delenv("RAY_CLUSTER_NAME")
+    assert kuberay_config(tmp_path) is None
+    assert kubernetes.asked == []
 
 
 def _described(

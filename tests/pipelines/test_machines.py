@@ -249,10 +249,10 @@ def _gpu_nodes() -> int:
 def test_gpu_nodes_come_with_the_work_and_go_with_it(
     autoscaled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_gpu(pool: WorkerPool) -> Any:
+    def with_gpu(pool: WorkerPool, store: RunStore) -> Any:
         """Ask for a GPU, as on cuda, and work without."""
         actor = ray.remote(num_cpus=1, num_gpus=1, concurrency_groups={"state": 1})(workers._Worker)
-        return actor.remote(pool._packed, "cpu", pool._versions)
+        return actor.remote(pool._packed, "cpu", pool._versions, store)
 
     monkeypatch.setattr(WorkerPool, "_start", with_gpu)
     counts: list[int] = []

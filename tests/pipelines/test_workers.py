@@ -14,7 +14,7 @@ import ray
 import torch
 
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, RunFolderError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 from pipelines import workers
@@ -194,11 +194,20 @@ class _Doomed:
 def test_workers_that_cannot_start_end_the_stage(
     cluster: Cluster, splits: Splits, store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WorkerPool, "_start", lambda _: ray.remote(num_cpus=1)(_Doomed).remote())
+    monkeypatch.setattr(WorkerPool, "_start", lambda *_: ray.remote(num_cpus=1)(_Doomed).remote())
     failed, progress = _run(replace(cluster, num_cpus=1), splits, store, [Unit("one"), Unit("other")])
     assert progress.order == []
     assert set(failed) == {"one", "other"}
     assert all("no worker could be started in 3 attempts" in reason for reason in failed.values())
+
+
+def test_a_worker_that_does_not_reach_the_run_folder_ends_the_stage(
+    cluster: Cluster, splits: Splits, store: RunStore
+) -> None:
+    (store.path / "experiment.json").unlink()
+    with pytest.raises(RunFolderError, match=rf"the run folder {store.path} is not there on .*: give --out a folder"):
+        _run(cluster, splits, store, [Unit("one")])
+    assert not (store.path / "attempts").exists()
 
 
 def test_the_stage_goes_on_with_the_workers_there_is_room_for(

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import pickle
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from s3_server import SECRET, free_port, uri
+from s3_server import SECRET, Door, free_port, uri
 
 from gross_ray.errors import InvalidValueError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment
@@ -23,71 +19,6 @@ from gross_ray.results import lock
 from gross_ray.results import storage as storage_module
 from gross_ray.results.storage import Storage
 from gross_ray.results.store import RunStore, read_table
-
-
-class Door(ThreadingHTTPServer):
-    """Stands before the server, and answers itself for as long as it is told to."""
-
-    daemon_threads = True
-
-    def __init__(self, behind: int) -> None:
-        super().__init__(("127.0.0.1", 0), _Request)
-        self.behind = behind
-        self.refusals: list[tuple[int, str]] = []
-
-
-class _Request(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Door
-
-    def handle_any(self) -> None:
-        body = self._body()
-        if self.server.refusals:
-            status, code = self.server.refusals.pop(0)
-            answer = f"<Error><Code>{code}</Code><Message>told so</Message></Error>".encode()
-            headers = {"Content-Type": "application/xml"}
-        else:
-            connection = http.client.HTTPConnection("127.0.0.1", self.server.behind)
-            headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
-            connection.request(self.command, self.path, body, headers)
-            response = connection.getresponse()
-            status, answer, headers = response.status, response.read(), dict(response.getheaders())
-        self.send_response(status)
-        for name, value in headers.items():
-            if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
-                self.send_header(name, value)
-        length = headers.get("Content-Length") if self.command == "HEAD" else None
-        self.send_header("Content-Length", length or str(len(answer)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(answer)
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
-
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture
-def door(s3_port: int) -> Iterator[Door]:
-    door = Door(s3_port)
-    thread = threading.Thread(target=door.serve_forever)
-    thread.start()
-    yield door
-    door.shutdown()
-    thread.join()
-    door.server_close()
-
 
 NETWORK = {
     "seed": 0,
@@ -154,7 +85,7 @@ def test_checkpoints_and_damaged_files_in_a_bucket(s3_port: int) -> None:
 
 def test_an_unfinished_write_leaves_the_old_file(door: Door, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "PATIENCE_SECONDS", 0.0)
-    storage = Storage(uri(door.server_address[1], "unfinished"))
+    storage = Storage(uri(door.port, "unfinished"))
     storage.write("tables/a", b"old")
     door.refusals += [(500, "InternalError")] * 100
     with pytest.raises(StorageError, match="cannot write .*unfinished/tables/a: no answer for 0 s"):
@@ -167,7 +98,7 @@ def test_a_store_that_fails_for_a_while_is_asked_again(door: Door, monkeypatch: 
     pauses: list[float] = []
     sleep = time.sleep
     monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: (pauses.append(seconds), sleep(seconds / 50)))
-    store = RunStore.create(uri(door.server_address[1], "moody"), Experiment(name="test"))
+    store = RunStore.create(uri(door.port, "moody"), Experiment(name="test"))
     door.refusals += [(503, "SlowDown")] * 50
     store.write_table("networks", "seed=0", [NETWORK])
     assert door.refusals == []
@@ -189,7 +120,7 @@ def test_a_store_that_is_away_for_longer_is_named_without_secrets(monkeypatch: p
 
 def test_a_store_that_refuses_says_what_it_refused_at_once(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: pytest.fail("asked again"))
-    storage = Storage(uri(door.server_address[1], "closed"))
+    storage = Storage(uri(door.port, "closed"))
     door.refusals += [(403, "AccessDenied")] * 10
     with pytest.raises(StorageError, match=r"cannot write s3://runs/closed/tables/a: .*ACCESS_DENIED") as caught:
         storage.write("tables/a", b"x")
