@@ -40,6 +40,7 @@ UNDER_WAY = "-under-way"
 _AGAIN = "run its stage again: the file is deleted and its unit done anew"
 _DESCRIPTION = "gross_ray.description"
 _CHECKSUM = "gross_ray.crc32"
+_NO_SUM, _SUM = b"gross_ray crc32=00000000", b"gross_ray crc32=%08x"
 _EXPERIMENT = "experiment.json"
 _REPORT = "report.html"
 
@@ -246,8 +247,8 @@ class RunStore:
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        metadata = {_DESCRIPTION: text, _CHECKSUM: _checksum(copies, text)}
-        self.storage.write(file, save(copies, metadata=metadata))
+        metadata = {_DESCRIPTION: text, _CHECKSUM: _NO_SUM.decode()}
+        self.storage.write(file, _summed(save(copies, metadata=metadata)))
         self.storage.write(_beside(file), json.dumps(dict(description), indent=2).encode())
 
     def load_checkpoint(self, stage: str, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -345,23 +346,47 @@ class _DamagedFile(Exception):
     """A stored unit cannot be read."""
 
 
-def _parquet(arrow: pa.Table) -> pa.Buffer:
+def _parquet(arrow: pa.Table) -> memoryview:
+    """Return a Parquet file with a checksum of the whole: Parquet's own ones leave out what says how to read it."""
     sink = pa.BufferOutputStream()
-    pq.write_table(arrow, sink, write_page_checksum=True)
-    return sink.getvalue()
+    with pq.ParquetWriter(sink, arrow.schema, write_page_checksum=True) as writer:
+        writer.write_table(arrow)
+        writer.add_key_value_metadata({_CHECKSUM: _NO_SUM})
+    return _summed(sink.getvalue().to_pybytes())
+
+
+def _summed(content: bytes) -> memoryview:
+    """Return a file with the checksum of all its bytes in place of the last _NO_SUM in it."""
+    place = content.rindex(_NO_SUM)
+    summed = bytearray(content)
+    summed[place : place + len(_NO_SUM)] = _SUM % zlib.crc32(content)
+    return memoryview(summed)
+
+
+def _check_sum(content: bytes) -> bool:
+    """Return whether a file has a checksum; raise _DamagedFile where it does not fit. Earlier versions wrote none."""
+    place = content.rfind(_NO_SUM[:-8])
+    if place < 0:
+        return False
+    end, view = place + len(_NO_SUM), memoryview(content)
+    found = zlib.crc32(view[end:], zlib.crc32(_NO_SUM, zlib.crc32(view[:place])))
+    if view[place:end] != _SUM % found:
+        raise _DamagedFile("its content has changed since it was written")
+    return True
 
 
 def _read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
     # ParquetFile, for pyarrow's other readers make columns of folders like seed=0 on the way to the file.
     # From memory: an error of the disk or the network is none of the file's content.
     try:
-        content = pa.BufferReader(storage.read(file))
-        with pq.ParquetFile(content, page_checksum_verification=True) as parquet:
+        content = storage.read(file)
+        _check_sum(content)
+        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as parquet:
             rows = parquet.metadata.num_rows
             stored = parquet.read(columns)
     except (pa.ArrowMemoryError, pa.ArrowNotImplementedError):
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _DamagedFile(error) from None
     if stored.num_rows != rows:
         raise _DamagedFile(f"{stored.num_rows} rows where its footer says {rows}")
@@ -377,11 +402,12 @@ def _read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None
 def _read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a checkpoint's tensors and description. Raises FileNotFoundError and _DamagedFile."""
     content = storage.read(file)
+    summed = _check_sum(content)
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header["__metadata__"]
-        if metadata[_CHECKSUM] != _checksum(tensors, metadata[_DESCRIPTION]):
+        if not summed and metadata[_CHECKSUM] != _checksum(tensors, metadata[_DESCRIPTION]):
             raise ValueError("its content has changed since it was written")
         return tensors, json.loads(metadata[_DESCRIPTION])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -389,7 +415,7 @@ def _read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], di
 
 
 def _checksum(tensors: Mapping[str, Tensor], description: str) -> str:
-    """Return the CRC-32 of contiguous tensors, in the order of their names, and their description."""
+    """Return what earlier versions wrote: the CRC-32 of the tensors, in the order of their names, and of the text."""
     value = zlib.crc32(description.encode())
     for name in sorted(tensors):
         value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)

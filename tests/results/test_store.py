@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pandas
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment, TrainingOptions
@@ -384,6 +386,57 @@ def test_a_damaged_unit_is_named_removed_and_can_be_done_again(store, damage):
     store.write_table("history", "seed=1", rows_of(1))
     assert store.finished_units("history") == {"seed=0", "seed=1"}
     assert len(store.read_table("history")) == 6
+
+
+@pytest.mark.parametrize("bits", [0xFF, 1])
+def test_no_byte_changes_unseen(store, bits):
+    store.write_table("history", "seed=0", rows_of(0))
+    store.save_checkpoint("train", "seed=0", {"b.weight": torch.ones(2, 3), "a": torch.ones(2)}, {"epoch": 3})
+    table, checkpoint = (
+        store.path / "tables/history/seed=0.parquet",
+        store.path / "checkpoints/train/seed=0.safetensors",
+    )
+    name = b"gross_ray crc32="  # without its name, none is looked for
+    for file in (table, checkpoint):
+        content = file.read_bytes()
+        named = content.rindex(name)
+        for place in range(len(content)):
+            if named <= place < named + len(name):
+                continue
+            changed = bytearray(content)
+            changed[place] ^= bits
+            file.write_bytes(changed)
+            assert not (store.finished_units("history") if file == table else _is_whole(store)), place
+        file.write_bytes(content)
+    assert store.finished_units("history") == {"seed=0"}
+    assert _is_whole(store)
+
+
+def _is_whole(store):
+    try:
+        return bool(store.load_checkpoint("train", "seed=0"))
+    except RunFolderError:
+        return False
+
+
+def test_files_that_an_earlier_version_wrote_are_read(store):
+    """Without a checksum of the whole, but with those of the pages and of the tensors."""
+    store.write_table("history", "seed=0", rows_of(0))
+    table = store.path / "tables/history/seed=0.parquet"
+    arrow = pq.ParquetFile(table).read()
+    metadata = {key: value for key, value in arrow.schema.metadata.items() if b"crc32" not in key}
+    pq.write_table(arrow.replace_schema_metadata(metadata), table, write_page_checksum=True)
+    assert b"gross_ray crc32=" not in table.read_bytes()
+    assert len(store.read_table("history")) == 3
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2)}
+    checkpoint = store.path / "checkpoints/train/seed=0.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    raw = zlib.crc32(tensors["b"].numpy().data, zlib.crc32(tensors["a"].numpy().data, zlib.crc32(b"{}")))
+    save_file(tensors, checkpoint, {"gross_ray.description": "{}", "gross_ray.crc32": f"{raw:08x}"})
+    assert store.load_checkpoint("train", "seed=0")[0].keys() == tensors.keys()
+    save_file(tensors, checkpoint, {"gross_ray.description": "{}", "gross_ray.crc32": f"{raw ^ 1:08x}"})
+    with pytest.raises(RunFolderError, match="damaged checkpoint .*seed=0"):
+        store.load_checkpoint("train", "seed=0")
 
 
 def test_a_file_cut_at_any_length_is_damaged(store):
