@@ -390,13 +390,14 @@ def _read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None
         raise _DamagedFile(error) from None
     if stored.num_rows != rows:
         raise _DamagedFile(f"{stored.num_rows} rows where its footer says {rows}")
-    version = (stored.schema.metadata or {}).get(VERSION_KEY, b"none").decode()
+    metadata = {key: value for key, value in (stored.schema.metadata or {}).items() if key != _CHECKSUM.encode()}
+    version = metadata.get(VERSION_KEY, b"none").decode()
     if version != str(SCHEMA_VERSION):  # whole, only not ours to read: never deleted
         raise RunFolderError(
             f"{storage.shown(file)} has schema version {version}, this gross_ray reads {SCHEMA_VERSION}: "
             "use the gross_ray that wrote it, or give another folder"
         )
-    return stored
+    return stored.replace_schema_metadata(metadata)  # the checksum is this file's, not that of one made from its rows
 
 
 def _read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -195,6 +195,7 @@ def test_a_column_is_replaced_and_nothing_else(store):
     assert after["latency_ms"].tolist() == [1.5, 2.5, 3.5, 4.5]
     pandas.testing.assert_frame_equal(after.drop(columns="latency_ms"), before.drop(columns="latency_ms"))
     assert pq.read_schema(path).equals(tables.schema("configurations", LAYERS), check_metadata=True)
+    assert path.read_bytes().count(b"gross_ray crc32=") == 1
     whole = path.read_bytes()
     with pytest.raises(ValueError, match="'latency_ms': -1"):
         store.set_column("configurations", "seed=0", "latency_ms", [1.5, -1.0, 3.5, 4.5])
