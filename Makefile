@@ -23,9 +23,11 @@ setup: .venv/installed
 test: setup
 	$(BIN)/python -m pytest
 
+# Each cell twice, unless GROSS_RAY_FAULT_REPEATS says otherwise, at moments that GROSS_RAY_FAULT_SEED repeats.
 test-faults: setup
 	seed=$${GROSS_RAY_FAULT_SEED:-$$(date +%s)}; echo "GROSS_RAY_FAULT_SEED=$$seed"; \
-		GROSS_RAY_FAULT_SEED=$$seed $(BIN)/python -m pytest -m faults -v tests/pipelines
+		GROSS_RAY_FAULT_SEED=$$seed GROSS_RAY_FAULT_REPEATS=$${GROSS_RAY_FAULT_REPEATS:-2} \
+		$(BIN)/python -m pytest -m 'faults or quick_fault' -v tests/pipelines
 
 test-cluster: setup
 	@command -v ip >/dev/null || { echo "no program ip: install iproute2" >&2; exit 1; }

@@ -253,6 +253,8 @@ def plan_work(context: Context, unit: Unit) -> str:
     found = f"{base.space.size} configurations" + (f" in {len(cut)} shards" if whole else "")
     if reason := searched.evaluator.not_traceable:
         return f"{found}, one by one: this network cannot be traced ({reason})"
+    if reason := searched.evaluator.why_one_by_one(calibrated=context.store.experiment.engine.recalibrate):
+        return f"{found}, one by one: {reason}, and takes the statistics of both (engine.recalibrate)"
     bottlenecks = sum(one == "bottleneck" for form in forms.values() for one in form.by_size.values())
     return f"{found}; {bottlenecks} of {sum(len(form.by_size) for form in forms.values())} layer forms as bottlenecks"
 

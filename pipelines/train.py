@@ -26,7 +26,11 @@ def plan(store: RunStore) -> list[Unit]:
 
 def finished(store: RunStore) -> set[str]:
     """Return the units that are stored."""
-    return {unit for unit in store.finished_units("networks") if store.has_checkpoint(STAGE, unit)}
+    units = {unit for unit in store.finished_units("networks") if store.has_checkpoint(STAGE, unit)}
+    if store.experiment.weights:  # given, not trained
+        return units
+    trained = store.finished_units("history")
+    return {unit for unit in units if f"{STAGE},{unit}" in trained}
 
 
 def run(session: Session) -> None:

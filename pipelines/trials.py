@@ -56,7 +56,7 @@ def run_trials(
     trainable = tune.with_parameters(_trial, packed=_Reference(packed_splits), setup=setup)
     asked: dict[str, Any] = {}
     grid: dict[str, Any] = {}
-    with _quiet():
+    with _quiet(progress):
         if tuning.search is not None:
             asked = {
                 "search_alg": tuning.search([unit.name for unit in units]),
@@ -218,17 +218,41 @@ def _trial_name(trial: Any) -> str:
     return f"{trial.config['unit']['name']}_{trial.trial_id}"
 
 
+class _Told(logging.Handler):
+    """Turns Tune's log into notes; an error of the disk or the network is one line there, told once."""
+
+    def __init__(self, progress: StageProgress) -> None:
+        super().__init__(logging.ERROR)
+        self._progress = progress
+        self._before: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError):
+            text = f"{record.getMessage().strip()} {' '.join(str(error).split())}"
+        else:
+            text = self.format(record)
+        if text not in self._before:
+            self._before.add(text)
+            self._progress.note(f"Ray Tune: {text}")
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Tune's own advice off the terminal; what happens to the trials is told by the progress."""
+def _quiet(progress: StageProgress) -> Iterator[None]:
+    """Keep Tune's own advice off the terminal; what happens to the trials is told by the progress, and its errors."""
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
-    levels = [logger.level for logger in loggers]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    told = _Told(progress)
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+        logger.propagate = False
+        logger.addHandler(told)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(told)
+            logger.propagate = propagate
             logger.setLevel(level)

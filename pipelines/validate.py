@@ -68,7 +68,9 @@ def plan(store: RunStore) -> list[Unit]:
 
 def finished(store: RunStore) -> set[str]:
     """Return the units that are stored."""
-    return {unit for unit in store.finished_units("validations") if store.has_checkpoint(STAGE, unit)}
+    trained = store.finished_units("history")
+    units = store.finished_units("validations")
+    return {unit for unit in units if f"{STAGE},{unit}" in trained and store.has_checkpoint(STAGE, unit)}
 
 
 def run(session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,8 +88,9 @@ def evaluate_configurations(
 class Evaluator:
     """One supernet, ready to evaluate lists of its configurations: what is derived from its weights is kept.
 
-    A later change of the weights is not seen. `not_traceable` says why configurations are evaluated one by one, if
-    they are: as bottlenecks then, whatever the form.
+    A later change of the weights is not seen. `not_traceable` says why the network cannot be traced, if it cannot:
+    configurations are evaluated one by one then, as bottlenecks, whatever the form; so they are with calibration where
+    a batch-norm is used more than once in a pass (`why_one_by_one`).
     """
 
     def __init__(
@@ -116,6 +118,14 @@ class Evaluator:
         layers = series_layers(self._supernet)
         return {name: self._walk.siblings[layer].form for name, layer in layers.items() if layer in self._walk.siblings}
 
+    def why_one_by_one(self, *, calibrated: bool) -> str | None:
+        """Return why configurations are evaluated in passes of their own, if they are, once something was evaluated."""
+        if self._walk is None or not calibrated:
+            return self.not_traceable
+        uses = Counter(self._walk.norms.values())
+        twice = [node.target for node, norm in self._walk.norms.items() if uses[norm] > 1]
+        return f"batch-norm {str(twice[0])!r} is used more than once in a pass" if twice else None
+
     def evaluate(
         self,
         images: Tensor,
@@ -127,7 +137,7 @@ class Evaluator:
 
         With `calibration`, images like `images`, each batch-norm has the statistics of its configuration's responses to
         them in place of its own, as `recalibrate` takes them from `calibration_batches`, which run whatever
-        `memory_budget` is. Raises InvalidValueError for a batch-norm that a traced network uses more than once.
+        `memory_budget` is.
         """
         if len(images) == 0 or len(images) != len(labels):
             raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
@@ -182,7 +192,8 @@ class Evaluator:
         calibration: Tensor | None,
     ) -> Iterator[_Totals]:
         """Evaluate batch after batch, each with the same leaves in the same order."""
-        root = self._walk.tree(configurations) if self._walk else None
+        alone = self.why_one_by_one(calibrated=calibration is not None)
+        root = self._walk.tree(configurations) if self._walk and alone is None else None
         statistics = None
         calibrated: dict[Configuration, list[dict[str, Tensor]]] = {}
         if self._walk is not None and root is not None and self._walk.norms and calibration is not None:
@@ -212,12 +223,6 @@ class Evaluator:
 
     def _statistics(self, walk: PrefixWalk, root: Prefix, calibration: Tensor) -> Statistics:
         """Return what each batch-norm is given behind each prefix: the mean over batches, as `recalibrate` takes it."""
-        used_twice = [node.target for node, norm in walk.norms.items() if list(walk.norms.values()).count(norm) > 1]
-        if used_twice:
-            raise InvalidValueError(
-                f"batch-norm {used_twice[0]!r} is used more than once in a pass: its statistics cannot be taken for "
-                "each configuration; evaluate without calibration (engine.recalibrate=false)"
-            )
         batches = calibration_batches(calibration)
         statistics: Statistics = {}
         for batch in batches:

@@ -292,9 +292,13 @@ class _Steps:
         """Return the loss of one member: what is mapped over all of them."""
         self._masks = masks
         template = self._stack.template
-        return self._stage.loss(
+        loss = self._stage.loss(
             lambda inputs: functional_call(template, {**terms, **active}, (inputs,)), self._watched, images, goal
         )
+        self._masks = {}  # what is mapped must not be seen outside: a compiler would make it a result of the graph
+        if self._watched is not None:
+            self._watched.of.clear()
+        return loss
 
     def _keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
         return self._masks[self._dropouts[dropout]].to(inputs.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -87,6 +88,8 @@ class Driver(subprocess.Popen[bytes]):
 
     def __init__(self, run: Path | str, stage: str, log: Path, *more: str) -> None:
         self.mark, self.log = uuid.uuid4().hex, log
+        self.started = time.time()
+        self.damaged: dict[Path, bytes] = {}
         with log.open("ab") as output:
             super().__init__(
                 command(stage, str(run), "--num-cpus", "2", *more),
@@ -139,6 +142,17 @@ def at_a_moment(process: Driver, run: Path, stage: str, log: Path, moment: float
         assert time.monotonic() < deadline, f"{stage}: no sign of it:\n{log.read_text()}"
         time.sleep(0.01)
     time.sleep(moment)
+
+
+def at_a_moment_before(process: Driver, run: Path, stage: str, log: Path, moment: float) -> None:
+    """Wait until Ray starts, and so many seconds more, but not beyond the first thing that the stage stores."""
+    deadline = time.monotonic() + 60
+    while not any("gcs_server" in title.split(" ")[0] for _, title in marked(process.mark)):
+        assert process.poll() is None and time.monotonic() < deadline, f"{stage}: no Ray:\n{log.read_text()}"
+        time.sleep(0.02)
+    end = time.monotonic() + moment
+    while time.monotonic() < end and not any(run.glob(STAGES[stage].sign)) and process.poll() is None:
+        time.sleep(0.01)
 
 
 def workers(mark: str) -> list[int]:
@@ -213,6 +227,7 @@ def assert_as_undisturbed(run: Path | str, undisturbed: Path, stage: str) -> Non
         "alpha_sweep",
     ):
         units = sorted(store.finished_units(table))
+        assert units == sorted(store.units(table)), f"damaged files are left in {table}"
         assert set(units) <= other.finished_units(table)
         ours, theirs = (each.read_units(table, units).drop(columns=CLOCKS, errors="ignore") for each in (store, other))
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True, obj=table)
@@ -240,43 +255,66 @@ def interrupt_all(process: Driver, run: Path, stage: str, choices: random.Random
 
 
 def kill_worker(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
-    victims = workers(process.mark)
-    if victims:  # at a random moment there may be none: the stage has just ended
+    while not (victims := workers(process.mark)) and process.poll() is None:  # the first one is still starting, say
+        time.sleep(0.02)
+    if victims:
         os.kill(choices.choice(sorted(victims)), signal.SIGKILL)
-    return process.ended(300)
+    status = process.ended(300)
+    assert victims or "finished after" in process.log.read_text(), "there was no worker to kill"
+    return status
 
 
 def damage_tables(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
-    status = kill_driver(process, run, stage, choices)
-    _damage(_own_files(run, stage, ".parquet"), choices)
-    return status
+    return _damage(process, lambda: _own_files(run, stage, ".parquet"), choices)
 
 
 def damage_checkpoints(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
-    status = kill_driver(process, run, stage, choices)
-    _damage(_own_files(run, stage, ".safetensors"), choices)
-    return status
+    return _damage(process, lambda: _own_files(run, stage, ".safetensors"), choices)
 
 
 def damage_tune(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
-    status = kill_driver(process, run, stage, choices)
-    _damage(sorted(file for file in run.glob("tune/**/*") if file.is_file()), choices)
-    return status
+    def files() -> list[Path]:
+        found = [file for file in run.glob("tune/**/*") if file.is_file() and file.stat().st_size]
+        ours = [file for file in found if file.stat().st_mtime >= process.started]
+        return sorted(ours if stage in ("validate", "sweep-alpha") else found)
+
+    return _damage(process, files, choices)
 
 
 def _own_files(run: Path, stage: str, ending: str) -> list[Path]:
     """Return what the stage has stored: others are done again by their own commands."""
     patterns = (*STAGES[stage].own, STAGES[stage].sign)
-    return sorted({file for pattern in patterns for file in run.glob(pattern) if file.name.endswith(ending)})
+    found = {file for pattern in patterns for file in run.glob(pattern)}
+    return sorted(file for file in found if file.name.endswith(ending) and not file.name.startswith("."))
 
 
-def _damage(files: list[Path], choices: random.Random) -> None:
-    for file in choices.sample(files, min(3, len(files))):
+def _damage(process: Driver, files: Callable[[], list[Path]], choices: random.Random) -> int:
+    """Kill the driver as soon as there is something to damage, and do so when no process of it writes any more."""
+    while not files() and process.poll() is None:
+        time.sleep(0.01)
+    status = kill_driver(process, Path(), "", choices)
+    assert_nothing_left(process.mark, but_agents=True)
+    there = files()
+    assert there, f"nothing to damage:\n{process.log.read_text()}"
+    for file in choices.sample(there, min(3, len(there))):
         content = bytearray(file.read_bytes())
-        for _ in range(20):
-            if content:
-                content[choices.randrange(len(content))] ^= 0xFF
+        for place in choices.sample(range(len(content)), min(20, len(content))):
+            content[place] ^= 0xFF
         file.write_bytes(bytes(content))
+        process.damaged[file] = bytes(content)
+    return status
+
+
+def fill(process: Driver, file: Path) -> None:
+    """Take all room that there is on a disk, and what becomes free, until the driver ends."""
+    with file.open("wb", buffering=0) as filler:
+        while process.poll() is None:
+            try:
+                filler.write(bytes(4096))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                time.sleep(0.002)
 
 
 Fault = Callable[[Driver, Path, str, random.Random], int]
@@ -290,3 +328,5 @@ FAULTS: dict[str, tuple[Fault, int]] = {
     "damaged Tune files": (damage_tune, -signal.SIGKILL),
 }
 """Each fault, and the exit status of a driver that it meets."""
+TAKES_NO_FILE = ("driver killed", "driver terminated", "interrupted", "worker killed")
+"""Faults that may come before the stage has stored anything."""

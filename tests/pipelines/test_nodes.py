@@ -1,4 +1,4 @@
-"""Several nodes: the code travels, and a node that is lost in mid-search or mid-sweep changes no table."""
+"""Several nodes: the code travels, and a node that is lost in the middle of any stage changes no table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import pytest
 import ray
+from faults import assert_epochs_kept, before_stage, epochs_under_way
 from miniature import ROOT, tables
 
 from gross_ray.errors import ResourcesError
@@ -25,7 +29,7 @@ from pipelines import decompose, search, supernet, sweep, train, validate
 from pipelines.cluster import Resources, connected
 from pipelines.progress import Reporter, StageProgress
 from pipelines.session import DataSource, Session
-from pipelines.units import Context, Unit
+from pipelines.units import Context, Unit, Work
 
 FAST_FAILOVER = {
     "health_check_initial_delay_ms": 0,
@@ -37,7 +41,7 @@ SETTINGS = [
     "data.limit_train=128",
     "data.limit_validation=40",
     "data.limit_test=40",
-    "training.epochs=1",
+    "training.epochs=2",
     "training.milestones=[]",
     "training.seeds=1",
     "decomposition.max_steps=3",
@@ -128,6 +132,22 @@ def _starts(run: Path) -> dict[str, list[str]]:
     return {file.name: file.read_text().split() for file in (run.parent / "starts").iterdir()}
 
 
+def held_work(stage: str, context: Context, unit: Unit) -> str:
+    """Do a unit of `stage`; as soon as a decomposition or an epoch is stored, it is held until the node is lost."""
+    _mark_start(context, unit)
+    report = context.report
+
+    def held_report(share: float, text: str, **metrics: float) -> object:
+        if list(context.store.path.glob("checkpoints/*-under-way/*.safetensors")):
+            _hold(context, unit, stage)
+        return report(share, text, **metrics)
+
+    context.report = held_report
+    if stage == "decompose" and context.store.finished_units("decompositions"):
+        _hold(context, unit, stage)
+    return HELD[stage].work(context, unit)
+
+
 def held_shard(context: Context, unit: Unit) -> str:
     """Evaluate a shard; as soon as one is stored, the next ones are held until the node is lost."""
     _mark_start(context, unit)
@@ -162,6 +182,27 @@ def _hold(context: Context, unit: Unit, stage: str) -> None:
 SHARD, TRIAL = search.work, sweep.work
 
 
+@dataclass(frozen=True)
+class Held:
+    """A stage, and where its work is found."""
+
+    module: ModuleType
+    name: str
+    stage: Callable[[Session], None]
+    work: Work
+
+
+HELD = {
+    "train": Held(train, "work", train.run, train.work),
+    "decompose": Held(decompose, "work", decompose.run, decompose.work),
+    "reconstruct": Held(supernet, "reconstruct_work", supernet.run_reconstruct, supernet.reconstruct_work),
+    "finetune": Held(supernet, "finetune_work", supernet.run_finetune, supernet.finetune_work),
+    "validate": Held(validate, "work", validate.run_fixed, validate.work),
+}
+QUICK = ("search", "sweep-alpha")
+"""The stages in which a node is lost in `make test` too."""
+
+
 class Loss(threading.Thread):
     """Loses the node on which a unit is held, as soon as there is one; then the others are let go."""
 
@@ -171,6 +212,8 @@ class Loss(threading.Thread):
         self._held, self._sign = (run.parent / f"{what}-in-{stage}" for what in ("held", "lost"))
         self._held.mkdir()
         self.lost = self.unit = ""
+        self.epochs: dict[str, list[float]] = {}
+        """What was stored of the units under way."""
 
     def run(self) -> None:
         deadline = time.monotonic() + 120
@@ -178,6 +221,7 @@ class Loss(threading.Thread):
             for file in self._held.iterdir():
                 self.unit, _, pid = file.name.rpartition(" ")
                 node = _starts(self._run)[self.unit][-1]
+                self.epochs = epochs_under_way(self._run)
                 self._nodes.lose(node)
                 with suppress(ProcessLookupError):  # its workers outlive Ray's own processes by a moment
                     os.kill(int(pid), signal.SIGKILL)
@@ -196,11 +240,32 @@ def _loss(nodes: Nodes, run: Path, stage: str) -> Iterator[Loss]:
     assert loss.lost, "no unit was seen under way"
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", HELD)
+def test_a_node_lost_in_mid_stage_changes_no_table(
+    nodes: Nodes, undisturbed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    held, (_, expected) = HELD[stage], undisturbed
+    run = before_stage(expected, stage, tmp_path / "run")
+    monkeypatch.setattr(held.module, held.name, partial(held_work, stage))
+    nodes.restore()
+    with _loss(nodes, run, stage) as loss:
+        _work_on(RunStore.open(run), nodes, held.stage)
+    starts = _starts(run)
+    assert [unit for unit, where in starts.items() if len(where) > 1] == [loss.unit]  # no other is done again
+    assert starts[loss.unit][0] == loss.lost != starts[loss.unit][1]
+    assert loss.epochs or stage == "decompose"
+    assert_epochs_kept(run, loss.epochs)
+    _assert_as(expected, run)
+
+
+@pytest.mark.quick_fault
 def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
     nodes: Nodes, undisturbed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, expected = undisturbed
     run = tmp_path / "run"
+    nodes.restore()
     shutil.copytree(before, run)
     monkeypatch.setattr(search, "work", held_shard)
     monkeypatch.setattr(sweep, "work", held_trial)
@@ -218,6 +283,10 @@ def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
     assert len(where) == 2
     assert where[0] == second.lost != where[1]
 
+    _assert_as(expected, run)
+
+
+def _assert_as(expected: Path, run: Path) -> None:
     found = tables(run)
     for name, table in tables(expected).items():
         assert len(table), f"table {name} is empty"

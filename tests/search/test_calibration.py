@@ -12,9 +12,8 @@ from torch import nn
 from gross_ray import batch_norm
 from gross_ray.batch_norm import calibration_batches, recalibrate, recalibrated
 from gross_ray.decomposition.surgery import set_configuration
-from gross_ray.errors import InvalidValueError
 from gross_ray.search import evaluator
-from gross_ray.search.evaluator import NotTraceableWarning, evaluate_configurations
+from gross_ray.search.evaluator import Evaluator, NotTraceableWarning, evaluate_configurations
 from gross_ray.space import SearchSpace
 
 
@@ -100,15 +99,20 @@ def test_sixteen_bits_are_calibrated_in_thirty_two(random_supernet, calibration)
     assert rounded["loss"].tolist() == pytest.approx(exact["loss"].tolist(), rel=0.05)
 
 
-def test_a_batch_norm_that_is_used_twice_is_refused(random_supernet, calibration):
+def test_with_a_batch_norm_that_is_used_twice_each_configuration_is_calibrated_by_itself(random_supernet, calibration):
     class Twice(Residual):
         def forward(self, images):
             return super().forward(self.stem[1](images.repeat(1, 6, 1, 1)[:, : self.stem[1].num_features])[:, :3])
 
     supernet, images, labels = build(Twice, CASES["residual"][1], random_supernet)
-    with pytest.raises(InvalidValueError, match="batch-norm 'stem.1' is used more than once .*=false"):
-        evaluate_configurations(supernet, images, labels, calibration=calibration)
-    evaluate_configurations(supernet, images, labels)
+    configurations = list(SearchSpace.of(supernet))
+    evaluator = Evaluator(supernet)
+    correct, loss = evaluator.evaluate(images, labels, configurations, calibration)
+    expected = one_by_one(supernet, images, labels, calibration)
+    assert correct.tolist() == [count for count, _ in expected]
+    assert (loss / len(labels)).tolist() == pytest.approx([mean for _, mean in expected], rel=1e-9)
+    assert evaluator.why_one_by_one(calibrated=True) == "batch-norm 'stem.1' is used more than once in a pass"
+    assert evaluator.why_one_by_one(calibrated=False) is None
 
 
 def test_recalibrated_lends_statistics(case, calibration):

@@ -228,6 +228,24 @@ def test_a_convolution_that_is_used_twice_is_trained_as_by_itself(splits: Splits
 
 
 @pytest.mark.parametrize("stage", ["reconstruct", "finetune"])
+def test_a_compiler_of_forward_and_backward_takes_the_loss(
+    supernets: list[nn.Module], original: nn.Module, splits: Splits, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AOTAutograd, as under inductor, refuses tensors of the mapped members that leave the graph by a side door."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager", dynamic=False))
+    torch._dynamo.reset()
+    compiled, plain = members(supernets), members(supernets)
+    for those, engine in ((compiled, EngineOptions(compile=True)), (plain, EngineOptions())):
+        if stage == "finetune":
+            finetune_together(those, splits, SCHEDULE, engine=engine)
+        else:
+            reconstruct_together(those, original, splits, SCHEDULE, engine=engine)
+    for ours, theirs in zip(compiled, plain, strict=True):
+        assert_close(ours.supernet, theirs.supernet)
+
+
+@pytest.mark.parametrize("stage", ["reconstruct", "finetune"])
 def test_one_graph_serves_all_configurations(
     supernets: list[nn.Module], original: nn.Module, splits: Splits, stage: str
 ) -> None:
