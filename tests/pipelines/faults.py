@@ -217,6 +217,11 @@ def assert_as_undisturbed(run: Path | str, undisturbed: Path, stage: str) -> Non
     store, other = RunStore.open(run), RunStore.open(undisturbed)
     done = {name: (finished, planned) for name, finished, planned in status(store)}
     assert done[stage][0] == done[stage][1], done
+    assert_stored_as_undisturbed(store, other)
+
+
+def assert_stored_as_undisturbed(store: RunStore, other: RunStore) -> None:
+    """What is stored is whole, and equals what the undisturbed run stored of the same units."""
     for table in (
         "networks",
         "history",
