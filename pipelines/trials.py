@@ -219,7 +219,7 @@ def _trial_name(trial: Any) -> str:
 
 
 class _Told(logging.Handler):
-    """Turns Tune's log into notes; an error of the disk or the network is one line there, told once."""
+    """Turns Tune's log into notes: what the disk, the network or a lost process did is one line there, told once."""
 
     def __init__(self, progress: StageProgress) -> None:
         super().__init__(logging.ERROR)
@@ -228,7 +228,9 @@ class _Told(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, OSError):
+        if isinstance(error, ray.exceptions.RayError):
+            text = f"{record.getMessage().strip()}: {str(error).strip().splitlines()[0]}"
+        elif isinstance(error, OSError):
             text = f"{record.getMessage().strip()} {' '.join(str(error).split())}"
         else:
             text = self.format(record)

@@ -140,7 +140,10 @@ def test_the_failures_are_named(ended: Outcome) -> None:
     died = ended.failed.pop("seed=5")
     assert "died" in died
     assert ended.failed == {"seed=2": message, "seed=4": "KeyError: 'conv7'"}
-    notes = {note.split(":")[0]: note for note in ended.progress.notes}
+    deaths = [note for note in ended.progress.notes if note.startswith("Ray Tune: Trial task failed for trial seed=")]
+    assert {note.split("seed=")[1][0] for note in deaths} == {"1", "5"}  # once, and each time
+    assert all("\n" not in note and "died" in note for note in deaths)
+    notes = {note.split(":")[0]: note for note in ended.progress.notes if not note.startswith("Ray Tune: ")}
     assert set(notes) == {"seed=2", "seed=4"}
     assert notes["seed=2"] == f"seed=2: failed: {message}"
     assert 'raise KeyError("conv7")' in notes["seed=4"]  # a bug is told with its place
