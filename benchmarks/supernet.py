@@ -1,11 +1,13 @@
 """The supernet's step, and several supernets in one pass.
 
-    python benchmarks/supernet.py [--batch 128] [--threads 2] [--device cpu] [--members 2 4]
+    python benchmarks/supernet.py [--batch 128] [--threads 2] [--members 2 4]
+    python benchmarks/supernet.py --device cuda --batch 256 --images 40000 --members 5 35 --capture [--precision tf32]
 
 First: the time of a step of fine-tuning with a configuration active in the supernet, against the same step of the same
-configuration extracted (the baseline), for small, medium and large group-sizes. Then: an epoch of several supernets in
-one batched pass (engine.parallel_seeds) against the same supernets one after the other (the baseline). All are run in
-turn, and medians printed.
+configuration extracted (the baseline), for small, medium and large group-sizes. Then: an epoch of a supernet whose
+configurations are drawn, against one of a single configuration (the baseline), both by the library's fine-tuning with
+the options given. Last: an epoch of several supernets in one batched pass (engine.parallel_seeds) against the same
+supernets one after the other (the baseline). All are run in turn, and medians printed.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from gross_ray import Configuration, SearchSpace, extract, set_configuration
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.layers import decomposable_layers
-from gross_ray.decomposition.surgery import build_supernet
-from gross_ray.experiment import Schedule
+from gross_ray.decomposition.surgery import build_supernet, series_layers
+from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.models import build_model
+from gross_ray.training.capture import captures
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import finetune, freeze_all_but_series
 from gross_ray.training.together import Member, finetune_together
@@ -42,6 +45,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--members", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--capture", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--precision", default="float32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -49,8 +55,13 @@ def main() -> None:
     print(f"four-conv, batches of {options.batch}, {name}, torch {torch.__version__}, median of {REPEATS}")
     for text in ("1-1-1", "4-4-4", "16-16-16", "32-32-64"):
         _steps(Configuration.parse(text), options.batch, device)
+    engine = EngineOptions(precision=options.precision, compile=options.compile, capture=options.capture)
+    print(engine)
+    splits = _splits(options.images, device)
+    schedule = Schedule(epochs=1, lr=1e-6, batch_size=options.batch)
+    _epochs(splits, schedule, engine, device)
     for members in options.members:
-        _together(members, options.batch, options.images, device)
+        _together(members, splits, schedule, engine, device)
 
 
 def _supernet(device: torch.device) -> nn.Module:
@@ -109,26 +120,57 @@ def _step(
     return step
 
 
-def _together(members: int, batch: int, num_images: int, device: torch.device) -> None:
+def _splits(num_images: int, device: torch.device) -> Splits:
+    """Return random images, as many as an epoch takes."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
     train = ImageSet(pixels, torch.randint(10, (num_images,), generator=generator).to(device))
     few = ImageSet(train.images[:1], train.labels[:1])
-    splits = Splits("noise", train, few, few, tuple("abcdefghij"))
-    schedule = Schedule(epochs=1, lr=1e-6, batch_size=batch)
+    return Splits("noise", train, few, few, tuple("abcdefghij"))
+
+
+def _epochs(splits: Splits, schedule: Schedule, engine: EngineOptions, device: torch.device) -> None:
+    supernet = _supernet(device)
+    sampler = ConfigurationSampler(SearchSpace.of(supernet), 0.0)
+    single = {name: [layer.bottleneck(4)] for name, layer in series_layers(supernet).items()}
+    network = build_model("four-conv", num_classes=10, generator=torch.Generator().manual_seed(0))
+    one = build_supernet(network, single).to(device=device, memory_format=torch.channels_last)
+
+    def drawn() -> None:
+        if engine.compile or captures(engine, device):
+            finetune_together([Member(copy.deepcopy(supernet), 0, sampler)], splits, schedule, engine=engine)
+        else:
+            finetune(copy.deepcopy(supernet), splits, schedule, seed=0, sampler=sampler, engine=engine)
+
+    def alone() -> None:
+        finetune(copy.deepcopy(one), splits, schedule, seed=0, engine=engine)
+
+    seconds = _in_turn([drawn, alone], device)
+    steps = -(-len(splits.train) // schedule.batch_size)
+    print(
+        f"an epoch of {steps} steps: supernet {1e3 * seconds[0] / steps:.2f} ms a step, "
+        f"4-4-4 by itself {1e3 * seconds[1] / steps:.2f} ms, ratio {seconds[0] / seconds[1]:.2f}"
+    )
+
+
+def _together(members: int, splits: Splits, schedule: Schedule, engine: EngineOptions, device: torch.device) -> None:
     supernet = _supernet(device)
     sampler = ConfigurationSampler(SearchSpace.of(supernet), 0.0)
 
     def one_by_one() -> None:
         for seed in range(members):
-            finetune(copy.deepcopy(supernet), splits, schedule, seed=seed, sampler=sampler)
+            if engine.compile or captures(engine, device):
+                finetune_together([Member(copy.deepcopy(supernet), seed, sampler)], splits, schedule, engine=engine)
+            else:
+                finetune(copy.deepcopy(supernet), splits, schedule, seed=seed, sampler=sampler, engine=engine)
 
     def in_one_pass() -> None:
-        finetune_together([Member(copy.deepcopy(supernet), seed, sampler) for seed in range(members)], splits, schedule)
+        some = [Member(copy.deepcopy(supernet), seed, sampler) for seed in range(members)]
+        finetune_together(some, splits, schedule, engine=engine)
 
     together, alone = _in_turn([in_one_pass, one_by_one], device)
     print(
-        f"{members} supernets, an epoch of {num_images} images: in one pass {together:.2f} s, "
+        f"{members} supernets, an epoch of {len(splits.train)} images: in one pass {together:.2f} s, "
         f"one by one {alone:.2f} s, ratio {alone / together:.2f}"
     )
 

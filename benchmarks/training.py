@@ -1,12 +1,14 @@
 """Training the base network: the resident loop against the usual one.
 
     python benchmarks/training.py [--images 3000] [--threads 2]
+    python benchmarks/training.py --device cuda --images 40000 --batch 256 --workers 8 [--capture] [--precision tf32]
     python benchmarks/training.py --accuracy [--seeds 5] [--epochs 3] [--dataset fashion-mnist]
 
-Baseline, in the same run: a DataLoader in the main process with torchvision's transforms (pad and crop, flip,
-normalise) on PIL images, the same network, optimiser and number of steps. Both are run three times in turn; the
-medians of the images a second and their ratio are printed. With `--accuracy`, both train a network for each seed, and
-what they reach on the validation split is compared (Welch's t-test).
+Baseline, in the same run: a DataLoader (in the main process, or with `--workers` processes) with torchvision's
+transforms (pad and crop, flip, normalise) on PIL images, the same network, optimiser and number of steps. Both are run
+three times in turn; the medians of the images a second and their ratio are printed. `--capture`, `--precision` and
+`--compile` are the resident loop's. With `--accuracy`, both train a network for each seed, and what they reach on the
+validation split is compared (Welch's t-test).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +26,10 @@ from torchvision import transforms
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import load_dataset
-from gross_ray.experiment import DataOptions, Schedule
+from gross_ray.experiment import DataOptions, EngineOptions, Schedule
 from gross_ray.models import build_model
 from gross_ray.training.loop import accuracy
 from gross_ray.training.stages import train_network
-
-BATCH = 128
-SCHEDULE = Schedule(epochs=1, lr=0.01, batch_size=BATCH)
 
 
 class _Pictures(Dataset):
@@ -60,6 +60,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--dataset", default="sample")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=0, help="processes of the usual loop's DataLoader")
+    parser.add_argument("--epochs-ours", type=int, default=1, help="of the resident loop, the first left out if more")
+    parser.add_argument("--capture", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--precision", default="float32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     limits = {"limit_train": options.images, "limit_validation": 0 if options.accuracy else 100}
@@ -67,26 +74,39 @@ def main() -> None:
     if options.accuracy:
         _accuracies(splits, options)
         return
-    pictures = _Pictures(splits.train)
+    pictures, splits = _Pictures(splits.train), _on(splits, options.device)
+    engine = EngineOptions(precision=options.precision, compile=options.compile, capture=options.capture)
+    one = Schedule(epochs=1, lr=0.01, batch_size=options.batch)
+    ours = replace(one, epochs=options.epochs_ours)
     rates: dict[str, list[float]] = {"usual": [], "resident": []}
     for _ in range(3):
-        rates["usual"].append(_usual(pictures, _network(), SCHEDULE))
-        rates["resident"].append(_resident(splits))
+        rates["usual"].append(_usual(pictures, _network().to(options.device), one, options))
+        rates["resident"].append(_resident(splits, ours, engine))
     usual, resident = (statistics.median(rates[name]) for name in ("usual", "resident"))
-    print(f"four-conv, one epoch of {options.images} images, {options.threads} threads, torch {torch.__version__}, n=3")
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
     print(
-        f"usual loop: {usual:.0f} images/s    resident loop: {resident:.0f} images/s    ratio: {resident / usual:.2f}"
+        f"four-conv, one epoch of {options.images} images, batches of {options.batch}, {where}, "
+        f"torch {torch.__version__}, n=3, {engine}"
     )
+    print(
+        f"usual loop ({options.workers} workers): {usual:.0f} images/s    resident loop: {resident:.0f} images/s    "
+        f"ratio: {resident / usual:.2f}"
+    )
+
+
+def _on(splits: Splits, device: str) -> Splits:
+    parts = (splits.train, splits.validation, splits.test)
+    return Splits(splits.name, *(part.to(device) for part in parts), splits.classes)
 
 
 def _accuracies(splits: Splits, options: argparse.Namespace) -> None:
     pictures = _Pictures(splits.train)
     found: dict[str, list[float]] = {"usual": [], "resident": []}
-    schedule = Schedule(epochs=options.epochs, lr=0.02, batch_size=BATCH)
+    schedule = Schedule(epochs=options.epochs, lr=0.02, batch_size=options.batch)
     for seed in range(options.seeds):
         network = _network(seed)
         torch.manual_seed(seed)
-        _usual(pictures, network, schedule)
+        _usual(pictures, network, schedule, options)
         found["usual"].append(100 * accuracy(network, splits.validation))
         network = _network(seed)
         train_network(network, splits, schedule, seed=seed)
@@ -103,24 +123,36 @@ def _network(seed: int = 0) -> torch.nn.Module:
     return build_model("four-conv", num_classes=10, generator=torch.Generator().manual_seed(seed))
 
 
-def _usual(pictures: _Pictures, network: torch.nn.Module, schedule: Schedule) -> float:
+def _usual(pictures: _Pictures, network: torch.nn.Module, schedule: Schedule, options: argparse.Namespace) -> float:
     """Train as usual; return the images a second."""
     network.train()
     optimizer = torch.optim.SGD(
         network.parameters(), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
     )
+    loader = DataLoader(
+        pictures,
+        batch_size=schedule.batch_size,
+        shuffle=True,
+        num_workers=options.workers,
+        pin_memory=options.device == "cuda",
+        persistent_workers=options.workers > 0,
+    )
     started = time.perf_counter()
     for _ in range(schedule.epochs):
-        for inputs, labels in DataLoader(pictures, batch_size=BATCH, shuffle=True):
-            loss = F.cross_entropy(network(inputs), labels)
+        for inputs, labels in loader:
+            logits = network(inputs.to(options.device, non_blocking=True))
+            loss = F.cross_entropy(logits, labels.to(options.device, non_blocking=True))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
     return schedule.epochs * len(pictures) / (time.perf_counter() - started)
 
 
-def _resident(splits: Splits) -> float:
-    return train_network(_network(), splits, SCHEDULE, seed=0)[0].images_per_second
+def _resident(splits: Splits, schedule: Schedule, engine: EngineOptions) -> float:
+    history = train_network(_network().to(splits.train.device), splits, schedule, seed=0, engine=engine)
+    return statistics.median(epoch.images_per_second for epoch in history[1:] or history)
 
 
 if __name__ == "__main__":

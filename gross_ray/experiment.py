@@ -278,6 +278,8 @@ class EngineOptions:
     """Of trainings: float32, tf32 (CUDA only) or bfloat16 (autocast). `search.precision` is that of the search."""
     compile: bool = False
     """Compile losses with torch.compile, which needs a C++ compiler; a supernet becomes one graph."""
+    capture: bool = False
+    """On a GPU, replay each step as one CUDA graph; not for a network whose path depends on numbers or on chance."""
     parallel_seeds: int = 1
     """Supernets trained in one batched pass, where a GPU is not filled by one; equal to one by one but for rounding."""
     recalibrate: bool = True
@@ -288,6 +290,14 @@ class EngineOptions:
         known = self.precision in PRECISIONS
         _require(known, "engine.precision", self.precision, f"must be one of {', '.join(PRECISIONS)}")
         _require(self.parallel_seeds >= 1, "engine.parallel_seeds", self.parallel_seeds, "must be 1 or more")
+        for name, stacks in (("parallel_seeds", self.parallel_seeds > 1), ("compile", self.compile)):
+            _require(
+                not stacks or self.precision != "bfloat16",
+                "engine.precision",
+                self.precision,
+                f"must be float32 or tf32 with engine.{name} = {getattr(self, name)}: supernets are then stacked by "
+                "torch.func.vmap, which knows no autocast",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import nn
 
 from gross_ray.data.image_set import Splits
@@ -14,6 +15,7 @@ from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.results.store import RunStore
 from gross_ray.seeds import derive_seed
 from gross_ray.space import SearchSpace
+from gross_ray.training.capture import captures
 from gross_ray.training.loop import EpochRecord
 from gross_ray.training.sampling import ConfigurationSampler, settled_scaling
 from gross_ray.training.stages import finetune, reconstruct
@@ -74,10 +76,19 @@ def run_finetune(session: Session) -> None:
     _run(session, FINETUNE, FINETUNE, plan(store))
 
 
-def in_groups(store: RunStore) -> bool:
+def in_groups(session: Session, units: Sequence[Unit]) -> bool:
     """Return whether supernets are trained as stacks: several in one pass, or one graph for all configurations."""
-    engine = store.experiment.engine
-    return engine.parallel_seeds > 1 or engine.compile
+    engine = session.store.experiment.engine
+    if engine.parallel_seeds > 1 or engine.compile:
+        return True
+    if not engine.capture or {unit.name for unit in units} <= finished(session.store, FINETUNE):
+        return False  # and the cluster, which knows the device, is not joined for nothing
+    return as_one_graph(engine, session.cluster().device)
+
+
+def as_one_graph(engine: EngineOptions, device: str) -> bool:
+    """Return whether a supernet by itself is trained as a stack of one, which cannot be done in bfloat16."""
+    return engine.compile or (captures(engine, torch.device(device)) and engine.precision != "bfloat16")
 
 
 def train_together(session: Session, name: str, units: list[Unit]) -> None:
@@ -102,7 +113,7 @@ def _run(session: Session, name: str, stage: str, units: list[Unit]) -> None:
         RECONSTRUCT: (reconstruct_work, reconstruct_group),
         FINETUNE: (finetune_work, finetune_group),
     }[stage]
-    together = store.experiment.engine.parallel_seeds if in_groups(store) else None
+    together = store.experiment.engine.parallel_seeds if in_groups(session, units) else None
     work = one if together is None else several
     session.run(name, units, work, lambda: finished(store, stage), together=together)
 
@@ -124,7 +135,7 @@ def reconstruct_work(
     supernet = _decomposed(context, base, unit)
     original, schedule = base.network.to(context.device), context.store.experiment.reconstruction
     training: _Training = partial(reconstruct, supernet, original)
-    if context.store.experiment.engine.compile:
+    if as_one_graph(context.store.experiment.engine, context.device):
         training = _as_stack(supernet, partial(reconstruct_together, original=original))
     last = _train(context, unit, RECONSTRUCT, supernet, schedule, training, share, measure)
     return f"response error {last.train_loss:.4f}"
@@ -147,7 +158,7 @@ def finetune_work(
     """Fine-tune one reconstructed supernet; `share` and `measure` as in `reconstruct_work`."""
     supernet = load_supernet(context.store, RECONSTRUCT, unit.name).to(context.device)
     training: _Training = partial(finetune, supernet)
-    if context.store.experiment.engine.compile:
+    if as_one_graph(context.store.experiment.engine, context.device):
         training = _as_stack(supernet, finetune_together)
     schedule = context.store.experiment.finetuning
     last = _train(context, unit, FINETUNE, supernet, schedule, training, share, measure)

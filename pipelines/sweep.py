@@ -80,7 +80,7 @@ def _grid(session: Session, scheduler: str) -> None:
     if not {unit.name for unit in units} <= supernet.finished(store, supernet.RECONSTRUCT):
         supernet.require_decompositions(store)
     validate.run_fixed(session)
-    if scheduler == "none" and supernet.in_groups(store):
+    if scheduler == "none" and supernet.in_groups(session, units):
         with suppress(UnitsFailedError):  # told by then; their trials meet the same, and account for it
             supernet.train_together(session, STAGE, units)  # the trials find them trained, and measure them
     numbers = {unit.name: number for number, unit in enumerate(units)}

@@ -40,11 +40,13 @@ class Normalisation:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return uint8 images (N, 3, H, W) normalised: of the same shape, float32, on the same device."""
-        mean, std = (
-            values[0] if len(values) == 1 else torch.tensor(values, device=images.device)[:, None, None]
-            for values in (self.mean, self.std)
-        )
-        return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+        normalised = images.to(torch.float32).div_(255)
+        if len(self.mean) == len(self.std) == 1:
+            return normalised.sub_(self.mean[0]).div_(self.std[0])
+        for channel in range(3):  # by numbers: a tensor of them would be copied to the device, and waited for
+            mean, std = (values[channel % len(values)] for values in (self.mean, self.std))
+            normalised[:, channel].sub_(mean).div_(std)
+        return normalised
 
 
 THE_PAPERS = Normalisation()

@@ -116,15 +116,17 @@ class SupernetStack:
             found |= {f"{layer}.{term}.{k}": one for term, terms in parts.items() for k, one in enumerate(terms)}
         return found
 
-    def active(self, configurations: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Return the masks (S, K) of one configuration a supernet, by the names that the template gives them."""
+    def active(self, configurations: Sequence[Sequence[Sequence[int]]]) -> list[dict[str, Tensor]]:
+        """Return for each step the masks (S, K) of its configurations, one a supernet, by the template's names.
+
+        They are copied to the device at once, so that no step waits for it.
+        """
+        chosen = torch.tensor([[list(one) for one in step] for step in configurations])  # (steps, S, layers)
         masks = {}
         for place, (name, series) in enumerate(self.layers.items()):
             sizes = torch.tensor(series.group_sizes)
-            chosen = torch.tensor([configuration[place] for configuration in configurations])
-            mask = (sizes <= chosen[:, None]).to(series.active.dtype)
-            masks[f"{name}.active"] = mask.to(series.active.device, non_blocking=True)
-        return masks
+            masks[f"{name}.active"] = (sizes <= chosen[..., place, None]).to(series.active)
+        return [{name: mask[step] for name, mask in masks.items()} for step in range(len(chosen))]
 
     def select(self, members: Sequence[int]) -> None:
         """Go on with some of the supernets."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,8 +20,11 @@ Keep = Callable[[nn.Dropout, Tensor], Tensor]
 class EpochDraws:
     """The random numbers of one epoch of one training: they depend on its seed, not on what else is drawn."""
 
-    def __init__(self, images: ImageSet, seed: int, schedule: Schedule) -> None:
-        """Draw the order and the crops of the whole epoch, so that no step waits for a copy to the device."""
+    def __init__(self, images: ImageSet, seed: int, schedule: Schedule, dropout: torch.Generator | None = None) -> None:
+        """Draw the order and the crops of the whole epoch, so that no step waits for a copy to the device.
+
+        `dropout` is a generator on the device to be seeded anew, for one is made otherwise.
+        """
         self.num_images = schedule.images_of(len(images))
         """How many images the epoch takes."""
         self.device = device = images.device
@@ -31,7 +34,8 @@ class EpochDraws:
         order = torch.randperm(len(images), generator=self.generator)[: self.num_images]
         self._order = order.to(images.images.device)
         self._crops = draw_crops(self.num_images, self.generator).to(device) if schedule.augment else None
-        self._dropout = torch.Generator(device).manual_seed(derive_seed(seed, "dropout"))
+        self._dropout = torch.Generator(device) if dropout is None else dropout
+        self._dropout.manual_seed(derive_seed(seed, "dropout"))
         self.global_seed = derive_seed(seed, "global")
         """For what draws from torch's global generators."""
 
@@ -41,6 +45,26 @@ class EpochDraws:
             if self._crops is not None:
                 inputs = cropped_and_flipped(inputs, self._crops[:, number * size : (number + 1) * size])
             yield inputs, labels
+
+    @staticmethod
+    def batches_of_all(several: Sequence[EpochDraws], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what `batches` of each would, stacked: (S, B, 3, H, W) and (S, B).
+
+        Images that reside on the device are gathered and cropped for all of them at once.
+        """
+        first = several[0]
+        if first._images.streamed_to is not None or any(each._images is not first._images for each in several):
+            for batches in zip(*(each.batches(size) for each in several), strict=True):
+                yield torch.stack([inputs for inputs, _ in batches]), torch.stack([labels for _, labels in batches])
+            return
+        order = torch.stack([each._order for each in several])
+        for start in range(0, order.shape[1], size):
+            places = order[:, start : start + size]
+            inputs = first._images.images[places.flatten()]
+            if first._crops is not None:
+                crops = [each._crops[:, start : start + size] for each in several if each._crops is not None]
+                inputs = cropped_and_flipped(inputs, torch.cat(crops, dim=1))
+            yield inputs.unflatten(0, places.shape), first._images.labels[places]
 
     def keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
         """Draw what a dropout keeps of `inputs`, of their shape (a `Keep`)."""

@@ -19,6 +19,7 @@ from gross_ray.errors import DivergedError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
+from gross_ray.training.capture import CapturedStep, captures
 from gross_ray.training.draws import EpochDraws, dropout_by
 
 EVALUATION_BATCH = 250
@@ -87,6 +88,7 @@ def train(
     """
     device = images.device
     trained = list(parameters.values())
+    dropout = torch.Generator(device)
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
     history, momenta = restore(network, checkpoint)
     for name, momentum in momenta.items():
@@ -107,19 +109,24 @@ def train(
         optimizer.step()
         return value, norm
 
+    # A configuration that is drawn for each step chooses which terms take part: no graph could follow that.
+    captured = CapturedStep(step, [dropout]) if captures(engine, device) and before_step is None else None
+
     for epoch in range(len(history), schedule.epochs):
         started = time.perf_counter()
         lr = schedule.lr_at(epoch)
+        if captured is not None and lr != optimizer.param_groups[0]["lr"]:
+            captured.forget()
         for group in optimizer.param_groups:
             group["lr"] = lr
         set_mode()
-        draws = EpochDraws(images, derive_seed(seed, epoch), schedule)
-        steps: list[tuple[Tensor, Tensor]] = []
+        draws = EpochDraws(images, derive_seed(seed, epoch), schedule, dropout)
+        steps: list[tuple[Tensor, ...]] = []
         with random_numbers_of(draws, network, compiled=engine.compile), products_at(engine.precision, device):
             for inputs, labels in draws.batches(schedule.batch_size):
                 if before_step is not None:
                     before_step(draws.generator)
-                steps.append(step(inputs, labels))
+                steps.append((captured or step)(inputs, labels))
         losses, norms = (torch.stack(values) for values in zip(*steps, strict=True))
         check_finite(losses, norms, epoch, lr)
         train_loss, gradient_norm = float(losses.mean()), float(norms.mean())

@@ -23,6 +23,7 @@ from gross_ray.errors import DivergedError, InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
+from gross_ray.training.capture import CapturedStep, captures
 from gross_ray.training.draws import EpochDraws, dropout_by
 from gross_ray.training.loop import (
     FLOAT32,
@@ -203,23 +204,34 @@ class _Steps:
         self._shapes: dict[str, torch.Size] | None = None
         batched = vmap(self._loss)
         self._compiled = torch.compile(batched) if engine.compile else batched
+        self._lr = 0.0
+        self._as_inputs: Callable[[Tensor], Tensor] = torch.Tensor.float
+        device = next(iter(self._stack.terms.values())).device
+        self._captured = CapturedStep(self._whole_step) if captures(engine, device) else None
 
     def epoch(self, images: ImageSet, epoch: int, lr: float) -> tuple[Tensor, Tensor]:
         """Do one epoch; return the losses and gradient norms of its steps: (steps, S) each."""
         size, template = self._schedule.batch_size, self._stack.template
         self._stage.set_mode(template)
+        if lr != self._lr and self._captured is not None:
+            self._captured.forget()
+        self._lr, self._as_inputs = lr, images.as_inputs
         draws = [EpochDraws(images, derive_seed(member.seed, epoch), self._schedule) for member in self.members]
-        steps: list[tuple[Tensor, Tensor]] = []
+        drawn = [
+            [member.sampler.draw(each.generator) for _ in range(0, each.num_images, size)]
+            for member, each in zip(self.members, draws, strict=True)
+        ]
+        actives = self._stack.active(list(zip(*drawn, strict=True)))
+        steps: list[tuple[Tensor, ...]] = []
         with dropout_by(template, self._keep), products_at(self._engine.precision, images.device):
-            for batches in zip(*(each.batches(size) for each in draws), strict=True):
-                configurations = [
-                    member.sampler.draw(each.generator) for member, each in zip(self.members, draws, strict=True)
-                ]
-                active = self._stack.active(configurations)
-                inputs, labels = (torch.stack(parts) for parts in zip(*batches, strict=True))
-                losses = self._backward(inputs, labels, active, draws, images.as_inputs)
-                steps.append((losses, self._update(active, lr)))
-        return torch.stack([losses for losses, _ in steps]), torch.stack([norms for _, norms in steps])
+            for active, (inputs, labels) in zip(actives, EpochDraws.batches_of_all(draws, size), strict=True):
+                if self._captured is None:
+                    steps.append(self._step(inputs, labels, active, draws))
+                else:
+                    masks = self._draw_masks(inputs, active, draws)
+                    steps.append(self._captured(inputs, labels, *active.values(), *masks.values()))
+        losses, norms = (torch.stack(values) for values in zip(*steps, strict=True))
+        return losses, norms
 
     def momenta(self, member: int) -> dict[str, Tensor]:
         """Return one member's momenta, by the names of its parameters."""
@@ -234,44 +246,57 @@ class _Steps:
         self.members = [self.members[member] for member in members]
         self._stack.select(members)
         self._momenta = {name: momentum[members] for name, momentum in self._momenta.items()}
+        if self._captured is not None:
+            self._captured.forget()
 
-    def _backward(
-        self,
-        inputs: Tensor,
-        labels: Tensor,
-        active: dict[str, Tensor],
-        draws: Sequence[EpochDraws],
-        as_inputs: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """Leave the gradients of all members in the stacked terms; return the losses (S,)."""
-        terms, total = self._stack.terms, torch.zeros(())
-        for term in terms.values():
-            term.requires_grad_().grad = None
-        targets, count = self._stage.targets, inputs.shape[1]
-        part = count if targets is not None else images_of_part(self._stack.template, inputs[0])
+    def _step(
+        self, inputs: Tensor, labels: Tensor, active: dict[str, Tensor], draws: Sequence[EpochDraws]
+    ) -> tuple[Tensor, Tensor]:
+        """Do one step, of a batch in parts on a CPU; return the losses and gradient norms (S,)."""
+        count = inputs.shape[1]
+        whole = self._stage.targets is not None
+        part = count if whole else images_of_part(self._stack.template, inputs[0])
+        total: Tensor | None = None
+        gradients: list[Tensor] = []
         for some, theirs in zip(inputs.split(part, dim=1), labels.split(part, dim=1), strict=True):
-            images = as_inputs(some.flatten(0, 1)).unflatten(0, some.shape[:2])
-            masks = self._draw_masks(images, active, draws)
-            with forward_at(self._engine.precision, inputs.device):
-                goal = theirs if targets is None else targets(images)
-                values = self._batched(terms, active, masks, images, goal)
-            values = values * (some.shape[1] / count)
-            values.sum().backward()
-            total = total.to(values) + values.detach()
-        return total
+            masks = self._draw_masks(some, active, draws)
+            losses, found = self._gradients(some, theirs, active, masks, some.shape[1] / count)
+            total = losses if total is None else total + losses
+            gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else found
+        assert total is not None
+        return total, self._update(gradients, active)
+
+    def _whole_step(self, inputs: Tensor, labels: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Do one step of a whole batch; `masks` are those of the layers and then those of the dropouts."""
+        assert self._shapes is not None
+        names = [f"{layer}.active" for layer in self._stack.layers]
+        active = dict(zip(names, masks[: len(names)], strict=True))
+        kept = dict(zip(self._shapes, masks[len(names) :], strict=True))
+        losses, gradients = self._gradients(inputs, labels, active, kept, 1.0)
+        return losses, self._update(gradients, active)
+
+    def _gradients(
+        self, pixels: Tensor, labels: Tensor, active: dict[str, Tensor], masks: dict[str, Tensor], share: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the losses (S,) times `share`, and the gradients of the stacked terms."""
+        images = self._as_inputs(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        terms = {name: term.detach().requires_grad_() for name, term in self._stack.terms.items()}
+        with forward_at(self._engine.precision, pixels.device):
+            goal = labels if self._stage.targets is None else self._stage.targets(images)
+            values = self._batched(terms, active, masks, images, goal) * share
+        return values.detach(), list(torch.autograd.grad(values.sum(), list(terms.values())))
 
     @torch.no_grad()
-    def _update(self, active: dict[str, Tensor], lr: float) -> Tensor:
+    def _update(self, gradients: list[Tensor], active: dict[str, Tensor]) -> Tensor:
         """Take a step of SGD with the terms that took part, as torch does with those; return the norms (S,)."""
         squares = []
-        for name, term in self._stack.terms.items():
-            assert term.grad is not None
-            squares.append(term.grad.flatten(1).square().sum(1))
+        for (name, term), gradient in zip(self._stack.terms.items(), gradients, strict=True):
+            squares.append(gradient.flatten(1).square().sum(1))
             part = active[f"{name.rpartition('.')[0]}.active"].view(*term.shape[:2], *[1] * (term.ndim - 2))
-            step = term.grad.add(term, alpha=self._schedule.weight_decay)
+            step = gradient.add(term, alpha=self._schedule.weight_decay)
             step.add_(self._momenta[name], alpha=self._schedule.momentum)
             momentum = self._momenta[name].copy_(torch.where(part > 0, step, self._momenta[name]))
-            term.sub_(momentum * part, alpha=lr)
+            term.sub_(momentum * part, alpha=self._lr)
         return torch.stack(squares).sum(0).sqrt()
 
     def _batched(self, *arguments: Any) -> Tensor:
@@ -303,15 +328,15 @@ class _Steps:
     def _keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
         return self._masks[self._dropouts[dropout]].to(inputs.dtype)
 
-    def _draw_masks(self, images: Tensor, active: dict[str, Tensor], draws: Sequence[EpochDraws]) -> dict[str, Tensor]:
+    def _draw_masks(self, pixels: Tensor, active: dict[str, Tensor], draws: Sequence[EpochDraws]) -> dict[str, Tensor]:
         """Draw what each dropout keeps, as the members by themselves would: by name (S, B, ...)."""
         if self._shapes is None:
-            self._shapes = self._dropout_shapes(images[0], active)
+            self._shapes = self._dropout_shapes(self._as_inputs(pixels[0]), active)
         modules = {name: module for module, name in self._dropouts.items()}
         masks: dict[str, list[Tensor]] = {name: [] for name in self._shapes}
         for each in draws:
             for name, shape in self._shapes.items():
-                like = torch.empty(images.shape[1], *shape, device=images.device)
+                like = torch.empty(pixels.shape[1], *shape, device=pixels.device)
                 masks[name].append(each.keep(modules[name], like))
         return {name: torch.stack(some) for name, some in masks.items()}
 

@@ -134,7 +134,7 @@ def test_parts_of_one_member_are_the_supernet_by_itself(supernets: list[nn.Modul
         for configuration in SearchSpace.of(supernet):
             set_configuration(supernet, configuration)
             terms = {name: term[place] for name, term in stack.terms.items()}
-            active = {name: mask[0] for name, mask in stack.active([configuration]).items()}
+            active = {name: mask[0] for name, mask in stack.active([[configuration]])[0].items()}
             ours = torch.func.functional_call(stack.template.eval(), {**terms, **active}, (images,))
             torch.testing.assert_close(ours, supernet.eval()(images), rtol=1e-10, atol=1e-12)
         for name, tensor in stack.unstack(stack.terms, place).items():
