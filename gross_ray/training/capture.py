@@ -25,12 +25,17 @@ def captures(engine: EngineOptions, device: torch.device) -> bool:
 class Graph:
     """One captured call, replayed on the same memory."""
 
-    def __init__(self, call: Callable[[], tuple[Tensor, ...]], generators: Sequence[torch.Generator]) -> None:
-        """Capture `call`, which does not run yet; random numbers of `generators` go on with each replay."""
+    def __init__(
+        self,
+        call: Callable[[], tuple[Tensor, ...]],
+        generators: Sequence[torch.Generator],
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        """Capture `call` on `stream`, without running it; random numbers of `generators` go on with each replay."""
         self._graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self._graph.register_generator_state(generator)
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=stream):
             self._results = call()
 
     def replay(self) -> tuple[Tensor, ...]:
@@ -49,6 +54,8 @@ class CapturedStep:
     def __init__(self, step: Step, generators: Sequence[torch.Generator] = ()) -> None:
         """Prepare to capture `step`, which draws from `generators`, and from torch's own, alone."""
         self._step, self._generators = step, generators
+        # Autograd ties what it keeps of a parameter to the stream of its first use: the warm-up is on the capture's.
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._done: Counter[tuple[torch.Size, ...]] = Counter()
         self._graphs: dict[tuple[torch.Size, ...], tuple[list[Tensor], Graph]] = {}
 
@@ -57,14 +64,24 @@ class CapturedStep:
         shapes = tuple(argument.shape for argument in arguments)
         if self._done[shapes] < WARM_UP:
             self._done[shapes] += 1
-            return self._step(*arguments)
+            return self._warm_up(*arguments)
         if shapes not in self._graphs:
             own = [argument.clone() for argument in arguments]
-            self._graphs[shapes] = own, Graph(lambda: self._step(*own), self._generators)
+            self._graphs[shapes] = own, Graph(lambda: self._step(*own), self._generators, self._stream)
         own, graph = self._graphs[shapes]
         for place, argument in zip(own, arguments, strict=True):
             place.copy_(argument)
         return tuple(result.clone() for result in graph.replay())
+
+    def _warm_up(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        if self._stream is None:
+            return self._step(*arguments)
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            results = self._step(*arguments)
+        current.wait_stream(self._stream)
+        return results
 
     def forget(self) -> None:
         """Drop the graphs, and their memory: something that they were captured with is another now."""

@@ -84,7 +84,9 @@ def reconstruct(
             with torch.no_grad():
                 original(inputs)
             supernet(inputs)
-            return torch.stack([response_error(ours.of[name], theirs.of[name]) for name in names]).sum()
+            error = torch.stack([response_error(ours.of[name], theirs.of[name]) for name in names]).sum()
+            ours.of.clear()  # or the graph of this step would live on into the next
+            return error
 
         return train(
             supernet,

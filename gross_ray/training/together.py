@@ -189,12 +189,14 @@ class _Steps:
     ) -> None:
         self.members = members
         self._schedule, self._engine, self._stage = schedule, engine, stage
-        self._stack = SupernetStack([member.supernet for member in members])
+        device = next(members[0].supernet.parameters()).device
+        self._stack = SupernetStack([member.supernet for member in members], dense=device.type == "cuda")
         trained = (
             {name: one for name, one in each.supernet.named_parameters() if one.requires_grad} for each in members
         )
         zeros = ({name: torch.zeros_like(one) for name, one in terms.items()} for terms in trained)
         self._momenta = self._stack.stack([none | dict(some) for none, some in zip(zeros, momenta, strict=True)])
+        self._lay_flat()
         self._dropouts = {
             module: name for name, module in self._stack.template.named_modules() if type(module) is nn.Dropout
         }
@@ -206,7 +208,6 @@ class _Steps:
         self._compiled = torch.compile(batched) if engine.compile else batched
         self._lr = 0.0
         self._as_inputs: Callable[[Tensor], Tensor] = torch.Tensor.float
-        device = next(iter(self._stack.terms.values())).device
         self._captured = CapturedStep(self._whole_step) if captures(engine, device) else None
 
     def epoch(self, images: ImageSet, epoch: int, lr: float) -> tuple[Tensor, Tensor]:
@@ -233,6 +234,21 @@ class _Steps:
         losses, norms = (torch.stack(values) for values in zip(*steps, strict=True))
         return losses, norms
 
+    def _lay_flat(self) -> None:
+        """Put all terms of a member into one row, and all momenta: a step of SGD is then a few kernels."""
+        terms = self._stack.terms
+        self._flat_terms, self._stack.terms = _rows(terms)
+        self._flat_momenta, self._momenta = _rows(self._momenta)
+        starts, count = {}, 0
+        for name, layer in self._stack.layers.items():
+            starts[name], count = count, count + len(layer.group_sizes)
+        # For each number of a row the place of its mask, those of all layers being one after the other.
+        places = [
+            (starts[name.rpartition(".")[0]] + torch.arange(term.shape[1])).repeat_interleave(term[0, 0].numel())
+            for name, term in terms.items()
+        ]
+        self._mask_of = torch.cat(places).to(self._flat_terms.device)
+
     def momenta(self, member: int) -> dict[str, Tensor]:
         """Return one member's momenta, by the names of its parameters."""
         return self._stack.unstack(self._momenta, member)
@@ -246,6 +262,7 @@ class _Steps:
         self.members = [self.members[member] for member in members]
         self._stack.select(members)
         self._momenta = {name: momentum[members] for name, momentum in self._momenta.items()}
+        self._lay_flat()
         if self._captured is not None:
             self._captured.forget()
 
@@ -289,15 +306,13 @@ class _Steps:
     @torch.no_grad()
     def _update(self, gradients: list[Tensor], active: dict[str, Tensor]) -> Tensor:
         """Take a step of SGD with the terms that took part, as torch does with those; return the norms (S,)."""
-        squares = []
-        for (name, term), gradient in zip(self._stack.terms.items(), gradients, strict=True):
-            squares.append(gradient.flatten(1).square().sum(1))
-            part = active[f"{name.rpartition('.')[0]}.active"].view(*term.shape[:2], *[1] * (term.ndim - 2))
-            step = gradient.add(term, alpha=self._schedule.weight_decay)
-            step.add_(self._momenta[name], alpha=self._schedule.momentum)
-            momentum = self._momenta[name].copy_(torch.where(part > 0, step, self._momenta[name]))
-            term.sub_(momentum * part, alpha=self._lr)
-        return torch.stack(squares).sum(0).sqrt()
+        gradient = torch.cat([one.flatten(1) for one in gradients], dim=1)
+        part = torch.cat(list(active.values()), dim=1)[:, self._mask_of]
+        step = gradient.add(self._flat_terms, alpha=self._schedule.weight_decay)
+        step.add_(self._flat_momenta, alpha=self._schedule.momentum)
+        self._flat_momenta.copy_(torch.where(part > 0, step, self._flat_momenta))
+        self._flat_terms.sub_(self._flat_momenta * part, alpha=self._lr)
+        return gradient.square().sum(1).sqrt()
 
     def _batched(self, *arguments: Any) -> Tensor:
         """Return the losses of all members (S,)."""
@@ -358,3 +373,10 @@ class _Steps:
         with torch.no_grad(), dropout_by(self._stack.template, look):
             functional_call(self._stack.template, first, (images,))
         return shapes
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return tensors (S, ...) as rows of one (S, n), and views of it in their shapes."""
+    rows = torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
+    parts = rows.split([tensor[0].numel() for tensor in tensors.values()], dim=1)
+    return rows, {name: part.view(one.shape) for (name, one), part in zip(tensors.items(), parts, strict=True)}

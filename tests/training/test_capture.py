@@ -33,7 +33,7 @@ class StandIn:
 
     made = 0
 
-    def __init__(self, call: Callable[[], tuple[Tensor, ...]], generators: Sequence[torch.Generator]) -> None:
+    def __init__(self, call: Callable[[], tuple[Tensor, ...]], _: Sequence[torch.Generator], stream: Any) -> None:
         StandIn.made += 1
         self._call = call
         self._results: tuple[Tensor, ...] | None = None
