@@ -29,7 +29,7 @@ from pipelines.units import Context, EpochSlot, Unit, members_of, require
 RECONSTRUCT = "reconstruct"
 FINETUNE = "finetune"
 
-Training = Callable[..., list[EpochRecord]]
+_Training = Callable[..., list[EpochRecord]]
 Measure = Callable[[nn.Module, EpochRecord], dict[str, float]]
 """Measures a supernet after an epoch, by name; it may leave any configuration active."""
 
@@ -134,9 +134,9 @@ def reconstruct_work(
     base = load_base(context.store)
     supernet = _decomposed(context, base, unit)
     original, schedule = base.network.to(context.device), context.store.experiment.reconstruction
-    training: Training = partial(reconstruct, supernet, original)
+    training: _Training = partial(reconstruct, supernet, original)
     if as_one_graph(context.store.experiment.engine, context.device):
-        training = as_stack(supernet, partial(reconstruct_together, original=original))
+        training = _as_stack(supernet, partial(reconstruct_together, original=original))
     last = _train(context, unit, RECONSTRUCT, supernet, schedule, training, share, measure)
     return f"response error {last.train_loss:.4f}"
 
@@ -157,9 +157,9 @@ def finetune_work(
 ) -> str:
     """Fine-tune one reconstructed supernet; `share` and `measure` as in `reconstruct_work`."""
     supernet = load_supernet(context.store, RECONSTRUCT, unit.name).to(context.device)
-    training: Training = partial(finetune, supernet)
+    training: _Training = partial(finetune, supernet)
     if as_one_graph(context.store.experiment.engine, context.device):
-        training = as_stack(supernet, finetune_together)
+        training = _as_stack(supernet, finetune_together)
     schedule = context.store.experiment.finetuning
     last = _train(context, unit, FINETUNE, supernet, schedule, training, share, measure)
     return f"loss {last.train_loss:.4f}, largest configuration {last.val_accuracy:.4f}"
@@ -174,7 +174,7 @@ def finetune_group(context: Context, group: Unit) -> str:
     return _store_together(context, group, FINETUNE, supernets, outcomes)
 
 
-def as_stack(supernet: nn.Module, together: Callable[..., list[Outcome]]) -> Training:
+def _as_stack(supernet: nn.Module, together: Callable[..., list[Outcome]]) -> _Training:
     """Return the training of one supernet as a stack of one: it is one graph for all configurations."""
 
     def training(
@@ -182,13 +182,12 @@ def as_stack(supernet: nn.Module, together: Callable[..., list[Outcome]]) -> Tra
         schedule: Schedule,
         *,
         seed: int,
-        sampler: ConfigurationSampler | None = None,
+        sampler: ConfigurationSampler,
         engine: EngineOptions,
         checkpoint: EpochSlot,
         on_epoch: Callable[[EpochRecord], object],
     ) -> list[EpochRecord]:
-        drawn = sampler or ConfigurationSampler(SearchSpace.of(supernet), 0.0)  # of the only one there is
-        members = [Member(supernet, seed, drawn, checkpoint, on_epoch)]
+        members = [Member(supernet, seed, sampler, checkpoint, on_epoch)]
         (outcome,) = together(members, splits=splits, schedule=schedule, engine=engine)
         if isinstance(outcome, DivergedError):
             raise outcome
@@ -249,7 +248,7 @@ def _train(
     stage: str,
     supernet: nn.Module,
     schedule: Schedule,
-    training: Training,
+    training: _Training,
     share: tuple[float, float],
     measure: Measure | None,
 ) -> EpochRecord:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-
-import torch
 
 from gross_ray.batch_norm import calibration_batches, calibration_images, recalibrate
 from gross_ray.decomposition.surgery import build_supernet
@@ -19,15 +16,12 @@ from gross_ray.search.cost import configuration_macs, count_parameters
 from gross_ray.search.selection import Budget, uniform
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
-from gross_ray.training.capture import captures
 from gross_ray.training.loop import EpochRecord, accuracy
 from gross_ray.training.stages import finetune, reconstruct
-from gross_ray.training.together import finetune_together, reconstruct_together
 from pipelines import search
 from pipelines.decompose import layer_terms
 from pipelines.networks import history_rows, load_base, metrics, save_supernet
 from pipelines.session import Session
-from pipelines.supernet import Training, as_stack
 from pipelines.tuning import Tuning
 from pipelines.units import Context, EpochSlot, Unit
 
@@ -112,13 +106,6 @@ def work(context: Context, unit: Unit) -> str:
         for layer, size in zip(base.space.layers, configuration, strict=True)
     }
     network = build_supernet(base.network, bottlenecks).to(context.device)
-    original, engine = base.network.to(context.device), store.experiment.engine
-    reconstructing: Training = partial(reconstruct, network, original)
-    finetuning: Training = partial(finetune, network)
-    if captures(engine, torch.device(context.device)) and engine.precision != "bfloat16":
-        # Not as the grouped convolutions that it has in the end: GPUs do a dense one faster.
-        reconstructing = as_stack(network, partial(reconstruct_together, original=original))
-        finetuning = as_stack(network, finetune_together)
     rows: list[dict[str, object]] = []
     epochs = options.reconstruction.epochs + options.finetuning.epochs
 
@@ -126,25 +113,28 @@ def work(context: Context, unit: Unit) -> str:
         context.report((before + record.epoch) / (epochs + 1), f"{what} epoch {record.epoch}", **metrics(record))
 
     slots = {name: EpochSlot(store, f"{STAGE}-{name}", unit.name) for name in ("reconstruct", "finetune")}
-    history = reconstructing(
+    history = reconstruct(
+        network,
+        base.network.to(context.device),
         splits,
         options.reconstruction,
         seed=derive_seed(context.seed, STAGE, "reconstruct", unit.name),
-        engine=engine,
+        engine=store.experiment.engine,
         checkpoint=slots["reconstruct"],
         on_epoch=lambda record: report(0, "reconstruct", record),
     )
     rows += history_rows(f"{STAGE}-reconstruct", unit.name, seed, history)
-    history = finetuning(
+    history = finetune(
+        network,
         splits,
         options.finetuning,
         seed=derive_seed(context.seed, STAGE, "finetune", unit.name),
-        engine=engine,
+        engine=store.experiment.engine,
         checkpoint=slots["finetune"],
         on_epoch=lambda record: report(options.reconstruction.epochs, "finetune", record),
     )
     rows += history_rows(f"{STAGE}-finetune", unit.name, seed, history)
-    if engine.recalibrate:
+    if store.experiment.engine.recalibrate:
         recalibrate(network, map(splits.train.as_inputs, calibration_batches(calibration_images(splits))))
     test_accuracy = accuracy(network, splits.test)
     val_accuracy = accuracy(network, splits.validation)

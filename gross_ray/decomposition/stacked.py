@@ -1,7 +1,6 @@
 """Several supernets as one: their terms stacked, all group-sizes of one shape, a mask choosing the active ones.
 
-S supernets, K group-sizes of a layer, G the one in which all are computed: the largest of them, or C_in, for GPUs
-do a dense convolution faster than one in many small groups. Shapes are otherwise those of a bottleneck.
+S supernets, K group-sizes of a layer, G the largest of them; shapes are otherwise those of a bottleneck.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ TERMS = ("pointwise_in", "grouped", "pointwise_out")
 class StackedSeries(nn.Module):
     """A series whose terms at all group-sizes are three tensors: the same graph whichever group-size is active.
 
-    Its terms are zero-extended to group-size G by Psi (Eq. 5), so that Eq. 6 is a product with `active`,
+    Its terms are zero-extended to the largest group-size by Psi (Eq. 5), so that Eq. 6 is a product with `active`,
     which is 1 for the terms that take part and 0 for the others. They are empty until `torch.func.functional_call`
     puts tensors in their place: `pointwise_in` (K, C_in, C_in, 1, 1), `grouped` (K, C_in, G, kH, kW), `pointwise_out`
     (K, C_out, C_in, 1, 1) and `active` (K,).
@@ -34,8 +33,8 @@ class StackedSeries(nn.Module):
     grouped: nn.Parameter
     pointwise_out: nn.Parameter
 
-    def __init__(self, series: SeriesConv2d, *, dense: bool = False) -> None:
-        """Take the geometry and the bias of `series`, not its terms; with `dense`, G is C_in."""
+    def __init__(self, series: SeriesConv2d) -> None:
+        """Take the geometry and the bias of `series`, not its terms."""
         super().__init__()
         self.group_sizes, self.out_channels = series.group_sizes, series.out_channels
         self.in_channels, self.kernel_size = series.in_channels, series.kernel_size
@@ -44,8 +43,7 @@ class StackedSeries(nn.Module):
         for name in TERMS:
             self.register_parameter(name, nn.Parameter(torch.empty(0, dtype=like.dtype, device=like.device)))
         self.register_buffer("active", torch.zeros(len(self.group_sizes), dtype=like.dtype, device=like.device))
-        self.computed_size = self.in_channels if dense else self.group_sizes[-1]
-        self._places = [_places(self.in_channels, size, self.computed_size) for size in self.group_sizes]
+        self._places = [_places(self.in_channels, size, self.group_sizes[-1]) for size in self.group_sizes]
         blocks = torch.stack([place > 0 for place in self._places])
         # (K, C_in, G, 1, 1): where the terms of a smaller group-size may be other than 0.
         self.register_buffer("blocks", blocks[..., None, None].to(like), persistent=False)
@@ -57,7 +55,8 @@ class StackedSeries(nn.Module):
 
     def stack(self, terms: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """Return the terms of one supernet's layer, smallest group-size first, as stacked tensors."""
-        expanded = [expand_grouped_weight(term.detach(), self.computed_size) for term in terms["grouped"]]
+        largest = self.group_sizes[-1]
+        expanded = [expand_grouped_weight(term.detach(), largest) for term in terms["grouped"]]
         return {
             "pointwise_in": torch.stack([term.detach() for term in terms["pointwise_in"]]),
             "grouped": torch.stack(expanded),
@@ -81,16 +80,12 @@ class StackedSeries(nn.Module):
 class SupernetStack:
     """Supernets of one base network that differ in the terms of their series alone."""
 
-    def __init__(self, supernets: Sequence[nn.Module], *, dense: bool = False) -> None:
-        """Stack the terms; raises InvalidValueError for supernets of which something else differs.
-
-        With `dense`, every layer is computed as a dense convolution.
-        """
+    def __init__(self, supernets: Sequence[nn.Module]) -> None:
+        """Stack the terms; raises InvalidValueError for supernets of which something else differs."""
         self.supernets = list(supernets)
         _check_alike(self.supernets)
         series = series_layers(self.supernets[0])
-        stacked = {name: StackedSeries(one, dense=dense) for name, one in series.items()}
-        self.template = replace_modules(self.supernets[0], stacked)
+        self.template = replace_modules(self.supernets[0], {name: StackedSeries(one) for name, one in series.items()})
         """One of them, with a StackedSeries in each layer: run it by `torch.func.functional_call`."""
         for parameter in self.template.parameters():
             parameter.requires_grad_(False)

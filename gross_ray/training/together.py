@@ -142,7 +142,7 @@ def _epochs(
             break
         started = time.perf_counter()
         lr = schedule.lr_at(epoch)
-        losses, norms = steps.epoch(splits.train, epoch, lr)
+        losses, norms = (each.cpu() for each in steps.epoch(splits.train, epoch, lr))  # its end is waited for
         seconds = (time.perf_counter() - started) / len(alive)
         sound = []
         for column, place in enumerate(alive):
@@ -190,7 +190,7 @@ class _Steps:
         self.members = members
         self._schedule, self._engine, self._stage = schedule, engine, stage
         device = next(members[0].supernet.parameters()).device
-        self._stack = SupernetStack([member.supernet for member in members], dense=device.type == "cuda")
+        self._stack = SupernetStack([member.supernet for member in members])
         trained = (
             {name: one for name, one in each.supernet.named_parameters() if one.requires_grad} for each in members
         )

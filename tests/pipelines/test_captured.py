@@ -1,4 +1,4 @@
-"""Units with captured steps store what they store without, but for rounding; dense in place of grouped, too."""
+"""Units with captured steps store what they store without, but for rounding."""
 
 from __future__ import annotations
 
@@ -87,13 +87,10 @@ def test_units_store_the_same(decomposed: Path, device: str, tmp_path: Path, mon
             "gross_ray.training.loop",
             "gross_ray.training.together",
             "pipelines.supernet",
-            "pipelines.validate",
         ):
             monkeypatch.setattr(f"{module}.captures", lambda engine, _: engine.capture)
         monkeypatch.setattr("gross_ray.training.loop.CapturedStep", _AsItIs)
         monkeypatch.setattr(together, "CapturedStep", _AsItIs)
-        stacks = together.SupernetStack
-        monkeypatch.setattr(together, "SupernetStack", lambda supernets, dense: stacks(supernets, dense=True))
     captured = trained(decomposed, tmp_path / "captured", device, capture=True)
     ours, theirs = (
         store.read_table("history").drop(columns=["seconds", "images_per_second"]) for store in (captured, plain)
