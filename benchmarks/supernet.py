@@ -1,12 +1,12 @@
 """The supernet's step, and several supernets in one pass.
 
     python benchmarks/supernet.py [--batch 128] [--threads 2] [--members 2 4]
-    python benchmarks/supernet.py --device cuda --batch 256 --images 40000 --members 5 35 --capture [--precision tf32]
+    python benchmarks/supernet.py --device cuda --batch 256 --images 10240 --epochs 5 --members 5 --capture
 
 First: the time of a step of fine-tuning with a configuration active in the supernet, against the same step of the same
-configuration extracted (the baseline), for small, medium and large group-sizes. Then: an epoch of a supernet whose
+configuration extracted (the baseline), for small, medium and large group-sizes. Then: a training of a supernet whose
 configurations are drawn, against one of a single configuration (the baseline), both by the library's fine-tuning with
-the options given. Last: an epoch of several supernets in one batched pass (engine.parallel_seeds) against the same
+the options given. Last: several supernets in one batched pass (engine.parallel_seeds) against the same
 supernets one after the other (the baseline). All are run in turn, and medians printed.
 """
 
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--images", type=int, default=1280)
+    parser.add_argument("--epochs", type=int, default=1, help="of a training; more, so that a capture weighs less")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--members", type=int, nargs="+", default=[2, 4])
@@ -58,7 +59,7 @@ def main() -> None:
     engine = EngineOptions(precision=options.precision, compile=options.compile, capture=options.capture)
     print(engine)
     splits = _splits(options.images, device)
-    schedule = Schedule(epochs=1, lr=1e-6, batch_size=options.batch)
+    schedule = Schedule(epochs=options.epochs, lr=1e-6, batch_size=options.batch)
     _epochs(splits, schedule, engine, device)
     for members in options.members:
         _together(members, splits, schedule, engine, device)
@@ -146,9 +147,9 @@ def _epochs(splits: Splits, schedule: Schedule, engine: EngineOptions, device: t
         finetune(copy.deepcopy(one), splits, schedule, seed=0, engine=engine)
 
     seconds = _in_turn([drawn, alone], device)
-    steps = -(-len(splits.train) // schedule.batch_size)
+    steps = schedule.epochs * -(-len(splits.train) // schedule.batch_size)
     print(
-        f"an epoch of {steps} steps: supernet {1e3 * seconds[0] / steps:.2f} ms a step, "
+        f"{schedule.epochs} epochs, {steps} steps: supernet {1e3 * seconds[0] / steps:.2f} ms a step, "
         f"4-4-4 by itself {1e3 * seconds[1] / steps:.2f} ms, ratio {seconds[0] / seconds[1]:.2f}"
     )
 
@@ -170,7 +171,7 @@ def _together(members: int, splits: Splits, schedule: Schedule, engine: EngineOp
 
     together, alone = _in_turn([in_one_pass, one_by_one], device)
     print(
-        f"{members} supernets, an epoch of {len(splits.train)} images: in one pass {together:.2f} s, "
+        f"{members} supernets, {schedule.epochs} epochs of {len(splits.train)} images: in one pass {together:.2f} s, "
         f"one by one {alone:.2f} s, ratio {alone / together:.2f}"
     )
 

@@ -129,6 +129,13 @@ def test_values_out_of_range_are_refused_by_name_and_rule(name: str, text: str, 
     assert rule in message
 
 
+@pytest.mark.parametrize("stacked", ["engine.parallel_seeds=2", "engine.compile=true"])
+def test_stacks_in_bfloat16_are_refused(stacked: str) -> None:
+    with pytest.raises(InvalidValueError) as refused_:
+        preset("quickstart").override([stacked, "engine.precision=bfloat16"])
+    assert str(refused_.value).startswith("engine.precision = 'bfloat16': must be float32 or tf32 with engine.")
+
+
 def test_unknown_model_lists_those_there_are() -> None:
     assert refused("model", "bert") == "unknown model 'bert'; there are: four-conv, vgg16, resnet18"
 

@@ -70,6 +70,9 @@ def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[
                 "nn.Conv2d's can be decomposed; leave it out"
             )
         if name not in dense:
+            same = next((one for one, conv in dense.items() if conv is _module_at(model, name)), None)
+            if same is not None:
+                raise InvalidValueError(f"layer {name!r} is the same module as {same!r}: name that one")
             raise InvalidValueError(f"{name!r} is not a dense convolution of this network; {_there(name, dense)}")
         chosen.add(name)
     return {name: conv for name, conv in dense.items() if name in chosen}
@@ -197,3 +200,11 @@ def _there(name: str, known: Mapping[str, object]) -> str:
 
 def _listed(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes))
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    """Return the module of that name, a second one of a shared module too, or None."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None

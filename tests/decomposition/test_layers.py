@@ -87,6 +87,7 @@ def test_layers_are_chosen_by_name_or_glob(names: list[str], chosen: list[str]) 
         ("stem*", "no convolution that can be decomposed has such a name"),
         ("bodi.0", "'bodi.0' is not a dense convolution of this network; there are: stem, body.0, body.1"),
         ("up", "'up' is not a dense convolution"),
+        ("again", "layer 'again' is the same module as 'body.1': name that one"),
         ("grouped", "layer 'grouped' has groups = 3 of 12 input channels: only"),
     ],
 )
