@@ -1,8 +1,7 @@
 """Training the base network: the resident loop against the usual one.
 
     python benchmarks/training.py [--images 3000] [--threads 2]
-    python benchmarks/training.py --device cuda --dataset fashion-mnist --images 40000 --batch 256 --workers 8 \
-        [--capture] [--precision tf32]
+    python benchmarks/training.py --device cuda --dataset fashion-mnist --images 40000 --batch 256 --workers 8 --capture
     python benchmarks/training.py --accuracy [--seeds 5] [--epochs 3] [--dataset fashion-mnist]
 
 Baseline, in the same run: a DataLoader (in the main process, or with `--workers` processes) with torchvision's

@@ -61,7 +61,8 @@ def fashion() -> Experiment:
     return Experiment(
         name="fashion",
         data=DataOptions(name="fashion-mnist"),
-        # 0.1, the paper's rate for CIFAR-10, diverges here within the first epochs; alpha is 0 (docs/method.md).
+        # With 0.1, the paper's rate for CIFAR-10, two of five networks fell to chance within two epochs; alpha is 0
+        # (docs/method.md).
         training=TrainingOptions(lr=0.05),
         engine=EngineOptions(capture=True),
     )
@@ -114,7 +115,7 @@ def vgg16_short() -> Experiment:
 
 
 def paper() -> Experiment:
-    """CIFAR-10 with exactly the paper's protocol: five repeats, alpha 0, 2, 4, 8, Eq. 8 as printed."""
+    """CIFAR-10 with the paper's protocol (docs/protocol.md): five repeats, alpha 0, 2, 4, 8, Eq. 8 as printed."""
     return Experiment(
         name="paper",
         data=DataOptions(name="cifar10"),
