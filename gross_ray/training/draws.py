@@ -23,7 +23,7 @@ class EpochDraws:
     def __init__(self, images: ImageSet, seed: int, schedule: Schedule, dropout: torch.Generator | None = None) -> None:
         """Draw the order and the crops of the whole epoch, so that no step waits for a copy to the device.
 
-        `dropout` is a generator on the device to be seeded anew, for one is made otherwise.
+        `dropout`, a generator on the device, is seeded anew and drawn from; without it one is made.
         """
         self.num_images = schedule.images_of(len(images))
         """How many images the epoch takes."""
