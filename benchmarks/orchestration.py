@@ -1,6 +1,6 @@
 """Ray's share of a stage's time: the same units in a plain loop without Ray, and through it.
 
-    python benchmarks/orchestration.py [--repeats 3] [--images 6000]
+    python benchmarks/orchestration.py [--repeats 3] [--images 6000] [--stages decompose search sweep-alpha]
     python benchmarks/orchestration.py --trials 1000
 
 One worker with one thread stands against a loop with one thread in one process, in turn: what is more is Ray's. The
@@ -43,6 +43,9 @@ from pipelines.units import Context, Unit, Work, pack_splits
 from pipelines.workers import WorkerPool
 
 
+STAGES = ("decompose", "search", "sweep-alpha")
+
+
 @dataclass(frozen=True)
 class Measured:
     """A stage as it is measured: its units in a run folder, and what does one."""
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=6000, help="images of each split")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of fine-tuning in the sweep")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--trials", type=int, help="run so many trials that do nothing instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -86,35 +90,38 @@ def _stages(base: RunStore, cluster: Cluster, options: argparse.Namespace) -> No
     _start(lambda: pool.run(_nothing, base, [Unit("none")], threads=1, progress=_silent()), "workers")
     of_tune = _start(lambda: _tune(base, [Unit("none")], _nothing, cluster, packed), "a Tune experiment, its worker")
     supernets = supernet.plan(base)
-    for stage, measured in {
+    of_stage = {
         "decompose": Measured(decompose.plan, decompose.work),
         "search": Measured(lambda store: search.shards(store, supernets), search.work),
         "sweep-alpha": Measured(sweep.plan, sweep.work, tune=True),
-    }.items():
-        if stage == "search":
-            for unit in supernets:
-                sweep.work(_context(base, splits), unit)
-            context = _context(base, splits, search.load_shared(base, supernets[0].name))
-            search.plan_work(context, Unit("plan", {"workers": 1, "threads": 1, "on_device": 1}))
-        if stage == "sweep-alpha":
-            for unit in supernets:
-                for part in (supernet.RECONSTRUCT, supernet.FINETUNE):
-                    base.delete_checkpoint(part, unit.name)
-                    base.delete_unit("history", f"{part},{unit.name}")
-        seconds: dict[str, list[float]] = {"loop": [], "Ray": []}
-        for repeat in range(options.repeats):  # in turn: machines are shared, and their speed drifts
-            for name in seconds:
-                copy = shutil.copytree(base.path, base.path.parent / f"{stage} {name} {repeat}")
-                seconds[name].append(_time(measured, name, RunStore.open(copy), splits, pool, cluster, packed))
-        loop, through = (statistics.median(each) for each in seconds.values())
-        pairs = [1 - one / other for one, other in zip(*seconds.values(), strict=True)]
-        print(
-            f"{stage}: loop {loop:.1f} s, through Ray {through:.1f} s; Ray's share {1 - loop / through:.1%} of the "
-            f"medians of {options.repeats}, {statistics.median(pairs):.1%} the median of the pairs' shares"
-            f"{f', {1 - loop / (through - of_tune):.1%} without the start of Tune' if measured.tune else ''}; "
-            f"{ {name: [round(one, 1) for one in each] for name, each in seconds.items()} }",
-            flush=True,
-        )
+    }
+    for stage in STAGES:
+        measured = of_stage[stage]
+        if stage in options.stages:
+            if stage == "search":
+                for unit in supernets:
+                    sweep.work(_context(base, splits), unit)
+                context = _context(base, splits, search.load_shared(base, supernets[0].name))
+                search.plan_work(context, Unit("plan", {"workers": 1, "threads": 1, "on_device": 1}))
+            if stage == "sweep-alpha":
+                for unit in supernets:
+                    for part in (supernet.RECONSTRUCT, supernet.FINETUNE):
+                        base.delete_checkpoint(part, unit.name)
+                        base.delete_unit("history", f"{part},{unit.name}")
+            seconds: dict[str, list[float]] = {"loop": [], "Ray": []}
+            for repeat in range(options.repeats):  # in turn: machines are shared, and their speed drifts
+                for name in seconds:
+                    copy = shutil.copytree(base.path, base.path.parent / f"{stage} {name} {repeat}")
+                    seconds[name].append(_time(measured, name, RunStore.open(copy), splits, pool, cluster, packed))
+            loop, through = (statistics.median(each) for each in seconds.values())
+            pairs = [1 - one / other for one, other in zip(*seconds.values(), strict=True)]
+            print(
+                f"{stage}: loop {loop:.1f} s, through Ray {through:.1f} s; Ray's share {1 - loop / through:.1%} of the "
+                f"medians of {options.repeats}, {statistics.median(pairs):.1%} the median of the pairs' shares"
+                f"{f', {1 - loop / (through - of_tune):.1%} without the start of Tune' if measured.tune else ''}; "
+                f"{ {name: [round(one, 1) for one in each] for name, each in seconds.items()} }",
+                flush=True,
+            )
         if stage == "decompose":  # what the next stages need
             for unit in measured.units(base):
                 measured.work(_context(base, splits), unit)

@@ -177,9 +177,9 @@ class Session:
             self._record_start(self._cluster)
         return self._cluster
 
-    def _tell_of_damage(self) -> None:
+    def _tell_of_damage(self, then: str = "its unit is done again") -> None:
         for file in self.store.damaged:
-            self.reporter.note(f"damaged file {file}: deleted; its unit is done again")
+            self.reporter.note(f"damaged file {file}: deleted; {then}")
         self.store.damaged.clear()
 
     def _record_start(self, cluster: Cluster) -> None:
@@ -205,6 +205,7 @@ class Session:
             self._pool = None
 
     def _close(self) -> None:
+        self._tell_of_damage("the same command does its unit again")  # found since the last stage began
         self._release_workers()
         self._packed = None
         self._stack.close()

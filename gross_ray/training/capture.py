@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import EngineOptions
 
 WARM_UP = 2
@@ -31,12 +32,21 @@ class Graph:
         generators: Sequence[torch.Generator],
         stream: torch.cuda.Stream | None,
     ) -> None:
-        """Capture `call` on `stream`, without running it; random numbers of `generators` go on with each replay."""
+        """Capture `call` on `stream`, without running it; random numbers of `generators` go on with each replay.
+
+        Raises InvalidValueError for a call that no graph can hold.
+        """
         self._graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self._graph.register_generator_state(generator)
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._results = call()
+        try:
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._results = call()
+        except RuntimeError as error:
+            raise InvalidValueError(
+                f"engine.capture = True: a step of this network cannot be captured ({str(error).splitlines()[0]}); "
+                "it waits for a number on the device, say: set engine.capture=false"
+            ) from error
 
     def replay(self) -> tuple[Tensor, ...]:
         """Run it; the results are overwritten by the next replay."""

@@ -230,6 +230,7 @@ def assert_stored_as_undisturbed(store: RunStore, other: RunStore) -> None:
         "selections",
         "validations",
         "alpha_sweep",
+        "alpha_trials",
     ):
         units = sorted(store.finished_units(table))
         assert units == sorted(store.units(table)), f"damaged files are left in {table}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +64,17 @@ def test_stages_on_actors_share_their_processes(session: Session) -> None:
     session.run("decompose", UNITS[4:8], work, lambda: _finished(session))
     assert _finished(session) == {unit.name for unit in UNITS[4:8]}
     assert _processes(session) <= first
+
+
+def test_damage_that_is_found_after_the_last_stage_is_told(tmp_path: Path) -> None:
+    told = io.StringIO()
+    store = RunStore.create(tmp_path / "run", EXPERIMENT)
+    store.write_table("history", "train,seed=0", [])
+    with Session.opened(store, Resources(num_cpus=1, device="cpu"), DataSource(), Reporter(told)):
+        (tmp_path / "run/tables/history/train,seed=0.parquet").write_bytes(b"")
+        assert store.finished_units("history") == set()
+    line = "damaged file tables/history/train,seed=0.parquet: deleted; the same command does its unit again"
+    assert line in told.getvalue()
 
 
 def test_units_that_do_not_end_are_all_named(session: Session) -> None:

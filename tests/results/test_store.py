@@ -462,6 +462,36 @@ def test_a_unit_of_another_schema_version_is_refused_and_kept(store, monkeypatch
     assert path.exists()
 
 
+class Evil:
+    """Pickled, it makes a file where it is loaded."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return open, (str(self.made), "w")
+
+
+def test_nothing_that_is_stored_is_unpickled(store, tmp_path):
+    made = tmp_path / "made"
+    store.write_table("history", "seed=0", rows_of(0))
+    store.save_checkpoint("train", "seed=0", {"a": torch.ones(4)}, {"note": "hello"})
+    files = [file for folder in ("tables", "checkpoints") for file in (store.path / folder).rglob("*.*")]
+    assert {file.suffix for file in files} >= {".parquet", ".safetensors"}
+    for write in (pickle.dump, torch.save):
+        for file in files:
+            with file.open("wb") as opened:
+                write(Evil(made), opened)
+        with pytest.raises(RunFolderError, match="damaged"):
+            store.read_table("history")
+        with pytest.raises(RunFolderError, match="damaged"):
+            store.load_checkpoint("train", "seed=0")
+        assert store.finished_units("history") == set()
+        assert not made.exists()
+    torch.load(files[0], weights_only=False)
+    assert made.exists()  # as it would have, if they were loaded so
+
+
 # Names
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.decomposition.surgery import decompose_model
+from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.space import SearchSpace
 from gross_ray.training import capture
@@ -216,6 +218,34 @@ def test_what_is_no_tensor_is_that_of_the_capture_until_it_is_forgotten(device: 
         assert float(captured(one)[0]) == 1.0
     captured.forget()
     assert float(captured(one)[0]) == 3.0
+
+
+def test_a_step_that_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA tells it where a step asks for a number."""
+
+    @contextmanager
+    def capturing(*_: object, **__: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might")
+
+    monkeypatch.setattr("torch.cuda.CUDAGraph", object)
+    monkeypatch.setattr("torch.cuda.graph", capturing)
+    with pytest.raises(InvalidValueError) as told:
+        capture.Graph(lambda: (), [], None)
+    assert "\n" not in str(told.value)
+    assert "operation not permitted when stream is capturing" in str(told.value)
+    assert "set engine.capture=false" in str(told.value)
+
+
+@NEEDS_GPU
+def test_a_step_that_waits_for_the_device_is_told() -> None:
+    captured = CapturedStep(lambda value: (value * float(value.sum()),))
+    one = torch.ones(1, device="cuda")
+    for _ in range(WARM_UP):
+        captured(one)
+    with pytest.raises(InvalidValueError, match="cannot be captured"):
+        captured(one)
+    assert float((one + 1).sum()) == 2.0  # the device goes on
 
 
 def test_nothing_is_captured_on_a_cpu() -> None:
