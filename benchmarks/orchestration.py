@@ -42,7 +42,6 @@ from pipelines.trials import run_trials
 from pipelines.units import Context, Unit, Work, pack_splits
 from pipelines.workers import WorkerPool
 
-
 STAGES = ("decompose", "search", "sweep-alpha")
 
 
