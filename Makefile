@@ -52,6 +52,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/decomposition.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/orchestration.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
