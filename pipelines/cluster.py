@@ -7,10 +7,11 @@ import re
 import signal
 import socket
 import sys
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import ceil
@@ -38,6 +39,8 @@ CONNECT_SECONDS = 10.0
 """How long a named cluster may take to answer."""
 HEAD_SECONDS = 120.0
 """How long a cluster's head may take to run a first small task, the code's way there included."""
+ORPHAN_SECONDS = 10.0
+"""How long what is left of a Ray that was started here is looked for and ended."""
 _MARK = "GROSS_RAY_STARTED"
 """Environment variable of all processes of a Ray that is started here."""
 THREAD_EFFICIENCY = 0.85
@@ -206,13 +209,29 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _end_orphans(mark: str) -> None:
-    """End what is left of a Ray that was started here: agents outlive a node that is ended while it starts them."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes():
-                os.kill(int(folder.name), signal.SIGKILL)
-        except OSError:  # another user's, or gone
-            continue
+    """End what is left of a Ray that was started here: agents outlive a node that is ended while it starts them.
+
+    A node that is looked at after its agents' places may start them meanwhile, so that one look is not enough.
+    """
+    calm, deadline = 0, time.monotonic() + ORPHAN_SECONDS
+    while calm < 2 and time.monotonic() < deadline:
+        found = [process for process in map(int, _processes()) if _is_marked(process, mark)]
+        for process in found:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        calm = 0 if found else calm + 1
+        time.sleep(0.05)
+
+
+def _processes() -> list[str]:
+    return [name for name in os.listdir("/proc") if name.isdecimal()] if os.path.isdir("/proc") else []
+
+
+def _is_marked(process: int, mark: str) -> bool:
+    try:
+        return f"{_MARK}={mark}".encode() in Path(f"/proc/{process}/environ").read_bytes()
+    except OSError:  # another user's, or gone
+        return False
 
 
 def module_of(model: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -217,3 +218,20 @@ def test_nothing_listens_beyond_loopback() -> None:
     finally:
         process.communicate("\n", timeout=60)
     assert_nothing_left(mark)
+
+
+def test_what_an_orphan_starts_while_it_is_ended_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleeping(mark: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "60"], env=os.environ | {"GROSS_RAY_STARTED": mark})
+
+    first, late, another = sleeping("mine"), sleeping("mine"), sleeping("another's")
+    try:
+        seen = iter([[first.pid, another.pid], [], [late.pid, another.pid]])
+        monkeypatch.setattr(cluster, "_processes", lambda: list(map(str, next(seen, [another.pid]))))
+        cluster._end_orphans("mine")
+        assert first.wait(10) == late.wait(10) == -signal.SIGKILL
+        assert another.poll() is None
+    finally:
+        for one in (first, late, another):
+            one.kill()
+            one.wait()
