@@ -557,7 +557,8 @@ def export(
     from gross_ray.search.folding import fold
     from gross_ray.search.latency import LatencyOptions
     from gross_ray.space import Configuration
-    from pipelines.networks import load_validated
+    from pipelines.networks import load_base, load_validated
+    from pipelines.predictions import stored_model
 
     timed = {"--batch": batch, "--device": device}
     given = {name: value for name, value in timed.items() if value is not None}
@@ -567,7 +568,9 @@ def export(
     if seed is None:
         seed = most_accurate_seed(store, configuration) or 0
     network, input_shape, classes = load_validated(store, configuration, seed)
-    card = model_card(store, configuration, seed, input_shape, classes) | {"file": target.name}
+    layers, latency = load_base(store).space.layers, stored_model(store)
+    card = model_card(store, configuration, seed, input_shape, classes, layers=layers, latency=latency)
+    card["file"] = target.name
     if objective != "none":
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         network, foldings = fold(

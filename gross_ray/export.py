@@ -44,7 +44,7 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise GrossRayError(f"export_onnx needs the package {package}; install gross-ray[onnx]")
-    with whole_or_not_at_all(path) as partial, evaluating(model), warnings.catch_warnings():
+    with whole_or_not_at_all(path) as partial, evaluating(model), warnings.catch_warnings(), _told("ONNX"):
         warnings.simplefilter("ignore")  # the exporter speaks about its own internals
         torch.onnx.export(
             model,
@@ -66,7 +66,7 @@ def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int
     a supernet.
     """
     _check_plain(model, "export_program")
-    with whole_or_not_at_all(path) as partial, evaluating(model), torch.no_grad():
+    with whole_or_not_at_all(path) as partial, evaluating(model), torch.no_grad(), _told("torch.export"):
         batch = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(model, (_example(model, input_shape),), dynamic_shapes=batch)
         torch.export.save(program, partial)
@@ -82,6 +82,21 @@ def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[in
         # Clones: a file takes no two names of one memory, as shared modules give them.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
         save_file(tensors, partial)
+
+
+@contextmanager
+def _told(exporter: str) -> Iterator[None]:
+    """Turn what an exporter raises, pages at times, into one line."""
+    try:
+        yield
+    except OSError:  # the disk's
+        raise
+    except Exception as error:  # of many kinds, all about the network
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise GrossRayError(
+            f"{exporter} cannot follow this network: {type(error).__name__}: {reason}; write its weights instead "
+            "(--to FILE.safetensors, export_weights)"
+        ) from error
 
 
 FORMATS: dict[str, Callable[[nn.Module, str | Path, Sequence[int]], None]] = {

@@ -36,7 +36,11 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
     """
     factory = factory_of(name)
     if ":" not in name:
-        return factory(num_classes, image_size)
+        try:
+            return factory(num_classes, image_size)
+        except RuntimeError as error:  # torch's, where memory does not hold it
+            reason = str(error).splitlines()[0]
+            raise InvalidValueError(f"model {name!r} for images of {image_size} pixels: {reason}") from None
     given = {"num_classes": num_classes, "image_size": image_size}
     taken = inspect.signature(factory).parameters.values()
     names = {"num_classes" if one.kind is one.VAR_KEYWORD else one.name for one in taken}
@@ -61,6 +65,8 @@ def factory_of(name: str) -> Callable[..., nn.Module]:
         raise InvalidValueError(
             f"model {name!r}: {error}; write package.module:factory, from a folder that Python finds (PYTHONPATH)"
         ) from None
+    except Exception as error:  # whatever the user's own code raises
+        raise InvalidValueError(f"model {name!r}: {module_name} fails: {type(error).__name__}: {error}") from error
     if not callable(factory):
         raise InvalidValueError(f"model {name!r}: {attribute} is no function; write package.module:factory")
     return factory

@@ -17,6 +17,8 @@ from gross_ray.errors import InvalidValueError
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 """Names under which training scripts put the state dict into a file."""
+_COUNTED = "num_batches_tracked"
+"""Of batch-norm; files of before torch had it lack it, and torch does without."""
 _PARALLEL = "module."  # what DataParallel puts before every name
 _MOST_NAMED = 3
 
@@ -36,7 +38,7 @@ def set_weights(network: nn.Module, tensors: dict[str, Tensor], path: str | Path
     expected = network.state_dict()
     tensors = _with_shared(expected, tensors)
     wrong = {
-        "missing": [name for name in expected if name not in tensors],
+        "missing": [name for name in expected if name not in tensors and not name.endswith(_COUNTED)],
         "unexpected": [name for name in tensors if name not in expected],
         "of another shape": [
             f"{name} {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"

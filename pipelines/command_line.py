@@ -223,4 +223,7 @@ def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
     parts = () if text is None else tuple(part.strip() for part in text.split(","))
     if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise click.UsageError(f"{option} {text}: must be whole numbers above 0 with commas between, like 1,4,16,32")
-    return tuple(map(int, parts))
+    numbers = tuple(map(int, parts))
+    if len(set(numbers)) < len(numbers):
+        raise click.UsageError(f"{option} {text}: must name each number once")
+    return numbers

@@ -56,8 +56,9 @@ def load_base(store: RunStore) -> Base:
     network.load_state_dict(tensors)
     options = store.experiment.decomposition
     choice = choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
-    shape = (3, about["image_size"], about["image_size"])
-    return Base(network, seed, shape, SearchSpace(choice.group_sizes), tuple(about["classes"]))
+    # Run folders of before it was stored hold square images.
+    channels, height, width = about.get("input_shape", (3, about["image_size"], about["image_size"]))
+    return Base(network, seed, (channels, height, width), SearchSpace(choice.group_sizes), tuple(about["classes"]))
 
 
 def new_network(store: RunStore, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:

@@ -7,11 +7,11 @@ import torch
 
 from gross_ray.data.image_set import Splits
 from gross_ray.decomposition.layers import choice_of, parse_layer_group_sizes
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
-from gross_ray.report.inspection import calls_of
+from gross_ray.modes import evaluating
+from gross_ray.report.inspection import calls_of, running_supernet
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, uniform
@@ -23,9 +23,10 @@ from pipelines import search
 def check_experiment(experiment: Experiment, splits: Splits) -> None:
     """Raise InvalidValueError for what a stage of `experiment` on `splits` would meet, the last ones too.
 
-    That is: weights of another network, images that the network cannot run, layers and group-sizes that it does not
-    have, fixed configurations and budgets outside the space, limits below its cheapest configuration, and a space too
-    large for the strategy. Limits on a latency are not looked at: it is measured after the training.
+    That is: weights of another network, images that the network cannot run, an output that is no logits, layers and
+    group-sizes that it does not have, fixed configurations and budgets outside the space, limits below its cheapest
+    configuration, and a space too large for the strategy. Limits on a latency are not looked at: it is measured after
+    the training.
     """
     shape = splits.train.images.shape[1:]
     network = build_model(
@@ -34,9 +35,10 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     if experiment.weights:
         set_weights(network, read_weights(experiment.weights), experiment.weights)
     calls_of(network, shape)
+    _check_logits(network, shape, experiment.model, len(splits.classes))
     options = experiment.decomposition
     choice = choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
-    supernet = empty_supernet(network, choice.group_sizes)
+    supernet = running_supernet(network, choice.group_sizes, shape)
     space = SearchSpace.of(supernet)
     for name, sizes in (
         ("search.budgets", experiment.search.budgets),
@@ -55,6 +57,17 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     for text in experiment.search.limits:
         budgets = [budget for budget in Budget.parse_all(text) if budget.cost != "latency_ms"]
         BudgetedSpace(space, [_cost(supernet, shape, budget.cost) for budget in budgets], budgets)
+
+
+def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:
+    with torch.no_grad(), evaluating(network):
+        logits = network(torch.zeros(1, *shape, dtype=next(network.parameters()).dtype))
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not isinstance(found, tuple) or len(found) != 2 or found[1] < num_classes:
+        raise InvalidValueError(
+            f"model {model!r}: gives {found} for an image of {'x'.join(map(str, shape))}; must give logits "
+            f"(1, {num_classes}), one for each class; a factory is given num_classes where it names it"
+        )
 
 
 def _check_budget(space: BudgetedSpace, fixed: Configuration, macs: AdditiveCost) -> None:

@@ -137,6 +137,17 @@ def additive_cost(store: RunStore, base: Base, cost: str) -> AdditiveCost:
     return AdditiveCost.of_parts(cost, *CostTable.of(supernet, base.input_shape, convention=convention).parts(name))
 
 
+def check_limits(store: RunStore) -> None:
+    """Raise what `additive_cost` does for the experiment's limits, or InvalidValueError where nothing is within one."""
+    options = store.experiment.search
+    for text in options.limits:
+        budgets, base = Budget.parse_all(text), load_base(store)
+        timed = any(budget.cost == "latency_ms" for budget in budgets)
+        if timed and options.strategy == "exhaustive" and len(store.read_table("latency_models")) > 1:
+            continue  # what is stored with the configurations counts
+        BudgetedSpace(base.space, [additive_cost(store, base, budget.cost) for budget in budgets], budgets)
+
+
 def _seed(store: RunStore, name: str) -> int:
     return derive_seed(store.experiment.seed, ROUNDS, name) % 2**32
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gross_ray.errors import MissingStageError, UnitsFailedError
 from gross_ray.results.store import RunStore
-from pipelines import decompose, search, supernet, sweep, train, validate
+from pipelines import decompose, rounds, search, supernet, sweep, train, validate
 from pipelines.session import Session
 from pipelines.units import Unit
 
@@ -51,12 +51,15 @@ STAGES: dict[str, Stage] = {
 def run_all(session: Session) -> None:
     """Do every stage; what is stored is not done again.
 
-    Where units fail, the stages that do not need them still run. Raises UnitsFailedError, naming them, at the end.
+    Where units fail, the stages that do not need them still run. Raises UnitsFailedError, naming them, at the end. A
+    limit on a latency that is not measured, or below the fastest configuration, is told once the networks are trained.
     """
     failures: list[str] = []
-    for stage in STAGES.values():
+    for name, stage in STAGES.items():
         try:
             stage.run(session)
+            if name == train.STAGE:
+                rounds.check_limits(session.store)
         except UnitsFailedError as error:
             failures.append(str(error))
         except MissingStageError:

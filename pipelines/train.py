@@ -56,7 +56,12 @@ def work(context: Context, unit: Unit) -> str:
     store, splits, seed = context.store, context.splits, unit.arguments["seed"]
     schedule = store.experiment.training
     image_size = splits.train.images.shape[-1]
-    about = {"num_classes": len(splits.classes), "image_size": image_size, "classes": list(splits.classes)}
+    about = {
+        "num_classes": len(splits.classes),
+        "image_size": image_size,
+        "input_shape": list(splits.train.images.shape[1:]),
+        "classes": list(splits.classes),
+    }
     generator = derived_generator(context.seed, STAGE, unit.name, "weights")
     network = new_network(store, len(splits.classes), image_size, generator).to(context.device)
     slot = EpochSlot(store, STAGE, unit.name)

@@ -76,6 +76,11 @@ def trained(run: Path) -> Path:
     return run
 
 
+def test_group_sizes_are_named_once() -> None:
+    line = mistake("inspect", "--model", "four-conv", "--group-sizes", "1,4,1")
+    assert "--group-sizes 1,4,1: must name each number once" in line
+
+
 @pytest.mark.parametrize("name", [None, *main.commands])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_help_has_an_example(name: str | None, flag: str) -> None:

@@ -125,10 +125,25 @@ def test_nothing_half_written_stays_when_the_exporter_fails(
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     network = extract(supernet, (1, 2)).train()
-    with pytest.raises(RuntimeError, match="the exporter failed"):
+    with pytest.raises(GrossRayError, match="ONNX cannot follow this network: RuntimeError: the exporter failed;"):
         export_onnx(network, file, (3, 10, 10))
     assert network.training
     assert [one.read_bytes() for one in tmp_path.iterdir()] == ([] if earlier is None else [earlier])
+
+
+class Forks(nn.Module):
+    """Takes another way for dark images."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+
+@pytest.mark.parametrize(("export", "name"), [(export_onnx, "network.onnx"), (export_program, "network.pt2")])
+def test_a_network_that_cannot_be_followed_is_told_in_a_line(tmp_path: Path, export: Any, name: str) -> None:
+    with pytest.raises(GrossRayError, match="cannot follow this network: .*write its weights instead") as told:
+        export(nn.Sequential(nn.Conv2d(3, 4, 3), Forks()), tmp_path / name, (3, 8, 8))
+    assert len(str(told.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

@@ -1,6 +1,7 @@
 import copy
 import re
 from math import sqrt
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,10 +222,15 @@ def test_a_factory_of_ones_own_is_given_what_it_names() -> None:
         ("torch:nothing", "module 'torch' has no attribute 'nothing'; write"),
         ("torch:pi", "pi is no function"),
         (f"{__name__}:no_network", "it returned a int, must be an nn.Module"),
+        ("failing_model:make", "model 'failing_model:make': failing_model fails: NameError: name 'missing' is not"),
         ("torch.nn:Linear", "it fails: TypeError: .*in_features"),
         ("vgg", "unknown model 'vgg'; there are: four-conv, vgg16, resnet18"),
     ],
 )
-def test_a_model_that_is_not_there_is_refused(name: str, line: str) -> None:
+def test_a_model_that_is_not_there_is_refused(
+    name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_model.py").write_text("missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InvalidValueError, match=line):
         model_of(name, num_classes=2, image_size=32)

@@ -60,6 +60,18 @@ def test_another_networks_weights_are_told_in_a_line(trained: dict[str, Tensor],
     assert all(torch.equal(one, before[name]) for name, one in loaded.state_dict().items())
 
 
+def test_a_file_without_the_counts_of_batch_norm_fits(tmp_path: Path) -> None:
+    network, other = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+    tensors = {name: one for name, one in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    save_file(tensors, tmp_path / "w.safetensors")
+    load_weights(other, tmp_path / "w.safetensors")
+    assert all(torch.equal(one, other.state_dict()[name]) for name, one in tensors.items())
+    del tensors["1.running_mean"]
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(InvalidValueError, match=r"1 missing \(1.running_mean\)"):
+        load_weights(other, tmp_path / "w.safetensors")
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return print, ("run",)

@@ -39,6 +39,8 @@ def function_of(name: str) -> Callable[[], Any]:
     except (ImportError, AttributeError) as error:
         remedy = "write package.module:function, from a folder that Python finds (PYTHONPATH)"
         raise DatasetError(f"{name}: {error}; {remedy}") from None
+    except Exception as error:  # whatever the user's own code raises
+        raise DatasetError(f"{name}: {module_name} fails: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise DatasetError(f"{name}: {attribute} is no function; write package.module:function")
     return function

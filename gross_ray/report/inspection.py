@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -25,7 +25,7 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     for call in calls_of(network, input_shape):
         dense[id(call.module)] = dense.get(id(call.module), 0) + plain_macs(call)
         outputs[id(call.module)] = "x".join(map(str, call.output_size[1:]))
-    supernet = empty_supernet(network, choice.group_sizes)
+    supernet = running_supernet(network, choice.group_sizes, input_shape)
     space, costs = SearchSpace.of(supernet), CostTable.of(supernet, input_shape)
     rows = []
     for (name, conv), by_size in zip(choice.convs.items(), costs.parts("macs")[1], strict=True):
@@ -59,6 +59,35 @@ def calls_of(network: nn.Module, input_shape: Sequence[int]) -> list[Call]:
             f"the network cannot run an image of {'x'.join(map(str, input_shape))}: {type(error).__name__}: {reason}; "
             "give images (or --image-size) that fit it, or another model"
         ) from None
+
+
+def running_supernet(
+    network: nn.Module, group_sizes: Mapping[str, tuple[int, ...]], input_shape: Sequence[int]
+) -> nn.Module:
+    """Return `empty_supernet`'s; InvalidValueError, naming the layers, where the network does not run with it.
+
+    So it is where a network uses a convolution other than by calling it: its weight, say.
+    """
+    supernet = empty_supernet(network, group_sizes)
+    if _failure(supernet, input_shape) is None:
+        return supernet
+    failures = {
+        name: _failure(empty_supernet(network, {name: sizes}), input_shape) for name, sizes in group_sizes.items()
+    }
+    failing = {name: reason for name, reason in failures.items() if reason is not None} or failures
+    reason = next(iter(failing.values())) or _failure(supernet, input_shape)
+    raise InvalidValueError(
+        f"layers {', '.join(failing)}: decomposed, the network does not run ({reason}), for it uses them other than by "
+        "calling them; leave them out (decomposition.layers, --layers)"
+    )
+
+
+def _failure(network: nn.Module, input_shape: Sequence[int]) -> str | None:
+    try:
+        network_calls(network, input_shape)
+    except Exception as error:  # whatever the user's own code raises
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return None
 
 
 def _kernel(conv: nn.Conv2d) -> str:

@@ -12,28 +12,32 @@ from torch import nn
 from gross_ray.results.store import RunStore
 from gross_ray.search.cost import count_macs
 from gross_ray.search.folding import Folding
+from gross_ray.search.latency import LatencyModel
+from gross_ray.space import Configuration
 
 
 def model_card(
-    store: RunStore, configuration: str, seed: int, input_shape: Sequence[int], classes: Sequence[str]
+    store: RunStore,
+    configuration: str,
+    seed: int,
+    input_shape: Sequence[int],
+    classes: Sequence[str],
+    *,
+    layers: Sequence[str],
+    latency: LatencyModel | None = None,
 ) -> dict[str, Any]:
     """Return the card of a validated configuration: accuracies, costs, how to feed it, and where it comes from.
 
-    `input_shape` is (C, H, W). Latencies are those that were predicted for its configuration, if any.
+    `input_shape` is (C, H, W), `layers` names what is decomposed, in order; `latency` predicts, if there is one.
     """
     repeats = store.read_table("validations").query("configuration == @configuration")
     row = repeats.query("seed == @seed").iloc[0]
-    searched = store.read_table("configurations").query("configuration == @configuration")
+    sizes = Configuration.parse(configuration)
     run = store.read_table("runs").iloc[-1]
     data = store.experiment.data
-    latency = searched["latency_ms"].dropna()
     return {
         "configuration": configuration,
-        "layers": {
-            name.removeprefix("layer "): int(searched[name].iloc[0])
-            for name in searched.columns
-            if name.startswith("layer ") and len(searched)
-        },
+        "layers": dict(zip(layers, sizes, strict=True)),
         "accuracy": {
             "validation": float(row["val_accuracy"]),
             "test": float(row["test_accuracy"]),
@@ -41,7 +45,8 @@ def model_card(
         },
         "macs": int(row["macs"]),
         "parameters": int(row["parameters"]),
-        "latency_ms": float(latency.median()) if len(latency) else None,
+        "latency_ms": None if latency is None else latency.predict(sizes),
+        "latency of": None if latency is None else _conditions(latency),
         "input": {
             "shape": ["N", *input_shape],
             "dtype": "float32",
@@ -66,6 +71,7 @@ def folded_card(
         "macs": count_macs(network, input_shape),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "latency_ms": None,
+        "latency of": None,
     }
 
 
@@ -84,6 +90,12 @@ def most_accurate_seed(store: RunStore, configuration: str) -> int | None:
     if repeats.empty:
         return None
     return int(repeats.sort_values(["val_accuracy", "seed"], ascending=[False, True])["seed"].iloc[0])
+
+
+def _conditions(latency: LatencyModel) -> dict[str, Any]:
+    """Return under which conditions a latency is predicted, and how well."""
+    names = ("device", "host", "batch_size", "threads", "median_error")
+    return {name: getattr(latency, name) for name in names}
 
 
 def _text(values: Sequence[float]) -> str:

@@ -133,7 +133,7 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
         images = args[0] if args else kwargs["input"]
         calls.append(Call(module, tuple(images.shape), tuple(output.shape)))
 
-    counted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | SeriesConv2d)]
+    counted = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | SeriesConv2d)]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
     parameter = next(model.parameters())
     try:
@@ -146,9 +146,11 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
 
 
 def plain_macs(call: Call) -> int:
-    """Return the MACs of a call of nn.Conv2d or nn.Linear."""
+    """Return the MACs of a call of a convolution, of any kind, or of nn.Linear."""
     module = call.module
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):  # each input goes to a window of each output channel
+        return _product(call.input_size[1:]) * module.out_channels // module.groups * _product(module.kernel_size)
+    if isinstance(module, nn.modules.conv._ConvNd):
         places = _product(call.output_size[1:])
         return places * module.in_channels // module.groups * _product(module.kernel_size)
     assert isinstance(module, nn.Linear)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -144,6 +145,14 @@ def test_fewer_names_than_classes(module: ModuleType) -> None:
     module.pictures = lambda: (few, WHOLE)  # type: ignore[attr-defined]
     with pytest.raises(DatasetError, match="there is the class 3, and names of 3; name all classes"):
         load_dataset(DataOptions(name="own_pictures:pictures"))
+
+
+def test_a_module_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_pictures.py").write_text("def pictures(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DatasetError, match="failing_pictures:pictures: failing_pictures fails: SyntaxError: ") as told:
+        load_dataset(DataOptions(name="failing_pictures:pictures"))
+    assert len(str(told.value).splitlines()) == 1
 
 
 def test_a_function_that_fails_or_is_not_there(module: ModuleType) -> None:

@@ -6,14 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import load_dataset
+from gross_ray.decomposition.surgery import empty_supernet
+from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.experiment import DataOptions
+from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
+from gross_ray.search.cost import CostTable
+from gross_ray.search.latency import LatencyModel
+from gross_ray.space import Configuration
 from gross_ray.training.loop import accuracy
+from pipelines import train
+from pipelines.networks import load_base
+from pipelines.predictions import put
+from pipelines.rounds import check_limits
+from pipelines.units import Context
 
 OWN = """
 from torch import nn
@@ -26,6 +39,7 @@ def small(num_classes):
 """
 LIMITS = ["data.limit_train=50", "data.limit_validation=40", "data.limit_test=30", "decomposition.tolerance=1e-3"]
 LIMITS += ["search.budgets=[4]", "validation.fixed=[4]"]
+ONE_SHORT = ["training.epochs=1", "training.milestones=[]", "training.seeds=1", *LIMITS[4:]]
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -77,3 +91,57 @@ def test_mistakes_are_told_in_a_line_before_anything_is_made(tmp_path: Path) -> 
         assert line in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
         assert not (tmp_path / "run").exists()
+
+
+def wide(num_classes: int) -> nn.Module:
+    """A network for images of any shape."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, num_classes),
+    )
+
+
+def test_images_that_are_not_square_cost_what_they_cost(tmp_path: Path) -> None:
+    store = RunStore.create(tmp_path / "run", preset("quickstart").override([f"model={__name__}:wide", *ONE_SHORT]))
+    images = ImageSet(torch.zeros(8, 3, 12, 20, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+    splits = Splits("noise", images, images, images, ("a", "b"))
+    for unit in train.plan(store):
+        train.work(Context(store, splits, "cpu", lambda *_, **__: None), unit)
+    base = load_base(store)
+    assert base.input_shape == (3, 12, 20)
+    macs = 12 * 20 * 9 * (3 * 4 + 4 * 6) + 6 * 2
+    assert store.read_table("networks")["macs"].tolist() == [macs]
+    largest = empty_supernet(base.network, base.space.group_sizes)
+    assert CostTable.of(largest, base.input_shape).macs(Configuration([1])) == 12 * 20 * (9 * 12 + 16 + 9 * 4 + 24) + 12
+
+
+def test_a_limit_on_a_latency_is_told_once_the_networks_are_trained(tmp_path: Path) -> None:
+    limit = 'search.limits=["latency_ms=0.5"]'
+    store = RunStore.create(
+        tmp_path / "run", preset("quickstart").override([f"model={__name__}:wide", *ONE_SHORT, limit])
+    )
+    images = ImageSet(torch.zeros(8, 3, 12, 20, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+    for unit in train.plan(store):
+        splits = Splits("noise", images, images, images, ("a", "b"))
+        train.work(Context(store, splits, "cpu", lambda *_, **__: None), unit)
+    with pytest.raises(MissingStageError, match="search.limits has latency_ms, .*run `gross latency` on it once"):
+        check_limits(store)
+    model = LatencyModel(
+        device="a GPU",
+        host="host",
+        batch_size=1,
+        threads=1,
+        rest_ms=1.0,
+        layer_ms={"2": {1: 0.1, 2: 0.2, 4: 0.3}},
+        offset_ms=0.0,
+        slope=1.0,
+        num_sampled=3,
+        median_error=0.01,
+    )
+    put(store, model)
+    with pytest.raises(InvalidValueError, match="latency_ms=0.5: nothing fits; the smallest is latency_ms=1.1.* at 1"):
+        check_limits(store)

@@ -68,6 +68,25 @@ def test_images_that_do_not_fit_the_network_are_told(splits: Splits, monkeypatch
         check_experiment(preset("quickstart"), splits)
 
 
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(4 * 28 * 28, 5)),
+            r"gives \(1, 5\) for an image of 3x32x32; must",
+        ),
+        (nn.Identity(), r"gives \(1, 4, 28, 28\) for an image"),
+    ],
+)
+def test_an_output_that_is_no_logits_is_told(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch, head: nn.Module, told: str
+) -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), head)
+    monkeypatch.setitem(MODELS, "four-conv", lambda num_classes, image_size: body)
+    with pytest.raises(InvalidValueError, match=told):
+        check_experiment(preset("quickstart"), splits)
+
+
 def test_no_folder_is_made(tmp_path: Path) -> None:
     words = ["--preset", "quickstart", "--set", 'decomposition.layers=["conb2"]']
     for command in (["run", "--out", str(tmp_path / "run")], ["train", str(tmp_path / "run")]):

@@ -61,3 +61,17 @@ def test_whatever_a_network_raises_is_told_in_a_line() -> None:
 
     with pytest.raises(InvalidValueError, match="cannot run an image of 3x9x9: TypeError: images of even sides; give"):
         inspection(Fussy(), choice_of(Fussy()), (3, 9, 9))
+
+
+def test_a_layer_that_is_not_called_is_named() -> None:
+    class Peeks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.conv2d(self.a(self.stem(images)), self.b.weight).mean((2, 3))
+
+    with pytest.raises(InvalidValueError, match="layers b: decomposed, .*has no attribute 'weight'.*; leave them out"):
+        inspection(Peeks(), choice_of(Peeks()), (3, 9, 9))
+    inspection(Peeks(), choice_of(Peeks(), ["a"]), (3, 9, 9))

@@ -167,3 +167,18 @@ def test_bad_values_are_refused(paper_supernet, random_supernet):
     strided = random_supernet(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, stride=3)), {"1": (1,)})
     with pytest.raises(InvalidValueError, match=r"\(3, 3\) .*\(4, 5\) pixels; .*actual"):
         configuration_macs(strided, (1,), (3, 4, 5), convention="paper")
+
+
+@pytest.mark.parametrize(
+    "convs",
+    [
+        [nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.Conv2d(6, 3, (3, 1), stride=2)],
+        [nn.Flatten(2), nn.Conv1d(4, 6, 5, groups=2), nn.ConvTranspose1d(6, 2, 3)],
+        [nn.Unflatten(1, (2, 2)), nn.Conv3d(2, 4, (2, 3, 3)), nn.ConvTranspose3d(4, 2, 3)],
+    ],
+)
+def test_convolutions_of_every_kind_are_counted(convs: list[nn.Module]) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), *convs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, 9, 10))
+    assert count_macs(network, (3, 9, 10)) == counter.get_total_flops() / 2

@@ -1,0 +1,46 @@
+"""The card of a configuration that was validated, searched or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import finished_run
+
+from gross_ray.report.model_card import model_card
+from gross_ray.search.latency import LatencyModel
+
+LAYERS = ("conv2", "conv3", "conv4")
+
+
+def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
+    store = finished_run(tmp_path / "run")
+    name = store.read_table("validations")["configuration"].iloc[0]
+    times = {layer: {size: size / 100 for size in (1, 2, 4, 8, 16, 32, 64)} for layer in LAYERS}
+    model = LatencyModel(
+        device="a GPU",
+        host="there",
+        batch_size=8,
+        threads=2,
+        rest_ms=1.0,
+        layer_ms=times,
+        offset_ms=0.5,
+        slope=1.0,
+        num_sampled=3,
+        median_error=0.01,
+    )
+    for unit in store.units("configurations"):  # validated by name, say, and never searched
+        store.delete_unit("configurations", unit)
+    card = model_card(store, name, 0, (3, 32, 32), ["a"] * 10, layers=LAYERS, latency=model)
+    sizes = [int(size) for size in name.split("-")]
+    assert card["layers"] == dict(zip(LAYERS, sizes, strict=True))
+    assert card["latency_ms"] == pytest.approx(1.5 + sum(sizes) / 100)
+    assert card["latency of"] == {
+        "device": "a GPU",
+        "host": "there",
+        "batch_size": 8,
+        "threads": 2,
+        "median_error": 0.01,
+    }
+    without = model_card(store, name, 0, (3, 32, 32), ["a"] * 10, layers=LAYERS)
+    assert without["latency_ms"] is None and without["latency of"] is None
