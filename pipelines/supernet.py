@@ -76,14 +76,10 @@ def run_finetune(session: Session) -> None:
     _run(session, FINETUNE, FINETUNE, plan(store))
 
 
-def in_groups(session: Session, units: Sequence[Unit]) -> bool:
-    """Return whether supernets are trained as stacks: several in one pass, or one graph for all configurations."""
-    engine = session.store.experiment.engine
-    if engine.parallel_seeds > 1 or engine.compile:
-        return True
-    if not engine.capture or {unit.name for unit in units} <= finished(session.store, FINETUNE):
-        return False  # and the cluster, which knows the device, is not joined for nothing
-    return as_one_graph(engine, session.cluster().device)
+def in_groups(store: RunStore) -> bool:
+    """Return whether supernets are trained in groups; where not, a unit may still be a stack of one (as_one_graph)."""
+    engine = store.experiment.engine
+    return engine.parallel_seeds > 1 or engine.compile
 
 
 def as_one_graph(engine: EngineOptions, device: str) -> bool:
@@ -113,7 +109,7 @@ def _run(session: Session, name: str, stage: str, units: list[Unit]) -> None:
         RECONSTRUCT: (reconstruct_work, reconstruct_group),
         FINETUNE: (finetune_work, finetune_group),
     }[stage]
-    together = store.experiment.engine.parallel_seeds if in_groups(session, units) else None
+    together = store.experiment.engine.parallel_seeds if in_groups(store) else None
     work = one if together is None else several
     session.run(name, units, work, lambda: finished(store, stage), together=together)
 

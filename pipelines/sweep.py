@@ -80,8 +80,7 @@ def _grid(session: Session, scheduler: str) -> None:
     if not {unit.name for unit in units} <= supernet.finished(store, supernet.RECONSTRUCT):
         supernet.require_decompositions(store)
     validate.run_fixed(session)
-    engine = store.experiment.engine
-    if scheduler == "none" and (engine.parallel_seeds > 1 or engine.compile):  # captured ones train in their trials
+    if scheduler == "none" and supernet.in_groups(store):
         with suppress(UnitsFailedError):  # told by then; their trials meet the same, and account for it
             supernet.train_together(session, STAGE, units)  # the trials find them trained, and measure them
     numbers = {unit.name: number for number, unit in enumerate(units)}
