@@ -234,6 +234,8 @@ def latency(
     from gross_ray.search.latency import LatencyModel, LatencyOptions
     from pipelines import latency as stage
     from pipelines.predictions import put
+    from pipelines.progress import Reporter
+    from pipelines.session import tell_of_damage
 
     asked = {"batch_size": batch, "threads": threads, "repeats": repeats}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -243,6 +245,8 @@ def latency(
         raise click.UsageError(f"--to {target}: there is no folder {target.parent}; make it, or name another file")
     store = RunStore.open(run)
     with store.lock():
+        store.remove_leftovers()
+        tell_of_damage(store, Reporter())
         if source is not None:
             model = LatencyModel.load(source)
         else:

@@ -14,7 +14,7 @@ from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_laten
 from gross_ray.seeds import derived_generator
 from pipelines import search
 from pipelines.networks import load_base
-from pipelines.predictions import TABLES, fill
+from pipelines.predictions import TABLES, fill, measured
 from pipelines.session import Session
 from pipelines.units import Context, Unit, require, tensor_of
 
@@ -37,7 +37,7 @@ def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
         f"{search.STAGE} latency",
         [Unit(name, asdict(options), shared=units[0].shared)],
         work,
-        lambda: set.intersection(*map(store.finished_units, TABLES)),
+        lambda: set(measured(store)),
         shared=lambda supernet: search.load_shared(store, supernet),
     )
     fill(store, LatencyModel.from_tables(*(store.read_units(table, [name]) for table in TABLES)))

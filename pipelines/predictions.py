@@ -38,8 +38,13 @@ def _listed(group_sizes: Mapping[str, Sequence[int]]) -> str:
 
 def stored_model(store: RunStore) -> LatencyModel | None:
     """Return the measurement that predicts `latency_ms`: the only one there is, else None."""
-    latencies, models = (store.read_table(table) for table in TABLES)
-    return LatencyModel.from_tables(latencies, models) if len(models) == 1 else None
+    units = measured(store)
+    return LatencyModel.from_tables(*(store.read_units(table, units) for table in TABLES)) if len(units) == 1 else None
+
+
+def measured(store: RunStore) -> list[str]:
+    """Return the measurements that are stored whole."""
+    return sorted(set.intersection(*map(store.finished_units, TABLES)))
 
 
 def fill(store: RunStore, model: LatencyModel) -> None:

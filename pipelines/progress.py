@@ -16,6 +16,9 @@ SECONDS_BETWEEN_LINES = 5.0
 SECONDS_OF_SILENCE = 60.0
 """On no terminal, after how long the same state is told once more."""
 
+PATIENCE_SECONDS = 60.0
+"""How long nothing of a stage may be under way before that is told."""
+
 
 class StageProgress:
     """Progress of one stage, told by units done and by the share done of those under way."""
@@ -79,6 +82,23 @@ class _Bar(StageProgress):
 
     def note(self, text: str) -> None:
         self._bar.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+class Patience:
+    """Tells, where nothing of a stage has been under way for a while, that the cluster has no room for it."""
+
+    def __init__(self, progress: StageProgress, *, autoscales: bool) -> None:
+        """Begin to wait; `autoscales`: whether the cluster's autoscaler may add nodes."""
+        self._progress, self._since = progress, time.monotonic()
+        self._then = "; its autoscaler is asked for nodes" if autoscales else ""
+
+    def look(self, *, under_way: bool) -> None:
+        """Tell once in every `PATIENCE_SECONDS` without anything `under_way`; to be called again and again."""
+        if not under_way:
+            if time.monotonic() - self._since <= PATIENCE_SECONDS:
+                return
+            self._progress.note(f"waiting for a worker: the cluster has no free core or GPU for one{self._then}")
+        self._since = time.monotonic()
 
 
 class Reporter:

@@ -20,7 +20,7 @@ from gross_ray.search.strategies import Strategy, strategy
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
 from pipelines.networks import Base, load_base
-from pipelines.predictions import stored_model
+from pipelines.predictions import measured, stored_model
 from pipelines.units import Unit
 
 ROUNDS = "search-rounds"
@@ -124,7 +124,7 @@ def additive_cost(store: RunStore, base: Base, cost: str) -> AdditiveCost:
     if cost == "latency_ms":
         model = stored_model(store)
         if model is None:
-            count = len(store.read_table("latency_models"))
+            count = len(measured(store))
             raise MissingStageError(
                 f"search.limits has latency_ms, and {store.storage} has latencies of {count} devices, must be one: "
                 "run `gross latency` on it once, before the search"
@@ -143,7 +143,7 @@ def check_limits(store: RunStore) -> None:
     for text in options.limits:
         budgets, base = Budget.parse_all(text), load_base(store)
         timed = any(budget.cost == "latency_ms" for budget in budgets)
-        if timed and options.strategy == "exhaustive" and len(store.read_table("latency_models")) > 1:
+        if timed and options.strategy == "exhaustive" and len(measured(store)) > 1:
             continue  # what is stored with the configurations counts
         BudgetedSpace(base.space, [additive_cost(store, base, budget.cost) for budget in budgets], budgets)
 

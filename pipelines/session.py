@@ -28,6 +28,10 @@ from pipelines.tuning import Tuning
 from pipelines.units import Unit, Work, grouped, members_of, pack_splits
 from pipelines.workers import Shared, WorkerPool
 
+_MEASURE = "measure again with `gross latency` or `gross search --latency`"
+_AFTER_DAMAGE = {"runs": "that start is on record no more", "latencies": _MEASURE, "latency_models": _MEASURE}
+"""What follows from the loss of a unit of a table that no stage completes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
@@ -51,6 +55,15 @@ class DataSource:
 @lru_cache(maxsize=1)
 def _loaded(options: DataOptions, root: str | None, download: bool) -> Splits:
     return load_dataset(options, root=root, download=download)
+
+
+def tell_of_damage(store: RunStore, reporter: Reporter) -> None:
+    """Name the damaged files that were deleted since this was asked last, and what follows."""
+    for file in store.damaged:
+        reporter.note(
+            f"damaged file {file}: deleted; {_AFTER_DAMAGE.get(file.split('/')[1], 'its stage makes it anew')}"
+        )
+    store.damaged.clear()
 
 
 class Session:
@@ -91,7 +104,7 @@ class Session:
         with signals.orderly(), signals.closed_in_peace(store.lock()):
             store.remove_leftovers()
             session = cls(store, resources, source, reporter, callbacks)
-            session._tell_of_damage()
+            tell_of_damage(store, reporter)
             try:
                 yield session
             finally:
@@ -118,7 +131,7 @@ class Session:
         """
         names = [unit.name for unit in units]
         done = finished() & set(names)
-        self._tell_of_damage()
+        tell_of_damage(self.store, self.reporter)
         todo = [unit for unit in units if unit.name not in done]
         groups = todo if together is None else grouped(todo, together)
         with self.reporter.stage(stage, len(done) + len(groups), len(done)) as progress:
@@ -177,11 +190,6 @@ class Session:
             self._record_start(self._cluster)
         return self._cluster
 
-    def _tell_of_damage(self, then: str = "its unit is done again") -> None:
-        for file in self.store.damaged:
-            self.reporter.note(f"damaged file {file}: deleted; {then}")
-        self.store.damaged.clear()
-
     def _record_start(self, cluster: Cluster) -> None:
         started = datetime.now(UTC)
         experiment = self.store.experiment
@@ -205,7 +213,7 @@ class Session:
             self._pool = None
 
     def _close(self) -> None:
-        self._tell_of_damage("the same command does its unit again")  # found since the last stage began
+        tell_of_damage(self.store, self.reporter)  # found since the last stage began
         self._release_workers()
         self._packed = None
         self._stack.close()

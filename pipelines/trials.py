@@ -15,19 +15,23 @@ import ray
 import torch
 from ray import tune
 from ray.tune import Callback
+from ray.tune.experiment import Trial
 from ray.tune.stopper import NoopStopper
 
 from gross_ray.errors import DivergedError, GrossRayError
 from gross_ray.results.store import RunStore
 from pipelines import signals
 from pipelines.cluster import Cluster
-from pipelines.progress import StageProgress
+from pipelines.progress import Patience, StageProgress
 from pipelines.tuning import Ended, Tuning, trial_config
 from pipelines.units import Context, Unit, Work, room_for_images, unpack_splits
 from pipelines.versions import Versions
 
 MAX_FAILURES = 2
-"""How often a trial is started again whose process died; it goes on from its last epoch."""
+"""How often a trial is started again whose process died, without that it comes any further than it was before.
+
+It goes on from its last epoch. Tune does not count a machine that its owner took back.
+"""
 
 
 def run_trials(
@@ -68,7 +72,7 @@ def run_trials(
         if tuning.scheduler is not None:
             asked["scheduler"] = tuning.scheduler()
         with signals.noted() as interrupted:
-            watch = _Watch(progress, tuning, interrupted)
+            watch = _Watch(progress, tuning, interrupted, Patience(progress, autoscales=cluster.autoscales))
             tuner = tune.Tuner(
                 tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
                 param_space=grid,
@@ -172,9 +176,13 @@ class _Interruption(tune.Stopper):
 class _Watch(Callback):
     """Turns Tune's events into progress, and tells the stage of each trial's end."""
 
-    def __init__(self, progress: StageProgress, tuning: Tuning, interrupted: Callable[[], bool]) -> None:
-        self._progress, self._tuning, self._interrupted = progress, tuning, interrupted
+    def __init__(
+        self, progress: StageProgress, tuning: Tuning, interrupted: Callable[[], bool], patience: Patience
+    ) -> None:
+        self._progress, self._tuning, self._interrupted, self._patience = progress, tuning, interrupted, patience
         self._states: dict[str, tuple[float, str]] = {}
+        self._furthest: dict[str, float] = {}
+        """The largest share done that a trial reported, by its unit."""
         self.failed: dict[str, str] = {}
         self.error: GrossRayError | None = None
         """What the stage's account of a trial met: raised in here, Tune would do that trial again."""
@@ -184,8 +192,15 @@ class _Watch(Callback):
         return Callback, ()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        self._states[trial.config["unit"]["name"]] = (float(result["share"]), str(result["state"]))
+        name, share = trial.config["unit"]["name"], float(result["share"])
+        self._states[name] = (share, str(result["state"]))
+        if share > self._furthest.get(name, 0.0):
+            self._furthest[name] = share
+            trial.run_metadata.num_failures = 0  # it comes further: what it died of before does not count
         self._progress.under_way({unit: state for unit, state in self._states.items() if state[0] < 1})
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        self._patience.look(under_way=any(trial.status == Trial.RUNNING for trial in trials))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         unit, result = _unit(trial.config), trial.last_result

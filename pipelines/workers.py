@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,14 @@ import torch
 from gross_ray.errors import GrossRayError
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
-from pipelines.progress import StageProgress
+from pipelines.progress import Patience, StageProgress
 from pipelines.units import Context, Unit, Work, room_for_images, unpack_splits
 from pipelines.versions import Versions
 
 MAX_ATTEMPTS = 3
-"""How often a unit is tried whose worker dies."""
+"""How often a unit is tried whose worker dies, without that it comes any further."""
 IN_FLIGHT = 2
 """Units that an actor has at most: one under way, and the next so that it never waits for the driver."""
-PATIENCE_SECONDS = 60.0
-"""How long no worker may be up before that is told."""
 POLL_SECONDS = 1.0
 """How often the units under way are asked for their state."""
 
@@ -36,7 +33,7 @@ class _Worker:
 
     def __init__(self, packed: dict[str, Any], device: str, versions: Versions, store: RunStore) -> None:
         self._device = device
-        self._state = (0.0, "starting")
+        self._state = ("", 0.0, "starting")
         self._kept: dict[str, Any] = {}
         self._refused: GrossRayError | None = None
         try:
@@ -49,17 +46,18 @@ class _Worker:
 
     def do(self, work: Work, store: RunStore, unit: Unit, threads: int, shared: Any) -> str:
         torch.set_num_threads(threads)
-        self._state = (0.0, "started")
+        self._state = (unit.name, 0.0, "started")
         return work(Context(store, self._splits, self._device, self._report, shared, self._kept), unit)
 
     @ray.method(concurrency_group="state")
-    def state(self) -> tuple[float, str]:
+    def state(self) -> tuple[str, float, str]:
+        """Return the unit that it did last, the share of it that is done, and in words."""
         if self._refused is not None:
             raise self._refused
         return self._state
 
     def _report(self, share: float, text: str, **_: float) -> None:
-        self._state = (share, text)
+        self._state = (self._state[0], share, text)
 
 
 class WorkerPool:
@@ -98,7 +96,7 @@ class WorkerPool:
         queues: dict[Any, deque[_Task]] = {}
         # Units go only to actors that are up: one for which the cluster has no room any more would keep them for ever.
         starting = {actor.state.remote(): actor for actor in self._actors[:wanted]}
-        self._start_failures, waiting_since = 0, time.monotonic()
+        self._start_failures, patience = 0, Patience(progress, autoscales=self._cluster.autoscales)
         while stage.todo or any(queues.values()):
             self._take_up(starting, queues, store)
             stage.hand_out(queues, len(queues) + len(starting))
@@ -110,21 +108,17 @@ class WorkerPool:
                 break
             if self._cluster.autoscales and not stage.todo:
                 self._give_back(starting, queues)
-            if queues:
-                waiting_since = time.monotonic()
-            elif time.monotonic() - waiting_since > PATIENCE_SECONDS:
-                on_its_way = "; its autoscaler is asked for nodes" if self._cluster.autoscales else ""
-                progress.note(f"waiting for a worker: the cluster has no free core or GPU for one{on_its_way}")
-                waiting_since = time.monotonic()
+            patience.look(under_way=bool(queues))
             tasks = [task.reference for queue in queues.values() for task in queue]
             ray.wait([*tasks, *starting], timeout=POLL_SECONDS)
             for actor, queue in list(queues.items()):
-                if stage.collect(queue):
+                death = stage.collect(queue)
+                if death is None:
                     continue
-                stage.lost(queue)
+                stage.lost(queue, death)
                 del queues[actor]
                 self._replace(actor, starting, store)
-            progress.under_way(_states(queues))
+            stage.under_way(_states(queues))
         return stage.failed
 
     def _take_up(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]], store: RunStore) -> None:
@@ -202,6 +196,8 @@ class _StageOnActors:
         self._work, self._store, self._threads = work, store, threads
         self._progress, self._load = progress, shared
         self._attempts: dict[str, int] = {}
+        self._furthest: dict[str, float] = {}
+        """The largest share done that was seen of a unit."""
         self._shared: dict[str, ray.ObjectRef] = {}
         self._users = Counter(unit.shared for unit in units)
 
@@ -215,12 +211,20 @@ class _StageOnActors:
                     shared = self._reference(unit.shared)
                     queue.append(_Task(unit, actor.do.remote(self._work, self._store, unit, self._threads, shared)))
 
-    def collect(self, queue: deque[_Task]) -> bool:
-        """Take from the queue what has ended; return False where its actor is found dead."""
+    def under_way(self, states: dict[str, tuple[float, str]]) -> None:
+        """Tell how far the units under way are. One further than ever before has all its attempts again."""
+        for name, (share, _) in states.items():
+            if share > self._furthest.get(name, 0.0):
+                self._furthest[name] = share
+                self._attempts.pop(name, None)
+        self._progress.under_way(states)
+
+    def collect(self, queue: deque[_Task]) -> ray.exceptions.RayError | None:
+        """Take from the queue what has ended; return what is known of its actor's death, where it is found dead."""
         while queue:
             ready, _ = ray.wait([queue[0].reference], timeout=0)
             if not ready:
-                return True
+                return None
             try:
                 text = ray.get(queue[0].reference)
             except ray.exceptions.RayTaskError as error:
@@ -228,24 +232,25 @@ class _StageOnActors:
                 self.failed[unit.name] = f"{type(error.cause).__name__}: {error.cause}"
                 expected = isinstance(error.cause, GrossRayError)
                 self._progress.note(f"{unit.name}: failed: {error.cause if expected else error}")
-            except ray.exceptions.RayError:  # it died, or its node did, or the memory monitor killed it
-                return False
+            except ray.exceptions.RayError as error:  # it died, or its node did, or the memory monitor killed it
+                return error
             else:
                 self._progress.unit_done(self._ended(queue).name, text)
-        return True
+        return None
 
-    def lost(self, queue: deque[_Task]) -> None:
+    def lost(self, queue: deque[_Task], death: ray.exceptions.RayError) -> None:
         """Take back the units of a dead actor: the first was under way, the others had not been started."""
         unit, waiting = queue[0].unit, [task.unit for task in queue][1:]
-        self._attempts[unit.name] = self._attempts.get(unit.name, 0) + 1
-        if self._attempts[unit.name] < MAX_ATTEMPTS:
-            self._progress.note(f"{unit.name}: its worker died; trying again")
+        what, remedy = "worker died", "too little memory: give fewer workers with --num-cpus, or machines with more"
+        if "node has died" in str(death):
+            what, remedy = "node was lost", "nodes that fail or are taken away; the same command tries it again"
+        if not getattr(death, "preempted", False):  # what takes a spot machine back does not mind the unit
+            self._attempts[unit.name] = self._attempts.get(unit.name, 0) + 1
+        if self._attempts.get(unit.name, 0) < MAX_ATTEMPTS:
+            self._progress.note(f"{unit.name}: its {what}; trying again")
             self.todo.append(unit)
         else:
-            self.failed[unit.name] = (
-                f"its worker died {MAX_ATTEMPTS} times; look for too little memory: "
-                "give fewer workers with --num-cpus, or machines with more"
-            )
+            self.failed[unit.name] = f"its {what} {MAX_ATTEMPTS} times; look for {remedy}"
             self._release(unit)
         self.todo.extendleft(reversed(waiting))
 
@@ -273,12 +278,14 @@ class _StageOnActors:
 
 
 def _states(queues: Mapping[Any, deque[_Task]]) -> dict[str, tuple[float, str]]:
-    asked = {actor.state.remote(): queue[0].unit.name for actor, queue in queues.items() if queue}
+    asked = {actor.state.remote(): queue for actor, queue in queues.items() if queue}
     ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_SECONDS) if asked else ([], [])
     states = {}
     for reference in ready:
         try:
-            states[asked[reference]] = ray.get(reference)
+            name, share, text = ray.get(reference)
         except ray.exceptions.RayError:
             continue  # its unit reports the death
+        if name in (task.unit.name for task in asked[reference]):  # else one that has just ended
+            states[name] = (share, text)
     return states

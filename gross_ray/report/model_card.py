@@ -33,7 +33,7 @@ def model_card(
     repeats = store.read_table("validations").query("configuration == @configuration")
     row = repeats.query("seed == @seed").iloc[0]
     sizes = Configuration.parse(configuration)
-    run = store.read_table("runs").iloc[-1]
+    starts = store.read_table("runs", ["gross_ray", "python", "torch", "torchvision", "ray"]).to_dict("records")
     data = store.experiment.data
     return {
         "configuration": configuration,
@@ -57,7 +57,7 @@ def model_card(
         "seed": seed,
         "experiment": store.experiment.fields(),
         "fingerprint": store.experiment.fingerprint(),
-        "versions": {name: str(run[name]) for name in ("gross_ray", "python", "torch", "torchvision", "ray")},
+        "versions": starts[-1] if starts else None,
     }
 
 

@@ -29,6 +29,8 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SLIP = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?=/(?!/))|(file|s3|gs|gcs|hdfs|abfss?):(?!//)", re.IGNORECASE)
+"""What begins as a URI and has not both slashes; one letter is no scheme."""
 _WITH_PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^@]*:.*@")
 _SECRET_FIELD = re.compile(r"[?&]([^=&]*(?:key|secret|token|password|credential|sig)[^=&]*)=", re.IGNORECASE)
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY")
@@ -59,13 +61,12 @@ class Storage:
     def __init__(self, address: str | Path) -> None:
         """Take a local path or a URI (s3://bucket/folder, gs://, file://, ...); nothing is made or looked at yet.
 
-        Raises InvalidValueError for a URI that pyarrow does not know or that holds credentials (those are taken from
-        the environment, so that no process list, log or pickle shows them), and StorageError.
+        Raises InvalidValueError for a URI that pyarrow does not know, is incomplete or holds credentials (those are
+        taken from the environment, so that no process list, log or pickle shows them), and StorageError.
         """
-        self._address = _without_credentials(str(address))
-        uri = _URI.match(self._address)
-        if uri is None or self._address.startswith("file://"):
-            local = unquote(urlsplit(self._address).path) if uri else self._address
+        self._address = _checked(str(address))
+        local = _local_path(self._address)
+        if local is not None:
             self.folder: Path | None = Path(local).resolve()
             """The root where it is a local folder."""
             self.filesystem: fs.FileSystem = fs.LocalFileSystem()
@@ -235,8 +236,12 @@ def _filesystem(address: str) -> tuple[fs.FileSystem, str]:
     return filesystem, root.rstrip("/")
 
 
-def _without_credentials(address: str) -> str:
-    """Return an address that may be shown. Raises InvalidValueError for one with a password or a key."""
+def _checked(address: str) -> str:
+    """Return an address that may be shown, its scheme in small letters (RFC 3986, section 3.1).
+
+    Raises InvalidValueError for one with a password or a key, and for one that is nearly a URI: as a local folder it
+    would be found too late.
+    """
     password = _WITH_PASSWORD.match(address)
     if password or (_URI.match(address) and _SECRET_FIELD.search(address)):
         where = f"{password.group(1)}***@..." if password else address.split("?")[0]
@@ -244,7 +249,32 @@ def _without_credentials(address: str) -> str:
             f"{where} holds credentials, which process lists and logs would show: give them to pyarrow by the "
             "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...), a profile or the machine's role"
         )
-    return address
+    if slip := _SLIP.match(address):
+        scheme = slip.group(1) or slip.group(2)
+        rest = address[slip.end() :]
+        relative = scheme.lower() == "file" and not rest.startswith("/")
+        meant = rest if relative else f"{scheme.lower()}://{rest if scheme.lower() == 'file' else rest.lstrip('/')}"
+        raise InvalidValueError(f"{address}: a URI has :// after its scheme: give {meant}, or ./{address} for a folder")
+    scheme, found, rest = address.partition("://")
+    return f"{scheme.lower()}://{rest}" if found and _URI.match(address) else address
+
+
+def _local_path(address: str) -> str | None:
+    """Return the path of a local folder, of a file:// URI too; None for another URI.
+
+    Raises InvalidValueError for a file:// URI of another host: its path would be another folder of this machine.
+    """
+    if not _URI.match(address):
+        return address
+    parts = urlsplit(address)
+    if parts.scheme != "file":
+        return None
+    if parts.netloc not in ("", "localhost"):
+        raise InvalidValueError(
+            f"{address}: {parts.netloc!r} is read as a host, and a file:// URI has none: give file:// and an absolute "
+            f"path, like file://{Path(parts.netloc + parts.path).resolve()}"
+        )
+    return unquote(parts.path)
 
 
 def _reason(error: Exception) -> str:

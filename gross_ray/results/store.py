@@ -31,13 +31,13 @@ from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderErro
 from gross_ray.experiment import Experiment
 from gross_ray.results import lock
 from gross_ray.results.storage import Storage
-from gross_ray.results.tables import SCHEMA_VERSION, VERSION_KEY, table
+from gross_ray.results.tables import SCHEMA_VERSION, TABLES, VERSION_KEY, table
 
 # pyarrow leaves out of a folder what begins with a dot or an underscore: such a unit would silently be missing.
 _NAME = re.compile(r"[A-Za-z0-9=,+-][A-Za-z0-9=,._+-]{0,149}")
 UNDER_WAY = "-under-way"
 """Ending of the stages whose checkpoints are the state of units between epochs."""
-_AGAIN = "run its stage again: the file is deleted and its unit done anew"
+_AGAIN = "`gross run` on this folder, or its stage alone, deletes the file and makes it anew"
 _DESCRIPTION = "gross_ray.description"
 _CHECKSUM = "gross_ray.crc32"
 _NO_SUM, _SUM = b"gross_ray crc32=00000000", b"gross_ray crc32=%08x"
@@ -135,9 +135,10 @@ class RunStore:
             )
 
     def remove_leftovers(self) -> None:
-        """Delete what killed writers left, and the damaged states of trainings under way (noted in `damaged`).
+        """Delete what killed writers left, and the damaged files of all tables and of trainings under way.
 
-        Only for a driver that holds the lock.
+        The latter are noted in `damaged`; other checkpoints are judged by `has_checkpoint`. Only for a driver that
+        holds the lock.
         """
         self.storage.remove_leftovers()
         for stage in self.storage.folders("checkpoints"):
@@ -145,6 +146,8 @@ class RunStore:
                 for name in self.storage.names(f"checkpoints/{stage}"):
                     if name.endswith(".safetensors") and not name.startswith("."):
                         self._is_sound(f"checkpoints/{stage}/{name}")
+        for name in TABLES:
+            self.finished_units(name)
 
     # Tables
 

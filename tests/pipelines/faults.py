@@ -26,6 +26,9 @@ from pipelines.run import status
 
 MARK = "GROSS_RAY_TEST_RUN"
 """Environment variable by which all processes of one driver are known: children inherit it."""
+REPEATS = int(os.environ.get("GROSS_RAY_FAULT_REPEATS", "1"))
+SEED = int(os.environ.get("GROSS_RAY_FAULT_SEED", "0"))
+"""What decides the moments of faults."""
 
 
 _AGENT = re.compile(r"ray::(DashboardAgent|RuntimeEnvAgent)\b")
@@ -92,7 +95,7 @@ class Driver(subprocess.Popen[bytes]):
         self.damaged: dict[Path, bytes] = {}
         with log.open("ab") as output:
             super().__init__(
-                command(stage, str(run), "--num-cpus", "2", *more),
+                command(stage, str(run), *([] if "--address" in more else ["--num-cpus", "2"]), *more),
                 stdout=output,
                 stderr=output,
                 env=os.environ | {MARK: self.mark, "PYTHONFAULTHANDLER": "1"},
@@ -126,10 +129,10 @@ def driver(run: Path | str, stage: str, log: Path, *more: str) -> Iterator[Drive
             assert_nothing_left(process.mark)
 
 
-def resume(run: Path | str, stage: str, log: Path) -> str:
+def resume(run: Path | str, stage: str, log: Path, *more: str) -> str:
     """Run the same command to its end; return what it printed."""
     place = log.stat().st_size if log.exists() else 0
-    with driver(run, stage, log) as process:
+    with driver(run, stage, log, *more) as process:
         assert process.ended(300) == 0, log.read_text()
     return log.read_bytes()[place:].decode()
 
@@ -193,10 +196,10 @@ def stored(run: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in run.glob("tables/*/[!.]*.parquet")}
 
 
-def epochs_under_way(run: Path) -> dict[str, list[float]]:
+def epochs_under_way(run: Path, stage: str = "*", unit: str = "*") -> dict[str, list[float]]:
     """Return the seconds of each epoch that a unit under way has stored, by `STAGE,UNIT`."""
     found = {}
-    for file in run.glob("checkpoints/*-under-way/*.json"):
+    for file in run.glob(f"checkpoints/{stage}-under-way/{unit}.json"):
         stage = file.parent.name.removesuffix("-under-way")
         epochs = json.loads(file.read_text())["history"]
         found[f"{stage},{file.stem}"] = [epoch["seconds"] for epoch in epochs]

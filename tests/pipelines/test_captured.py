@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ from gross_ray.results.store import RunStore
 from gross_ray.space import Configuration
 from gross_ray.training import together
 from gross_ray.training.capture import CapturedStep
-from pipelines import decompose, supernet, train, validate
+from pipelines import decompose, supernet, sweep, train, validate
 from pipelines.units import Context
 
 SETTINGS = [
@@ -104,3 +105,14 @@ def test_units_store_the_same(decomposed: Path, device: str, tmp_path: Path, mon
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-2, atol=1e-4, msg=name)
+    assert _reported(captured, device) == [1, 2, 3, 4]
+
+
+def _reported(store: RunStore, device: str) -> list[float]:
+    """Train a supernet of the sweep in its trial, as the stage does unless it trains several at a time."""
+    assert not supernet.in_groups(store)
+    epochs: list[float] = []
+    context = replace(context_of(store, device), report=lambda *_, **metrics: epochs.append(metrics["trial_epoch"]))
+    unit = next(unit for unit in sweep.plan(store) if unit.arguments["alpha"] == 4.0)
+    sweep.work(context, unit)
+    return epochs

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +21,23 @@ from types import ModuleType
 import pandas as pd
 import pytest
 import ray
-from faults import assert_epochs_kept, assert_stored_as_undisturbed, before_stage, epochs_under_way
+from faults import (
+    FAULTS,
+    MARK,
+    REPEATS,
+    SEED,
+    STAGES,
+    assert_as_undisturbed,
+    assert_epochs_kept,
+    assert_stored_as_undisturbed,
+    at_a_moment,
+    before_stage,
+    driver,
+    epochs_under_way,
+    resume,
+    stored,
+    workers,
+)
 from miniature import ROOT, tables
 
 from gross_ray.errors import ResourcesError
@@ -52,6 +70,9 @@ SETTINGS = [
 ]
 
 
+SIGNALS = ("driver killed", "driver terminated", "interrupted")
+
+
 class Nodes:
     """A head without cores and two nodes with one core each; one can be lost, and another one come."""
 
@@ -60,6 +81,9 @@ class Nodes:
         from ray.cluster_utils import Cluster as Machines
 
         ensure_token_if_auth_enabled()
+        self.mark = uuid.uuid4().hex
+        """By which its processes are known."""
+        os.environ[MARK] = self.mark
         memory = 80 * 2**20
         self._worker = {"num_cpus": 1, "object_store_memory": memory}
         head = {"num_cpus": 0, "object_store_memory": memory, "include_dashboard": False}
@@ -82,6 +106,7 @@ class Nodes:
             self._machines.remove_node(node, allow_graceful=False)
 
     def close(self) -> None:
+        del os.environ[MARK]
         self._machines.shutdown()
 
 
@@ -133,42 +158,22 @@ def _starts(run: Path) -> dict[str, list[str]]:
     return {file.name: file.read_text().split() for file in (run.parent / "starts").iterdir()}
 
 
-def held_work(stage: str, context: Context, unit: Unit) -> str:
-    """Do a unit of `stage`; as soon as a decomposition or an epoch is stored, it is held until the node is lost."""
+def held_work(stage: str, after: int, context: Context, unit: Unit) -> str:
+    """Do a unit of `stage`: once `after` of its epochs, or units, are stored, it is held until a node is lost."""
     _mark_start(context, unit)
-    report = context.report
+    held, report = HELD[stage], context.report
 
     def held_report(share: float, text: str, **metrics: float) -> object:
-        if list(context.store.path.glob("checkpoints/*-under-way/*.safetensors")):
+        if sum(map(len, epochs_under_way(context.store.path, held.epochs, unit.name).values())) >= after:
             _hold(context, unit, stage)
         return report(share, text, **metrics)
 
-    context.report = held_report
-    if stage == "decompose" and context.store.finished_units("decompositions"):
-        _hold(context, unit, stage)
-    return HELD[stage].work(context, unit)
-
-
-def held_shard(context: Context, unit: Unit) -> str:
-    """Evaluate a shard; as soon as one is stored, the next ones are held until the node is lost."""
-    _mark_start(context, unit)
-    if context.store.finished_units("configurations"):
-        _hold(context, unit, "search")
-    return SHARD(context, unit)
-
-
-def held_trial(context: Context, unit: Unit) -> str:
-    """Train a supernet; as soon as an epoch is stored, it is held until the node is lost."""
-    _mark_start(context, unit)
-    report = context.report
-
-    def held_report(share: float, text: str, **metrics: float) -> object:
-        if context.store.has_checkpoint("finetune-under-way", unit.name):
-            _hold(context, unit, "sweep")
-        return report(share, text, **metrics)
-
-    context.report = held_report
-    return TRIAL(context, unit)
+    if held.table:
+        if len(context.store.finished_units(held.table)) >= after:
+            _hold(context, unit, stage)
+    else:
+        context.report = held_report
+    return held.work(context, unit)
 
 
 def _hold(context: Context, unit: Unit, stage: str) -> None:
@@ -180,25 +185,30 @@ def _hold(context: Context, unit: Unit, stage: str) -> None:
         time.sleep(0.01)
 
 
-SHARD, TRIAL = search.work, sweep.work
-
-
 @dataclass(frozen=True)
 class Held:
-    """A stage, and where its work is found."""
+    """A stage, its work, and when that is held: after 1 to `most` epochs of a unit, or units of a table."""
 
     module: ModuleType
     name: str
     stage: Callable[[Session], None]
     work: Work
+    most: int
+    epochs: str = ""
+    """Stages whose epochs count."""
+    table: str = ""
 
 
 HELD = {
-    "train": Held(train, "work", train.run, train.work),
-    "decompose": Held(decompose, "work", decompose.run, decompose.work),
-    "reconstruct": Held(supernet, "reconstruct_work", supernet.run_reconstruct, supernet.reconstruct_work),
-    "finetune": Held(supernet, "finetune_work", supernet.run_finetune, supernet.finetune_work),
-    "validate": Held(validate, "work", validate.run_fixed, validate.work),
+    "train": Held(train, "work", train.run, train.work, 2, epochs="train"),
+    "decompose": Held(decompose, "work", decompose.run, decompose.work, 5, table="decompositions"),
+    "reconstruct": Held(
+        supernet, "reconstruct_work", supernet.run_reconstruct, supernet.reconstruct_work, 1, epochs="reconstruct"
+    ),
+    "finetune": Held(supernet, "finetune_work", supernet.run_finetune, supernet.finetune_work, 2, epochs="finetune"),
+    "search": Held(search, "work", search.run, search.work, 3, table="configurations"),
+    "validate": Held(validate, "work", validate.run_fixed, validate.work, 2, epochs="validate-*"),
+    "sweep-alpha": Held(sweep, "work", sweep.run, sweep.work, 2, epochs="finetune"),
 }
 QUICK = ("search", "sweep-alpha")
 """The stages in which a node is lost in `make test` too."""
@@ -241,21 +251,32 @@ def _loss(nodes: Nodes, run: Path, stage: str) -> Iterator[Loss]:
     assert loss.lost, "no unit was seen under way"
 
 
+def _hold_back(monkeypatch: pytest.MonkeyPatch, stage: str, after: int) -> None:
+    held = HELD[stage]
+    monkeypatch.setattr(held.module, held.name, partial(held_work, stage, after))
+
+
 @pytest.mark.faults
+@pytest.mark.parametrize("repeat", range(REPEATS))
 @pytest.mark.parametrize("stage", HELD)
 def test_a_node_lost_in_mid_stage_changes_no_table(
-    nodes: Nodes, undisturbed: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    nodes: Nodes,
+    undisturbed: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    repeat: int,
 ) -> None:
     held, (_, expected) = HELD[stage], undisturbed
     run = before_stage(expected, stage, tmp_path / "run")
-    monkeypatch.setattr(held.module, held.name, partial(held_work, stage))
+    _hold_back(monkeypatch, stage, random.Random(f"{SEED} {stage} {repeat}").randint(1, held.most))
     nodes.restore()
     with _loss(nodes, run, stage) as loss:
         _work_on(RunStore.open(run), nodes, held.stage)
     starts = _starts(run)
     assert [unit for unit, where in starts.items() if len(where) > 1] == [loss.unit]  # no other is done again
     assert starts[loss.unit][0] == loss.lost != starts[loss.unit][1]
-    assert loss.epochs or stage == "decompose"
+    assert loss.epochs or held.table
     assert_epochs_kept(run, loss.epochs)
     store = RunStore.open(run)
     assert set(starts) <= PLANS[stage].finished(store)
@@ -270,8 +291,8 @@ def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
     run = tmp_path / "run"
     nodes.restore()
     shutil.copytree(before, run)
-    monkeypatch.setattr(search, "work", held_shard)
-    monkeypatch.setattr(sweep, "work", held_trial)
+    _hold_back(monkeypatch, "search", 1)
+    _hold_back(monkeypatch, "sweep-alpha", 1)
     with _loss(nodes, run, "search") as first:
         _work_on(RunStore.open(run), nodes, search.run)
     starts = _starts(run)
@@ -280,13 +301,44 @@ def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
     assert starts[first.unit][0] == first.lost != starts[first.unit][1]
 
     nodes.restore()
-    with _loss(nodes, run, "sweep") as second:
+    with _loss(nodes, run, "sweep-alpha") as second:
         _work_on(RunStore.open(run), nodes, sweep.run)
     where = _starts(run)[second.unit]
     assert len(where) == 2
     assert where[0] == second.lost != where[1]
 
     _assert_as(expected, run)
+
+
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    [
+        pytest.param("train", "driver killed", marks=pytest.mark.quick_fault),
+        *(pytest.param(stage, fault, marks=pytest.mark.faults) for stage in STAGES for fault in SIGNALS),
+    ],
+)
+def test_a_driver_that_joined_ends_its_work_on_the_nodes(
+    nodes: Nodes, undisturbed: tuple[Path, Path], tmp_path: Path, stage: str, fault: str
+) -> None:
+    """Killed or signalled: its workers end, those of others and the cluster stay, the same command finishes the run."""
+    run, log, (_, expected) = before_stage(undisturbed[1], stage, tmp_path / "run"), tmp_path / "log", undisturbed
+    choices = random.Random(f"{SEED} {stage} {fault} joined")
+    nodes.restore()
+    joining = ("--address", nodes.address)
+    with driver(run, stage, log, *joining) as process:
+        at_a_moment(process, run, stage, log, choices.uniform(0.0, 0.2))
+        inject, status = FAULTS[fault]
+        ended = inject(process, run, stage, choices)
+        assert ended == status or "finished after" in log.read_text(), log.read_text()
+    deadline = time.monotonic() + 30
+    while there := workers(nodes.mark):
+        assert time.monotonic() < deadline, f"still at work: {there}"
+        time.sleep(0.1)
+    kept, epochs = stored(run), epochs_under_way(run)
+    resume(run, stage, log, *joining)
+    assert stored(run).items() >= kept.items()
+    assert_epochs_kept(run, epochs)
+    assert_as_undisturbed(run, expected, stage)
 
 
 def _assert_as(expected: Path, run: Path) -> None:

@@ -73,7 +73,7 @@ def test_damage_that_is_found_after_the_last_stage_is_told(tmp_path: Path) -> No
     with Session.opened(store, Resources(num_cpus=1, device="cpu"), DataSource(), Reporter(told)):
         (tmp_path / "run/tables/history/train,seed=0.parquet").write_bytes(b"")
         assert store.finished_units("history") == set()
-    line = "damaged file tables/history/train,seed=0.parquet: deleted; the same command does its unit again"
+    line = "damaged file tables/history/train,seed=0.parquet: deleted; its stage makes it anew"
     assert line in told.getvalue()
 
 

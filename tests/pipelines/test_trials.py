@@ -19,6 +19,7 @@ from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
+from pipelines import progress as progress_module
 from pipelines.cluster import Cluster
 from pipelines.progress import StageProgress
 from pipelines.trials import MAX_FAILURES, run_trials
@@ -51,6 +52,11 @@ def work(context: Context, unit: Unit) -> str:
     marks.parent.mkdir(exist_ok=True)
     with marks.open("a") as file:
         file.write("x")
+    if unit.arguments["fate"] == "comes further":
+        for epoch in range(1, marks.stat().st_size + 2):
+            context.report(epoch / 8, f"epoch {epoch}", loss=1.0)
+        if epoch < DEATHS + 2:
+            os._exit(1)
     for epoch in (1, 2):
         context.report(epoch / 3, f"epoch {epoch}", loss=unit.arguments["loss"] / epoch)
     if unit.arguments["fate"] == "dies once" and marks.stat().st_size == 1:
@@ -71,7 +77,10 @@ FATES = {
     "seed=3": "ends",
     "seed=4": "is a bug",
     "seed=5": "always dies",
+    "seed=6": "comes further",
 }
+DEATHS = MAX_FAILURES + 2
+"""Of a trial that comes one epoch further each time."""
 
 
 class Seen(Callback):
@@ -124,15 +133,23 @@ def ended(cluster: Cluster, splits: Splits, tmp_path_factory: pytest.TempPathFac
 
 
 def test_every_sound_unit_is_done(ended: Outcome, splits: Splits) -> None:
-    assert set(ended.progress.texts) == {"seed=0", "seed=1", "seed=3"}
-    assert ended.progress.done == 3
+    assert set(ended.progress.texts) == {"seed=0", "seed=1", "seed=3", "seed=6"}
+    assert ended.progress.done == 4
     assert set(ended.progress.texts.values()) == {f"1 threads, {int(splits.train.images.sum())}"}
     assert (1 / 3, "epoch 1") in ended.progress.states["seed=0"]
 
 
 def test_a_trial_is_started_again_only_where_its_process_died(ended: Outcome) -> None:
     attempts = {file.name: file.stat().st_size for file in (ended.store.path / "attempts").iterdir()}
-    assert attempts == {"seed=0": 1, "seed=1": 2, "seed=2": 1, "seed=3": 1, "seed=4": 1, "seed=5": 1 + MAX_FAILURES}
+    assert attempts == {
+        "seed=0": 1,
+        "seed=1": 2,
+        "seed=2": 1,
+        "seed=3": 1,
+        "seed=4": 1,
+        "seed=5": 1 + MAX_FAILURES,
+        "seed=6": 1 + DEATHS,
+    }
 
 
 def test_the_failures_are_named(ended: Outcome) -> None:
@@ -141,7 +158,7 @@ def test_the_failures_are_named(ended: Outcome) -> None:
     assert "died" in died
     assert ended.failed == {"seed=2": message, "seed=4": "KeyError: 'conv7'"}
     deaths = [note for note in ended.progress.notes if note.startswith("Ray Tune: Trial task failed for trial seed=")]
-    assert {note.split("seed=")[1][0] for note in deaths} == {"1", "5"}  # once, and each time
+    assert {note.split("seed=")[1][0] for note in deaths} == {"1", "5", "6"}  # once, and each time
     assert all("\n" not in note and "died" in note for note in deaths)
     notes = {note.split(":")[0]: note for note in ended.progress.notes if not note.startswith("Ray Tune: ")}
     assert set(notes) == {"seed=2", "seed=4"}
@@ -151,7 +168,7 @@ def test_the_failures_are_named(ended: Outcome) -> None:
 
 def test_each_end_is_told_to_the_stage_but_not_a_death(ended: Outcome) -> None:
     found = {name: (one.failed, one.diverged, one.stopped) for name, one in ended.told.items()}
-    assert found == {name: (None, False, False) for name in ("seed=0", "seed=1", "seed=3")} | {
+    assert found == {name: (None, False, False) for name in ("seed=0", "seed=1", "seed=3", "seed=6")} | {
         "seed=2": ("the loss is not finite in epoch 3: try a lower learning rate", True, False),
         "seed=4": ("KeyError: 'conv7'", False, False),
     }
@@ -163,6 +180,35 @@ def test_a_callback_of_the_user_is_told_all_that_tune_tells(ended: Outcome) -> N
     assert ended.seen.losses["seed=0"] == [8.0, 4.0, 4.0]
     assert ended.seen.losses["seed=1"] == [8.0, 4.0, 8.0, 4.0, 4.0]
     assert sorted(ended.seen.ended) == [name for name in FATES if name != "seed=5"]
+
+
+class Crowd(Recorded):
+    """All cores, taken until someone says that he waits for one."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__()
+        self._taken = ray.util.placement_group([{"CPU": cluster.num_cpus}])
+        ray.get(self._taken.ready())
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if text.startswith("waiting"):
+            ray.util.remove_placement_group(self._taken)
+
+
+def test_a_stage_that_waits_for_a_core_says_so(
+    cluster: Cluster, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_module, "PATIENCE_SECONDS", 1.0)
+    store, crowd = RunStore.create(tmp_path / "run", preset("quickstart")), Crowd(cluster)
+    units = [Unit("seed=0", {"fate": "ends", "loss": 8.0})]
+    packed = ray.put(pack_splits(splits))
+    failed = run_trials(
+        "validate", work, store, units, cluster=cluster, packed_splits=packed, threads=1, progress=crowd
+    )
+    assert failed == {}
+    assert set(crowd.notes) == {"waiting for a worker: the cluster has no free core or GPU for one"}
+    assert list(crowd.texts) == ["seed=0"]
 
 
 def trial_folder(store: RunStore, unit: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
 from gross_ray.results.store import RunStore
 from pipelines.networks import load_validated
+from pipelines.predictions import stored_model
 
 STAGE_SIGNS = {
     "train": "checkpoints/train-under-way/*.safetensors",
@@ -170,6 +172,38 @@ def test_a_damaged_table_and_a_lost_checkpoint_are_found_named_and_done_again(
     assert f"damaged file tables/configurations/{shard.name}" in ended.stderr
     assert {file: file.stat().st_mtime_ns for file in others} == others
     assert_equal_tables(whole_run[0], run)
+
+
+def test_damage_in_tables_that_no_stage_completes_is_found_by_the_next_command(
+    whole_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run[0], run)
+    timed = gross("latency", str(run), "--device", "cpu", "--repeats", "1")
+    assert timed.returncode == 0, timed.stderr
+    files = [next(run.glob(f"tables/{name}/*")) for name in ("runs", "latencies", "selections")]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1])
+    assert "validate     waits for an earlier stage" in gross("status", str(run)).stdout
+    early = gross("validate", str(run), "--num-cpus", "2")
+    assert early.returncode == 2
+    assert early.stderr.strip().endswith("run `gross search` on it first")
+    told = dict(re.findall(r"damaged file tables/(\w+)/[^:]*: deleted; (.*)", early.stderr))
+    assert told == {
+        "runs": "that start is on record no more",
+        "latencies": "measure again with `gross latency` or `gross search --latency`",
+        "selections": "its stage makes it anew",
+    }
+    ended = subprocess.run(run_command(run), capture_output=True, text=True, check=False, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+    pd.testing.assert_frame_equal(tables(run)["selections"], tables(whole_run[0])["selections"], check_exact=True)
+    assert stored_model(RunStore.open(run)) is None
+    shutil.rmtree(run / "tables/runs")
+    configuration = read_table(run, "validations")["configuration"].iloc[0]
+    for words in (["report"], ["export", "--configuration", configuration, "--to", str(tmp_path / "a.safetensors")]):
+        shown = gross(words[0], str(run), *words[1:])
+        assert shown.returncode == 0, shown.stderr
+    assert json.loads((tmp_path / "a.safetensors.json").read_text())["versions"] is None
 
 
 def test_latency_is_measured_on_request_and_can_be_a_budget(whole_run: tuple[Path, str], tmp_path: Path) -> None:

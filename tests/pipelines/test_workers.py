@@ -231,7 +231,36 @@ def test_the_memory_monitors_error_is_a_death(
     stage = workers._StageOnActors(work, store, [unit], 1, progress, None)
     queue = deque([workers._Task(stage.todo.popleft(), ray.put("done"))])
     monkeypatch.setattr(workers.ray, "get", killed)
-    assert stage.collect(queue) is False
+    death = stage.collect(queue)
+    assert death is not None
     for _ in range(MAX_ATTEMPTS):
-        stage.lost(queue)
+        assert stage.failed == {}
+        stage.lost(queue, death)
     assert "died 3 times; look for too little memory" in stage.failed["hungry"]
+
+
+DIED = ray.exceptions.RayActorError(error_msg="The actor is dead.")
+NODE = ray.exceptions.RayActorError(error_msg="The actor died because its node has died. Node Id: 1f")
+SPOT = ray.exceptions.RayActorError(error_msg="its node has died", preempted=True)
+
+
+@pytest.mark.parametrize(
+    ("events", "failed"),
+    [
+        ([DIED, 0.5, DIED, 0.75, DIED], None),
+        ([0.5, DIED, 0.5, DIED, 0.25, DIED], "its worker died 3 times; look for too little memory"),
+        ([NODE, NODE, NODE], "its node was lost 3 times; look for nodes that fail or are taken away"),
+        ([SPOT] * 9, None),
+        ([DIED, 0.5, DIED, DIED, DIED], "its worker died 3 times"),
+    ],
+)
+def test_only_deaths_at_the_same_point_are_counted(store: RunStore, events: list[Any], failed: str | None) -> None:
+    unit = Unit("long")
+    stage = workers._StageOnActors(work, store, [unit], 1, Recorded(), None)
+    queue = deque([workers._Task(unit, ray.put("done"))])
+    for event in events:
+        if isinstance(event, float):
+            stage.under_way({"long": (event, "epoch")})
+        else:
+            stage.lost(queue, event)
+    assert failed is None if "long" not in stage.failed else failed in stage.failed["long"]

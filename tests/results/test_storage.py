@@ -193,6 +193,38 @@ def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
     assert str(store.storage) == str(tmp_path / "a run")
 
 
+@pytest.mark.parametrize("begin", ["FILE://", "file://localhost"])
+def test_a_scheme_has_no_case_and_this_host_is_no_other(begin: str, tmp_path: Path) -> None:
+    assert Storage(f"{begin}{tmp_path}/run").folder == tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("file://runs/a", r"'runs' is read as a host.* like file:///.*/runs/a$"),
+        ("file://nas/exports/a", "'nas' is read as a host"),
+        ("file:runs/a", "a URI has :// after its scheme: give runs/a, or ./file:runs/a for a folder"),
+        ("file:/runs/a", "give file:///runs/a,"),
+        ("s3:/bucket/x", "give s3://bucket/x, or ./s3:/bucket/x for a folder"),
+        ("S3:bucket/x", "give s3://bucket/x,"),
+        ("swift:/bucket/x", "give swift://bucket/x,"),
+    ],
+)
+def test_what_is_nearly_a_uri_is_refused(
+    address: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidValueError, match=remedy):
+        RunStore.create(address, Experiment(name="test"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["lr:0.1", "a:b/c", "./s3:x", "x/file:y"])
+def test_a_colon_is_a_colon_in_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Storage(name).folder == tmp_path / name
+
+
 def test_a_bucket_is_no_path(s3_port: int) -> None:
     store = RunStore(Storage(uri(s3_port, "no-path")), Experiment())
     with pytest.raises(InvalidValueError, match="is no folder of this machine"):

@@ -22,6 +22,7 @@ from gross_ray.experiment import Experiment, TrainingOptions
 from gross_ray.results import store as store_module
 from gross_ray.results import tables
 from gross_ray.results.store import RunStore, read_table
+from gross_ray.results.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -375,7 +376,7 @@ def test_a_damaged_unit_is_named_removed_and_can_be_done_again(store, damage):
     store.write_table("history", "seed=1", rows_of(1))
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     with pytest.raises(
-        RunFolderError, match=r"damaged file .*seed=1\.parquet.*run its stage again: the file is deleted"
+        RunFolderError, match=r"damaged file .*seed=1\.parquet.*its stage alone, deletes the file and makes it anew"
     ):
         store.read_table("history")
     assert store.finished_units("history") == {"seed=0"}
@@ -387,6 +388,17 @@ def test_a_damaged_unit_is_named_removed_and_can_be_done_again(store, damage):
     store.write_table("history", "seed=1", rows_of(1))
     assert store.finished_units("history") == {"seed=0", "seed=1"}
     assert len(store.read_table("history")) == 6
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_whoever_takes_the_lock_finds_what_is_damaged_in_any_table(store, name):
+    for unit in ("a", "b"):
+        store.write_table(name, unit, [])
+    (store.path / f"tables/{name}/b.parquet").write_bytes(b"PAR1")
+    with store.lock():
+        store.remove_leftovers()
+    assert store.damaged == [f"tables/{name}/b.parquet"]
+    assert store.units(name) == ["a"]
 
 
 @pytest.mark.parametrize("bits", [0xFF, 1])
@@ -626,7 +638,9 @@ def test_a_damaged_checkpoint_is_named_and_deleted_by_the_next_driver(store, dam
     for unit in ("seed=0", "seed=1"):
         store.save_checkpoint("train", unit, {"a": torch.ones(4), "b": torch.tensor(True)}, {"note": "hello"})
     path.write_bytes(CHECKPOINT_DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(RunFolderError, match=r"damaged checkpoint .*train/seed=0\.safetensors.*run its stage again"):
+    with pytest.raises(
+        RunFolderError, match=r"damaged checkpoint .*train/seed=0\.safetensors.*its stage alone, deletes"
+    ):
         store.load_checkpoint("train", "seed=0")
     assert store.has_checkpoint("train", "seed=0") and path.exists()  # who holds no lock deletes nothing
     with store.lock():
