@@ -17,6 +17,7 @@ from pipelines.command_line import (
     budgets_of,
     callback_option,
     configurations_of,
+    costs_of,
     experiment_options,
     refuse_alone,
     run_folder,
@@ -134,7 +135,12 @@ for _name, _description in {
     "(k, M, G); may be repeated: all must hold.",
 )
 @click.option("--top", type=click.IntRange(min=1), help="How many to print under --budget [5].")
-@click.option("--pareto", is_flag=True, help="Print the Pareto front for the first budget's cost [macs].")
+@click.option("--pareto", is_flag=True, help="Print the Pareto front of accuracy and --costs.")
+@click.option(
+    "--costs",
+    callback=costs_of,
+    help="One or more of macs, macs_paper, parameters, latency_ms, with commas [the first budget's, else macs].",
+)
 @click.option("--latency", is_flag=True, help="Time the layers on this machine and predict latency_ms of everything.")
 @click.option("--latency-batch", type=click.IntRange(min=1), help="Images of a batch that is timed [1].")
 @click.option("--latency-threads", type=click.IntRange(min=1), help="CPU threads while it is timed [1].")
@@ -145,6 +151,7 @@ def search(
     budgets: tuple[Any, ...],
     top: int | None,
     pareto: bool,
+    costs: list[str] | None,
     latency: bool,
     latency_batch: int | None,
     latency_threads: int | None,
@@ -161,7 +168,7 @@ def search(
     Example:
       gross search runs/quickstart
       gross search runs/quickstart --budget macs=2.66M --budget parameters=90k --top 5
-      gross search runs/quickstart --latency --latency-batch 8 --pareto
+      gross search runs/quickstart --latency --latency-batch 8 --pareto --costs macs,latency_ms
     """
     from gross_ray.report.terminal import budget_table, front_table, latency_table, stage_results
     from pipelines import search as stage
@@ -169,6 +176,7 @@ def search(
     from pipelines.run import STAGES
 
     refuse_alone("--budget", bool(budgets), {"--top": top})
+    refuse_alone("--pareto", pareto, {"--costs": costs and ",".join(costs)})
     refuse_alone("--latency", latency, {"--latency-batch": latency_batch, "--latency-threads": latency_threads})
 
     def do(session: Any) -> None:
@@ -182,8 +190,8 @@ def search(
     if budgets:
         parts.append(budget_table(stage.best(store, budgets, top or 5), budgets))
     if pareto:
-        cost = budgets[0].cost if budgets else "macs"
-        parts.append(front_table(stage.front(store, cost), cost))
+        costs = costs or [budgets[0].cost if budgets else "macs"]
+        parts.append(front_table(stage.front(store, costs), costs))
     if not budgets and not pareto:
         parts.insert(0, stage_results(store, "search"))
     click.echo("\n\n".join(parts))
@@ -525,7 +533,7 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
 @click.option(
     "--fold",
     "objective",
-    type=click.Choice(["none", "macs", "parameters", "latency_ms"]),
+    type=click.Choice(["none", "macs", "parameters", "activations", "latency_ms"]),
     default="none",
     show_default=True,
     help="Write a layer as the dense convolution that it equals where that has less of this; latency_ms: where it is "
@@ -558,10 +566,11 @@ def export(
     from gross_ray.export import check_format, export_network, whole_or_not_at_all
     from gross_ray.report.model_card import folded_card, foldings_text, model_card, most_accurate_seed
     from gross_ray.results.store import RunStore
+    from gross_ray.search.cost import peak_activations
     from gross_ray.search.folding import fold
     from gross_ray.search.latency import LatencyOptions
     from gross_ray.space import Configuration
-    from pipelines.networks import load_base, load_validated
+    from pipelines.networks import load_validated
     from pipelines.predictions import stored_model
 
     timed = {"--batch": batch, "--device": device}
@@ -571,9 +580,18 @@ def export(
     store, configuration = RunStore.open(run), str(Configuration.parse(configuration))
     if seed is None:
         seed = most_accurate_seed(store, configuration) or 0
-    network, input_shape, classes = load_validated(store, configuration, seed)
-    layers, latency = load_base(store).space.layers, stored_model(store)
-    card = model_card(store, configuration, seed, input_shape, classes, layers=layers, latency=latency)
+    network, base = load_validated(store, configuration, seed)
+    input_shape = base.input_shape
+    card = model_card(
+        store,
+        configuration,
+        seed,
+        input_shape,
+        base.classes,
+        layers=base.space.layers,
+        activations=peak_activations(network, input_shape),
+        latency=stored_model(store),
+    )
     card["file"] = target.name
     if objective != "none":
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")

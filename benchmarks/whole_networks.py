@@ -43,8 +43,8 @@ def main() -> None:
         for configuration in dict.fromkeys(store.read_table("validations")["configuration"]):
             if configuration in networks:
                 continue
-            network, shape, _ = load_validated(store, configuration, most_accurate_seed(store, configuration) or 0)
-            folded, foldings = fold(network, shape, objective="latency_ms", latency=latency, device=device)
+            network, base = load_validated(store, configuration, most_accurate_seed(store, configuration) or 0)
+            folded, foldings = fold(network, base.input_shape, objective="latency_ms", latency=latency, device=device)
             networks[configuration] = network.eval()
             dense = sum(one.folded for one in foldings)
             networks[f"{configuration}, folded ({dense} of {len(foldings)} layers dense)"] = folded.eval()

@@ -3,6 +3,7 @@
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.btd import BlockTerms, BTDOptions, BTDStatus, block_term_decomposition
 from gross_ray.decomposition.expansion import expand_grouped_weight
+from gross_ray.decomposition.layers import LayerChoice, choice_of
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import decompose_model, extract, set_configuration
 from gross_ray.errors import GrossRayError
@@ -27,9 +28,11 @@ __all__ = [
     "Configuration",
     "Experiment",
     "GrossRayError",
+    "LayerChoice",
     "SearchSpace",
     "SeriesConv2d",
     "block_term_decomposition",
+    "choice_of",
     "configuration_macs",
     "count_macs",
     "decompose_model",

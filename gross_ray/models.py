@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from gross_ray.errors import InvalidValueError
+from gross_ray.own_code import own_function
 
+FORM = "package.module:factory"
+"""How a network of the user's own is named."""
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
 """Networks by name: a function of (number of classes, image size in pixels) that returns an nn.Module."""
 
@@ -32,7 +37,7 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
 
     Of the arguments num_classes and image_size a factory is given those that it names (num_classes too where it takes
     any). Raises InvalidValueError for a name or a factory that is not there, one that fails, and one that returns no
-    nn.Module.
+    nn.Module, or one that cannot be copied once it has run.
     """
     factory = factory_of(name)
     if ":" not in name:
@@ -50,7 +55,21 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
         raise InvalidValueError(f"model {name!r}: it fails: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise InvalidValueError(f"model {name!r}: it returned a {type(network).__name__}, must be an nn.Module")
+    for place, module in network.named_modules():
+        if problem := _problem(module):
+            raise InvalidValueError(f"model {name!r}: its module {place!r} {problem}")
     return network
+
+
+def _problem(module: nn.Module) -> str | None:
+    """Return why a network cannot have a module that torch itself takes, and the remedy; None where it can."""
+    if any(map(is_lazy, module.parameters(recurse=False))):
+        return f"is a {type(module).__name__} without weights yet: run an image in the factory, before it returns"
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm):  # the weight they compute cannot be copied
+            new = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
+            return f"has torch.nn.utils.{new}, which torch cannot copy: use torch.nn.utils.parametrizations.{new}"
+    return None
 
 
 def factory_of(name: str) -> Callable[..., nn.Module]:
@@ -58,18 +77,7 @@ def factory_of(name: str) -> Callable[..., nn.Module]:
     check_model_name(name)
     if ":" not in name:
         return MODELS[name]
-    module_name, _, attribute = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InvalidValueError(
-            f"model {name!r}: {error}; write package.module:factory, from a folder that Python finds (PYTHONPATH)"
-        ) from None
-    except Exception as error:  # whatever the user's own code raises
-        raise InvalidValueError(f"model {name!r}: {module_name} fails: {type(error).__name__}: {error}") from error
-    if not callable(factory):
-        raise InvalidValueError(f"model {name!r}: {attribute} is no function; write package.module:factory")
-    return factory
+    return own_function(name, FORM, lambda told: InvalidValueError(f"model {name!r}: {told}"))
 
 
 def check_model_name(name: str) -> None:
@@ -80,7 +88,7 @@ def check_model_name(name: str) -> None:
     if ":" in name:
         module_name, _, attribute = name.partition(":")
         if not (all(part.isidentifier() for part in module_name.split(".")) and attribute.isidentifier()):
-            raise InvalidValueError(f"model {name!r}: write package.module:factory")
+            raise InvalidValueError(f"model {name!r}: write {FORM}")
     elif name not in MODELS:
         raise InvalidValueError(f"unknown model {name!r}; there are: {', '.join(MODELS)}")
 

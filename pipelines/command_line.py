@@ -211,6 +211,17 @@ def budgets_of(_context: click.Context, _parameter: click.Parameter, values: tup
     return tuple(Budget.parse(value) for value in values)
 
 
+def costs_of(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
+    """Read costs like macs,latency_ms (a click callback)."""
+    from gross_ray.search.selection import COSTS
+
+    costs = None if value is None else [part.strip() for part in value.split(",")]
+    for cost in costs or ():
+        if cost not in COSTS:
+            raise click.UsageError(f"--costs {value}: {cost!r} is none of {', '.join(COSTS)}")
+    return costs
+
+
 def configurations_of(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
     """Read configurations like 8-16-64 (a click callback)."""
     from gross_ray.space import Configuration

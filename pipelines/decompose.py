@@ -16,6 +16,8 @@ from pipelines.session import Session
 from pipelines.units import Context, Unit
 
 STAGE = "decompose"
+MOST_NAMED = 4
+"""Layers left alone for one reason that are told by name."""
 
 
 def plan(store: RunStore) -> list[Unit]:
@@ -62,8 +64,24 @@ def finished(store: RunStore) -> set[str]:
 
 
 def run(session: Session) -> None:
-    """Decompose what is missing."""
-    session.run(STAGE, plan(session.store), work, lambda: finished(session.store))
+    """Decompose what is missing, after telling which convolutions are left alone."""
+    store = session.store
+    units, reasons = plan(store), load_base(store).left_alone
+    if reasons and not {unit.name for unit in units} <= finished(store):
+        session.reporter.note(f"{STAGE}: left alone: {_told(reasons)}")
+    session.run(STAGE, units, work, lambda: finished(store))
+
+
+def _told(reasons: Mapping[str, str]) -> str:
+    """Return the layers that are left alone by their reasons, of many the first."""
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(layer)
+    parts = []
+    for reason, layers in by_reason.items():
+        more = f" and {len(layers) - MOST_NAMED} more" if len(layers) > MOST_NAMED else ""
+        parts.append(f"{', '.join(layers[:MOST_NAMED])}{more} ({reason})")
+    return "; ".join(parts)
 
 
 def work(context: Context, unit: Unit) -> str:

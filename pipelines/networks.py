@@ -26,6 +26,8 @@ class Base:
     input_shape: tuple[int, int, int]
     space: SearchSpace
     classes: tuple[str, ...]
+    left_alone: dict[str, str]
+    """Why each of the other convolutions is not decomposed, by name."""
 
     @property
     def convs(self) -> dict[str, nn.Conv2d]:
@@ -58,7 +60,8 @@ def load_base(store: RunStore) -> Base:
     choice = choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
     # Run folders of before it was stored hold square images.
     channels, height, width = about.get("input_shape", (3, about["image_size"], about["image_size"]))
-    return Base(network, seed, (channels, height, width), SearchSpace(choice.group_sizes), tuple(about["classes"]))
+    space, classes = SearchSpace(choice.group_sizes), tuple(about["classes"])
+    return Base(network, seed, (channels, height, width), space, classes, choice.left_alone)
 
 
 def new_network(store: RunStore, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
@@ -92,10 +95,8 @@ def history_rows(stage: str, unit: str, seed: int, records: list[EpochRecord]) -
     return [{"stage": stage, "unit": unit, "seed": seed, **vars(record)} for record in records]
 
 
-def load_validated(
-    store: RunStore, configuration: str, seed: int
-) -> tuple[nn.Module, tuple[int, int, int], tuple[str, ...]]:
-    """Return a validated configuration as a plain network on the CPU, its input shape, and the names of its classes.
+def load_validated(store: RunStore, configuration: str, seed: int) -> tuple[nn.Module, Base]:
+    """Return a validated configuration as a plain network on the CPU, and the network that it was decomposed from.
 
     Raises MissingStageError if it was not validated, naming those that were.
     """
@@ -108,4 +109,4 @@ def load_validated(
             f"{unit} is not validated in {store.storage}; there are: {there}. Run `gross validate RUN --configuration "
             f"{chosen}` on it first"
         )
-    return extract(load_supernet(store, "validate", unit, base), chosen), base.input_shape, base.classes
+    return extract(load_supernet(store, "validate", unit, base), chosen), base

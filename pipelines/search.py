@@ -337,9 +337,9 @@ def best(store: RunStore, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
     return best_of_chunks(accuracies(store), budgets, top)
 
 
-def front(store: RunStore, cost: str) -> pd.DataFrame:
-    """Return the Pareto front of accuracy and a cost (`pareto_front`)."""
-    return front_of_chunks(accuracies(store), cost=cost)
+def front(store: RunStore, costs: Sequence[str]) -> pd.DataFrame:
+    """Return the Pareto front of accuracy and one or more costs (`pareto_front`)."""
+    return front_of_chunks(accuracies(store), cost=costs)
 
 
 def choose(store: RunStore) -> None:

@@ -318,9 +318,9 @@ def did(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         done.append(("best", store.path, budgets, top))
         return best_under(accuracies, budgets, top)
 
-    def front(store: RunStore, cost: str) -> pd.DataFrame:
-        done.append(("front", store.path, cost))
-        return pareto_front(accuracies, cost=cost)
+    def front(store: RunStore, costs: list[str]) -> pd.DataFrame:
+        done.append(("front", store.path, *costs))
+        return pareto_front(accuracies, cost=costs)
 
     def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
         done.append(("latency", batch_size, threads))
@@ -370,6 +370,10 @@ def test_search_prints_the_front_of_the_first_budgets_cost(run: Path, did: list[
     gap = lines.index([])
     assert [line[1] for line in lines[2:gap]] == ["4-4-4"]
     assert [line[0] for line in lines[gap + 3 :]] == ["4-4-4", "16-16-16"]  # of the whole space: 2-4-8 is dominated
+    lines = printed("search", run, "--pareto", "--costs", "parameters, macs", "--budget", "macs=2M")
+    assert did[-1] == ("front", run, "parameters", "macs")
+    assert [line[0] for line in lines[-3:]] == ["4-4-4", "2-4-8", "16-16-16"]
+    assert "parameters, macs" in " ".join(lines[-5])
 
 
 def test_search_predicts_the_latency_once_all_is_evaluated(run: Path, did: list[Any]) -> None:
@@ -396,6 +400,8 @@ def test_search_says_the_smallest_where_nothing_fits(run: Path, did: list[Any]) 
         (["--budget", "macs=0"], ["macs=0", "above 0"]),
         (["--budget", "macs=2M", "--top", "0"], ["--top", "0"]),
         (["--top", "3"], ["--top 3 without --budget"]),
+        (["--costs", "macs"], ["--costs macs without --pareto"]),
+        (["--pareto", "--costs", "macs,flops"], ["--costs macs,flops: 'flops' is none of macs, macs_paper,"]),
         (["--pareto", "--latency-batch", "2"], ["--latency-batch 2 without --latency"]),
         (["--latency-threads", "1"], ["--latency-threads 1 without --latency"]),
         (["--latency", "--latency-batch", "0"], ["--latency-batch", "0"]),

@@ -1,6 +1,6 @@
 import pytest
 
-from gross_ray.decomposition.layers import choose_layers, layer_group_sizes
+from gross_ray.decomposition.layers import choice_of
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment, Schedule
@@ -62,8 +62,7 @@ def test_search_space_is_the_papers(name: str) -> None:
     options = preset(name).decomposition
     assert (options.layers, options.group_sizes) == ((), ())
     network = four_conv()
-    sizes = layer_group_sizes(choose_layers(network, options.layers))
-    space = SearchSpace.of(empty_supernet(network, sizes))
+    space = SearchSpace.of(empty_supernet(network, choice_of(network, options.layers).group_sizes))
     assert space.group_sizes == {
         "conv2": (1, 2, 4, 8, 16, 32),
         "conv3": (1, 2, 4, 8, 16, 32),

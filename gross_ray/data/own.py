@@ -5,7 +5,6 @@ Shapes: N images, H height, W width; images are (N, 3, H, W).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from gross_ray.data.image_set import ImageSet
 from gross_ray.errors import DatasetError
+from gross_ray.own_code import own_function
 
 LAYOUT = "return (train, test) or (train, validation, test), each with a length and items (image, class number)"
 PIXELS = "give images of PIL, uint8 arrays (H, W) or (H, W, 3), or tensors (1 or 3, H, W), uint8 or multiples of 1/255"
@@ -33,17 +33,7 @@ def is_function_name(name: str) -> bool:
 
 def function_of(name: str) -> Callable[[], Any]:
     """Return the function called package.module:function; raises DatasetError where there is none."""
-    module_name, _, attribute = name.partition(":")
-    try:
-        function: Callable[[], Any] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        remedy = "write package.module:function, from a folder that Python finds (PYTHONPATH)"
-        raise DatasetError(f"{name}: {error}; {remedy}") from None
-    except Exception as error:  # whatever the user's own code raises
-        raise DatasetError(f"{name}: {module_name} fails: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise DatasetError(f"{name}: {attribute} is no function; write package.module:function")
-    return function
+    return own_function(name, "package.module:function", lambda told: DatasetError(f"{name}: {told}"))
 
 
 def read_own(name: str) -> tuple[list[ImageSet], tuple[str, ...]]:

@@ -54,8 +54,9 @@ def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[
         if any(sign in name for sign in "*?["):
             matching = {one for one in usual if fnmatchcase(one, name)}
             if not matching:
+                hint = _other_names(model, name, usual) or _there(name, usual)
                 raise InvalidValueError(
-                    f"layers {name!r}: no convolution that can be decomposed has such a name; {_there(name, usual)}"
+                    f"layers {name!r}: no convolution that can be decomposed has such a name; {hint}"
                 )
             chosen |= matching
             continue
@@ -88,15 +89,18 @@ def choice_of(
 
     `by_layer` has other sizes for some of them, by name or glob; the first that names a layer counts. Without sizes, a
     layer is decomposed at all of `default_group_sizes`. One whose input channels no size divides is left alone, unless
-    it is named plainly or by `by_layer`. Raises InvalidValueError for such a one, for a name in `by_layer` that no
-    layer has, as `choose_layers` does, and if none is left.
+    it is named plainly or by `by_layer`. Raises InvalidValueError for such a one, for a group-size that is no whole
+    number above 0, for a name in `by_layer` that no layer has, as `choose_layers` does, and if none is left.
     """
     convs = choose_layers(model, names)
+    for size in {*sizes, *(size for some in (by_layer or {}).values() for size in some)}:
+        if not isinstance(size, int) or size < 1:
+            raise InvalidValueError(f"group-size {size!r}: must be a whole number above 0")
     own = _sizes_by_layer(convs, by_layer or {})
     group_sizes, left_alone = {}, _reasons(model, convs)
     for name, conv in convs.items():
         asked = own.get(name, sizes)
-        fitting = tuple(sorted(size for size in asked if conv.in_channels % size == 0))
+        fitting = tuple(sorted({size for size in asked if conv.in_channels % size == 0}))
         if fitting or not asked:
             group_sizes[name] = fitting or default_group_sizes(conv.in_channels)
             continue
@@ -117,16 +121,6 @@ def choice_of(
 def default_group_sizes(in_channels: int) -> tuple[int, ...]:
     """Return the powers of two that divide `in_channels` (section 4.2: all that do not exceed them)."""
     return tuple(2**power for power in range(in_channels.bit_length()) if in_channels % 2**power == 0)
-
-
-def layer_group_sizes(
-    layers: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[int]] | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Return the group-sizes of each layer: those given for it, by name or glob, or `default_group_sizes`."""
-    own = _sizes_by_layer(layers, group_sizes or {})
-    return {
-        name: tuple(sorted(own.get(name) or default_group_sizes(conv.in_channels))) for name, conv in layers.items()
-    }
 
 
 def parse_layer_group_sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -200,6 +194,18 @@ def _there(name: str, known: Mapping[str, object]) -> str:
 
 def _listed(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes))
+
+
+def _other_names(model: nn.Module, glob: str, known: Mapping[str, nn.Module]) -> str | None:
+    """Return which known modules have a second name that fits the glob, told; None if none has."""
+    first = {id(module): name for name, module in known.items()}
+    again = {
+        first[id(module)]
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in first and fnmatchcase(name, glob)
+    }
+    named = ", ".join(name for name in known if name in again)
+    return f"it fits other names of {named}: name these" if again else None
 
 
 def _module_at(model: nn.Module, name: str) -> nn.Module | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.btd import BlockTerms, BTDOptions, block_term_decompositions, default_restarts
-from gross_ray.decomposition.layers import choice_of, choose_layers, layer_group_sizes
+from gross_ray.decomposition.layers import choice_of, choose_layers
 from gross_ray.decomposition.series import SeriesConv2d, check_dense
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import Configuration, SearchSpace
@@ -26,17 +26,16 @@ def decompose_model(
 ) -> nn.Module:
     """Return a copy of `model` with a SeriesConv2d in place of each chosen convolution: the supernet.
 
-    `layers` are names or globs (default: `decomposable_layers`). `group_sizes` are those to try where they divide a
-    layer's input channels (a layer that none of them divides is left alone), or the sizes for each name or glob; the
-    default are the powers of two that divide its input channels. With `nested`, each group-size starts from the
-    expansion of the next smaller one. Raises InvalidValueError for a layer or a group-size that does not fit.
+    `layers` are names or globs (default: `decomposable_layers`). `group_sizes` are those to try, or those for each name
+    or glob, where they divide a layer's input channels; the default are the powers of two that do. What is left alone,
+    and why, `choice_of` tells. With `nested`, each group-size starts from the expansion of the next smaller one. Raises
+    InvalidValueError as `choice_of` does.
     """
-    if group_sizes is None or isinstance(group_sizes, Mapping):
-        chosen = choose_layers(model, layers)
-        sizes = layer_group_sizes(chosen, group_sizes)
+    if isinstance(group_sizes, Mapping):
+        choice = choice_of(model, layers, by_layer=group_sizes)
     else:
-        choice = choice_of(model, layers, group_sizes)
-        chosen, sizes = choice.convs, choice.group_sizes
+        choice = choice_of(model, layers, group_sizes or ())
+    chosen, sizes = choice.convs, choice.group_sizes
     bottlenecks: dict[str, list[Bottleneck]] = {}
     for names in _batches(chosen, sizes):
         weights = [chosen[name].weight for name in names]

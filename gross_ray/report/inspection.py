@@ -10,7 +10,15 @@ from gross_ray.decomposition.layers import LayerChoice
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.results import ResultTable, millions
-from gross_ray.search.cost import Call, CostTable, count_macs, count_parameters, network_calls, plain_macs
+from gross_ray.search.cost import (
+    Call,
+    CostTable,
+    count_macs,
+    count_parameters,
+    network_calls,
+    peak_activations,
+    plain_macs,
+)
 from gross_ray.space import Configuration, SearchSpace
 
 
@@ -36,9 +44,13 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     heads = ["layer", "kernel", "output", "group-sizes", "M MACs dense", "as bottleneck"]
     layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows)
     extremes = [Configuration([pick(sizes) for sizes in space.group_sizes.values()]) for pick in (min, max)]
-    total = [["the network itself", millions(count_macs(network, input_shape)), f"{count_parameters(network):,}"]]
-    total += [[str(one), millions(costs.macs(one)), f"{costs.parameters(one):,}"] for one in extremes]
-    whole = ResultTable(f"The space: {space.size:,} configurations", ["", "M MACs", "parameters"], total)
+    held = [f"{peak_activations(each, input_shape):,}" for each in (network, supernet)]
+    total = [
+        ["the network itself", millions(count_macs(network, input_shape)), f"{count_parameters(network):,}", held[0]]
+    ]
+    total += [[str(one), millions(costs.macs(one)), f"{costs.parameters(one):,}", held[1]] for one in extremes]
+    heads = ["", "M MACs", "parameters", "activations at once"]
+    whole = ResultTable(f"The space: {space.size:,} configurations", heads, total)
     if not choice.left_alone:
         return [layers, whole]
     rest = [[name, reason] for name, reason in choice.left_alone.items()]

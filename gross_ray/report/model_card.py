@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 
 from gross_ray.results.store import RunStore
-from gross_ray.search.cost import count_macs
+from gross_ray.search.cost import count_macs, peak_activations
 from gross_ray.search.folding import Folding
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
@@ -24,11 +24,13 @@ def model_card(
     classes: Sequence[str],
     *,
     layers: Sequence[str],
+    activations: int,
     latency: LatencyModel | None = None,
 ) -> dict[str, Any]:
     """Return the card of a validated configuration: accuracies, costs, how to feed it, and where it comes from.
 
-    `input_shape` is (C, H, W), `layers` names what is decomposed, in order; `latency` predicts, if there is one.
+    `input_shape` is (C, H, W), `layers` names what is decomposed, in order, `activations` is the network's
+    `peak_activations`; `latency` predicts, if there is one.
     """
     repeats = store.read_table("validations").query("configuration == @configuration")
     row = repeats.query("seed == @seed").iloc[0]
@@ -45,6 +47,7 @@ def model_card(
         },
         "macs": int(row["macs"]),
         "parameters": int(row["parameters"]),
+        "activations": activations,
         "latency_ms": None if latency is None else latency.predict(sizes),
         "latency of": None if latency is None else _conditions(latency),
         "input": {
@@ -69,6 +72,7 @@ def folded_card(
         "folded by": objective,
         "folded": [asdict(one) for one in foldings if one.folded],
         "macs": count_macs(network, input_shape),
+        "activations": peak_activations(network, input_shape),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "latency_ms": None,
         "latency of": None,

@@ -78,11 +78,12 @@ def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
     return as_text(stored.budget_table(best, budgets))
 
 
-def front_table(front: pd.DataFrame, cost: str) -> str:
-    """Return what `pareto_front` gives for `cost` as text, the cheapest first."""
-    columns = stored.cost_columns(front, {cost})
+def front_table(front: pd.DataFrame, costs: Sequence[str]) -> str:
+    """Return what `pareto_front` gives for `costs` as text, the cheapest first."""
+    columns = stored.cost_columns(front, set(costs))
     rows = list(zip(*columns.values(), strict=True))
-    return as_text(ResultTable(f"Pareto front of {cost} and accuracy in the supernet", list(columns), rows))
+    named = ", ".join(costs)
+    return as_text(ResultTable(f"Pareto front of {named} and accuracy in the supernet", list(columns), rows))
 
 
 def latency_table(store: RunStore) -> str:

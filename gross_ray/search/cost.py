@@ -125,6 +125,36 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def peak_activations(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Return the most activations, in elements, that a layer holds as `model` runs one image of (C, H, W).
+
+    That is the input and the output of one convolution or linear layer: what a device needs at least, beside the
+    weights, that runs layer after layer; what waits on a shortcut comes on top. A SeriesConv2d counts as a bottleneck,
+    which holds as much at any group-size.
+    """
+    return max(
+        _series_held(call) if isinstance(call.module, SeriesConv2d) else held(call)
+        for call in network_calls(model, input_shape)
+    )
+
+
+def held(call: Call) -> int:
+    """Return the elements of a call's input and output together."""
+    return elements(call.input_size) + elements(call.output_size)
+
+
+def elements(size: Sequence[int]) -> int:
+    """Return the elements of a tensor of one image."""
+    return _product(size[1:])
+
+
+def _series_held(call: Call) -> int:
+    layer = call.module
+    assert isinstance(layer, SeriesConv2d)
+    before, after = (layer.in_channels * _product(size[2:]) for size in (call.input_size, call.output_size))
+    return max(2 * before, before + after, after + elements(call.output_size))
+
+
 def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
     """Return each call of a convolution, linear or decomposed layer as `model` runs one image of (C, H, W)."""
     calls: list[Call] = []

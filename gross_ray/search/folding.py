@@ -13,18 +13,18 @@ from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.surgery import replace_modules
 from gross_ray.errors import InvalidValueError
 from gross_ray.modes import evaluating
-from gross_ray.search.cost import network_calls, plain_macs
+from gross_ray.search.cost import elements, held, network_calls, plain_macs
 from gross_ray.search.latency import LatencyOptions
 from gross_ray.search.timing import typical_ms
 
-OBJECTIVES = ("macs", "parameters", "latency_ms")
-"""What may decide: MACs of an image, numbers of weights, or a measured time."""
+OBJECTIVES = ("macs", "parameters", "activations", "latency_ms")
+"""What may decide: MACs of an image, numbers of weights or of activations held at once, or a measured time."""
 _PARTS = ("pointwise_in", "grouped", "pointwise_out")
 
 
 @dataclass(frozen=True)
 class Folding:
-    """What one layer costs in both forms, all its calls in a forward pass together."""
+    """What one layer costs in both forms: all its calls in a forward pass together, of activations the worst one."""
 
     layer: str
     """Its name in the network."""
@@ -64,6 +64,8 @@ def fold(
         costs = {name: (_parameters(found[name]), _parameters(dense[name])) for name in found}
     elif objective == "macs":
         costs = _macs(network, found, dense, input_shape)
+    elif objective == "activations":
+        costs = _activations(network, found, input_shape)
     else:
         costs = _milliseconds(network, found, dense, input_shape, latency, torch.device(device))
     foldings = [Folding(name, _grouped(found[name]).weight.shape[1], *costs[name]) for name in found]
@@ -129,6 +131,24 @@ def _macs(
             places = call.output_size[2] * call.output_size[3]
             as_dense += places * dense[name].weight.numel()
         costs[name] = (before + plain_macs(call), as_dense)
+    return costs
+
+
+def _activations(
+    network: nn.Module, found: dict[str, nn.Sequential], input_shape: Sequence[int]
+) -> dict[str, tuple[float, float]]:
+    layer_of = {id(part): name for name, module in found.items() for part in module}
+    costs = dict.fromkeys(found, (0.0, 0.0))
+    taken: dict[str, int] = {}
+    for call in network_calls(network, input_shape):
+        if (name := layer_of.get(id(call.module))) is None:
+            continue
+        parts, (before, as_dense) = found[name], costs[name]
+        if call.module is parts[0]:
+            taken[name] = elements(call.input_size)
+        if call.module is parts[-1]:
+            as_dense = max(as_dense, taken[name] + elements(call.output_size))
+        costs[name] = (max(before, held(call)), as_dense)
     return costs
 
 

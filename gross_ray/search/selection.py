@@ -145,13 +145,24 @@ def select(accuracies: pd.DataFrame, budget: str, top: int) -> pd.DataFrame:
     return pd.DataFrame({"budget": budget, "budget_macs": limit, "rank": range(1, len(best) + 1)}).join(chosen)
 
 
-def pareto_front(accuracies: pd.DataFrame, *, cost: str = "macs", value: str = "supernet_accuracy") -> pd.DataFrame:
-    """Return the rows that no other row beats in both cost and value, in ascending order of cost.
+def pareto_front(
+    accuracies: pd.DataFrame, *, cost: str | Sequence[str] = "macs", value: str = "supernet_accuracy"
+) -> pd.DataFrame:
+    """Return the rows that no other row beats in cost (or in all of several) and value, in ascending order of cost.
 
-    Of rows equal in both, only the one of the smallest group-sizes; so the front of several chunks' fronts is the
-    front of all. Raises InvalidValueError where a cost was not measured.
+    A row is beaten by one that is as good in all of these and better in one. Of rows equal in all, only the one of the
+    smallest group-sizes; so the front of several chunks' fronts is the front of all. Raises InvalidValueError where a
+    cost was not measured.
     """
-    _check_measured(accuracies, cost)
+    costs = [cost] if isinstance(cost, str) else list(cost)
+    for one in costs:
+        _check_measured(accuracies, one)
+    if len(costs) > 1:
+        best = accuracies.loc[_undominated(np.column_stack([accuracies[costs], -accuracies[value]]))]
+        return _sorted(best, dict.fromkeys(costs, True) | {value: False}).drop_duplicates(
+            [*costs, value], ignore_index=True
+        )
+    (cost,) = costs
     ordered = accuracies.sort_values([cost, value], ascending=[True, False])
     rises = ordered[value] > ordered[value].cummax().shift(fill_value=-math.inf)
     # Rows equal to one on the front follow it right away: they too are candidates, until the group-sizes decide.
@@ -161,7 +172,28 @@ def pareto_front(accuracies: pd.DataFrame, *, cost: str = "macs", value: str = "
     return front.drop_duplicates([cost, value], ignore_index=True)
 
 
-def front_of_chunks(chunks: Iterable[pd.DataFrame], *, cost: str = "macs") -> pd.DataFrame:
+def _undominated(points: np.ndarray, block: int = 512) -> np.ndarray:
+    """Return which of the points (num_points, num_objectives; less is better) no other one dominates, as booleans."""
+    order = np.lexsort(points.T[::-1])  # what dominates a point comes before it
+    kept = np.empty((0, points.shape[1]))
+    mask = np.zeros(len(points), dtype=bool)
+    for places in np.split(order, range(block, len(order), block)):
+        some = points[places]
+        some_kept = ~_dominated(some, kept)
+        some_kept[some_kept] = ~_dominated(some[some_kept], some[some_kept])
+        mask[places] = some_kept
+        kept = np.concatenate([kept, some[some_kept]])
+    return mask
+
+
+def _dominated(points: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Return which points one of the others is as good as in every objective, and better than in one."""
+    as_good = (by[None] <= points[:, None]).all(axis=2)
+    better_in_one = (by[None] < points[:, None]).any(axis=2)
+    return np.any(as_good & better_in_one, axis=1)
+
+
+def front_of_chunks(chunks: Iterable[pd.DataFrame], *, cost: str | Sequence[str] = "macs") -> pd.DataFrame:
     """Return what `pareto_front` gives for all chunks (at least one) together; only one of them is held at a time."""
     return pareto_front(pd.concat([pareto_front(chunk, cost=cost) for chunk in chunks]), cost=cost)
 

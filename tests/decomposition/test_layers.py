@@ -9,7 +9,6 @@ from gross_ray.decomposition.layers import (
     choice_of,
     choose_layers,
     decomposable_layers,
-    layer_group_sizes,
     parse_layer_group_sizes,
 )
 from gross_ray.errors import InvalidValueError
@@ -88,6 +87,7 @@ def test_layers_are_chosen_by_name_or_glob(names: list[str], chosen: list[str]) 
         ("bodi.0", "'bodi.0' is not a dense convolution of this network; there are: stem, body.0, body.1"),
         ("up", "'up' is not a dense convolution"),
         ("again", "layer 'again' is the same module as 'body.1': name that one"),
+        ("aga*", r"layers 'aga\*': .*; it fits other names of body.1: name these"),
         ("grouped", "layer 'grouped' has groups = 3 of 12 input channels: only"),
     ],
 )
@@ -109,8 +109,13 @@ def test_single_layers_have_group_sizes_of_their_own() -> None:
     assert choice.group_sizes == {"body.0": (3, 6), "body.1": (12,), "body.3": (1, 9)}
     globs_first = {"body.[01]": (6,), "body.1": (12,)}
     assert choice_of(network(), sizes=(4, 2), by_layer=globs_first).group_sizes == {"body.0": (6,), "body.1": (12,)}
-    exact = layer_group_sizes(decomposable_layers(network()), {"body.[01]": (6, 2)})
-    assert exact == {"body.0": (2, 6), "body.1": (2, 6), "body.3": (1,)}
+    exact = choice_of(network(), by_layer={"body.[01]": (6, 2, 6, 5)})
+    assert exact.group_sizes == {"body.0": (2, 6), "body.1": (2, 6), "body.3": (1,)}
+    for size in (0, -2, 2.0):
+        with pytest.raises(InvalidValueError, match=rf"group-size {size}: must be a whole number above 0"):
+            choice_of(network(), by_layer={"*": (1, size)})
+        with pytest.raises(InvalidValueError, match="must be a whole number above 0"):
+            choice_of(network(), sizes=(size,))
     with pytest.raises(InvalidValueError, match="group-sizes for 'boddy', which is not decomposed; there are: body.0"):
         choice_of(network(), by_layer={"boddy": (1,)})
     with pytest.raises(

@@ -221,12 +221,18 @@ def test_default_group_sizes_are_all_powers_of_two_that_divide(channels):
         ({"layers": ["body.9"]}, "'body.9' is not a dense convolution .*: stem, body.0, pointwise, down"),
         ({"layers": ["depthwise"]}, "'depthwise' has groups = 8 of 8 input channels: only .* groups=1"),
         ({"group_sizes": {"stem": [1]}}, "'stem', which is not decomposed; there are: body.0, down"),
-        ({"group_sizes": {"down": [3]}}, r"group_size \(=3\) must divide in_channels \(=8\)"),
+        ({"group_sizes": {"down": [3]}}, "'down': none of the group-sizes 3 divides its 8 input channels"),
+        ({"group_sizes": {"down": [0, 1]}}, "group-size 0: must be a whole number above 0"),
     ],
 )
 def test_layers_and_sizes_that_do_not_fit_are_refused(network, options, message):
     with pytest.raises(InvalidValueError, match=message):
         decompose_model(network, options=QUICK, **options)
+
+
+def test_sizes_by_name_are_taken_where_they_fit(network):
+    supernet = decompose_model(network, options=QUICK, group_sizes={"d*": [3, 1, 8, 16]})
+    assert SearchSpace.of(supernet).group_sizes["down"] == (1, 8)
 
 
 def test_networks_without_a_fitting_layer_are_refused(network):

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import faults
 import pandas as pd
 import pytest
 import ray
@@ -112,11 +113,14 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def nodes(request: pytest.FixtureRequest) -> Iterator[Nodes]:
-    ray.cloudpickle.register_pickle_by_value(request.module)
+    modules = (request.module, faults)
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
     there = Nodes()
     yield there
     there.close()
-    ray.cloudpickle.unregister_pickle_by_value(request.module)
+    for module in modules:
+        ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 class Quiet(Reporter):
@@ -158,13 +162,13 @@ def _starts(run: Path) -> dict[str, list[str]]:
     return {file.name: file.read_text().split() for file in (run.parent / "starts").iterdir()}
 
 
-def held_work(stage: str, after: int, context: Context, unit: Unit) -> str:
+def held_work(stage: str, epochs: str, after: int, context: Context, unit: Unit) -> str:
     """Do a unit of `stage`: once `after` of its epochs, or units, are stored, it is held until a node is lost."""
     _mark_start(context, unit)
     held, report = HELD[stage], context.report
 
     def held_report(share: float, text: str, **metrics: float) -> object:
-        if sum(map(len, epochs_under_way(context.store.path, held.epochs, unit.name).values())) >= after:
+        if sum(map(len, epochs_under_way(context.store.path, epochs, unit.name).values())) >= after:
             _hold(context, unit, stage)
         return report(share, text, **metrics)
 
@@ -194,21 +198,21 @@ class Held:
     stage: Callable[[Session], None]
     work: Work
     most: int
-    epochs: str = ""
-    """Stages whose epochs count."""
+    epochs: tuple[str, ...] = ("",)
+    """Trainings, the epochs of one of which count."""
     table: str = ""
 
 
 HELD = {
-    "train": Held(train, "work", train.run, train.work, 2, epochs="train"),
+    "train": Held(train, "work", train.run, train.work, 2, epochs=("train",)),
     "decompose": Held(decompose, "work", decompose.run, decompose.work, 5, table="decompositions"),
     "reconstruct": Held(
-        supernet, "reconstruct_work", supernet.run_reconstruct, supernet.reconstruct_work, 1, epochs="reconstruct"
+        supernet, "reconstruct_work", supernet.run_reconstruct, supernet.reconstruct_work, 1, epochs=("reconstruct",)
     ),
-    "finetune": Held(supernet, "finetune_work", supernet.run_finetune, supernet.finetune_work, 2, epochs="finetune"),
+    "finetune": Held(supernet, "finetune_work", supernet.run_finetune, supernet.finetune_work, 2, epochs=("finetune",)),
     "search": Held(search, "work", search.run, search.work, 3, table="configurations"),
-    "validate": Held(validate, "work", validate.run_fixed, validate.work, 2, epochs="validate-*"),
-    "sweep-alpha": Held(sweep, "work", sweep.run, sweep.work, 2, epochs="finetune"),
+    "validate": Held(validate, "work", validate.run_fixed, validate.work, 2, epochs=("validate-*",)),
+    "sweep-alpha": Held(sweep, "work", sweep.run, sweep.work, 1, epochs=("reconstruct", "finetune")),
 }
 QUICK = ("search", "sweep-alpha")
 """The stages in which a node is lost in `make test` too."""
@@ -251,9 +255,11 @@ def _loss(nodes: Nodes, run: Path, stage: str) -> Iterator[Loss]:
     assert loss.lost, "no unit was seen under way"
 
 
-def _hold_back(monkeypatch: pytest.MonkeyPatch, stage: str, after: int) -> None:
+def _hold_back(monkeypatch: pytest.MonkeyPatch, stage: str, choices: random.Random | None = None) -> None:
+    """Have the work of a stage held at a moment of `choices`, or as soon as its last training has stored anything."""
     held = HELD[stage]
-    monkeypatch.setattr(held.module, held.name, partial(held_work, stage, after))
+    epochs, after = (choices.choice(held.epochs), choices.randint(1, held.most)) if choices else (held.epochs[-1], 1)
+    monkeypatch.setattr(held.module, held.name, partial(held_work, stage, epochs, after))
 
 
 @pytest.mark.faults
@@ -269,7 +275,7 @@ def test_a_node_lost_in_mid_stage_changes_no_table(
 ) -> None:
     held, (_, expected) = HELD[stage], undisturbed
     run = before_stage(expected, stage, tmp_path / "run")
-    _hold_back(monkeypatch, stage, random.Random(f"{SEED} {stage} {repeat}").randint(1, held.most))
+    _hold_back(monkeypatch, stage, random.Random(f"{SEED} {stage} {repeat}"))
     nodes.restore()
     with _loss(nodes, run, stage) as loss:
         _work_on(RunStore.open(run), nodes, held.stage)
@@ -291,8 +297,8 @@ def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
     run = tmp_path / "run"
     nodes.restore()
     shutil.copytree(before, run)
-    _hold_back(monkeypatch, "search", 1)
-    _hold_back(monkeypatch, "sweep-alpha", 1)
+    _hold_back(monkeypatch, "search")
+    _hold_back(monkeypatch, "sweep-alpha")
     with _loss(nodes, run, "search") as first:
         _work_on(RunStore.open(run), nodes, search.run)
     starts = _starts(run)

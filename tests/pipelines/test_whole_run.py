@@ -170,6 +170,7 @@ def test_a_damaged_table_and_a_lost_checkpoint_are_found_named_and_done_again(
     ended = subprocess.run(run_command(run), capture_output=True, text=True, check=False, timeout=400)
     assert ended.returncode == 0, ended.stderr
     assert f"damaged file tables/configurations/{shard.name}" in ended.stderr
+    assert "decompose: left alone: conv1 (the network's first convolution)\n" in ended.stderr
     assert {file: file.stat().st_mtime_ns for file in others} == others
     assert_equal_tables(whole_run[0], run)
 

@@ -10,7 +10,7 @@ from gross_ray.decomposition.layers import choice_of
 from gross_ray.decomposition.surgery import empty_supernet, extract
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.inspection import inspection
-from gross_ray.search.cost import count_macs, count_parameters
+from gross_ray.search.cost import count_macs, count_parameters, peak_activations
 
 
 class Twice(nn.Module):
@@ -40,7 +40,8 @@ def test_the_costs_are_those_of_the_extracted_networks() -> None:
         *((name, extract(supernet, sizes)) for name, sizes in (("1-1", (1, 1)), ("4-4", (4, 4)))),
     ]
     assert [list(row) for row in space.rows] == [
-        [name, f"{count_macs(one, shape) / 1e6:.2f}", f"{count_parameters(one):,}"] for name, one in expected
+        [name, f"{count_macs(one, shape) / 1e6:.2f}", f"{count_parameters(one):,}", f"{peak_activations(one, shape):,}"]
+        for name, one in expected
     ]
     assert space.title == "The space: 9 configurations"
     assert [list(row) for row in left.rows] == [["stem", "the network's first convolution"]]

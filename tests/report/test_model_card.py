@@ -31,7 +31,7 @@ def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
     )
     for unit in store.units("configurations"):  # validated by name, say, and never searched
         store.delete_unit("configurations", unit)
-    card = model_card(store, name, 0, (3, 32, 32), ["a"] * 10, layers=LAYERS, latency=model)
+    card = model_card(store, name, 0, (3, 32, 32), ["a"] * 10, layers=LAYERS, activations=9, latency=model)
     sizes = [int(size) for size in name.split("-")]
     assert card["layers"] == dict(zip(LAYERS, sizes, strict=True))
     assert card["latency_ms"] == pytest.approx(1.5 + sum(sizes) / 100)
@@ -42,5 +42,5 @@ def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
         "threads": 2,
         "median_error": 0.01,
     }
-    without = model_card(store, name, 0, (3, 32, 32), ["a"] * 10, layers=LAYERS)
+    without = model_card(store, name, 0, (3, 32, 32), ["a"] * 10, layers=LAYERS, activations=9)
     assert without["latency_ms"] is None and without["latency of"] is None

@@ -14,7 +14,7 @@ from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import decompose_model, extract, replace_modules
 from gross_ray.errors import InvalidValueError
 from gross_ray.search import timing
-from gross_ray.search.cost import count_macs
+from gross_ray.search.cost import count_macs, peak_activations
 from gross_ray.search.folding import bottlenecks, dense_convolution, fold
 from gross_ray.search.latency import LatencyOptions
 from gross_ray.space import SearchSpace
@@ -100,6 +100,39 @@ def test_no_other_choice_of_forms_costs_less(supernet: nn.Module, objective: str
     assert len(forms) > 1  # the choice depends on the group-sizes
 
 
+def most_held(network: nn.Module, batch: torch.Tensor) -> int:
+    """The oracle: what a convolution or linear layer is given and returns, as an image runs."""
+    found: list[int] = []
+    layers = [one for one in network.modules() if isinstance(one, nn.Conv2d | nn.Linear)]
+    handles = [
+        one.register_forward_hook(lambda _, given, returned: found.append(given[0][0].numel() + returned[0].numel()))
+        for one in layers
+    ]
+    network(batch)
+    for handle in handles:
+        handle.remove()
+    return max(found)
+
+
+def test_activations_held_at_once_decide(supernet: nn.Module) -> None:
+    shape, batch = (3, 12, 12), images(2, 3, 12, 12).double()
+    assert peak_activations(supernet, shape) == most_held(extract(supernet, (1, 1, 1)), batch)
+    plain = extract(supernet, (8, 1, 4)).eval()
+    assert peak_activations(plain, shape) == most_held(plain, batch)
+    folded, found = fold(plain, shape, objective="activations")
+    for one in found:
+        alone = replace_modules(plain, {one.layer: dense_convolution(bottlenecks(plain)[one.layer])})
+        kernels = (plain.get_submodule(one.layer), alone.get_submodule(one.layer))
+        inputs: list[torch.Tensor] = []
+        handle = kernels[0].register_forward_pre_hook(lambda _, given, to=inputs: to.append(given[0]))
+        plain(batch)
+        handle.remove()
+        assert (one.bottleneck, one.dense) == tuple(most_held(kernel, inputs[0]) for kernel in kernels)
+    # As many channels in as out, halved places, more channels out: only the second holds less where it is dense.
+    assert [one.folded for one in found] == [False, True, False]
+    torch.testing.assert_close(folded(batch), plain(batch), rtol=1e-9, atol=1e-9)
+
+
 def test_a_shared_layer_is_folded_once() -> None:
     supernet = decompose_model(drawn(Twice()), layers=["shared"])
     plain = extract(supernet, (4,)).eval()
@@ -145,5 +178,5 @@ def test_real_times_are_measured(supernet: nn.Module) -> None:
 
 
 def test_an_unknown_objective_is_refused(supernet: nn.Module) -> None:
-    with pytest.raises(InvalidValueError, match=r"objective = 'speed': must be one of macs, parameters, latency_ms"):
+    with pytest.raises(InvalidValueError, match=r"objective = 'speed': must be one of macs, parameters, activations, latency_ms"):
         fold(extract(supernet, (1, 1, 1)), (3, 12, 12), objective="speed")

@@ -10,6 +10,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.search.selection import (
     COSTS,
     Budget,
+    _undominated,
     best_of_chunks,
     best_under,
     front_of_chunks,
@@ -317,6 +318,37 @@ def test_the_pareto_front_is_what_no_row_dominates(table):
     assert pareto_front(renamed, cost="seconds", value="right")["configuration"].tolist() == list(
         front["configuration"]
     )
+
+
+@given(accuracy_tables(min_size=0), st.sampled_from([COSTS[:2], COSTS[2:], COSTS[:3]]), st.integers(1, 4))
+@settings(max_examples=80)
+def test_the_front_of_several_costs_is_what_no_row_dominates(table, costs, size):
+    rows = [tuple(row) for row in table[[*costs, "supernet_accuracy"]].itertuples(index=False)]
+
+    def dominated(row):
+        return any(
+            all(ours <= theirs for ours, theirs in zip(other[:-1], row[:-1], strict=True))
+            and other[-1] >= row[-1]
+            and other != row
+            for other in rows
+        )
+
+    front = pareto_front(table, cost=costs)
+    found = [tuple(row) for row in front[[*costs, "supernet_accuracy"]].itertuples(index=False)]
+    assert found == sorted({row for row in rows if not dominated(row)})
+    for row, configuration in zip(found, front["configuration"], strict=True):
+        equals = [name for other, name in zip(rows, table["configuration"], strict=True) if other == row]
+        assert configuration == str(min(map(Configuration.parse, equals)))
+    if len(table):
+        chunks = [table.iloc[start : start + size] for start in range(0, len(table), size)]
+        pd.testing.assert_frame_equal(front_of_chunks(chunks, cost=costs), front)
+
+
+def test_blocks_change_no_front():
+    points = np.random.default_rng(0).normal(size=(2000, 3)).round(1)
+    whole = _undominated(points, block=len(points))
+    assert 3 < whole.sum() < 200
+    assert (_undominated(points, block=7) == whole).all()
 
 
 def test_supernets_are_joined_by_the_median():
