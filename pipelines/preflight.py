@@ -11,7 +11,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
 from gross_ray.modes import evaluating
-from gross_ray.report.inspection import calls_of, running_supernet
+from gross_ray.report.inspection import running_supernet, told_where_it_cannot_run
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, uniform
@@ -34,7 +34,6 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     )
     if experiment.weights:
         set_weights(network, read_weights(experiment.weights), experiment.weights)
-    calls_of(network, shape)
     _check_logits(network, shape, experiment.model, len(splits.classes))
     options = experiment.decomposition
     choice = choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
@@ -60,7 +59,7 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
 
 
 def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:
-    with torch.no_grad(), evaluating(network):
+    with told_where_it_cannot_run(shape), torch.no_grad(), evaluating(network):
         logits = network(torch.zeros(1, *shape, dtype=next(network.parameters()).dtype))
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if not isinstance(found, tuple) or len(found) != 2 or found[1] < num_classes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -63,8 +64,15 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
 
 def calls_of(network: nn.Module, input_shape: Sequence[int]) -> list[Call]:
     """Return what `network_calls` does; InvalidValueError where the network cannot run an image of (C, H, W)."""
-    try:
+    with told_where_it_cannot_run(input_shape):
         return network_calls(network, input_shape)
+
+
+@contextmanager
+def told_where_it_cannot_run(input_shape: Sequence[int]) -> Iterator[None]:
+    """Turn what a network raises for an image of (C, H, W) into InvalidValueError."""
+    try:
+        yield
     except Exception as error:  # whatever the user's own code raises
         reason = (str(error).strip().splitlines() or [""])[0]
         raise InvalidValueError(
