@@ -243,7 +243,7 @@ def latency(
     from pipelines import latency as stage
     from pipelines.predictions import put
     from pipelines.progress import Reporter
-    from pipelines.session import tell_of_damage
+    from pipelines.session import held
 
     asked = {"batch_size": batch, "threads": threads, "repeats": repeats}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -252,9 +252,7 @@ def latency(
     if target is not None and not target.absolute().parent.is_dir():
         raise click.UsageError(f"--to {target}: there is no folder {target.parent}; make it, or name another file")
     store = RunStore.open(run)
-    with store.lock():
-        store.remove_leftovers()
-        tell_of_damage(store, Reporter())
+    with held(store, Reporter()):
         if source is not None:
             model = LatencyModel.load(source)
         else:

@@ -63,7 +63,7 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
 
 def _problem(module: nn.Module) -> str | None:
     """Return why a network cannot have a module that torch itself takes, and the remedy; None where it can."""
-    if any(map(is_lazy, module.parameters(recurse=False))):
+    if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
         return f"is a {type(module).__name__} without weights yet: run an image in the factory, before it returns"
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm | SpectralNorm):  # the weight they compute cannot be copied

@@ -90,8 +90,7 @@ def make_asha(experiment: Experiment) -> Any:
 
 def stored_trials(store: RunStore, search: str) -> pd.DataFrame:
     """Return the rows of a search's trials, in their order; what is damaged is deleted, and done again."""
-    store.finished_units(TABLE)
-    rows = store.read_table(TABLE)
+    rows = store.read_sound(TABLE)
     return rows[rows["search"] == search].sort_values("trial", ignore_index=True)
 
 

@@ -158,8 +158,12 @@ def _connect(resources: Resources, own_modules: Sequence[str]) -> None:
                 # Of a thread that is not the main one, glibc's arena gives memory back and faults it in again.
                 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
                 ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-    except SystemExit:  # Ray's own answer to a SIGTERM while it starts
-        raise signals.terminated() from None
+    except (KeyboardInterrupt, SystemExit) as error:
+        signals.start_interrupted()
+        signal.alarm(0)  # of Ray's handler of SIGTERM (absl's): this process would be aborted three seconds later
+        if isinstance(error, SystemExit):  # Ray's own answer
+            raise signals.terminated() from None
+        raise
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = f"the cluster at {address}" if address else "Ray on this machine"
         versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
@@ -215,7 +219,7 @@ def _end_orphans(mark: str) -> None:
     """
     calm, deadline = 0, time.monotonic() + ORPHAN_SECONDS
     while calm < 2 and time.monotonic() < deadline:
-        found = [process for process in map(int, _processes()) if _is_marked(process, mark)]
+        found = [process for process in map(int, _processes()) if _is_marked(process, mark) or _logs_here(process)]
         for process in found:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -232,6 +236,26 @@ def _is_marked(process: int, mark: str) -> bool:
         return f"{_MARK}={mark}".encode() in Path(f"/proc/{process}/environ").read_bytes()
     except OSError:  # another user's, or gone
         return False
+
+
+def _logs_here(process: int) -> bool:
+    """Return whether a process is one of Ray's, with a log open of a session that this process started.
+
+    Sessions are named after who started them. Ray's agents write their titles over their environment, and the mark
+    with it.
+    """
+    session = re.compile(rf"/session_[^/]*_{os.getpid()}/")
+    try:
+        if not Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
+            return False
+        descriptors = os.listdir(f"/proc/{process}/fd")
+    except OSError:  # another user's, or gone
+        return False
+    for descriptor in descriptors:
+        with suppress(OSError):  # closed meanwhile
+            if session.search(os.readlink(f"/proc/{process}/fd/{descriptor}")):
+                return True
+    return False
 
 
 def module_of(model: str) -> str | None:

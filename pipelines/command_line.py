@@ -42,7 +42,7 @@ class OneLineErrors(click.Group):
             sys.exit(2)
         except (click.Abort, KeyboardInterrupt):  # click's versions differ in which of the two it is
             click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
-            sys.exit(signals.exit_status())
+            signals.leave(signals.exit_status())
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; what the project raises for its users becomes a line and a status."""
@@ -215,7 +215,7 @@ def costs_of(_context: click.Context, _parameter: click.Parameter, value: str | 
     """Read costs like macs,latency_ms (a click callback)."""
     from gross_ray.search.selection import COSTS
 
-    costs = None if value is None else [part.strip() for part in value.split(",")]
+    costs = None if value is None else list(dict.fromkeys(part.strip() for part in value.split(",")))
     for cost in costs or ():
         if cost not in COSTS:
             raise click.UsageError(f"--costs {value}: {cost!r} is none of {', '.join(COSTS)}")

@@ -37,7 +37,7 @@ def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
         f"{search.STAGE} latency",
         [Unit(name, asdict(options), shared=units[0].shared)],
         work,
-        lambda: set(measured(store)),
+        lambda: measured(store),
         shared=lambda supernet: search.load_shared(store, supernet),
     )
     fill(store, LatencyModel.from_tables(*(store.read_units(table, [name]) for table in TABLES)))

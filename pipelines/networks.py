@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.layers import choice_of, choose_layers, parse_layer_group_sizes
+from gross_ray.decomposition.layers import LayerChoice, choice_of, choose_layers, parse_layer_group_sizes
 from gross_ray.decomposition.surgery import empty_supernet, extract
 from gross_ray.errors import MissingStageError
+from gross_ray.experiment import DecompositionOptions
 from gross_ray.models import build_model
 from gross_ray.results.store import RunStore
 from gross_ray.space import Configuration, SearchSpace
@@ -56,12 +57,16 @@ def load_base(store: RunStore) -> Base:
     tensors, about = store.load_checkpoint("train", f"seed={seed}")
     network = new_network(store, about["num_classes"], about["image_size"], torch.Generator())
     network.load_state_dict(tensors)
-    options = store.experiment.decomposition
-    choice = choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
+    choice = layer_choice(network, store.experiment.decomposition)
     # Run folders of before it was stored hold square images.
     channels, height, width = about.get("input_shape", (3, about["image_size"], about["image_size"]))
     space, classes = SearchSpace(choice.group_sizes), tuple(about["classes"])
     return Base(network, seed, (channels, height, width), space, classes, choice.left_alone)
+
+
+def layer_choice(network: nn.Module, options: DecompositionOptions) -> LayerChoice:
+    """Return what becomes of each convolution under an experiment's options; raises as `choice_of` does."""
+    return choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
 
 
 def new_network(store: RunStore, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:

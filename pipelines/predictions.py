@@ -37,14 +37,19 @@ def _listed(group_sizes: Mapping[str, Sequence[int]]) -> str:
 
 
 def stored_model(store: RunStore) -> LatencyModel | None:
-    """Return the measurement that predicts `latency_ms`: the only one there is, else None."""
-    units = measured(store)
-    return LatencyModel.from_tables(*(store.read_units(table, units) for table in TABLES)) if len(units) == 1 else None
+    """Return the measurement that predicts `latency_ms`: the only one there is, else None.
+
+    None too where there is a part of another one, whose rest was damaged: it may have predicted what is stored.
+    """
+    whole, parts = measured(store), {unit for table in TABLES for unit in store.units(table)}
+    if len(whole) != 1 or parts != whole:
+        return None
+    return LatencyModel.from_tables(*(store.read_units(table, list(whole)) for table in TABLES))
 
 
-def measured(store: RunStore) -> list[str]:
+def measured(store: RunStore) -> set[str]:
     """Return the measurements that are stored whole."""
-    return sorted(set.intersection(*map(store.finished_units, TABLES)))
+    return set.intersection(*map(store.finished_units, TABLES))
 
 
 def fill(store: RunStore, model: LatencyModel) -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from gross_ray.data.image_set import Splits
-from gross_ray.decomposition.layers import choice_of, parse_layer_group_sizes
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
@@ -18,6 +17,7 @@ from gross_ray.search.selection import Budget, uniform
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.weights import read_weights, set_weights
 from pipelines import search
+from pipelines.networks import layer_choice
 
 
 def check_experiment(experiment: Experiment, splits: Splits) -> None:
@@ -35,9 +35,7 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     if experiment.weights:
         set_weights(network, read_weights(experiment.weights), experiment.weights)
     _check_logits(network, shape, experiment.model, len(splits.classes))
-    options = experiment.decomposition
-    choice = choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
-    supernet = running_supernet(network, choice.group_sizes, shape)
+    supernet = running_supernet(network, layer_choice(network, experiment.decomposition).group_sizes, shape)
     space = SearchSpace.of(supernet)
     for name, sizes in (
         ("search.budgets", experiment.search.budgets),

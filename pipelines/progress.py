@@ -85,7 +85,7 @@ class _Bar(StageProgress):
 
 
 class Patience:
-    """Tells, where nothing of a stage has been under way for a while, that the cluster has no room for it."""
+    """Tells, where nothing of a stage has been under way for a while, what it waits for."""
 
     def __init__(self, progress: StageProgress, *, autoscales: bool) -> None:
         """Begin to wait; `autoscales`: whether the cluster's autoscaler may add nodes."""
@@ -97,8 +97,23 @@ class Patience:
         if not under_way:
             if time.monotonic() - self._since <= PATIENCE_SECONDS:
                 return
-            self._progress.note(f"waiting for a worker: the cluster has no free core or GPU for one{self._then}")
+            self._progress.note(f"waiting for a worker: no core or GPU is free, or it is still starting{self._then}")
         self._since = time.monotonic()
+
+
+class Furthest:
+    """The largest share done that was seen of each unit."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._shares: dict[str, float] = {}
+
+    def came_on(self, unit: str, share: float) -> bool:
+        """Return whether a unit has come further than ever before."""
+        further = share > self._shares.get(unit, 0.0)
+        if further:
+            self._shares[unit] = share
+        return further
 
 
 class Reporter:

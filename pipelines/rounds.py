@@ -124,10 +124,9 @@ def additive_cost(store: RunStore, base: Base, cost: str) -> AdditiveCost:
     if cost == "latency_ms":
         model = stored_model(store)
         if model is None:
-            count = len(measured(store))
             raise MissingStageError(
-                f"search.limits has latency_ms, and {store.storage} has latencies of {count} devices, must be one: "
-                "run `gross latency` on it once, before the search"
+                f"search.limits has latency_ms, and {store.storage} has {len(measured(store))} whole measurements of "
+                "latencies, must be one and nothing of others: run `gross latency` on it once, before the search"
             )
         shared = model.offset_ms + model.slope * model.rest_ms
         times = ({size: model.slope * ms for size, ms in one.items()} for one in model.layer_ms.values())

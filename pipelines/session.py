@@ -60,10 +60,18 @@ def _loaded(options: DataOptions, root: str | None, download: bool) -> Splits:
 def tell_of_damage(store: RunStore, reporter: Reporter) -> None:
     """Name the damaged files that were deleted since this was asked last, and what follows."""
     for file in store.damaged:
-        reporter.note(
-            f"damaged file {file}: deleted; {_AFTER_DAMAGE.get(file.split('/')[1], 'its stage makes it anew')}"
-        )
+        what_follows = _AFTER_DAMAGE.get(file.split("/")[1], "its stage, asked for as before, makes it anew")
+        reporter.note(f"damaged file {file}: deleted; {what_follows}")
     store.damaged.clear()
+
+
+@contextmanager
+def held(store: RunStore, reporter: Reporter) -> Iterator[None]:
+    """Hold the run folder's lock, with what killed drivers and bad disks left cleared away and told."""
+    with store.lock():
+        store.remove_leftovers()
+        tell_of_damage(store, reporter)
+        yield
 
 
 class Session:
@@ -101,10 +109,8 @@ class Session:
 
         `callbacks` are `ray.tune.Callback`s, told of the trials of every stage that runs on Ray Tune.
         """
-        with signals.orderly(), signals.closed_in_peace(store.lock()):
-            store.remove_leftovers()
+        with signals.orderly(), signals.closed_in_peace(held(store, reporter)):
             session = cls(store, resources, source, reporter, callbacks)
-            tell_of_damage(store, reporter)
             try:
                 yield session
             finally:

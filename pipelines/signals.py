@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+from typing import NoReturn
 
 # Tune's own handler makes `fit` return as if all were done; here the interrupt goes on to who started it.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []
+_half_started = False
 _blocks = 0
 """How many blocks of `orderly` are under way."""
 
@@ -100,6 +103,21 @@ def terminated() -> KeyboardInterrupt:
     """Return the error to raise for a SIGTERM that another handler has taken."""
     _received.append(signal.SIGTERM)
     return KeyboardInterrupt()
+
+
+def start_interrupted() -> None:
+    """Note that Ray was interrupted as it started."""
+    global _half_started
+    _half_started = True
+
+
+def leave(status: int) -> NoReturn:
+    """End this process: at once where Ray was interrupted as it started, for it may crash as Python then closes."""
+    if _half_started:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _raise(number: int, _: FrameType | None) -> None:

@@ -22,7 +22,7 @@ from gross_ray.errors import DivergedError, GrossRayError
 from gross_ray.results.store import RunStore
 from pipelines import signals
 from pipelines.cluster import Cluster
-from pipelines.progress import Patience, StageProgress
+from pipelines.progress import Furthest, Patience, StageProgress
 from pipelines.tuning import Ended, Tuning, trial_config
 from pipelines.units import Context, Unit, Work, room_for_images, unpack_splits
 from pipelines.versions import Versions
@@ -181,8 +181,7 @@ class _Watch(Callback):
     ) -> None:
         self._progress, self._tuning, self._interrupted, self._patience = progress, tuning, interrupted, patience
         self._states: dict[str, tuple[float, str]] = {}
-        self._furthest: dict[str, float] = {}
-        """The largest share done that a trial reported, by its unit."""
+        self._furthest = Furthest()
         self.failed: dict[str, str] = {}
         self.error: GrossRayError | None = None
         """What the stage's account of a trial met: raised in here, Tune would do that trial again."""
@@ -194,8 +193,7 @@ class _Watch(Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         name, share = trial.config["unit"]["name"], float(result["share"])
         self._states[name] = (share, str(result["state"]))
-        if share > self._furthest.get(name, 0.0):
-            self._furthest[name] = share
+        if self._furthest.came_on(name, share):
             trial.run_metadata.num_failures = 0  # it comes further: what it died of before does not count
         self._progress.under_way({unit: state for unit, state in self._states.items() if state[0] < 1})
 

@@ -40,8 +40,7 @@ def selected_configurations(store: RunStore) -> list[Configuration]:
 
     Raises MissingStageError before `search` is done.
     """
-    sound = store.finished_units("selections")
-    selections = store.read_units("selections", [unit for unit in store.units("selections") if unit in sound])
+    selections = store.read_sound("selections")
     if set(selections["budget"]) != {str(budget) for budget in search.budgets(store)}:
         raise MissingStageError(f"nothing is selected yet in {store.storage}: run `gross search` on it first")
     options, chosen = store.experiment.search, selections["configuration"].tolist()

@@ -13,7 +13,7 @@ import torch
 from gross_ray.errors import GrossRayError
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
-from pipelines.progress import Patience, StageProgress
+from pipelines.progress import Furthest, Patience, StageProgress
 from pipelines.units import Context, Unit, Work, room_for_images, unpack_splits
 from pipelines.versions import Versions
 
@@ -196,8 +196,7 @@ class _StageOnActors:
         self._work, self._store, self._threads = work, store, threads
         self._progress, self._load = progress, shared
         self._attempts: dict[str, int] = {}
-        self._furthest: dict[str, float] = {}
-        """The largest share done that was seen of a unit."""
+        self._furthest = Furthest()
         self._shared: dict[str, ray.ObjectRef] = {}
         self._users = Counter(unit.shared for unit in units)
 
@@ -214,8 +213,7 @@ class _StageOnActors:
     def under_way(self, states: dict[str, tuple[float, str]]) -> None:
         """Tell how far the units under way are. One further than ever before has all its attempts again."""
         for name, (share, _) in states.items():
-            if share > self._furthest.get(name, 0.0):
-                self._furthest[name] = share
+            if self._furthest.came_on(name, share):
                 self._attempts.pop(name, None)
         self._progress.under_way(states)
 
@@ -241,16 +239,18 @@ class _StageOnActors:
     def lost(self, queue: deque[_Task], death: ray.exceptions.RayError) -> None:
         """Take back the units of a dead actor: the first was under way, the others had not been started."""
         unit, waiting = queue[0].unit, [task.unit for task in queue][1:]
-        what, remedy = "worker died", "too little memory: give fewer workers with --num-cpus, or machines with more"
-        if "node has died" in str(death):
-            what, remedy = "node was lost", "nodes that fail or are taken away; the same command tries it again"
+        lost_node = "node has died" in str(death)
         if not getattr(death, "preempted", False):  # what takes a spot machine back does not mind the unit
             self._attempts[unit.name] = self._attempts.get(unit.name, 0) + 1
         if self._attempts.get(unit.name, 0) < MAX_ATTEMPTS:
-            self._progress.note(f"{unit.name}: its {what}; trying again")
+            self._progress.note(f"{unit.name}: its {'node was lost' if lost_node else 'worker died'}; trying again")
             self.todo.append(unit)
         else:
-            self.failed[unit.name] = f"its {what} {MAX_ATTEMPTS} times; look for {remedy}"
+            last = ", the last time with its node" if lost_node else ""
+            self.failed[unit.name] = (
+                f"its worker died {MAX_ATTEMPTS} times{last}; look for too little memory: give fewer workers with "
+                "--num-cpus, or machines with more"
+            )
             self._release(unit)
         self.todo.extendleft(reversed(waiting))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -93,10 +94,8 @@ def choice_of(
     number above 0, for a name in `by_layer` that no layer has, as `choose_layers` does, and if none is left.
     """
     convs = choose_layers(model, names)
-    for size in {*sizes, *(size for some in (by_layer or {}).values() for size in some)}:
-        if not isinstance(size, int) or size < 1:
-            raise InvalidValueError(f"group-size {size!r}: must be a whole number above 0")
-    own = _sizes_by_layer(convs, by_layer or {})
+    sizes = _whole_numbers(sizes)
+    own = _sizes_by_layer(convs, {name: _whole_numbers(some) for name, some in (by_layer or {}).items()})
     group_sizes, left_alone = {}, _reasons(model, convs)
     for name, conv in convs.items():
         asked = own.get(name, sizes)
@@ -136,6 +135,17 @@ def parse_layer_group_sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
             rule = "write GLOB=SIZES, like layer4.*=16,32, each glob once and whole numbers above 0"
             raise InvalidValueError(f"group-sizes {text!r}: {rule}")
         found[name.strip()] = tuple(map(int, sizes))
+    return found
+
+
+def _whole_numbers(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return group-sizes, NumPy's too, as ints; raises InvalidValueError for what is none."""
+    try:
+        found = tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        raise InvalidValueError(f"group-sizes {sizes!r}: must be whole numbers above 0, like (1, 4, 16)") from None
+    if any(isinstance(size, bool) for size in sizes) or min(found, default=1) < 1:
+        raise InvalidValueError(f"group-sizes {sizes!r}: must be whole numbers above 0, like (1, 4, 16)")
     return found
 
 

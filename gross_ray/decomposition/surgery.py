@@ -34,7 +34,7 @@ def decompose_model(
     if isinstance(group_sizes, Mapping):
         choice = choice_of(model, layers, by_layer=group_sizes)
     else:
-        choice = choice_of(model, layers, group_sizes or ())
+        choice = choice_of(model, layers, () if group_sizes is None else group_sizes)
     chosen, sizes = choice.convs, choice.group_sizes
     bottlenecks: dict[str, list[Bottleneck]] = {}
     for names in _batches(chosen, sizes):

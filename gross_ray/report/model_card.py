@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 
 from gross_ray.results.store import RunStore
-from gross_ray.search.cost import count_macs, peak_activations
+from gross_ray.search.cost import count_macs, count_parameters, peak_activations
 from gross_ray.search.folding import Folding
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
@@ -73,7 +73,7 @@ def folded_card(
         "folded": [asdict(one) for one in foldings if one.folded],
         "macs": count_macs(network, input_shape),
         "activations": peak_activations(network, input_shape),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "parameters": count_parameters(network),
         "latency_ms": None,
         "latency of": None,
     }

@@ -29,8 +29,8 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_SLIP = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?=/(?!/))|(file|s3|gs|gcs|hdfs|abfss?):(?!//)", re.IGNORECASE)
-"""What begins as a URI and has not both slashes; one letter is no scheme."""
+_SLIP = re.compile(r"(file|s3|gs|gcs|hdfs|viewfs|abfss?):(?!//)", re.IGNORECASE)
+"""What begins as a URI of pyarrow's and has not both slashes."""
 _WITH_PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^@]*:.*@")
 _SECRET_FIELD = re.compile(r"[?&]([^=&]*(?:key|secret|token|password|credential|sig)[^=&]*)=", re.IGNORECASE)
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY")
@@ -242,6 +242,12 @@ def _checked(address: str) -> str:
     Raises InvalidValueError for one with a password or a key, and for one that is nearly a URI: as a local folder it
     would be found too late.
     """
+    if slip := _SLIP.match(address):
+        scheme, rest = slip.group(1).lower(), address[slip.end() :]
+        meant = _checked(f"{scheme}://{rest.lstrip('/')}")
+        if scheme == "file":
+            meant = f"file://{rest}" if rest.startswith("/") else rest or "."
+        raise InvalidValueError(f"{address}: a URI has :// after its scheme: give {meant}, or ./{address} for a folder")
     password = _WITH_PASSWORD.match(address)
     if password or (_URI.match(address) and _SECRET_FIELD.search(address)):
         where = f"{password.group(1)}***@..." if password else address.split("?")[0]
@@ -249,14 +255,8 @@ def _checked(address: str) -> str:
             f"{where} holds credentials, which process lists and logs would show: give them to pyarrow by the "
             "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...), a profile or the machine's role"
         )
-    if slip := _SLIP.match(address):
-        scheme = slip.group(1) or slip.group(2)
-        rest = address[slip.end() :]
-        relative = scheme.lower() == "file" and not rest.startswith("/")
-        meant = rest if relative else f"{scheme.lower()}://{rest if scheme.lower() == 'file' else rest.lstrip('/')}"
-        raise InvalidValueError(f"{address}: a URI has :// after its scheme: give {meant}, or ./{address} for a folder")
-    scheme, found, rest = address.partition("://")
-    return f"{scheme.lower()}://{rest}" if found and _URI.match(address) else address
+    scheme, separator, rest = address.partition("://")
+    return f"{scheme.lower()}{separator}{rest}" if _URI.match(address) else address
 
 
 def _local_path(address: str) -> str | None:
@@ -266,15 +266,15 @@ def _local_path(address: str) -> str | None:
     """
     if not _URI.match(address):
         return address
-    parts = urlsplit(address)
-    if parts.scheme != "file":
+    if not address.startswith("file://"):
         return None
-    if parts.netloc not in ("", "localhost"):
+    host, slash, path = address.removeprefix("file://").partition("/")
+    if host.lower() not in ("", "localhost"):
         raise InvalidValueError(
-            f"{address}: {parts.netloc!r} is read as a host, and a file:// URI has none: give file:// and an absolute "
-            f"path, like file://{Path(parts.netloc + parts.path).resolve()}"
+            f"{address}: {host!r} is read as a host, and a file:// URI has none: give file:// and an absolute path, "
+            f"like file://{Path(host, path).resolve()}"
         )
-    return unquote(parts.path)
+    return unquote(slash + path)
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ import json
 import re
 import socket
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from gross_ray.results.tables import SCHEMA_VERSION, TABLES, VERSION_KEY, table
 _NAME = re.compile(r"[A-Za-z0-9=,+-][A-Za-z0-9=,._+-]{0,149}")
 UNDER_WAY = "-under-way"
 """Ending of the stages whose checkpoints are the state of units between epochs."""
-_AGAIN = "`gross run` on this folder, or its stage alone, deletes the file and makes it anew"
+_AGAIN = "run its stage again: it deletes the file and says what follows"
 _DESCRIPTION = "gross_ray.description"
 _CHECKSUM = "gross_ray.crc32"
 _NO_SUM, _SUM = b"gross_ray crc32=00000000", b"gross_ray crc32=%08x"
@@ -61,7 +61,7 @@ class RunStore:
         """Files, named from the run folder on, that were found damaged and deleted."""
         self._locked = False
         self._sound: set[str] = set()
-        """Checkpoints that were read under this lock."""
+        """Files that were read under this lock, and found whole."""
 
     def __reduce__(self) -> tuple[type[RunStore], tuple[Storage, Experiment]]:
         return RunStore, (self.storage, self.experiment)
@@ -145,7 +145,7 @@ class RunStore:
             if stage.endswith(UNDER_WAY):
                 for name in self.storage.names(f"checkpoints/{stage}"):
                     if name.endswith(".safetensors") and not name.startswith("."):
-                        self._is_sound(f"checkpoints/{stage}/{name}")
+                        self._is_whole(f"checkpoints/{stage}/{name}", _read_checkpoint)
         for name in TABLES:
             self.finished_units(name)
 
@@ -202,18 +202,14 @@ class RunStore:
     def finished_units(self, name: str) -> set[str]:
         """Return the units of table `name` that are stored whole.
 
-        Where this process holds the lock, a damaged file is deleted and noted in `damaged`.
+        Where this process holds the lock, a damaged file is deleted and noted in `damaged`. Its content is read once.
         """
-        units = set()
-        for unit in self.units(name):
-            file = _table_file(name, unit)
-            try:
-                _read_unit(self.storage, file)
-                units.add(unit)
-            except _DamagedFile:
-                if self._locked:
-                    self._forget_damaged(file)
-        return units
+        return {unit for unit in self.units(name) if self._is_whole(_table_file(name, unit), _read_unit)}
+
+    def read_sound(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
+        """Return what `read_table` does of the units that are stored whole; damaged ones as `finished_units` does."""
+        sound = self.finished_units(name)
+        return self.read_units(name, [unit for unit in self.units(name) if unit in sound], columns)
 
     def has_unit(self, name: str, unit: str) -> bool:
         """Return whether a unit of table `name` is stored; its content is not looked at, as `finished_units` does."""
@@ -278,7 +274,7 @@ class RunStore:
         file = _checkpoint_file(stage, unit)
         if not self.storage.exists(file):
             return False
-        return not self._locked or file in self._sound or self._is_sound(file)
+        return not self._locked or self._is_whole(file, _read_checkpoint)
 
     def checkpoints(self, stage: str) -> list[str]:
         """Return the units that have a checkpoint of `stage`, by natural order; what is in it is not looked at."""
@@ -310,19 +306,20 @@ class RunStore:
                 raise InvalidValueError(f"table {file.split('/')[1]!r} has no column {name!r}; its columns: {there}")
         return unit
 
-    def _is_sound(self, file: str) -> bool:
-        """Read a checkpoint to see whether it is whole; if it is damaged, delete it."""
+    def _is_whole(self, file: str, read: Callable[[Storage, str], object]) -> bool:
+        """Return whether `read` finds a file whole; under the lock it is read once, and deleted if it is damaged."""
+        if self._locked and file in self._sound:
+            return True
         try:
-            _read_checkpoint(self.storage, file)
+            read(self.storage, file)
         except _DamagedFile:
-            self._forget_damaged(file)
+            if self._locked:
+                self.storage.delete(file)
+                self.damaged.append(file)
             return False
-        self._sound.add(file)
+        if self._locked:
+            self._sound.add(file)
         return True
-
-    def _forget_damaged(self, file: str) -> None:
-        self.storage.delete(file)
-        self.damaged.append(file)
 
     def _check_experiment(self) -> None:
         stored = _read_experiment(self.storage)

@@ -24,7 +24,7 @@ class Call:
     module: nn.Module
     """The layer."""
     input_size: tuple[int, ...]
-    """Shape of its input, (1, C, H, W) or (1, ..., features)."""
+    """Shape of its input, (N, C, H, W) or (N, ..., features); N is 1 unless the network folds places into it."""
     output_size: tuple[int, ...]
     """Shape of its output."""
 
@@ -144,14 +144,14 @@ def held(call: Call) -> int:
 
 
 def elements(size: Sequence[int]) -> int:
-    """Return the elements of a tensor of one image."""
-    return _product(size[1:])
+    """Return the elements of a tensor; all of them are the one image's, wherever a network folds places into N."""
+    return _product(size)
 
 
 def _series_held(call: Call) -> int:
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
-    before, after = (layer.in_channels * _product(size[2:]) for size in (call.input_size, call.output_size))
+    before, after = (layer.in_channels * _places(size) for size in (call.input_size, call.output_size))
     return max(2 * before, before + after, after + elements(call.output_size))
 
 
@@ -179,25 +179,24 @@ def plain_macs(call: Call) -> int:
     """Return the MACs of a call of a convolution, of any kind, or of nn.Linear."""
     module = call.module
     if isinstance(module, nn.modules.conv._ConvTransposeNd):  # each input goes to a window of each output channel
-        return _product(call.input_size[1:]) * module.out_channels // module.groups * _product(module.kernel_size)
+        return elements(call.input_size) * module.out_channels // module.groups * _product(module.kernel_size)
     if isinstance(module, nn.modules.conv._ConvNd):
-        places = _product(call.output_size[1:])
-        return places * module.in_channels // module.groups * _product(module.kernel_size)
+        return elements(call.output_size) * module.in_channels // module.groups * _product(module.kernel_size)
     assert isinstance(module, nn.Linear)
-    return _product(call.output_size[1:]) * module.in_features
+    return elements(call.output_size) * module.in_features
 
 
 def dense_macs(call: Call) -> int:
     """Return the MACs of a call of a SeriesConv2d as the dense convolution that it equals."""
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
-    return _product(call.output_size[1:]) * layer.in_channels * _product(layer.kernel_size)
+    return elements(call.output_size) * layer.in_channels * _product(layer.kernel_size)
 
 
 def _series_macs(call: Call, group_size: int) -> int:
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
-    before, after = _product(call.input_size[2:]), _product(call.output_size[2:])
+    before, after = _places(call.input_size), _places(call.output_size)
     return _bottleneck_macs(layer, group_size, before, after)
 
 
@@ -219,7 +218,8 @@ def _series_macs_paper(call: Call, group_size: int) -> int:
             f"convention='paper' puts the stride {tuple(layer.stride)} on the first 1x1, which leaves nothing of an "
             f"input of {tuple(call.input_size[2:])} pixels; count with convention='actual'"
         )
-    return _bottleneck_macs(layer, group_size, _product(before), _product(after))
+    images = call.input_size[0]
+    return _bottleneck_macs(layer, group_size, images * _product(before), images * _product(after))
 
 
 def _bottleneck_macs(layer: SeriesConv2d, group_size: int, places_before: int, places_after: int) -> int:
@@ -232,6 +232,11 @@ def _bottleneck_macs(layer: SeriesConv2d, group_size: int, places_before: int, p
 def _series_parameters(layer: SeriesConv2d, group_size: int) -> int:
     channels = layer.in_channels
     return channels * (channels + group_size * _product(layer.kernel_size) + layer.out_channels)
+
+
+def _places(size: Sequence[int]) -> int:
+    """Return the places of (N, C, H, W)."""
+    return int(size[0]) * _product(size[2:])
 
 
 def _product(sizes: Sequence[int]) -> int:

@@ -128,7 +128,7 @@ def _macs(
             continue
         before, as_dense = costs[name]
         if call.module is _grouped(found[name]):  # of its places are the dense convolution's outputs
-            places = call.output_size[2] * call.output_size[3]
+            places = call.output_size[0] * call.output_size[2] * call.output_size[3]
             as_dense += places * dense[name].weight.numel()
         costs[name] = (before + plain_macs(call), as_dense)
     return costs

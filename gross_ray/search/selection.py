@@ -154,7 +154,9 @@ def pareto_front(
     smallest group-sizes; so the front of several chunks' fronts is the front of all. Raises InvalidValueError where a
     cost was not measured.
     """
-    costs = [cost] if isinstance(cost, str) else list(cost)
+    costs = [cost] if isinstance(cost, str) else list(dict.fromkeys(cost))
+    if not costs:
+        raise InvalidValueError(f"cost = {cost!r}: must name one or more of {', '.join(COSTS)}")
     for one in costs:
         _check_measured(accuracies, one)
     if len(costs) > 1:

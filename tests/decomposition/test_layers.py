@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 from torch import nn
 
@@ -111,11 +114,13 @@ def test_single_layers_have_group_sizes_of_their_own() -> None:
     assert choice_of(network(), sizes=(4, 2), by_layer=globs_first).group_sizes == {"body.0": (6,), "body.1": (12,)}
     exact = choice_of(network(), by_layer={"body.[01]": (6, 2, 6, 5)})
     assert exact.group_sizes == {"body.0": (2, 6), "body.1": (2, 6), "body.3": (1,)}
-    for size in (0, -2, 2.0):
-        with pytest.raises(InvalidValueError, match=rf"group-size {size}: must be a whole number above 0"):
-            choice_of(network(), by_layer={"*": (1, size)})
-        with pytest.raises(InvalidValueError, match="must be a whole number above 0"):
-            choice_of(network(), sizes=(size,))
+    numbers = choice_of(network(), by_layer={"body.[01]": np.array([2, 4])}, sizes=np.array([1, 3]))
+    assert numbers.group_sizes == {"body.0": (2, 4), "body.1": (2, 4), "body.3": (1, 3)}
+    for wrong in ((1, 0), (-2,), (2.0,), (True,), 4):
+        with pytest.raises(InvalidValueError, match=re.escape(f"group-sizes {wrong}: must be whole numbers above 0")):
+            choice_of(network(), by_layer={"*": wrong})
+        with pytest.raises(InvalidValueError, match="must be whole numbers above 0"):
+            choice_of(network(), sizes=wrong)
     with pytest.raises(InvalidValueError, match="group-sizes for 'boddy', which is not decomposed; there are: body.0"):
         choice_of(network(), by_layer={"boddy": (1,)})
     with pytest.raises(

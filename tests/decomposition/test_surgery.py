@@ -222,7 +222,7 @@ def test_default_group_sizes_are_all_powers_of_two_that_divide(channels):
         ({"layers": ["depthwise"]}, "'depthwise' has groups = 8 of 8 input channels: only .* groups=1"),
         ({"group_sizes": {"stem": [1]}}, "'stem', which is not decomposed; there are: body.0, down"),
         ({"group_sizes": {"down": [3]}}, "'down': none of the group-sizes 3 divides its 8 input channels"),
-        ({"group_sizes": {"down": [0, 1]}}, "group-size 0: must be a whole number above 0"),
+        ({"group_sizes": {"down": [0, 1]}}, r"group-sizes \[0, 1\]: must be whole numbers above 0"),
     ],
 )
 def test_layers_and_sizes_that_do_not_fit_are_refused(network, options, message):

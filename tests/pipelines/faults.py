@@ -13,7 +13,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,9 +200,9 @@ def epochs_under_way(run: Path, stage: str = "*", unit: str = "*") -> dict[str, 
     """Return the seconds of each epoch that a unit under way has stored, by `STAGE,UNIT`."""
     found = {}
     for file in run.glob(f"checkpoints/{stage}-under-way/{unit}.json"):
-        stage = file.parent.name.removesuffix("-under-way")
-        epochs = json.loads(file.read_text())["history"]
-        found[f"{stage},{file.stem}"] = [epoch["seconds"] for epoch in epochs]
+        name = f"{file.parent.name.removesuffix('-under-way')},{file.stem}"
+        with suppress(FileNotFoundError):  # it has just ended
+            found[name] = [epoch["seconds"] for epoch in json.loads(file.read_text())["history"]]
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from faults import MARK, assert_nothing_left, marked
 
 from gross_ray.errors import InvalidValueError, ResourcesError
-from pipelines import cluster
+from pipelines import cluster, signals
 from pipelines.cluster import Cluster, Resources, connected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,3 +236,40 @@ def test_what_an_orphan_starts_while_it_is_ended_is_ended_too(monkeypatch: pytes
         for one in (first, late, another):
             one.kill()
             one.wait()
+
+
+def test_an_agent_that_has_written_its_title_over_the_mark_is_ended(tmp_path: Path) -> None:
+    def agent(title: str, session: str) -> subprocess.Popen[bytes]:
+        logs = tmp_path / session / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / "agent.out").open("w") as out:
+            return subprocess.Popen([title, "60"], executable=shutil.which("sleep"), stdout=out)
+
+    ours, other = (f"session_2026-11-28_10-56-51_333465_{process}" for process in (os.getpid(), os.getppid()))
+    orphan, another, reader = agent("ray::Agent", ours), agent("ray::Agent", other), agent("tail", ours)
+    try:
+        cluster._end_orphans("no such mark")
+        assert orphan.wait(10) == -signal.SIGKILL
+        assert another.poll() is None and reader.poll() is None
+    finally:
+        for one in (orphan, another, reader):
+            one.kill()
+            one.wait()
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit])
+def test_rays_alarm_does_not_abort_the_closing(ends: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a SIGTERM while Ray starts, its own handler asks for a SIGALRM three seconds later."""
+
+    def init(**_: Any) -> None:
+        signal.alarm(100)
+        raise ends
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    try:
+        with pytest.raises(KeyboardInterrupt), connected(Resources(num_cpus=1, device="cpu")):
+            pass
+    finally:
+        left = signal.alarm(0)
+        half_started, signals._half_started = signals._half_started, False
+    assert left == 0 and half_started

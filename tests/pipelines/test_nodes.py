@@ -335,7 +335,8 @@ def test_a_driver_that_joined_ends_its_work_on_the_nodes(
         at_a_moment(process, run, stage, log, choices.uniform(0.0, 0.2))
         inject, status = FAULTS[fault]
         ended = inject(process, run, stage, choices)
-        assert ended == status or "finished after" in log.read_text(), log.read_text()
+        finished = ended in (0, -signal.SIGTERM, -signal.SIGINT) and "finished after" in log.read_text()
+        assert ended == status or finished, log.read_text()
     deadline = time.monotonic() + 30
     while there := workers(nodes.mark):
         assert time.monotonic() < deadline, f"still at work: {there}"

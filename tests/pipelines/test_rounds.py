@@ -146,7 +146,7 @@ def test_a_strategy_searches_within_a_limit_in_milliseconds(whole_run: tuple[Pat
     run = part_of(whole_run[0], tmp_path / "run", "breadth-first", 24, limits=["latency_ms=1.5", "parameters=1.2M"])
     refused = gross("search", str(run), "--num-cpus", "2")
     assert refused.returncode == 2
-    assert "latencies of 0 devices, must be one: run `gross latency`" in refused.stderr
+    assert "has 0 whole measurements of latencies, must be one" in refused.stderr
     store = RunStore.open(run)
     model = made_up_latency(store)
     put(store, model)
@@ -173,7 +173,7 @@ def test_a_strategy_searches_within_a_limit_in_milliseconds(whole_run: tuple[Pat
     put(store, made_up_latency(store, host="another"))
     twice = gross("search", str(run), "--num-cpus", "2")
     assert twice.returncode == 2
-    assert "latencies of 2 devices, must be one" in twice.stderr
+    assert "has 2 whole measurements of latencies, must be one" in twice.stderr
 
 
 def test_a_space_too_large_to_be_searched_whole_is_refused(

@@ -69,11 +69,11 @@ def test_stages_on_actors_share_their_processes(session: Session) -> None:
 def test_damage_that_is_found_after_the_last_stage_is_told(tmp_path: Path) -> None:
     told = io.StringIO()
     store = RunStore.create(tmp_path / "run", EXPERIMENT)
-    store.write_table("history", "train,seed=0", [])
     with Session.opened(store, Resources(num_cpus=1, device="cpu"), DataSource(), Reporter(told)):
+        RunStore.open(tmp_path / "run").write_table("history", "train,seed=0", [])
         (tmp_path / "run/tables/history/train,seed=0.parquet").write_bytes(b"")
         assert store.finished_units("history") == set()
-    line = "damaged file tables/history/train,seed=0.parquet: deleted; its stage makes it anew"
+    line = "damaged file tables/history/train,seed=0.parquet: deleted; its stage, asked for as before, makes it anew"
     assert line in told.getvalue()
 
 

@@ -207,7 +207,7 @@ def test_a_stage_that_waits_for_a_core_says_so(
         "validate", work, store, units, cluster=cluster, packed_splits=packed, threads=1, progress=crowd
     )
     assert failed == {}
-    assert set(crowd.notes) == {"waiting for a worker: the cluster has no free core or GPU for one"}
+    assert set(crowd.notes) == {"waiting for a worker: no core or GPU is free, or it is still starting"}
     assert list(crowd.texts) == ["seed=0"]
 
 

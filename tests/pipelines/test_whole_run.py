@@ -193,7 +193,7 @@ def test_damage_in_tables_that_no_stage_completes_is_found_by_the_next_command(
     assert told == {
         "runs": "that start is on record no more",
         "latencies": "measure again with `gross latency` or `gross search --latency`",
-        "selections": "its stage makes it anew",
+        "selections": "its stage, asked for as before, makes it anew",
     }
     ended = subprocess.run(run_command(run), capture_output=True, text=True, check=False, timeout=400)
     assert ended.returncode == 0, ended.stderr

@@ -249,7 +249,7 @@ SPOT = ray.exceptions.RayActorError(error_msg="its node has died", preempted=Tru
     [
         ([DIED, 0.5, DIED, 0.75, DIED], None),
         ([0.5, DIED, 0.5, DIED, 0.25, DIED], "its worker died 3 times; look for too little memory"),
-        ([NODE, NODE, NODE], "its node was lost 3 times; look for nodes that fail or are taken away"),
+        ([NODE, NODE, NODE], "its worker died 3 times, the last time with its node; look for"),
         ([SPOT] * 9, None),
         ([DIED, 0.5, DIED, DIED, DIED], "its worker died 3 times"),
     ],

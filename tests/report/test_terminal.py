@@ -243,7 +243,7 @@ def test_the_best_under_budgets() -> None:
 
 
 def test_the_front() -> None:
-    title, heads, *rows = _words(front_table(_accuracies(), "latency_ms"))
+    title, heads, *rows = _words(front_table(_accuracies(), ["latency_ms"]))
     assert title == ["Pareto front of latency_ms and accuracy in the supernet"]
     assert heads == ["configuration", "M MACs", "parameters", "ms", "in supernet (val)"]
     assert rows == [["2-32", "1.90", "12000", "0.500", "86.00"], ["16-16", "2.00", "9000", "1.250", "81.25"]]

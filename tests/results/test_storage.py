@@ -193,9 +193,10 @@ def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
     assert str(store.storage) == str(tmp_path / "a run")
 
 
-@pytest.mark.parametrize("begin", ["FILE://", "file://localhost"])
-def test_a_scheme_has_no_case_and_this_host_is_no_other(begin: str, tmp_path: Path) -> None:
-    assert Storage(f"{begin}{tmp_path}/run").folder == tmp_path / "run"
+@pytest.mark.parametrize("begin", ["FILE://", "file://localhost", "file://LOCALHOST"])
+@pytest.mark.parametrize("name", ["run", "a#b", "a?b=c"])
+def test_a_scheme_has_no_case_and_this_host_is_no_other(begin: str, name: str, tmp_path: Path) -> None:
+    assert Storage(f"{begin}{tmp_path}/{name}").folder == tmp_path / name
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_a_scheme_has_no_case_and_this_host_is_no_other(begin: str, tmp_path: Pa
         ("file:/runs/a", "give file:///runs/a,"),
         ("s3:/bucket/x", "give s3://bucket/x, or ./s3:/bucket/x for a folder"),
         ("S3:bucket/x", "give s3://bucket/x,"),
-        ("swift:/bucket/x", "give swift://bucket/x,"),
+        ("file:", r"give \., or ./file: for a folder"),
     ],
 )
 def test_what_is_nearly_a_uri_is_refused(
@@ -219,7 +220,14 @@ def test_what_is_nearly_a_uri_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["lr:0.1", "a:b/c", "./s3:x", "x/file:y"])
+@pytest.mark.parametrize("address", ["s3:/AKIA:HUSH@bucket/x", "s3:bucket/x?secret_key=HUSH", "file:/u:HUSH@h/x"])
+def test_what_is_nearly_a_uri_with_a_secret_does_not_show_it(address: str) -> None:
+    with pytest.raises(InvalidValueError, match="holds credentials") as refused:
+        Storage(address)
+    assert "HUSH" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["lr:0.1", "a:b/c", "./s3:x", "x/file:y", "runs:/a"])
 def test_a_colon_is_a_colon_in_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Storage(name).folder == tmp_path / name

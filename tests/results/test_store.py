@@ -376,7 +376,7 @@ def test_a_damaged_unit_is_named_removed_and_can_be_done_again(store, damage):
     store.write_table("history", "seed=1", rows_of(1))
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     with pytest.raises(
-        RunFolderError, match=r"damaged file .*seed=1\.parquet.*its stage alone, deletes the file and makes it anew"
+        RunFolderError, match=r"damaged file .*seed=1\.parquet.*run its stage again: it deletes the file"
     ):
         store.read_table("history")
     assert store.finished_units("history") == {"seed=0"}
@@ -639,7 +639,7 @@ def test_a_damaged_checkpoint_is_named_and_deleted_by_the_next_driver(store, dam
         store.save_checkpoint("train", unit, {"a": torch.ones(4), "b": torch.tensor(True)}, {"note": "hello"})
     path.write_bytes(CHECKPOINT_DAMAGES[damage](path.read_bytes()))
     with pytest.raises(
-        RunFolderError, match=r"damaged checkpoint .*train/seed=0\.safetensors.*its stage alone, deletes"
+        RunFolderError, match=r"damaged checkpoint .*train/seed=0\.safetensors.*run its stage again: it deletes"
     ):
         store.load_checkpoint("train", "seed=0")
     assert store.has_checkpoint("train", "seed=0") and path.exists()  # who holds no lock deletes nothing
