@@ -561,7 +561,7 @@ def export(
     """
     import torch
 
-    from gross_ray.export import check_format, export_network, whole_or_not_at_all
+    from gross_ray.export import card_path, check_format, export_network, whole_or_not_at_all
     from gross_ray.report.model_card import folded_card, foldings_text, model_card, most_accurate_seed
     from gross_ray.results.store import RunStore
     from gross_ray.search.cost import peak_activations
@@ -598,12 +598,12 @@ def export(
         )
         card |= folded_card(network, input_shape, objective, foldings)
         click.echo(foldings_text(objective, foldings))
-    export_network(network, target, input_shape)
     if target.suffix == ".safetensors":
         card["network"] = str(network).splitlines()
-    beside = target.with_name(f"{target.name}.json")
-    with whole_or_not_at_all(beside) as partial:
+    beside = card_path(target)
+    with whole_or_not_at_all(beside) as partial:  # both, or none of them
         partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        export_network(network, target, input_shape)
     click.echo(f"{configuration} (seed {seed}) written to {target}, its card to {beside}")
 
 

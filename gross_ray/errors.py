@@ -42,3 +42,8 @@ class VersionMismatchError(GrossRayError):
 
 class UnitsFailedError(GrossRayError):
     """Some units of work did not end; all others are stored."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error of whatever kind, of the user's own code say, with its type, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

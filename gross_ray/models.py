@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.own_code import own_function
 
 FORM = "package.module:factory"
@@ -52,7 +52,7 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
     try:
         network = factory(**{name: value for name, value in given.items() if name in names})
     except Exception as error:  # whatever the user's own code raises
-        raise InvalidValueError(f"model {name!r}: it fails: {type(error).__name__}: {error}") from error
+        raise InvalidValueError(f"model {name!r}: it fails: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise InvalidValueError(f"model {name!r}: it returned a {type(network).__name__}, must be an nn.Module")
     for place, module in network.named_modules():

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from gross_ray.errors import GrossRayError
+from gross_ray.errors import GrossRayError, one_line
 
 
 def own_function(name: str, form: str, error: Callable[[str], GrossRayError]) -> Callable[..., Any]:
@@ -17,7 +17,7 @@ def own_function(name: str, form: str, error: Callable[[str], GrossRayError]) ->
     except (ImportError, AttributeError) as reason:
         raise error(f"{reason}; write {form}, from a folder that Python finds (PYTHONPATH)") from None
     except Exception as reason:  # whatever the user's own code raises
-        raise error(f"{module_name} fails: {type(reason).__name__}: {reason}") from reason
+        raise error(f"{module_name} fails: {one_line(reason)}") from reason
     if not callable(function):
         raise error(f"{attribute} is no function; write {form}")
     return function

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, one_line
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 """Names under which training scripts put the state dict into a file."""
 _COUNTED = "num_batches_tracked"
 """Of batch-norm; files of before torch had it lack it, and torch does without."""
-_PARALLEL = "module."  # what DataParallel puts before every name
+_PREFIXES = ("module.", "_orig_mod.", "module.")
+"""What DataParallel and torch.compile, in either order, put before every name."""
+_PICKLES = (pickle.UnpicklingError, IndexError, EOFError)
+"""What torch raises for pickles that it refuses, and for files that are none."""
 _MOST_NAMED = 3
 
 
@@ -27,8 +29,9 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     """Put the weights of a file into `network`, in place.
 
     `path` ends in .safetensors, or is a file of torch.save, read with weights_only: a state dict by itself or under one
-    of WRAPPERS, its names with or without the prefix of DataParallel. Raises InvalidValueError for a file that is
-    missing or no such file, and for weights that are missing, unexpected or of another shape, naming the first.
+    of WRAPPERS, its names with or without the prefixes of DataParallel and torch.compile. Raises InvalidValueError for
+    a file that is missing or no such file, and for weights that are missing, unexpected, of another shape or no finite
+    real numbers, naming the first.
     """
     set_weights(network, read_weights(path), path)
 
@@ -51,6 +54,12 @@ def set_weights(network: nn.Module, tensors: dict[str, Tensor], path: str | Path
         raise InvalidValueError(
             f"weights {path}: they are another network's: {'; '.join(told)}; give the model that they were trained in"
         )
+    strange = [name for name, one in tensors.items() if one.is_complex() or not one.isfinite().all()]
+    if strange:
+        raise InvalidValueError(
+            f"weights {path}: {len(strange)} hold NaN, infinity or complex numbers ({_first(strange)}); give those of "
+            "a training that ended well"
+        )
     network.load_state_dict(tensors)
 
 
@@ -66,21 +75,29 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 if Path(path).suffix == ".safetensors"
                 else torch.load(path, map_location="cpu", weights_only=True)
             )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # of any kind where the file is none of torch's
+        # torch's own advice on a pickle, which is to run the code in it, is none of ours
+        reason = "a pickle of code, or no file of torch.save" if isinstance(error, _PICKLES) else one_line(error)
         raise InvalidValueError(
             f"weights {path}: cannot be read ({reason}); save a state dict, by safetensors or torch.save"
         ) from None
     for wrapper in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(one, Tensor) for one in found.values()):
+    if not isinstance(found, Mapping) or not found or not all(map(_is_entry, found.items())):
         raise InvalidValueError(
             f"weights {path}: holds a {type(found).__name__}, no state dict of tensors; save network.state_dict()"
         )
-    if all(str(name).startswith(_PARALLEL) for name in found):
-        return {str(name).removeprefix(_PARALLEL): tensor for name, tensor in found.items()}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     return dict(found)
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    """Return whether a name and a value are those of a state dict that any network can take."""
+    name, value = entry
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _with_shared(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

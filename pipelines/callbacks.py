@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, one_line
 
 
 def load_callbacks(names: Sequence[str]) -> list[Any]:
@@ -38,8 +38,7 @@ def _load(name: str) -> Any:
         made = found()
     except Exception as error:
         raise InvalidValueError(
-            f"callback {name!r}: cannot be made without arguments: {type(error).__name__}: {error}; "
-            "name a function that makes it"
+            f"callback {name!r}: cannot be made without arguments: {one_line(error)}; name a function that makes it"
         ) from error
     if not isinstance(made, Callback):
         raise InvalidValueError(f"callback {name!r}: makes {made!r}, which is no ray.tune.Callback; derive it from one")
@@ -63,7 +62,7 @@ def _module(module_name: str, name: str) -> Any:
         return importlib.import_module(module_name)
     except Exception as error:
         raise InvalidValueError(
-            f"callback {name!r}: importing {module_name!r} fails: {type(error).__name__}: {error}; correct that first"
+            f"callback {name!r}: importing {module_name!r} fails: {one_line(error)}; correct that first"
         ) from error
 
 

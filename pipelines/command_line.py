@@ -56,6 +56,11 @@ class OneLineErrors(click.Group):
         except GrossRayError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
+        except OSError as error:  # of a file that the user named, outside any run folder
+            if error.filename is None:
+                raise
+            click.echo(f"Error: {error.filename}: {error.strerror}; name another file, or make room for it", err=True)
+            ctx.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order of the stages, as they are defined."""

@@ -8,13 +8,13 @@ from dataclasses import asdict
 import torch
 
 from gross_ray.decomposition.surgery import empty_supernet
-from gross_ray.errors import InvalidValueError
 from gross_ray.results.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
+from gross_ray.search.timing import timed_device
 from gross_ray.seeds import derived_generator
 from pipelines import search
 from pipelines.networks import load_base
-from pipelines.predictions import TABLES, fill, measured
+from pipelines.predictions import measured, put_in_force
 from pipelines.session import Session
 from pipelines.units import Context, Unit, require, tensor_of
 
@@ -40,7 +40,7 @@ def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
         lambda: measured(store),
         shared=lambda supernet: search.load_shared(store, supernet),
     )
-    fill(store, LatencyModel.from_tables(*(store.read_units(table, [name]) for table in TABLES)))
+    put_in_force(store, name)
 
 
 def measure(store: RunStore, device: str, options: LatencyOptions, on_part: OnPart | None = None) -> LatencyModel:
@@ -49,14 +49,13 @@ def measure(store: RunStore, device: str, options: LatencyOptions, on_part: OnPa
     Raises MissingStageError before the base networks are trained, as `measure_latency` does, and InvalidValueError for
     cuda where there is none.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidValueError("device = 'cuda': this machine has none that torch can use; take cpu")
+    place = timed_device(device)
     base, generator = load_base(store), derived_generator(store.experiment.seed, "latency")
     supernet = empty_supernet(base.network, base.space.group_sizes)
     with torch.no_grad():  # any weights: zeros alone might be faster
         for parameter in supernet.parameters():
             parameter.normal_(std=0.1, generator=generator)
-    return measure_latency(supernet, base.input_shape, options, generator=generator, device=device, on_part=on_part)
+    return measure_latency(supernet, base.input_shape, options, generator=generator, device=place, on_part=on_part)
 
 
 def work(context: Context, unit: Unit) -> str:

@@ -10,7 +10,9 @@ from gross_ray.results.store import RunStore
 from gross_ray.search.latency import LatencyModel
 from pipelines.networks import load_base
 
+STAGE = "latency"
 TABLES = ("latencies", "latency_models")
+_IN_FORCE = "in-force"
 
 
 def put(store: RunStore, model: LatencyModel) -> None:
@@ -29,7 +31,13 @@ def put(store: RunStore, model: LatencyModel) -> None:
     name = f"device={device[:80]},batch={model.batch_size},threads={model.threads}"
     store.write_table("latencies", name, model.rows())
     store.write_table("latency_models", name, [model.summary()])
-    fill(store, model)
+    put_in_force(store, name)
+
+
+def put_in_force(store: RunStore, unit: str) -> None:
+    """Let a stored measurement be the one that predicts `latency_ms`."""
+    store.save_checkpoint(STAGE, _IN_FORCE, {}, {"unit": unit})
+    fill(store, _model(store, unit))
 
 
 def _listed(group_sizes: Mapping[str, Sequence[int]]) -> str:
@@ -37,14 +45,22 @@ def _listed(group_sizes: Mapping[str, Sequence[int]]) -> str:
 
 
 def stored_model(store: RunStore) -> LatencyModel | None:
-    """Return the measurement that predicts `latency_ms`: the only one there is, else None.
+    """Return the measurement that predicts `latency_ms`: the one that was stored or asked for last; None without it.
 
-    None too where there is a part of another one, whose rest was damaged: it may have predicted what is stored.
+    In a folder where nothing says which that was: the only one there is, with no part of another, whose rest was
+    damaged, beside it.
     """
-    whole, parts = measured(store), {unit for table in TABLES for unit in store.units(table)}
-    if len(whole) != 1 or parts != whole:
+    whole = measured(store)
+    if store.has_checkpoint(STAGE, _IN_FORCE):
+        _, about = store.load_checkpoint(STAGE, _IN_FORCE)
+        return _model(store, about["unit"]) if about["unit"] in whole else None
+    if len(whole) != 1 or {unit for table in TABLES for unit in store.units(table)} != whole:
         return None
-    return LatencyModel.from_tables(*(store.read_units(table, list(whole)) for table in TABLES))
+    return _model(store, *whole)
+
+
+def _model(store: RunStore, unit: str) -> LatencyModel:
+    return LatencyModel.from_tables(*(store.read_units(table, [unit]) for table in TABLES))
 
 
 def measured(store: RunStore) -> set[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
 from gross_ray.data.image_set import Splits
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
 from gross_ray.modes import evaluating
@@ -35,6 +37,7 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     if experiment.weights:
         set_weights(network, read_weights(experiment.weights), experiment.weights)
     _check_logits(network, shape, experiment.model, len(splits.classes))
+    _check_training(network, shape, experiment.model)
     supernet = running_supernet(network, layer_choice(network, experiment.decomposition).group_sizes, shape)
     space = SearchSpace.of(supernet)
     for name, sizes in (
@@ -58,13 +61,31 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
 
 def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:
     with told_where_it_cannot_run(shape), torch.no_grad(), evaluating(network):
-        logits = network(torch.zeros(1, *shape, dtype=next(network.parameters()).dtype))
+        logits = network(torch.zeros(1, *shape))
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if not isinstance(found, tuple) or len(found) != 2 or found[1] < num_classes:
         raise InvalidValueError(
             f"model {model!r}: gives {found} for an image of {'x'.join(map(str, shape))}; must give logits "
             f"(1, {num_classes}), one for each class; a factory is given num_classes where it names it"
         )
+
+
+def _check_training(network: torch.nn.Module, shape: torch.Size, model: str) -> None:
+    """Raise InvalidValueError for a network that a stage could not train, copy or store."""
+    strange = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise InvalidValueError(f"model {model!r}: {strange[0]} of its state dict is no tensor; keep it elsewhere")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            copied = copy.deepcopy(network).train()
+            logits = copied(torch.zeros(2, *shape))
+            torch.nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()
+            copy.deepcopy(copied)
+    except Exception as error:  # whatever the user's own code raises
+        raise InvalidValueError(
+            f"model {model!r}: cannot be trained: {one_line(error)}; a step is made of float32 images, logits from the "
+            "network in training mode, their gradients, and copies of the network"
+        ) from None
 
 
 def _check_budget(space: BudgetedSpace, fixed: Configuration, macs: AdditiveCost) -> None:

@@ -119,14 +119,14 @@ class Proposals:
 def additive_cost(store: RunStore, base: Base, cost: str) -> AdditiveCost:
     """Return a cost of a base network's configurations, layer by layer.
 
-    Raises MissingStageError for a latency that is not measured, or measured on several devices.
+    Raises MissingStageError for a latency that is not measured.
     """
     if cost == "latency_ms":
         model = stored_model(store)
         if model is None:
             raise MissingStageError(
-                f"search.limits has latency_ms, and {store.storage} has {len(measured(store))} whole measurements of "
-                "latencies, must be one and nothing of others: run `gross latency` on it once, before the search"
+                f"search.limits has latency_ms, and {store.storage} no measurement of it that counts: run `gross "
+                "latency` on it before the search; of several the one that is measured or read last counts"
             )
         shared = model.offset_ms + model.slope * model.rest_ms
         times = ({size: model.slope * ms for size, ms in one.items()} for one in model.layer_ms.values())
@@ -142,7 +142,7 @@ def check_limits(store: RunStore) -> None:
     for text in options.limits:
         budgets, base = Budget.parse_all(text), load_base(store)
         timed = any(budget.cost == "latency_ms" for budget in budgets)
-        if timed and options.strategy == "exhaustive" and len(measured(store)) > 1:
+        if timed and options.strategy == "exhaustive" and measured(store) and stored_model(store) is None:
             continue  # what is stored with the configurations counts
         BudgetedSpace(base.space, [additive_cost(store, base, budget.cost) for budget in budgets], budgets)
 

@@ -233,6 +233,10 @@ def test_modules_that_torch_cannot_copy_are_refused_with_the_remedy(monkeypatch:
         model_of(f"{__name__}:lazy", num_classes=2, image_size=32)
 
 
+def of_two_lines() -> nn.Module:
+    raise ValueError("of two\n  lines")
+
+
 def test_a_factory_of_ones_own_is_given_what_it_names() -> None:
     own = model_of(f"{__name__}:own_factory", num_classes=7, image_size=40)
     assert (own.in_features, own.out_features) == (40, 7)
@@ -249,6 +253,7 @@ def test_a_factory_of_ones_own_is_given_what_it_names() -> None:
         ("torch:nothing", "module 'torch' has no attribute 'nothing'; write"),
         ("torch:pi", "pi is no function"),
         (f"{__name__}:no_network", "it returned a int, must be an nn.Module"),
+        (f"{__name__}:of_two_lines", "it fails: ValueError: of two lines$"),
         ("failing_model:make", "model 'failing_model:make': failing_model fails: NameError: name 'missing' is not"),
         ("torch.nn:Linear", "it fails: TypeError: .*in_features"),
         ("vgg", "unknown model 'vgg'; there are: four-conv, vgg16, resnet18"),

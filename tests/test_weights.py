@@ -86,12 +86,20 @@ def test_what_is_no_state_dict_is_refused_and_nothing_in_it_runs(
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Evil()))
     (tmp_path / "text.pt").write_text("weights")
     (tmp_path / "text.safetensors").write_text("weights")
+    (tmp_path / "bytes.pt").write_bytes(b"\x80\x02.")
+    (tmp_path / "hosts.pt").write_text("root:x:0:0\n")
+    torch.save({0: torch.ones(1)}, tmp_path / "numbered.pt")
+    torch.save({"0.weight": torch.eye(2).to_sparse()}, tmp_path / "sparse.pt")
     refused = {
         "list.pt": "holds a list, no state dict of tensors",
         "empty.pt": "holds a dict, no state dict",
-        "evil.pt": "cannot be read .*; save a state dict, by safetensors or torch.save",
+        "evil.pt": r"cannot be read \(a pickle of code, or no file of torch.save\); save a state dict",
         "plain.pkl": "cannot be read",
         "text.pt": "cannot be read",
+        "bytes.pt": "cannot be read",
+        "hosts.pt": "cannot be read",
+        "numbered.pt": "holds a dict, no state dict",
+        "sparse.pt": "holds a dict, no state dict",
         "text.safetensors": "cannot be read",
         "nowhere.pt": "there is no such file",
     }
@@ -100,6 +108,26 @@ def test_what_is_no_state_dict_is_refused_and_nothing_in_it_runs(
             load_weights(fresh(), tmp_path / name)
         assert len(str(error.value).splitlines()) == 1
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1j])
+def test_weights_of_no_finite_real_numbers_are_refused(
+    trained: dict[str, Tensor], tmp_path: Path, value: complex
+) -> None:
+    trained["0.weight"] = trained["0.weight"] * value
+    torch.save(trained, tmp_path / "w.pt")
+    with pytest.raises(
+        InvalidValueError, match=r"1 hold NaN, infinity or complex numbers \(0.weight\); give those of a"
+    ):
+        load_weights(fresh(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_left_out(trained: dict[str, Tensor], tmp_path: Path, prefix: str) -> None:
+    torch.save({f"{prefix}{name}": tensor for name, tensor in trained.items()}, tmp_path / "w.pt")
+    loaded = fresh()
+    load_weights(loaded, tmp_path / "w.pt")
+    assert all(torch.equal(one, trained[name]) for name, one in loaded.state_dict().items())
 
 
 class Twice(nn.Module):

@@ -28,7 +28,7 @@ from torch.nn import functional
 from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.own import is_function_name, read_own
-from gross_ray.errors import DatasetError, InvalidValueError
+from gross_ray.errors import DatasetError, InvalidValueError, one_line
 
 if TYPE_CHECKING:
     from gross_ray.experiment import DataOptions
@@ -127,7 +127,7 @@ def read_sample(path: Path) -> Splits:
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"sample: {path} cannot be read ({_reason(error)}); {remedy}") from error
+        raise DatasetError(f"sample: {path} cannot be read ({one_line(error)}); {remedy}") from error
     metadata = table.schema.metadata or {}
     if table.schema.remove_metadata() != SAMPLE_SCHEMA or b"classes" not in metadata:
         expected = ", ".join(f"{field.name} {field.type}" for field in SAMPLE_SCHEMA)
@@ -138,7 +138,7 @@ def read_sample(path: Path) -> Splits:
         classes = tuple(json.loads(metadata[b"classes"]))
         images = [_pixels(BytesIO(png), "L") for png in pngs]
     except PIL_ERRORS as error:
-        wrong = f"holds an unreadable image or class names ({_reason(error)})"
+        wrong = f"holds an unreadable image or class names ({one_line(error)})"
         raise DatasetError(f"sample: {path} {wrong}; {remedy}") from error
     size = (FASHION_SIZE, FASHION_SIZE)
     strange = {*names} - {*SPLITS} | {*labels} - {*range(len(classes))} | {image.shape for image in images} - {size}
@@ -174,10 +174,6 @@ def _limited(splits: Splits, split: str, limit: int) -> ImageSet:
         rule = f"the {split} split of {splits.name} has {size} images; use at most {size}, or 0 for all"
         raise InvalidValueError(f"data.limit_{split} = {limit}: {rule}")
     return images.first(limit)
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _pixels(source: Path | BytesIO, mode: str) -> np.ndarray:
@@ -222,7 +218,7 @@ def _fashion_folder(root: Path, download: bool) -> Path:
         FashionMNIST(str(root), download=True)
     except DOWNLOAD_ERRORS as error:
         remedy = f"check the network, or copy the four files into {root}"
-        raise DatasetError(f"fashion-mnist: download into {root} failed ({_reason(error)}); {remedy}") from error
+        raise DatasetError(f"fashion-mnist: download into {root} failed ({one_line(error)}); {remedy}") from error
     return torchvision_folder
 
 
@@ -245,7 +241,7 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
         content = bytearray(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(
-            f"fashion-mnist: {path} cannot be read ({_reason(error)}); {_fashion_remedy(path)}"
+            f"fashion-mnist: {path} cannot be read ({one_line(error)}); {_fashion_remedy(path)}"
         ) from error
     num_dimensions = 1 + len(shape)
     magic = bytes((0, 0, 8, num_dimensions))  # 8: uint8
@@ -283,7 +279,7 @@ def _load_cifar10(root: Path, download: bool) -> Splits:
         learn, report = (CIFAR10(str(root), train=part, download=download) for part in (True, False))
     except DOWNLOAD_ERRORS as error:
         remedy = f"check the network, or unpack {CIFAR10.url} in {root}"
-        raise DatasetError(f"cifar10: cannot be loaded into {root} ({_reason(error)}); {remedy}") from error
+        raise DatasetError(f"cifar10: cannot be loaded into {root} ({one_line(error)}); {remedy}") from error
     pools = [
         ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in (learn, report)
@@ -303,7 +299,8 @@ def _load_folder(name: str, path: Path) -> Splits:
         return Splits(name, train, validation, test, tuple(files))
     sets: list[ImageSet] = []
     classes: tuple[str, ...] = ()
-    for folder in (path / "train", path / ("val" if (path / "val").is_dir() else "validation"), path / "test"):
+    middle = [path / one for one in ("val", "validation") if (path / one).is_dir()][:1]
+    for folder in (path / "train", *middle, path / "test"):
         if not folder.is_dir():
             raise DatasetError(f"{name}: there is no folder {folder}; {layout}")
         files = _class_files(name, folder, layout)
@@ -311,18 +308,19 @@ def _load_folder(name: str, path: Path) -> Splits:
         if tuple(files) != classes:
             differing = f"{folder} has the classes {', '.join(files)}, and train has {', '.join(classes)}"
             raise DatasetError(f"{name}: {differing}; give all splits the same class folders")
-        sets += _split(_read_images(name, files, sets[0].images.shape if sets else None), (1,))
-    train, validation, test = sets
-    return Splits(name, train, validation, test, classes)
+        sets.append(_read_images(name, files, sets[0].images.shape if sets else None))
+    return _in_three(name, sets, classes)
 
 
 def _load_own(name: str) -> Splits:
     sets, classes = read_own(name)
-    if len(sets) == 2:
-        train, validation = _split(sets[0], (4, 1))
-        (test,) = _split(sets[1], (1,))
-    else:
-        train, validation, test = (part for one in sets for part in _split(one, (1,)))
+    return _in_three(name, sets, classes)
+
+
+def _in_three(name: str, sets: list[ImageSet], classes: tuple[str, ...]) -> Splits:
+    """Return the splits of train and test, a fifth of the first for validation, or of train, validation and test."""
+    proportions: list[tuple[int, ...]] = [(4, 1), (1,)] if len(sets) == 2 else [(1,)] * 3
+    train, validation, test = (part for one, some in zip(sets, proportions, strict=True) for part in _split(one, some))
     return Splits(name, train, validation, test, classes)
 
 
@@ -348,7 +346,7 @@ def _read_images(name: str, files: dict[str, list[Path]], expected: torch.Size |
             image = _pixels(file, "RGB")
         except PIL_ERRORS as error:
             remedy = "replace it by an 8-bit PNG or JPEG, or remove it"
-            raise DatasetError(f"{name}: {file} cannot be read ({_reason(error)}); {remedy}") from error
+            raise DatasetError(f"{name}: {file} cannot be read ({one_line(error)}); {remedy}") from error
         shape = shape or image.shape
         if image.shape != shape:
             sizes = f"{file} is {image.shape[1]}x{image.shape[0]} pixels, the images before it {shape[1]}x{shape[0]}"

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from gross_ray.data.image_set import ImageSet
-from gross_ray.errors import DatasetError
+from gross_ray.errors import DatasetError, one_line
 from gross_ray.own_code import own_function
 
 LAYOUT = "return (train, test) or (train, validation, test), each with a length and items (image, class number)"
@@ -47,7 +47,7 @@ def read_own(name: str) -> tuple[list[ImageSet], tuple[str, ...]]:
     try:
         datasets = function()
     except Exception as error:  # whatever the user's own code raises
-        raise DatasetError(f"{name}: the function fails: {type(error).__name__}: {error}") from error
+        raise DatasetError(f"{name}: the function fails: {one_line(error)}") from error
     if not isinstance(datasets, tuple | list) or len(datasets) not in (2, 3):
         found = f"{len(datasets)} values" if isinstance(datasets, tuple | list) else type(datasets).__name__
         raise DatasetError(f"{name}: the function returned {found}; {LAYOUT}")
@@ -57,7 +57,13 @@ def read_own(name: str) -> tuple[list[ImageSet], tuple[str, ...]]:
         if one.images.shape[1:] != other.images.shape[1:]:
             sizes = f"{part} has images of {_size(one.images)} pixels, {other_part} of {_size(other.images)}"
             raise DatasetError(f"{name}: {sizes}; resize all images to one size")
-    return sets, _classes(name, getattr(datasets[0], "classes", None), sets)
+    of_each = {part: getattr(one, "classes", None) for part, one in zip(parts, datasets, strict=True)}
+    named = {part: tuple(map(str, classes)) for part, classes in of_each.items() if classes is not None}
+    for part, classes in named.items():
+        if classes != named.get("train", classes):
+            given = f"{part} has the classes {', '.join(classes)}, train {', '.join(named['train'])}"
+            raise DatasetError(f"{name}: {given}; give all datasets the same, for images are known by their numbers")
+    return sets, _classes(name, named.get("train"), sets)
 
 
 def _read(where: str, dataset: Any) -> ImageSet:
@@ -74,7 +80,7 @@ def _read(where: str, dataset: Any) -> ImageSet:
         try:
             image, label = dataset[place]
         except Exception as error:  # whatever the user's own code raises
-            raise DatasetError(f"{item}: {type(error).__name__}: {error}; {LAYOUT}") from error
+            raise DatasetError(f"{item}: {one_line(error)}; {LAYOUT}") from error
         pixels = _pixels(item, image)
         if images is None:
             images = np.empty((count, *pixels.shape), dtype=np.uint8)

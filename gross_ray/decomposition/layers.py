@@ -29,7 +29,7 @@ class LayerChoice:
 
 
 def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the network's first convolution."""
+    """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the first of all Conv2d's."""
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     return {
         name: conv for name, conv in convs[1:] if conv.groups == 1 and max(conv.kernel_size) > 1 and not _computes(conv)
@@ -52,7 +52,7 @@ def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[
     dense = {name: one for name, one in modules.items() if isinstance(one, nn.Conv2d) and one.groups == 1}
     chosen: set[str] = set()
     for name in names:
-        if any(sign in name for sign in "*?["):
+        if name not in modules and any(sign in name for sign in "*?["):
             matching = {one for one in usual if fnmatchcase(one, name)}
             if not matching:
                 hint = _other_names(model, name, usual) or _there(name, usual)
@@ -184,7 +184,7 @@ def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d]) -> dict[str, str
         elif max(conv.kernel_size) == 1:
             reasons[name] = "1x1"
         elif name == first:
-            reasons[name] = "the network's first convolution"
+            reasons[name] = "the network's first convolution"  # as its modules are listed
         else:
             reasons[name] = "not named"
     return reasons

@@ -68,14 +68,16 @@ def folded_card(
     network: nn.Module, input_shape: Sequence[int], objective: str, foldings: Sequence[Folding]
 ) -> dict[str, Any]:
     """Return what differs in the card of a network some of whose layers were folded: its costs, and what decided."""
+    folded = [asdict(one) for one in foldings if one.folded]
+    # What is predicted is the time of the bottlenecks.
+    untimed = {"latency_ms": None, "latency of": None} if folded else {}
     return {
         "folded by": objective,
-        "folded": [asdict(one) for one in foldings if one.folded],
+        "folded": folded,
         "macs": count_macs(network, input_shape),
         "activations": peak_activations(network, input_shape),
         "parameters": count_parameters(network),
-        "latency_ms": None,
-        "latency of": None,
+        **untimed,
     }
 
 

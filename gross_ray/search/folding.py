@@ -15,7 +15,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.modes import evaluating
 from gross_ray.search.cost import elements, held, network_calls, plain_macs
 from gross_ray.search.latency import LatencyOptions
-from gross_ray.search.timing import typical_ms
+from gross_ray.search.timing import timed_device, typical_ms
 
 OBJECTIVES = ("macs", "parameters", "activations", "latency_ms")
 """What may decide: MACs of an image, numbers of weights or of activations held at once, or a measured time."""
@@ -54,7 +54,7 @@ def fold(
     `network` is what `extract` returns, (N, *input_shape) its input. With equal weights in exact arithmetic the outputs
     are equal; dense kernels are multiplied out in float64 and rounded to the network's dtype. "latency_ms" times both
     forms of each layer alone, on `device`, as `latency` says (`num_sampled` is not used). Raises InvalidValueError for
-    an unknown objective.
+    an unknown objective, and for cuda where there is none.
     """
     if objective not in OBJECTIVES:
         raise InvalidValueError(f"objective = {objective!r}: must be one of {', '.join(OBJECTIVES)}")
@@ -67,7 +67,7 @@ def fold(
     elif objective == "activations":
         costs = _activations(network, found, input_shape)
     else:
-        costs = _milliseconds(network, found, dense, input_shape, latency, torch.device(device))
+        costs = _milliseconds(network, found, dense, input_shape, latency, timed_device(device))
     foldings = [Folding(name, _grouped(found[name]).weight.shape[1], *costs[name]) for name in found]
     return replace_modules(network, {one.layer: dense[one.layer] for one in foldings if one.folded}), foldings
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.search.timing import Work, device_name, typical_ms
 from gross_ray.space import Configuration, SearchSpace
 
@@ -126,9 +126,8 @@ class LatencyModel:
             summary = frame[list(_SUMMARY)].drop_duplicates()
             return cls.from_tables(frame[columns], summary)
         except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise InvalidValueError(
-                f"{path}: is no table of latencies ({reason}); write one with gross latency"
+                f"{path}: is no table of latencies ({one_line(error)}); write one with gross latency"
             ) from None
 
     @classmethod

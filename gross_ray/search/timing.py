@@ -18,12 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gross_ray.errors import InvalidValueError
+
 Work = tuple[nn.Module, Sequence[Tensor]]
 """A module, and the inputs of its calls."""
 _WARM_UP_ROUNDS = 2
 _CALLS_PER_SAMPLE = 3
 _POLISHES = 3
 _TICK_MS = 1e-6  # of the clock: a layer that is never called takes less
+
+
+def timed_device(device: torch.device | str) -> torch.device:
+    """Return a device of this machine; raises InvalidValueError for cuda where there is none."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise InvalidValueError(f"device = {str(device)!r}: this machine has none that torch can use; take cpu")
+    return torch.device(device)
 
 
 def typical_ms(

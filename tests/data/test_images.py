@@ -533,11 +533,20 @@ def test_missing_folders(tmp_path: Path) -> None:
     dataset_error(lambda: load_folder(path), f"{path} has no class folders", "make one folder of images a class")
 
 
-@pytest.mark.parametrize(("there", "missing"), [(("train", "test"), "validation"), (("train", "val"), "test")])
-def test_missing_split(there: tuple[str, ...], missing: str, tmp_path: Path) -> None:
-    for name in there:
+def test_missing_split(tmp_path: Path) -> None:
+    for name in ("train", "val"):
         write_classes(tmp_path / name, 2)
-    dataset_error(lambda: load_folder(tmp_path), f"no folder {tmp_path / missing}", "make one folder of images a class")
+    dataset_error(lambda: load_folder(tmp_path), f"no folder {tmp_path / 'test'}", "make one folder of images a class")
+
+
+def test_without_a_validation_folder_a_fifth_of_train_is_it(tmp_path: Path) -> None:
+    for name, count in (("train", 10), ("test", 3)):
+        write_classes(tmp_path / name, count)
+    whole = load_folder(tmp_path)
+    num_classes = len(whole.classes)
+    sizes = [len(part) for part in (whole.train, whole.validation, whole.test)]
+    assert sizes == [8 * num_classes, 2 * num_classes, 3 * num_classes]
+    assert whole.validation.labels.bincount().tolist() == [2] * num_classes
 
 
 def test_empty_class_folder(tmp_path: Path) -> None:

@@ -139,6 +139,17 @@ def test_what_is_no_dataset_is_named(module: ModuleType, returned: Any, complain
     assert "\n" not in str(caught.value)
 
 
+def test_datasets_whose_classes_differ_are_refused(module: ModuleType) -> None:
+    parts = [as_dataset(channels_first), as_dataset(channels_first)]
+    for part, classes in zip(parts, ("abcd", "dcba"), strict=True):
+        part.classes = list(classes)  # type: ignore[attr-defined]
+    module.pictures = lambda: tuple(parts)  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="test has the classes d, c, b, a, train a, b, c, d; give all datasets the"):
+        load_dataset(DataOptions(name="own_pictures:pictures"))
+    parts[1].classes = None  # type: ignore[attr-defined]
+    assert load_dataset(DataOptions(name="own_pictures:pictures")).classes == tuple("abcd")
+
+
 def test_fewer_names_than_classes(module: ModuleType) -> None:
     few = as_dataset(channels_first)
     few.classes = ["a", "b", "c"]  # type: ignore[attr-defined]

@@ -99,6 +99,12 @@ def test_a_name_that_is_not_there_is_refused(name: str, line: str) -> None:
         choose_layers(network(), ["body.0", name])
 
 
+def test_a_name_with_a_sign_of_globs_is_itself_first() -> None:
+    signs = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), "b[0]": nn.Conv2d(4, 4, 3), "b0": nn.Conv2d(4, 4, 3)})
+    assert list(choose_layers(signs, ["b[0]"])) == ["b[0]"]
+    assert list(choose_layers(signs, ["b[01]"])) == ["b0"]
+
+
 def test_of_many_names_the_closest_are_listed() -> None:
     many = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(40)))
     with pytest.raises(InvalidValueError, match="'101' is not a dense convolution .*; the closest: 1.*") as refused:

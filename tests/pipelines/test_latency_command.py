@@ -77,6 +77,35 @@ def test_what_is_no_measurement_is_refused(run: Path, tmp_path: Path) -> None:
     assert sorted((run / "tables").rglob("*")) == before
 
 
+def test_of_several_measurements_the_last_one_counts(run: Path) -> None:
+    for batch in ("1", "2", "1"):
+        timed = gross("latency", str(run), "--device", "cpu", "--batch", batch, "--repeats", "1")
+        assert timed.returncode == 0, timed.stderr
+    store = RunStore.open(run)
+    assert len(store.read_table("latency_models")) == 2
+    model = stored_model(store)
+    assert model is not None and model.batch_size == 1
+    rows = store.read_table("configurations")
+    expected = [model.predict(Configuration.parse(one)) for one in rows["configuration"]]
+    assert rows["latency_ms"].tolist() == pytest.approx(expected)
+    (damaged,) = (store.path / "tables/latencies").glob("*batch=1*")
+    damaged.write_bytes(b"")
+    assert stored_model(store) is None, "the other one takes its place without a word"
+
+
+def test_where_nothing_says_which_was_last_a_lost_half_hands_on_nothing(run: Path) -> None:
+    store = RunStore.open(run)
+    for batch in ("1", "2"):
+        assert gross("latency", str(run), "--device", "cpu", "--batch", batch, "--repeats", "1").returncode == 0
+    store.delete_checkpoint("latency", "in-force")  # as earlier versions left it
+    assert stored_model(store) is None
+    for table in ("latencies", "latency_models"):
+        (unit,) = (unit for unit in store.units(table) if "batch=2" in unit)
+        store.delete_unit(table, unit)
+        model = stored_model(store)
+        assert (model is None) == (table == "latencies")
+
+
 def test_a_configuration_is_validated_by_name(run: Path) -> None:
     store = RunStore.open(run)
     before = store.read_table("validations")

@@ -128,7 +128,7 @@ def test_a_limit_on_a_latency_is_told_once_the_networks_are_trained(tmp_path: Pa
     for unit in train.plan(store):
         splits = Splits("noise", images, images, images, ("a", "b"))
         train.work(Context(store, splits, "cpu", lambda *_, **__: None), unit)
-    with pytest.raises(MissingStageError, match="search.limits has latency_ms, .*run `gross latency` on it once"):
+    with pytest.raises(MissingStageError, match="search.limits has latency_ms, .*run `gross latency` on it before"):
         check_limits(store)
     model = LatencyModel(
         device="a GPU",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from miniature import gross
 from torch import nn
+from torch.nn.utils import prune
 
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
@@ -85,6 +86,53 @@ def test_an_output_that_is_no_logits_is_told(
     monkeypatch.setitem(MODELS, "four-conv", lambda num_classes, image_size: body)
     with pytest.raises(InvalidValueError, match=told):
         check_experiment(preset("quickstart"), splits)
+
+
+class Fussy(nn.Module):
+    """A network that runs an image, and has something wrong with its training."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+        )
+        if fault == "pruned":
+            prune.l1_unstructured(self.layers[1], "weight", 0.5)
+
+    def forward(self, images: torch.Tensor) -> object:
+        logits = self.layers(images)
+        if self.fault == "several outputs" and self.training:
+            return logits, logits
+        return logits.detach() if self.fault == "no gradient" else logits
+
+    def get_extra_state(self) -> object:
+        return {"a": 1} if self.fault == "extra state" else torch.zeros(1)
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("several outputs", "cannot be trained: TypeError: .*tuple"),
+        ("no gradient", "cannot be trained: RuntimeError: .*does not require grad"),
+        ("extra state", "_extra_state of its state dict is no tensor"),
+        ("pruned", "cannot be trained: RuntimeError: .*deepcopy"),
+        ("double", "cannot run an image of 3x32x32: RuntimeError: .*type"),
+    ],
+)
+def test_what_a_training_would_meet_is_told(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch, fault: str, told: str
+) -> None:
+    network = Fussy(fault).double() if fault == "double" else Fussy(fault)
+    monkeypatch.setitem(MODELS, "four-conv", lambda num_classes, image_size: network)
+    state = torch.get_rng_state()
+    with pytest.raises(InvalidValueError, match=told) as refused:
+        check_experiment(preset("quickstart"), splits)
+    assert len(str(refused.value).splitlines()) == 1
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_no_folder_is_made(tmp_path: Path) -> None:

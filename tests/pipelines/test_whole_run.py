@@ -131,6 +131,16 @@ def test_an_export_folds_layers_where_that_is_faster(whole_run: tuple[Path, str]
     alone = gross("export", str(run), "--configuration", "16-16-16", "--to", str(target), "--batch", "8")
     assert (alone.returncode, target.exists()) == (2, False)
     assert "--batch 8 without --fold latency_ms" in alone.stderr
+    beside = tmp_path / "folded.pt2.json"
+    beside.mkdir()
+    taken = gross("export", str(run), "--configuration", "16-16-16", "--to", str(target))
+    assert (taken.returncode, list(tmp_path.iterdir())) == (2, [beside])
+    assert taken.stderr == f"Error: {beside}: is a folder; remove it, or name another file\n"
+    beside.rmdir()
+    nowhere = gross("export", str(run), "--configuration", "16-16-16", "--to", "/proc/folded.pt2")
+    assert nowhere.returncode == 1
+    assert "/proc/.partial-folded.pt2.json: No such file or directory; name another file" in nowhere.stderr
+    assert len(nowhere.stderr.splitlines()) == 1
     words = ["--configuration", "16-16-16", "--to", str(target), "--fold", "latency_ms", "--batch", "8"]
     ended = gross("export", str(run), *words, "--device", "cpu")
     assert ended.returncode == 0, ended.stderr

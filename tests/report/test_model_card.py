@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from runs import finished_run
+from torch import nn
 
-from gross_ray.report.model_card import model_card
+from gross_ray.report.model_card import folded_card, model_card
+from gross_ray.search.folding import Folding
 from gross_ray.search.latency import LatencyModel
 
 LAYERS = ("conv2", "conv3", "conv4")
@@ -44,3 +46,12 @@ def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
     }
     without = model_card(store, name, 0, (3, 32, 32), ["a"] * 10, layers=LAYERS, activations=9)
     assert without["latency_ms"] is None and without["latency of"] is None
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+    for dense, timed in ((2.0, False), (9.0, True)):
+        foldings = [Folding("conv2", 4, bottleneck=5.0, dense=dense)]
+        folded = card | folded_card(network, (3, 3, 3), "macs", foldings)
+        assert (folded["latency_ms"], folded["latency of"]) == (
+            (card["latency_ms"], card["latency of"]) if timed else (None, None)
+        )
+        assert len(folded["folded"]) == (not timed)
+        assert (folded["parameters"], folded["activations"]) == (3 * 2 * 9 + 2 + 6, 27 + 2)

@@ -177,6 +177,12 @@ def test_real_times_are_measured(supernet: nn.Module) -> None:
     assert all(one.dense > 0 and one.bottleneck > 0 for one in found)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_times_are_taken_where_there_is_no_gpu(supernet: nn.Module) -> None:
+    with pytest.raises(InvalidValueError, match="device = 'cuda': this machine has none that torch can use; take cpu"):
+        fold(extract(supernet, (1, 1, 1)), (3, 12, 12), objective="latency_ms", device="cuda")
+
+
 def test_an_unknown_objective_is_refused(supernet: nn.Module) -> None:
     with pytest.raises(InvalidValueError, match="'speed': must be one of macs, parameters, activations, latency_ms"):
         fold(extract(supernet, (1, 1, 1)), (3, 12, 12), objective="speed")
