@@ -30,6 +30,11 @@ def check_format(path: str | Path) -> None:
     """Raise InvalidValueError where the ending of `path` names no format, or its folder is not there."""
     if Path(path).suffix not in FORMATS:
         raise InvalidValueError(f"{path}: the formats are {', '.join(FORMATS)}; choose one by the file's ending")
+    _check_place(path)
+
+
+def _check_place(path: str | Path) -> None:
+    """Raise InvalidValueError where no file can be at `path`, or no card beside it."""
     if not Path(path).absolute().parent.is_dir():
         raise InvalidValueError(f"{path}: there is no folder {Path(path).parent}; make it, or name another file")
     for file in (Path(path), card_path(path)):
@@ -49,7 +54,7 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
     supernet (extract a configuration first) and GrossRayError where the extra is not installed.
     """
     _check_plain(model, "export_onnx")
-    check_format(path)
+    _check_place(path)
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise GrossRayError(f"export_onnx needs the package {package}; install gross-ray[onnx]")
@@ -75,7 +80,7 @@ def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int
     a supernet.
     """
     _check_plain(model, "export_program")
-    check_format(path)
+    _check_place(path)
     with whole_or_not_at_all(path) as partial, evaluating(model), torch.no_grad(), _told("torch.export"):
         batch = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(model, (_example(model, input_shape),), dynamic_shapes=batch)
@@ -88,7 +93,7 @@ def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[in
     The file takes its place when it is whole. Raises InvalidValueError for a supernet.
     """
     _check_plain(model, "export_weights")
-    check_format(path)
+    _check_place(path)
     with whole_or_not_at_all(path) as partial:
         # Clones: a file takes no two names of one memory, as shared modules give them.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}

@@ -109,6 +109,9 @@ def test_the_ending_chooses_the_format_and_an_unknown_one_is_refused(supernet: n
         export_network(network, "network.h5", (3, 10, 10))
     with pytest.raises(InvalidValueError, match="nowhere/network.pt2: there is no folder .*nowhere; make it"):
         export_network(network, tmp_path / "nowhere" / "network.pt2", (3, 10, 10))
+    for export in (export_onnx, export_program, export_weights):
+        with pytest.raises(InvalidValueError, match="nowhere/network: there is no folder .*nowhere; make it"):
+            export(network, tmp_path / "nowhere" / "network", (3, 10, 10))
 
 
 @pytest.mark.parametrize("earlier", [None, b"whole"])
