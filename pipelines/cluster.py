@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
@@ -42,6 +43,7 @@ HEAD_SECONDS = 120.0
 ORPHAN_SECONDS = 10.0
 """How long what is left of a Ray that was started here is looked for and ended."""
 _MARK = "GROSS_RAY_STARTED"
+_SESSION_TIME = "%Y-%m-%d_%H-%M-%S_%f"  # Ray's own, of the local time
 """Environment variable of all processes of a Ray that is started here."""
 THREAD_EFFICIENCY = 0.85
 """n threads do n^0.85 times the work of one (measured: 1.8 times with 2, training the four-conv network)."""
@@ -132,7 +134,7 @@ def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator
     Raises ResourcesError if the cluster cannot be reached, or will never have what is asked for.
     """
     started_here = not ray.is_initialized()
-    mark = uuid.uuid4().hex
+    mark, began = uuid.uuid4().hex, datetime.now()
     try:
         if started_here:
             with _environment(_MARK, mark):
@@ -142,7 +144,7 @@ def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator
     finally:
         if started_here:
             ray.shutdown()
-            _end_orphans(mark)
+            _end_orphans(mark, None if resources.joined_address else began)
 
 
 def _connect(resources: Resources, own_modules: Sequence[str]) -> None:
@@ -212,14 +214,15 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _end_orphans(mark: str) -> None:
+def _end_orphans(mark: str, began: datetime | None) -> None:
     """End what is left of a Ray that was started here: agents outlive a node that is ended while it starts them.
 
-    A node that is looked at after its agents' places may start them meanwhile, so that one look is not enough.
+    `began` is when that was; None where a running one was joined, which this process may have started, too. A node that
+    is looked at after its agents' places may start them meanwhile, so that one look is not enough.
     """
     calm, deadline = 0, time.monotonic() + ORPHAN_SECONDS
     while calm < 2 and time.monotonic() < deadline:
-        found = [process for process in map(int, _processes()) if _is_marked(process, mark) or _logs_here(process)]
+        found = [process for process in map(int, _processes()) if _is_ours(process, mark, began)]
         for process in found:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -238,13 +241,17 @@ def _is_marked(process: int, mark: str) -> bool:
         return False
 
 
-def _logs_here(process: int) -> bool:
-    """Return whether a process is one of Ray's, with a log open of a session that this process started.
+def _is_ours(process: int, mark: str, began: datetime | None) -> bool:
+    return _is_marked(process, mark) or (began is not None and _logs_here(process, began))
 
-    Sessions are named after who started them. Ray's agents write their titles over their environment, and the mark
-    with it.
+
+def _logs_here(process: int, began: datetime) -> bool:
+    """Return whether a process is one of Ray's, with a log open of a session that this process started after `began`.
+
+    Sessions are named after the time and the process that started them. Ray's agents write their titles over their
+    environment, and the mark with it.
     """
-    session = re.compile(rf"/session_[^/]*_{os.getpid()}/")
+    session = re.compile(rf"/session_([^/]*)_{os.getpid()}/")
     try:
         if not Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
             return False
@@ -253,7 +260,8 @@ def _logs_here(process: int) -> bool:
         return False
     for descriptor in descriptors:
         with suppress(OSError):  # closed meanwhile
-            if session.search(os.readlink(f"/proc/{process}/fd/{descriptor}")):
+            found = session.search(os.readlink(f"/proc/{process}/fd/{descriptor}"))
+            if found and found.group(1) >= began.strftime(_SESSION_TIME):
                 return True
     return False
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import uuid
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def test_what_an_orphan_starts_while_it_is_ended_is_ended_too(monkeypatch: pytes
     try:
         seen = iter([[first.pid, another.pid], [], [late.pid, another.pid]])
         monkeypatch.setattr(cluster, "_processes", lambda: list(map(str, next(seen, [another.pid]))))
-        cluster._end_orphans("mine")
+        cluster._end_orphans("mine", None)
         assert first.wait(10) == late.wait(10) == -signal.SIGKILL
         assert another.poll() is None
     finally:
@@ -245,14 +246,21 @@ def test_an_agent_that_has_written_its_title_over_the_mark_is_ended(tmp_path: Pa
         with (logs / "agent.out").open("w") as out:
             return subprocess.Popen([title, "60"], executable=shutil.which("sleep"), stdout=out)
 
-    ours, other = (f"session_2026-11-28_10-56-51_333465_{process}" for process in (os.getpid(), os.getppid()))
-    orphan, another, reader = agent("ray::Agent", ours), agent("ray::Agent", other), agent("tail", ours)
+    ours, other, earlier = (
+        f"session_2026-11-28_10-56-{second}_333465_{process}"
+        for second, process in ((51, os.getpid()), (51, os.getppid()), (50, os.getpid()))
+    )
+    orphan, *others = (
+        agent(*each) for each in (("ray::A", ours), ("ray::A", other), ("ray::A", earlier), ("tail", ours))
+    )
     try:
-        cluster._end_orphans("no such mark")
+        cluster._end_orphans("no such mark", None)
+        assert orphan.poll() is None, "of a cluster that was joined"
+        cluster._end_orphans("no such mark", datetime(2026, 11, 28, 10, 56, 51))
         assert orphan.wait(10) == -signal.SIGKILL
-        assert another.poll() is None and reader.poll() is None
+        assert [one.poll() for one in others] == [None] * 3
     finally:
-        for one in (orphan, another, reader):
+        for one in (orphan, *others):
             one.kill()
             one.wait()
 

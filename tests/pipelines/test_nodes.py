@@ -79,12 +79,15 @@ class Nodes:
 
     def __init__(self) -> None:
         from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+        from ray._private.authentication.authentication_utils import is_token_auth_enabled
         from ray.cluster_utils import Cluster as Machines
 
         ensure_token_if_auth_enabled()
         self.mark = uuid.uuid4().hex
         """By which its processes are known."""
-        os.environ[MARK] = self.mark
+        self._environment = pytest.MonkeyPatch()
+        self._environment.setenv(MARK, self.mark)
+        self._environment.setenv("RAY_AUTH_MODE", "token" if is_token_auth_enabled() else "disabled")  # drivers too
         memory = 80 * 2**20
         self._worker = {"num_cpus": 1, "object_store_memory": memory}
         head = {"num_cpus": 0, "object_store_memory": memory, "include_dashboard": False}
@@ -107,7 +110,7 @@ class Nodes:
             self._machines.remove_node(node, allow_graceful=False)
 
     def close(self) -> None:
-        del os.environ[MARK]
+        self._environment.undo()
         self._machines.shutdown()
 
 
