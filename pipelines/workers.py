@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ class WorkerPool:
             if not queues and not starting:
                 stage.give_up(
                     f"no worker could be started in {self._start_failures} attempts ({self._last_failure}); "
-                    "look at the nodes' memory"
+                    "look at the nodes' memory, and, on a cluster that was joined, at RAY_AUTH_MODE, which must be the "
+                    f"same there (here {os.environ.get('RAY_AUTH_MODE', 'unset')})"
                 )
                 break
             if self._cluster.autoscales and not stage.todo:
