@@ -125,8 +125,8 @@ def additive_cost(store: RunStore, base: Base, cost: str) -> AdditiveCost:
         model = stored_model(store)
         if model is None:
             raise MissingStageError(
-                f"search.limits has latency_ms, and {store.storage} no measurement of it that counts: run `gross "
-                "latency` on it before the search; of several the one that is measured or read last counts"
+                f"search.limits has latency_ms, and {store.storage} no measurement of it that counts: "
+                "run `gross latency` on it before the search; of several the one that is measured or read last counts"
             )
         shared = model.offset_ms + model.slope * model.rest_ms
         times = ({size: model.slope * ms for size, ms in one.items()} for one in model.layer_ms.values())

@@ -141,10 +141,10 @@ def parse_layer_group_sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
 def _whole_numbers(sizes: Sequence[int]) -> tuple[int, ...]:
     """Return group-sizes, NumPy's too, as ints; raises InvalidValueError for what is none."""
     try:
-        found = tuple(operator.index(size) for size in sizes)
+        found = tuple(0 if isinstance(size, bool) else operator.index(size) for size in sizes)
     except TypeError:
-        raise InvalidValueError(f"group-sizes {sizes!r}: must be whole numbers above 0, like (1, 4, 16)") from None
-    if any(isinstance(size, bool) for size in sizes) or min(found, default=1) < 1:
+        found = (0,)
+    if min(found, default=1) < 1:
         raise InvalidValueError(f"group-sizes {sizes!r}: must be whole numbers above 0, like (1, 4, 16)")
     return found
 

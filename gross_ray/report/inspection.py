@@ -14,8 +14,8 @@ from gross_ray.report.results import ResultTable, millions
 from gross_ray.search.cost import (
     Call,
     CostTable,
-    count_macs,
     count_parameters,
+    most_held,
     network_calls,
     peak_activations,
     plain_macs,
@@ -31,7 +31,8 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     shape = "x".join(map(str, input_shape))
     dense: dict[int, int] = {}
     outputs: dict[int, str] = {}
-    for call in calls_of(network, input_shape):
+    calls = calls_of(network, input_shape)
+    for call in calls:
         dense[id(call.module)] = dense.get(id(call.module), 0) + plain_macs(call)
         outputs[id(call.module)] = "x".join(map(str, call.output_size[1:]))
     supernet = running_supernet(network, choice.group_sizes, input_shape)
@@ -45,11 +46,10 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     heads = ["layer", "kernel", "output", "group-sizes", "M MACs dense", "as bottleneck"]
     layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows)
     extremes = [Configuration([pick(sizes) for sizes in space.group_sizes.values()]) for pick in (min, max)]
-    held = [f"{peak_activations(each, input_shape):,}" for each in (network, supernet)]
-    total = [
-        ["the network itself", millions(count_macs(network, input_shape)), f"{count_parameters(network):,}", held[0]]
-    ]
-    total += [[str(one), millions(costs.macs(one)), f"{costs.parameters(one):,}", held[1]] for one in extremes]
+    macs, held = sum(dense.values()), f"{most_held(calls):,}"
+    total = [["the network itself", millions(macs), f"{count_parameters(network):,}", held]]
+    held = f"{peak_activations(supernet, input_shape):,}"
+    total += [[str(one), millions(costs.macs(one)), f"{costs.parameters(one):,}", held] for one in extremes]
     heads = ["", "M MACs", "parameters", "activations at once"]
     whole = ResultTable(f"The space: {space.size:,} configurations", heads, total)
     if not choice.left_alone:

@@ -132,10 +132,12 @@ def peak_activations(model: nn.Module, input_shape: Sequence[int]) -> int:
     weights, that runs layer after layer; what waits on a shortcut comes on top. A SeriesConv2d counts as a bottleneck,
     which holds as much at any group-size.
     """
-    return max(
-        _series_held(call) if isinstance(call.module, SeriesConv2d) else held(call)
-        for call in network_calls(model, input_shape)
-    )
+    return most_held(network_calls(model, input_shape))
+
+
+def most_held(calls: Sequence[Call]) -> int:
+    """Return `peak_activations` of the network whose calls these are."""
+    return max(_series_held(call) if isinstance(call.module, SeriesConv2d) else held(call) for call in calls)
 
 
 def held(call: Call) -> int:
