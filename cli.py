@@ -433,8 +433,9 @@ def inspect(
 
     network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
     by_layer = parse_layer_group_sizes(layer_group_sizes)
-    choice = choice_of(network, layers, whole_numbers("--group-sizes", group_sizes), by_layer)
-    click.echo(inspection_page(inspection(network, choice, (3, image_size, image_size))))
+    sizes, shape = whole_numbers("--group-sizes", group_sizes), (3, image_size, image_size)
+    choice = choice_of(network, layers, sizes, by_layer, input_shape=shape)
+    click.echo(inspection_page(inspection(network, choice, shape)))
 
 
 @main.command()
@@ -561,50 +562,23 @@ def export(
     """
     import torch
 
-    from gross_ray.export import card_path, check_format, export_network, whole_or_not_at_all
-    from gross_ray.report.model_card import folded_card, foldings_text, model_card, most_accurate_seed
     from gross_ray.results.store import RunStore
-    from gross_ray.search.cost import peak_activations
-    from gross_ray.search.folding import fold
     from gross_ray.search.latency import LatencyOptions
-    from gross_ray.space import Configuration
-    from pipelines.networks import load_validated
-    from pipelines.predictions import stored_model
+    from pipelines.exporting import export_validated
 
     timed = {"--batch": batch, "--device": device}
     given = {name: value for name, value in timed.items() if value is not None}
     refuse_alone("--fold latency_ms", objective == "latency_ms", given)
-    check_format(target)
-    store, configuration = RunStore.open(run), str(Configuration.parse(configuration))
-    if seed is None:
-        seed = most_accurate_seed(store, configuration) or 0
-    network, base = load_validated(store, configuration, seed)
-    input_shape = base.input_shape
-    card = model_card(
-        store,
+    lines = export_validated(
+        RunStore.open(run),
         configuration,
-        seed,
-        input_shape,
-        base.classes,
-        layers=base.space.layers,
-        activations=peak_activations(network, input_shape),
-        latency=stored_model(store),
+        target,
+        seed=seed,
+        objective=None if objective == "none" else objective,
+        latency=LatencyOptions(batch_size=batch or 1),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    card["file"] = target.name
-    if objective != "none":
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        network, foldings = fold(
-            network, input_shape, objective=objective, latency=LatencyOptions(batch_size=batch or 1), device=place
-        )
-        card |= folded_card(network, input_shape, objective, foldings)
-        click.echo(foldings_text(objective, foldings))
-    if target.suffix == ".safetensors":
-        card["network"] = str(network).splitlines()
-    beside = card_path(target)
-    with whole_or_not_at_all(beside) as partial:  # both, or none of them
-        partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        export_network(network, target, input_shape)
-    click.echo(f"{configuration} (seed {seed}) written to {target}, its card to {beside}")
+    click.echo("\n".join(lines))
 
 
 if __name__ == "__main__":

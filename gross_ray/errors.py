@@ -44,6 +44,11 @@ class UnitsFailedError(GrossRayError):
     """Some units of work did not end; all others are stored."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of what it says: torch explains itself in dozens."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def one_line(error: BaseException) -> str:
     """Return an error of whatever kind, of the user's own code say, with its type, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

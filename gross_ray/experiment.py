@@ -189,7 +189,8 @@ class SearchOptions:
     """The search, exhaustive (section 5.1) or by a strategy, and the selection."""
 
     budgets: tuple[int, ...] = (16, 4)
-    """Each names a fixed configuration (this group-size in every layer) whose MACs are a budget."""
+    """Each names a fixed configuration (this group-size in every layer) whose MACs are a budget; may be empty where
+    there are limits."""
     limits: tuple[str, ...] = ()
     """Budgets besides, like "latency_ms=1.5" or "macs=2.66M,parameters=60k" (all of them hold): the best within each
     are retrained too, and a strategy searches within each."""
@@ -217,7 +218,8 @@ class SearchOptions:
         rule = "must be 0 with search.strategy=exhaustive" if whole else f"must be 1 or more with {self.strategy}"
         _require(whole == (self.evaluations == 0), "search.evaluations", self.evaluations, rule)
         _require(self.memory_budget >= 0, "search.memory_budget", self.memory_budget, "must be 0 (automatic) or more")
-        _require(bool(self.budgets), "search.budgets", self.budgets, "must name a group-size or more, like [16, 4]")
+        rule = "must name a group-size or more, like [16, 4], where search.limits is empty"
+        _require(bool(self.budgets or self.limits), "search.budgets", self.budgets, rule)
         _require_group_sizes("search.budgets", self.budgets)
         for text in self.limits:
             try:
@@ -252,7 +254,7 @@ class ValidationOptions:
     """Fixed and selected configurations, decomposed and trained on their own (sections 4.5 and 5.1)."""
 
     fixed: tuple[int, ...] = (32, 16, 4, 1)
-    """Group-sizes of the fixed configurations; those of the budgets are always added."""
+    """Group-sizes of the fixed configurations, if any; those of the budgets are always added."""
     seeds: int = 5
     """Repeats of each configuration."""
     reconstruction: Schedule = field(default_factory=lambda: Schedule(epochs=30, lr=0.01, milestones=(20,)))
@@ -263,7 +265,6 @@ class ValidationOptions:
     def __post_init__(self) -> None:
         _settle(self, "validation.")
         _require(self.seeds >= 1, "validation.seeds", self.seeds, "must be 1 or more")
-        _require(bool(self.fixed), "validation.fixed", self.fixed, "must name a group-size or more, like [16, 4]")
         _require_group_sizes("validation.fixed", self.fixed)
 
 
@@ -340,6 +341,9 @@ class Experiment:
         check_model_name(self.model)
         alone = not self.weights or self.training.seeds == 1
         _require(alone, "training.seeds", self.training.seeds, "must be 1 where weights are given")
+        rule = "a sweep is compared with fixed configurations; name some in validation.fixed, or sweep.alphas=[]"
+        compared = bool(self.validation.fixed or self.search.budgets or not (self.sweep.alphas and self.sweep.scalings))
+        _require(compared, "sweep.alphas", self.sweep.alphas, rule)
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, ready for JSON."""

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gross_ray.errors import GrossRayError, InvalidValueError
+from gross_ray.errors import GrossRayError, InvalidValueError, first_line
 from gross_ray.modes import evaluating
 
 
@@ -51,7 +51,8 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
     """Write `model` as ONNX, for inputs (N, C, H, W) of any N; `input_shape` is (C, H, W).
 
     The file takes its place when it is whole. Needs the extra `gross-ray[onnx]`. Raises InvalidValueError for a
-    supernet (extract a configuration first) and GrossRayError where the extra is not installed.
+    supernet (extract a configuration first) and GrossRayError where the extra is not installed or ONNX cannot hold
+    the network.
     """
     _check_plain(model, "export_onnx")
     _check_place(path)
@@ -108,9 +109,11 @@ def _told(exporter: str) -> Iterator[None]:
     except OSError:  # the disk's
         raise
     except Exception as error:  # of many kinds, all about the network
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        first: BaseException = error
+        while first.__cause__ is not None:  # those above it tell of the exporter's own steps
+            first = first.__cause__
         raise GrossRayError(
-            f"{exporter} cannot follow this network: {type(error).__name__}: {reason}; write its weights instead "
+            f"{exporter} cannot follow this network: {first_line(first)}; write its weights instead "
             "(--to FILE.safetensors, export_weights)"
         ) from error
 

@@ -90,7 +90,10 @@ def check_model_name(name: str) -> None:
         if not (all(part.isidentifier() for part in module_name.split(".")) and attribute.isidentifier()):
             raise InvalidValueError(f"model {name!r}: write {FORM}")
     elif name not in MODELS:
-        raise InvalidValueError(f"unknown model {name!r}; there are: {', '.join(MODELS)}")
+        raise InvalidValueError(
+            f"unknown model {name!r}; there are: {', '.join(MODELS)}; others by {FORM}, like "
+            "torchvision.models:resnet50"
+        )
 
 
 def four_conv(num_classes: int = 10, image_size: int = 32) -> nn.Sequential:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from gross_ray.decomposition.btd import BlockTerms, BTDStatus, block_term_decomposition, default_restarts
+from gross_ray.decomposition.layers import by_reason
 from gross_ray.results.store import RunStore
 from gross_ray.seeds import derive_seed
 from pipelines.networks import Base, load_base
@@ -16,8 +17,6 @@ from pipelines.session import Session
 from pipelines.units import Context, Unit
 
 STAGE = "decompose"
-MOST_NAMED = 4
-"""Layers left alone for one reason that are told by name."""
 
 
 def plan(store: RunStore) -> list[Unit]:
@@ -26,7 +25,7 @@ def plan(store: RunStore) -> list[Unit]:
     num_seeds = max(experiment.supernet.seeds, experiment.sweep.seeds if experiment.sweep.alphas else 0)
     nested = experiment.decomposition.nested
     units = []
-    for name, conv in base.convs.items():
+    for name, conv in base.choice.convs.items():
         sizes, channels = base.space.group_sizes[name], conv.in_channels
         # A step costs alike at every group-size, larger ones take more of them; a single term takes none.
         step = conv.weight.numel() * channels * (experiment.decomposition.restarts or default_restarts(conv.weight))
@@ -66,22 +65,12 @@ def finished(store: RunStore) -> set[str]:
 def run(session: Session) -> None:
     """Decompose what is missing, after telling which convolutions are left alone."""
     store = session.store
-    units, reasons = plan(store), load_base(store).left_alone
-    if reasons and not {unit.name for unit in units} <= finished(store):
-        session.reporter.note(f"{STAGE}: left alone: {_told(reasons)}")
+    units, choice = plan(store), load_base(store).choice
+    if not {unit.name for unit in units} <= finished(store):
+        for what, reasons in (("left alone", choice.left_alone), ("not tried", choice.dropped)):
+            if reasons:
+                session.reporter.note(f"{STAGE}: {what}: {by_reason(reasons)}")
     session.run(STAGE, units, work, lambda: finished(store))
-
-
-def _told(reasons: Mapping[str, str]) -> str:
-    """Return the layers that are left alone by their reasons, of many the first."""
-    by_reason: dict[str, list[str]] = {}
-    for layer, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(layer)
-    parts = []
-    for reason, layers in by_reason.items():
-        more = f" and {len(layers) - MOST_NAMED} more" if len(layers) > MOST_NAMED else ""
-        parts.append(f"{', '.join(layers[:MOST_NAMED])}{more} ({reason})")
-    return "; ".join(parts)
 
 
 def work(context: Context, unit: Unit) -> str:
@@ -108,7 +97,7 @@ def layer_terms(context: Context, base: Base, layer: str, group_size: int, *, se
     if nested:
         smaller = [size for size in base.space.group_sizes[layer] if size < group_size]
         start = layer_terms(context, base, layer, smaller[-1], seed=seed, nested=True) if smaller else None
-    return _compute(context, base.convs[layer], layer, group_size, seed, nested, start)
+    return _compute(context, base.choice.convs[layer], layer, group_size, seed, nested, start)
 
 
 def stored_terms(store: RunStore, group_sizes: Mapping[str, Sequence[int]], seed: int) -> dict[str, list[BlockTerms]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.layers import LayerChoice, choice_of, choose_layers, parse_layer_group_sizes
+from gross_ray.decomposition.layers import LayerChoice, choice_of, parse_layer_group_sizes
 from gross_ray.decomposition.surgery import empty_supernet, extract
 from gross_ray.errors import MissingStageError
 from gross_ray.experiment import DecompositionOptions
@@ -25,15 +27,14 @@ class Base:
     network: nn.Module
     seed: int
     input_shape: tuple[int, int, int]
-    space: SearchSpace
+    choice: LayerChoice
+    """What becomes of each convolution."""
     classes: tuple[str, ...]
-    left_alone: dict[str, str]
-    """Why each of the other convolutions is not decomposed, by name."""
 
-    @property
-    def convs(self) -> dict[str, nn.Conv2d]:
-        """The convolutions that are decomposed, by name."""
-        return choose_layers(self.network, self.space.layers)
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The space of its configurations."""
+        return SearchSpace(self.choice.group_sizes)
 
 
 def median_seed(store: RunStore) -> int:
@@ -57,16 +58,16 @@ def load_base(store: RunStore) -> Base:
     tensors, about = store.load_checkpoint("train", f"seed={seed}")
     network = new_network(store, about["num_classes"], about["image_size"], torch.Generator())
     network.load_state_dict(tensors)
-    choice = layer_choice(network, store.experiment.decomposition)
     # Run folders of before it was stored hold square images.
     channels, height, width = about.get("input_shape", (3, about["image_size"], about["image_size"]))
-    space, classes = SearchSpace(choice.group_sizes), tuple(about["classes"])
-    return Base(network, seed, (channels, height, width), space, classes, choice.left_alone)
+    choice = layer_choice(network, store.experiment.decomposition, (channels, height, width))
+    return Base(network, seed, (channels, height, width), choice, tuple(about["classes"]))
 
 
-def layer_choice(network: nn.Module, options: DecompositionOptions) -> LayerChoice:
+def layer_choice(network: nn.Module, options: DecompositionOptions, input_shape: Sequence[int]) -> LayerChoice:
     """Return what becomes of each convolution under an experiment's options; raises as `choice_of` does."""
-    return choice_of(network, options.layers, options.group_sizes, parse_layer_group_sizes(options.layer_group_sizes))
+    by_layer = parse_layer_group_sizes(options.layer_group_sizes)
+    return choice_of(network, options.layers, options.group_sizes, by_layer, input_shape=input_shape)
 
 
 def new_network(store: RunStore, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:

@@ -7,12 +7,13 @@ import copy
 import numpy as np
 import torch
 
+from gross_ray.calls import told_where_it_cannot_run
 from gross_ray.data.image_set import Splits
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
 from gross_ray.modes import evaluating
-from gross_ray.report.inspection import running_supernet, told_where_it_cannot_run
+from gross_ray.report.inspection import running_supernet
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, uniform
@@ -38,25 +39,37 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
         set_weights(network, read_weights(experiment.weights), experiment.weights)
     _check_logits(network, shape, experiment.model, len(splits.classes))
     _check_training(network, shape, experiment.model)
-    supernet = running_supernet(network, layer_choice(network, experiment.decomposition).group_sizes, shape)
+    supernet = running_supernet(network, layer_choice(network, experiment.decomposition, shape).group_sizes, shape)
     space = SearchSpace.of(supernet)
+    _check_fixed(experiment, space)
+    if experiment.search.strategy == "exhaustive":
+        search.check_size(space)
+    macs = _cost(supernet, shape, "macs")
+    for size in experiment.search.budgets:
+        _check_budget(BudgetedSpace(space, [macs]), uniform(space, size), macs)
+    for text in experiment.search.limits:
+        budgets = [budget for budget in Budget.parse_all(text) if budget.cost != "latency_ms"]
+        BudgetedSpace(space, [_cost(supernet, shape, budget.cost) for budget in budgets], budgets)
+
+
+def _check_fixed(experiment: Experiment, space: SearchSpace) -> None:
+    """Raise InvalidValueError for a fixed configuration that the space does not have."""
+    common = sorted(set.intersection(*map(set, space.group_sizes.values())))
+    remedy = f"name such as every layer has: {', '.join(map(str, common))}"
+    if not common:
+        remedy = (
+            'no group-size is common to all layers; have search.limits, like ["macs=2M"], and '
+            "search.budgets=[], validation.fixed=[] and sweep.alphas=[]"
+        )
     for name, sizes in (
         ("search.budgets", experiment.search.budgets),
         ("validation.fixed", experiment.validation.fixed),
     ):
         for size in sizes:
             try:
-                uniform(list(space.group_sizes.values()), size)
+                uniform(space, size)
             except InvalidValueError as error:
-                raise InvalidValueError(f"{name} = {sizes}: {error}; name such as every layer has") from None
-    if experiment.search.strategy == "exhaustive":
-        search.check_size(space)
-    macs = _cost(supernet, shape, "macs")
-    for size in experiment.search.budgets:
-        _check_budget(BudgetedSpace(space, [macs]), uniform(list(space.group_sizes.values()), size), macs)
-    for text in experiment.search.limits:
-        budgets = [budget for budget in Budget.parse_all(text) if budget.cost != "latency_ms"]
-        BudgetedSpace(space, [_cost(supernet, shape, budget.cost) for budget in budgets], budgets)
+                raise InvalidValueError(f"{name} = {sizes}: {error}; {remedy}") from None
 
 
 def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:

@@ -1,8 +1,9 @@
 """The search by a strategy: rounds of proposals, each stored before it is evaluated, so that a search is continued.
 
-Round 0 is the fixed configurations, and what another search evaluated (`pipelines.reuse`). Then the experiment's
-budgets and limits take turns; each has a strategy of its own, which learns from the rounds of all. A strategy's
-proposals follow from its seed and from what it learned, so that a run that is killed goes on as it would have.
+Round 0 is the fixed configurations, or without any those of the smallest and of the largest group-sizes, and what
+another search evaluated (`pipelines.reuse`). Then the experiment's budgets and limits take turns; each has a strategy
+of its own, which learns from the rounds of all. A strategy's proposals follow from its seed and from what it learned,
+so that a run that is killed goes on as it would have.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ def stored(store: RunStore) -> list[list[Configuration]]:
 
 
 def begin(store: RunStore, known: Sequence[Configuration] = ()) -> None:
-    """Store round 0, the fixed configurations and those whose accuracies are `known`, unless it is there."""
+    """Store round 0, what every search evaluates and those whose accuracies are `known`, unless it is there."""
     if not store.has_checkpoint(ROUNDS, "round=0"):
-        sizes = list(load_base(store).space.group_sizes.values())
+        space = load_base(store).space
         asked = {*store.experiment.search.budgets, *store.experiment.validation.fixed}
-        fixed = [uniform(sizes, size) for size in sorted(asked)]
-        _store(store, 0, sorted({*fixed, *known}) if known else fixed)
+        first = [uniform(space, size) for size in sorted(asked)] or list(dict.fromkeys([space[0], space[-1]]))
+        _store(store, 0, sorted({*first, *known}) if known else first)
 
 
 def units(supernet: Unit, number: int, configurations: Sequence[Configuration]) -> list[Unit]:
@@ -76,7 +77,7 @@ class Proposals:
         macs = additive_cost(store, base, "macs")
         self._strategies: list[Strategy] = []
         for size in options.budgets:
-            fixed = uniform(list(base.space.group_sizes.values()), size)
+            fixed = uniform(base.space, size)
             limit = float(macs.of(BudgetedSpace(base.space, [macs]).places([fixed]))[0])
             within = BudgetedSpace(base.space, [macs], [Budget("macs", limit)])
             self._strategies.append(strategy(options.strategy, within, _seed(store, f"budget={size}")))

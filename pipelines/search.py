@@ -309,8 +309,10 @@ def work(context: Context, unit: Unit) -> str:
 
 def budgets(store: RunStore) -> list[Configuration]:
     """Return the fixed configurations whose MACs are the budgets."""
-    sizes = list(load_base(store).space.group_sizes.values())
-    return [uniform(sizes, budget) for budget in store.experiment.search.budgets]
+    if not store.experiment.search.budgets:
+        return []
+    space = load_base(store).space
+    return [uniform(space, budget) for budget in store.experiment.search.budgets]
 
 
 def accuracies(store: RunStore) -> Iterator[pd.DataFrame]:

@@ -110,6 +110,10 @@ def _search(session: Session, scheduler: str, options: OptunaOptions) -> None:
     store = session.store
     if not store.experiment.sweep.scalings:
         raise InvalidValueError("sweep.scalings = (): a search chooses among them; name one or more in the experiment")
+    if not validate.fixed_configurations(store):
+        raise InvalidValueError(
+            "validation.fixed = (): a search goes by the fixed configurations' accuracies; name some in the experiment"
+        )
     rows = within(store, options)
     ended = rows[rows["status"] != "proposed"]
     missing = max(0, options.trials - len(ended))

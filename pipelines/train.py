@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
+from gross_ray.errors import InvalidValueError
 from gross_ray.results.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.seeds import derive_seed, derived_generator
@@ -35,14 +38,32 @@ def finished(store: RunStore) -> set[str]:
 
 def run(session: Session) -> None:
     """Train the base networks that are missing, or take the weights that are given."""
-    if session.store.experiment.weights and not finished(session.store):
-        keep_given(session.store)
+    if session.store.experiment.weights:
+        check_given(session.store) if finished(session.store) else keep_given(session.store)
     session.run(STAGE, plan(session.store), work, lambda: finished(session.store))
 
 
 def keep_given(store: RunStore) -> None:
     """Put the weights that are given into the run folder, from this machine, so that all workers have them."""
     store.save_checkpoint(GIVEN, "weights", read_weights(store.experiment.weights), {})
+
+
+def check_given(store: RunStore) -> None:
+    """Raise InvalidValueError where the file of the weights holds others now than the run folder, which keeps its own.
+
+    A file that is gone is not missed.
+    """
+    path = store.experiment.weights
+    if not Path(path).is_file() or not store.has_checkpoint(GIVEN, "weights"):
+        return
+    now, (kept, _) = read_weights(path), store.load_checkpoint(GIVEN, "weights")
+    same = {name for name, one in kept.items() if name in now and now[name].dtype == one.dtype and now[name].equal(one)}
+    other = (now.keys() | kept.keys()) - same
+    if other:
+        raise InvalidValueError(
+            f"weights {path}: {len(other)} of the tensors differ from those that {store.storage} was begun with; begin "
+            "another run folder (--out) for them, or put the first ones back"
+        )
 
 
 def load_given(store: RunStore, network: nn.Module) -> None:

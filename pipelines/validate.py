@@ -30,8 +30,8 @@ STAGE = "validate"
 
 def fixed_configurations(store: RunStore) -> list[Configuration]:
     """Return the fixed configurations: those the experiment names and those that set the budgets."""
-    sizes = list(load_base(store).space.group_sizes.values())
-    named = [uniform(sizes, size) for size in store.experiment.validation.fixed]
+    space = load_base(store).space
+    named = [uniform(space, size) for size in store.experiment.validation.fixed]
     return list(dict.fromkeys([*named, *search.budgets(store)]))
 
 

@@ -96,7 +96,6 @@ def test_no_field_takes_what_its_type_forbids(name: str) -> None:
         ("finetuning.milestones", "0", "must be positive and ascending"),
         ("validation.finetuning.lr", "-1", "must be above 0"),
         ("validation.reconstruction.milestones", "[20, 10]", "must be positive and ascending"),
-        ("validation.fixed", "[]", "must name a group-size or more"),
         ("validation.fixed", "[4, 0]", "must be group-sizes of 1 or more"),
         ("validation.seeds", "0", "must be 1 or more"),
         ("decomposition.ridge", "-1", "must be 0.0 (none) or more"),
@@ -137,7 +136,10 @@ def test_stacks_in_bfloat16_are_refused(stacked: str) -> None:
 
 
 def test_unknown_model_lists_those_there_are() -> None:
-    assert refused("model", "bert") == "unknown model 'bert'; there are: four-conv, vgg16, resnet18"
+    assert refused("model", "resnet50") == (
+        "unknown model 'resnet50'; there are: four-conv, vgg16, resnet18; others by package.module:factory, like "
+        "torchvision.models:resnet50"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import copy
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,6 +147,7 @@ def test_a_network_that_cannot_be_followed_is_told_in_a_line(tmp_path: Path, exp
     with pytest.raises(GrossRayError, match="cannot follow this network: .*write its weights instead") as told:
         export(nn.Sequential(nn.Conv2d(3, 4, 3), Forks()), tmp_path / name, (3, 8, 8))
     assert len(str(told.value).splitlines()) == 1
+    assert not re.search(r"\x1b|step \d/\d", str(told.value))  # what the exporter says of itself
     assert list(tmp_path.iterdir()) == []
 
 

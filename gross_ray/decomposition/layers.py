@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from gross_ray.calls import network_calls
 from gross_ray.errors import InvalidValueError
 
 _MOST_NAMED = 8
@@ -26,14 +27,13 @@ class LayerChoice:
     """Their group-sizes, ascending."""
     left_alone: dict[str, str]
     """Why each of the others is not, by name."""
+    dropped: dict[str, str]
+    """Which of the group-sizes asked for a layer that is decomposed does not have, and why, by name."""
 
 
 def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the first of all Conv2d's."""
-    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    return {
-        name: conv for name, conv in convs[1:] if conv.groups == 1 and max(conv.kernel_size) > 1 and not _computes(conv)
-    }
+    return _usual(model, _first_conv(model))
 
 
 def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Conv2d]:
@@ -43,7 +43,11 @@ def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[
     be any dense convolution. Raises InvalidValueError for a name that is not a dense convolution of `model`, one that
     matches none, and if nothing is left.
     """
-    usual = decomposable_layers(model)
+    return _choose(model, names, _first_conv(model))
+
+
+def _choose(model: nn.Module, names: Sequence[str] | None, first: nn.Conv2d | None) -> dict[str, nn.Conv2d]:
+    usual = _usual(model, first)
     if not names:
         if not usual:
             raise InvalidValueError("this network has no dense convolution with a kernel above 1x1 after its first one")
@@ -85,23 +89,30 @@ def choice_of(
     names: Sequence[str] | None = None,
     sizes: Sequence[int] = (),
     by_layer: Mapping[str, Sequence[int]] | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
 ) -> LayerChoice:
     """Return what becomes of each convolution: `names` as in `choose_layers`, each at those of `sizes` that fit it.
 
     `by_layer` has other sizes for some of them, by name or glob; the first that names a layer counts. Without sizes, a
     layer is decomposed at all of `default_group_sizes`. One whose input channels no size divides is left alone, unless
-    it is named plainly or by `by_layer`. Raises InvalidValueError for such a one, for a group-size that is no whole
-    number above 0, for a name in `by_layer` that no layer has, as `choose_layers` does, and if none is left.
+    it is named plainly or by `by_layer`. With `input_shape`, the network's first convolution, which no glob names, is
+    the first that an image of (C, H, W) meets, not the first registered. Raises InvalidValueError for a layer that is
+    named and fits no size, for a group-size that is no whole number above 0, for a name in `by_layer` that no layer
+    has, as `choose_layers` does, if none is left, and where the network cannot run such an image.
     """
-    convs = choose_layers(model, names)
+    first = _first_conv(model, input_shape)
+    convs = _choose(model, names, first)
     sizes = _whole_numbers(sizes)
     own = _sizes_by_layer(convs, {name: _whole_numbers(some) for name, some in (by_layer or {}).items()})
-    group_sizes, left_alone = {}, _reasons(model, convs)
+    group_sizes, dropped, left_alone = {}, {}, _reasons(model, convs, first)
     for name, conv in convs.items():
         asked = own.get(name, sizes)
         fitting = tuple(sorted({size for size in asked if conv.in_channels % size == 0}))
         if fitting or not asked:
             group_sizes[name] = fitting or default_group_sizes(conv.in_channels)
+            if rest := sorted(set(asked).difference(fitting)):
+                dropped[name] = f"group-sizes {_listed(rest)}: no divisor of {conv.in_channels} input channels"
             continue
         left_alone[name] = f"none of the group-sizes {_listed(asked)} divides its {conv.in_channels} input channels"
         if name in (names or ()) or name in own:
@@ -114,6 +125,7 @@ def choice_of(
         {name: conv for name, conv in convs.items() if name in group_sizes},
         group_sizes,
         {name: left_alone[name] for name in in_order},
+        dropped,
     )
 
 
@@ -163,10 +175,36 @@ def _sizes_by_layer(
     return found | {name: sizes for name, sizes in group_sizes.items() if name in layers}
 
 
-def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d]) -> dict[str, str]:
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """Return layers in a line by their reasons, of many the first."""
+    alike: dict[str, list[str]] = {}
+    for layer, reason in reasons.items():
+        alike.setdefault(reason, []).append(layer)
+    parts = []
+    for reason, layers in alike.items():
+        more = f" and {len(layers) - _MOST_NAMED} more" if len(layers) > _MOST_NAMED else ""
+        parts.append(f"{', '.join(layers[:_MOST_NAMED])}{more} ({reason})")
+    return "; ".join(parts)
+
+
+def _first_conv(model: nn.Module, input_shape: Sequence[int] | None = None) -> nn.Conv2d | None:
+    """Return the first Conv2d that an image of (C, H, W) meets, without a shape the first registered, or None."""
+    met: list[nn.Module] = [] if input_shape is None else [call.module for call in network_calls(model, input_shape)]
+    return next((one for one in (*met, *model.modules()) if isinstance(one, nn.Conv2d)), None)
+
+
+def _usual(model: nn.Module, first: nn.Conv2d | None) -> dict[str, nn.Conv2d]:
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    return {
+        name: conv
+        for name, conv in convs.items()
+        if conv is not first and conv.groups == 1 and max(conv.kernel_size) > 1 and not _computes(conv)
+    }
+
+
+def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], first: nn.Conv2d | None) -> dict[str, str]:
     """Return why each convolution that is not chosen is left alone."""
     convs = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.modules.conv._ConvNd)]
-    first = next((name for name, conv in convs if isinstance(conv, nn.Conv2d)), None)
     reasons = {}
     for name, conv in convs:
         if name in chosen:
@@ -183,8 +221,8 @@ def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d]) -> dict[str, str
             reasons[name] = f"grouped already ({conv.groups} groups)"
         elif max(conv.kernel_size) == 1:
             reasons[name] = "1x1"
-        elif name == first:
-            reasons[name] = "the network's first convolution"  # as its modules are listed
+        elif conv is first:
+            reasons[name] = "the network's first convolution"
         else:
             reasons[name] = "not named"
     return reasons

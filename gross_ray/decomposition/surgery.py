@@ -23,18 +23,20 @@ def decompose_model(
     options: BTDOptions = BTDOptions(),  # noqa: B008 (frozen)
     nested: bool = False,
     seed: int = 0,
+    input_shape: Sequence[int] | None = None,
 ) -> nn.Module:
     """Return a copy of `model` with a SeriesConv2d in place of each chosen convolution: the supernet.
 
     `layers` are names or globs (default: `decomposable_layers`). `group_sizes` are those to try, or those for each name
     or glob, where they divide a layer's input channels; the default are the powers of two that do. What is left alone,
-    and why, `choice_of` tells. With `nested`, each group-size starts from the expansion of the next smaller one. Raises
-    InvalidValueError as `choice_of` does.
+    and why, `choice_of` tells. With `nested`, each group-size starts from the expansion of the next smaller one. The
+    first convolution is left alone: the first that an image of `input_shape` (C, H, W) meets, or else the first
+    registered. Raises InvalidValueError as `choice_of` does.
     """
     if isinstance(group_sizes, Mapping):
-        choice = choice_of(model, layers, by_layer=group_sizes)
+        choice = choice_of(model, layers, by_layer=group_sizes, input_shape=input_shape)
     else:
-        choice = choice_of(model, layers, () if group_sizes is None else group_sizes)
+        choice = choice_of(model, layers, () if group_sizes is None else group_sizes, input_shape=input_shape)
     chosen, sizes = choice.convs, choice.group_sizes
     bottlenecks: dict[str, list[Bottleneck]] = {}
     for names in _batches(chosen, sizes):

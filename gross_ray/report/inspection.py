@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from gross_ray.decomposition.layers import LayerChoice
+from gross_ray.calls import network_calls
+from gross_ray.decomposition.layers import LayerChoice, by_reason
 from gross_ray.decomposition.surgery import empty_supernet
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, first_line
 from gross_ray.report.results import ResultTable, millions
 from gross_ray.search.cost import (
-    Call,
     CostTable,
     count_parameters,
     most_held,
-    network_calls,
     peak_activations,
     plain_macs,
 )
@@ -31,7 +29,7 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     shape = "x".join(map(str, input_shape))
     dense: dict[int, int] = {}
     outputs: dict[int, str] = {}
-    calls = calls_of(network, input_shape)
+    calls = network_calls(network, input_shape)
     for call in calls:
         dense[id(call.module)] = dense.get(id(call.module), 0) + plain_macs(call)
         outputs[id(call.module)] = "x".join(map(str, call.output_size[1:]))
@@ -44,7 +42,8 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
         costs_of_it = [millions(dense.get(id(conv), 0)), f"{smallest} to {largest}"]
         rows.append([name, _kernel(conv), outputs.get(id(conv), "-"), sizes, *costs_of_it])
     heads = ["layer", "kernel", "output", "group-sizes", "M MACs dense", "as bottleneck"]
-    layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows)
+    notes = [f"not tried: {by_reason(choice.dropped)}"] if choice.dropped else []
+    layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows, notes)
     extremes = [Configuration([pick(sizes) for sizes in space.group_sizes.values()]) for pick in (min, max)]
     macs, held = sum(dense.values()), f"{most_held(calls):,}"
     total = [["the network itself", millions(macs), f"{count_parameters(network):,}", held]]
@@ -60,25 +59,6 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
         whole,
         ResultTable(f"Left alone: {len(rest)} convolution{'s' * (len(rest) > 1)}", ["layer", "why"], rest),
     ]
-
-
-def calls_of(network: nn.Module, input_shape: Sequence[int]) -> list[Call]:
-    """Return what `network_calls` does; InvalidValueError where the network cannot run an image of (C, H, W)."""
-    with told_where_it_cannot_run(input_shape):
-        return network_calls(network, input_shape)
-
-
-@contextmanager
-def told_where_it_cannot_run(input_shape: Sequence[int]) -> Iterator[None]:
-    """Turn what a network raises for an image of (C, H, W) into InvalidValueError."""
-    try:
-        yield
-    except Exception as error:  # whatever the user's own code raises
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InvalidValueError(
-            f"the network cannot run an image of {'x'.join(map(str, input_shape))}: {type(error).__name__}: {reason}; "
-            "give images (or --image-size) that fit it, or another model"
-        ) from None
 
 
 def running_supernet(
@@ -105,8 +85,8 @@ def running_supernet(
 def _failure(network: nn.Module, input_shape: Sequence[int]) -> str | None:
     try:
         network_calls(network, input_shape)
-    except Exception as error:  # whatever the user's own code raises
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    except InvalidValueError as error:
+        return first_line(error.__cause__ or error)
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -12,7 +11,7 @@ from torch import nn
 from gross_ray.results.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters, peak_activations
 from gross_ray.search.folding import Folding
-from gross_ray.search.latency import LatencyModel
+from gross_ray.search.latency import LatencyModel, Timing
 from gross_ray.space import Configuration
 
 
@@ -20,17 +19,17 @@ def model_card(
     store: RunStore,
     configuration: str,
     seed: int,
+    network: nn.Module,
     input_shape: Sequence[int],
     classes: Sequence[str],
     *,
     layers: Sequence[str],
-    activations: int,
-    latency: LatencyModel | None = None,
+    latency: LatencyModel | Timing | None = None,
 ) -> dict[str, Any]:
     """Return the card of a validated configuration: accuracies, costs, how to feed it, and where it comes from.
 
-    `input_shape` is (C, H, W), `layers` names what is decomposed, in order, `activations` is the network's
-    `peak_activations`; `latency` predicts, if there is one.
+    `network` is the configuration as it is exported, whose costs are counted, and `input_shape` is (C, H, W); `layers`
+    names what is decomposed, in order; `latency` predicts its time or is a measured one, if there is one.
     """
     repeats = store.read_table("validations").query("configuration == @configuration")
     row = repeats.query("seed == @seed").iloc[0]
@@ -45,11 +44,10 @@ def model_card(
             "test": float(row["test_accuracy"]),
             "test of all repeats": _spread(repeats["test_accuracy"]),
         },
-        "macs": int(row["macs"]),
-        "parameters": int(row["parameters"]),
-        "activations": activations,
-        "latency_ms": None if latency is None else latency.predict(sizes),
-        "latency of": None if latency is None else _conditions(latency),
+        "macs": count_macs(network, input_shape),
+        "parameters": count_parameters(network),
+        "activations": peak_activations(network, input_shape),
+        **_time(latency, sizes),
         "input": {
             "shape": ["N", *input_shape],
             "dtype": "float32",
@@ -61,23 +59,6 @@ def model_card(
         "experiment": store.experiment.fields(),
         "fingerprint": store.experiment.fingerprint(),
         "versions": starts[-1] if starts else None,
-    }
-
-
-def folded_card(
-    network: nn.Module, input_shape: Sequence[int], objective: str, foldings: Sequence[Folding]
-) -> dict[str, Any]:
-    """Return what differs in the card of a network some of whose layers were folded: its costs, and what decided."""
-    folded = [asdict(one) for one in foldings if one.folded]
-    # What is predicted is the time of the bottlenecks.
-    untimed = {"latency_ms": None, "latency of": None} if folded else {}
-    return {
-        "folded by": objective,
-        "folded": folded,
-        "macs": count_macs(network, input_shape),
-        "activations": peak_activations(network, input_shape),
-        "parameters": count_parameters(network),
-        **untimed,
     }
 
 
@@ -98,10 +79,15 @@ def most_accurate_seed(store: RunStore, configuration: str) -> int | None:
     return int(repeats.sort_values(["val_accuracy", "seed"], ascending=[False, True])["seed"].iloc[0])
 
 
-def _conditions(latency: LatencyModel) -> dict[str, Any]:
-    """Return under which conditions a latency is predicted, and how well."""
-    names = ("device", "host", "batch_size", "threads", "median_error")
-    return {name: getattr(latency, name) for name in names}
+def _time(latency: LatencyModel | Timing | None, configuration: Configuration) -> dict[str, Any]:
+    """Return the time of a batch, under which conditions it was measured and, of a prediction, how good it is."""
+    if latency is None:
+        return {"latency_ms": None, "latency of": None}
+    conditions = {name: getattr(latency, name) for name in ("device", "host", "batch_size", "threads")}
+    if isinstance(latency, Timing):
+        return {"latency_ms": latency.latency_ms, "latency of": conditions | {"timed": "whole"}}
+    conditions["median_error"] = latency.median_error
+    return {"latency_ms": latency.predict(configuration), "latency of": conditions}
 
 
 def _text(values: Sequence[float]) -> str:

@@ -52,6 +52,13 @@ def network_table(store: RunStore) -> ResultTable:
     return ResultTable(title, heads, rows, missing=missing)
 
 
+def search_tables(store: RunStore, searched: Searched | None = None) -> list[ResultTable]:
+    """Return Table 3, unless no fixed configuration is a budget, and the best within each of the limits."""
+    options = store.experiment.search
+    by_fixed = [selection_table(store, searched)] if options.budgets else []
+    return [*by_fixed, *limit_tables(store, searched)]
+
+
 def selection_table(store: RunStore, searched: Searched | None = None) -> ResultTable:
     """Return Table 3: under each budget the fixed and the selected configurations, in the supernet and on their own.
 
@@ -97,12 +104,13 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
     )
 
 
-def named_table(store: RunStore) -> ResultTable:
-    """Return the configurations trained on their own that no budget of the experiment selected, nor are fixed."""
-    selections, validations = selected(store), store.read_table("validations")
-    others = validations[
-        (validations["kind"] != "fixed") & ~validations["configuration"].isin([*selections["configuration"]])
-    ]
+def named_table(store: RunStore, searched: Searched | None = None) -> ResultTable:
+    """Return the configurations trained on their own that are not fixed, nor found under a budget or limit."""
+    validations = store.read_table("validations")
+    found = set(selected(store)["configuration"])
+    for _, best in _within_limits(store, searched):
+        found |= set() if isinstance(best, str) else set(best["configuration"])
+    others = validations[(validations["kind"] != "fixed") & ~validations["configuration"].isin(found)]
     rows = [
         [str(name), millions(group["macs"].iloc[0]), *(_accuracy(group[f"{split}_accuracy"])[1] for split in SHOWN)]
         for name, group in others.sort_values("macs", ascending=False).groupby("configuration", sort=False)
@@ -122,15 +130,10 @@ def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> ResultTable:
 
 def limit_tables(store: RunStore, searched: Searched | None = None) -> list[ResultTable]:
     """Return the best of what was searched within each of the experiment's limits."""
-    options, tables = store.experiment.search, []
-    if not options.limits:
-        return []
-    accuracies, validations = (searched or Searched.of(store)).accuracies, store.read_table("validations")
-    for budgets in map(Budget.parse_all, options.limits):
-        try:
-            best = best_under(accuracies, budgets, options.top)
-        except InvalidValueError as error:
-            tables.append(ResultTable(_within(budgets), missing=[str(error)]))
+    tables, validations = [], store.read_table("validations")
+    for budgets, best in _within_limits(store, searched):
+        if isinstance(best, str):
+            tables.append(ResultTable(_within(budgets), missing=[best]))
             continue
         table = budget_table(best, budgets)
         own = [
@@ -140,6 +143,22 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
         rows = [[*row, accuracy] for row, accuracy in zip(table.rows, own, strict=True)]
         tables.append(replace(table, heads=[*table.heads, "on its own (test): mean (std, n)"], rows=rows))
     return tables
+
+
+def _within_limits(store: RunStore, searched: Searched | None) -> list[tuple[list[Budget], pd.DataFrame | str]]:
+    """Return each of the experiment's limits with the best within it, or with why there is none."""
+    options, found = store.experiment.search, []
+    if not options.limits:
+        return []
+    accuracies = (searched or Searched.of(store)).accuracies
+    best: pd.DataFrame | str
+    for budgets in map(Budget.parse_all, options.limits):
+        try:
+            best = best_under(accuracies, budgets, options.top)
+        except InvalidValueError as error:
+            best = str(error)
+        found.append((budgets, best))
+    return found
 
 
 def _within(budgets: Sequence[Budget]) -> str:

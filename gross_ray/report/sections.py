@@ -13,10 +13,9 @@ from gross_ray.report.charts import Chart
 from gross_ray.report.results import (
     ResultTable,
     is_swept,
-    limit_tables,
     named_table,
     network_table,
-    selection_table,
+    search_tables,
     sweep_table,
     trials_table,
 )
@@ -80,8 +79,8 @@ def _space(store: RunStore, searched: Searched) -> Section:
 
 
 def _tables(store: RunStore, searched: Searched) -> Section:
-    named = named_table(store)
-    tables = [network_table(store), selection_table(store, searched), *limit_tables(store, searched)]
+    named = named_table(store, searched)
+    tables = [network_table(store), *search_tables(store, searched)]
     return Section("tables", "Tables 2 and 3", tables=[*tables, *([named] if named.rows else [])])
 
 

@@ -19,8 +19,7 @@ def results(store: RunStore, *, markdown: bool = False) -> str:
     named = stored.named_table(store)
     tables = [
         stored.network_table(store),
-        stored.selection_table(store),
-        *stored.limit_tables(store),
+        *stored.search_tables(store),
         *([named] if named.rows else []),
         *([stored.sweep_table(store)] if stored.is_swept(store) else []),
     ]
@@ -34,9 +33,11 @@ def stage_results(store: RunStore, stage: str) -> str:
     """Return what one stage has to show."""
     if stage == "validate":
         named = stored.named_table(store)
-        return "\n\n".join([network_table(store), selection_table(store), *([as_text(named)] if named.rows else [])])
+        found = [*stored.search_tables(store), *([named] if named.rows else [])]
+        return "\n\n".join([network_table(store), *map(as_text, found)])
     if stage == "search":
-        return _frame(stored.selected(store))
+        selected = [_frame(stored.selected(store))] if store.experiment.search.budgets else []
+        return "\n\n".join([*selected, *map(as_text, stored.limit_tables(store))])
     if stage == "sweep-alpha":
         return sweep_table(store)
     if stage in ("train", "decompose"):

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from gross_ray.calls import Call, network_calls
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
-from gross_ray.modes import evaluating
 from gross_ray.space import Configuration, SearchSpace
 
 CONVENTIONS = ("actual", "paper")
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer in a forward pass of one image."""
-
-    module: nn.Module
-    """The layer."""
-    input_size: tuple[int, ...]
-    """Shape of its input, (N, C, H, W) or (N, ..., features); N is 1 unless the network folds places into it."""
-    output_size: tuple[int, ...]
-    """Shape of its output."""
-
-
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     """Return the MACs of every convolution and linear layer as `model` runs one image of `input_shape` (C, H, W).
 
-    A SeriesConv2d counts as the bottleneck of its active group-size.
+    A SeriesConv2d counts as the bottleneck of its active group-size. Raises InvalidValueError where `model` cannot run
+    such an image.
     """
     return sum(
         _series_macs(call, call.module.group_size) if isinstance(call.module, SeriesConv2d) else plain_macs(call)
@@ -50,7 +37,8 @@ def configuration_macs(
     """Return the MACs of one configuration for one image of `input_shape` (C, H, W).
 
     "actual" counts every convolution and linear layer of the extracted network. "paper" counts as the paper's tables
-    do: the bottlenecks of the decomposed layers only, with stride and padding on the first 1x1 (its Table 1).
+    do: the bottlenecks of the decomposed layers only, with stride and padding on the first 1x1 (its Table 1). Raises
+    InvalidValueError where `supernet` cannot run such an image, or has no such configuration.
     """
     return CostTable.of(supernet, input_shape, convention=convention).macs(configuration)
 
@@ -155,26 +143,6 @@ def _series_held(call: Call) -> int:
     assert isinstance(layer, SeriesConv2d)
     before, after = (layer.in_channels * _places(size) for size in (call.input_size, call.output_size))
     return max(2 * before, before + after, after + elements(call.output_size))
-
-
-def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
-    """Return each call of a convolution, linear or decomposed layer as `model` runs one image of (C, H, W)."""
-    calls: list[Call] = []
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        images = args[0] if args else kwargs["input"]
-        calls.append(Call(module, tuple(images.shape), tuple(output.shape)))
-
-    counted = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | SeriesConv2d)]
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
-    parameter = next(model.parameters())
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def plain_macs(call: Call) -> int:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gross_ray.batch_norm import calibration_batches, recalibrated, statistics_of, with_statistics
+from gross_ray.calls import network_calls
 from gross_ray.data.augment import THE_PAPERS, Normalisation
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
@@ -70,12 +71,14 @@ def evaluate_configurations(
     configuration batch-norm statistics of its own. The other arguments are those of `EvaluationOptions`. Columns:
     configuration (text), correct and total (images), accuracy, loss (mean cross-entropy); rows in the order given. A
     network that torch.fx cannot trace is evaluated with one pass a configuration, after a NotTraceableWarning that
-    names the cause. Raises InvalidValueError for a configuration outside the space, no images, or an option outside
-    its range.
+    names the cause. Raises InvalidValueError for a configuration outside the space, no images, images that the network
+    cannot run, or an option outside its range.
     """
     options = EvaluationOptions(batch_size=batch_size, memory_budget=memory_budget, form=form, precision=precision)
     space = SearchSpace.of(supernet)
     chosen = list(space) if configurations is None else [space.check(one) for one in configurations]
+    if len(images):
+        network_calls(supernet, images.shape[1:])
     evaluator = Evaluator(supernet, options, normalisation=normalisation)
     correct, loss = evaluator.evaluate(images, labels, chosen, calibration)
     rows = [

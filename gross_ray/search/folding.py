@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gross_ray.calls import network_calls, told_where_it_cannot_run
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.surgery import replace_modules
 from gross_ray.errors import InvalidValueError
 from gross_ray.modes import evaluating
-from gross_ray.search.cost import elements, held, network_calls, plain_macs
+from gross_ray.search.cost import elements, held, plain_macs
 from gross_ray.search.latency import LatencyOptions
-from gross_ray.search.timing import timed_device, typical_ms
+from gross_ray.search.timing import threads, timed_device, typical_ms
 
 OBJECTIVES = ("macs", "parameters", "activations", "latency_ms")
 """What may decide: MACs of an image, numbers of weights or of activations held at once, or a measured time."""
@@ -54,7 +55,7 @@ def fold(
     `network` is what `extract` returns, (N, *input_shape) its input. With equal weights in exact arithmetic the outputs
     are equal; dense kernels are multiplied out in float64 and rounded to the network's dtype. "latency_ms" times both
     forms of each layer alone, on `device`, as `latency` says (`num_sampled` is not used). Raises InvalidValueError for
-    an unknown objective, and for cuda where there is none.
+    an unknown objective, for cuda where there is none, and where `network` cannot run such an input.
     """
     if objective not in OBJECTIVES:
         raise InvalidValueError(f"objective = {objective!r}: must be one of {', '.join(OBJECTIVES)}")
@@ -166,13 +167,8 @@ def _milliseconds(
         for name in found
         for form, module in (("bottleneck", found[name]), ("dense", dense[name]))
     }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        with torch.inference_mode():
-            times = typical_ms(works, options.repeats, device)
-    finally:
-        torch.set_num_threads(threads)
+    with threads(options.threads), torch.inference_mode():
+        times = typical_ms(works, options.repeats, device)
     return {name: (times[name, "bottleneck"], times[name, "dense"]) for name in found}
 
 
@@ -189,7 +185,7 @@ def _inputs(
     handles = [module.register_forward_pre_hook(keep) for module in found.values()]
     images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
-        with torch.inference_mode(), evaluating(network):
+        with told_where_it_cannot_run(input_shape), torch.inference_mode(), evaluating(network):
             network(images.to(next(network.parameters())))
     finally:
         for handle in handles:

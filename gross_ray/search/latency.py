@@ -22,9 +22,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from gross_ray.calls import network_calls, told_where_it_cannot_run
 from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
 from gross_ray.errors import InvalidValueError, one_line
-from gross_ray.search.timing import Work, device_name, typical_ms
+from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
 from gross_ray.space import Configuration, SearchSpace
 
 REST = "rest"
@@ -168,7 +169,7 @@ def measure_latency(
     `input_shape` is (C, H, W). `generator` draws the whole configurations (all different) and the input. `on_part` is
     called after each timing of a part or a whole network with the number done and their total. The supernet is left
     as it was, and so is torch's number of threads. Raises InvalidValueError for a network without decomposed layers,
-    a space of one configuration, and a device other than cpu and cuda.
+    a space of one configuration, a device other than cpu and cuda, and where the network cannot run such an input.
     """
     space = SearchSpace.of(supernet)
     sampled = _sample(space, options.num_sampled, generator)
@@ -177,14 +178,9 @@ def measure_latency(
     if place.type not in ("cpu", "cuda"):
         raise InvalidValueError(f"device = {str(place)!r}: latency is measured on cpu or cuda")
     images = torch.randn(options.batch_size, *input_shape, generator=generator, device=generator.device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        with torch.inference_mode():
-            works = _works(supernet, sampled, images.to(place, parameter.dtype))
-            times = typical_ms(works, options.repeats, place, on_part)
-    finally:
-        torch.set_num_threads(threads)
+    with threads(options.threads), torch.inference_mode():
+        works = _works(supernet, sampled, images.to(place, parameter.dtype))
+        times = typical_ms(works, options.repeats, place, on_part)
     layer_ms = {name: {size: times[name, size] for size in sizes} for name, sizes in space.group_sizes.items()}
     columns = dict(zip(space.layers, np.array(sampled).T, strict=True))
     sums, measured = _sums(times[REST], layer_ms, columns), np.array([times[one] for one in sampled])
@@ -201,6 +197,51 @@ def measure_latency(
         num_sampled=len(sampled),
         median_error=_leave_one_out_error(sums, measured),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The time of one batch's forward pass of one network, timed whole."""
+
+    latency_ms: float
+    """Median over the rounds."""
+    device: str
+    """The processor's or the GPU's name."""
+    host: str
+    """Name of the machine."""
+    batch_size: int
+    """Images of a batch."""
+    threads: int
+    """CPU threads."""
+
+
+def time_networks(
+    networks: Mapping[str, nn.Module],
+    input_shape: Sequence[int],
+    options: LatencyOptions,
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Return the time of each network on `device`, timed beside one another, in eval and inference mode.
+
+    `input_shape` is (C, H, W); of `options`, `num_sampled` is not used. The networks are left as they were, and so is
+    torch's number of threads. Raises InvalidValueError for cuda where there is none, and for a network that cannot run
+    such an image.
+    """
+    place = timed_device(device)
+    images = torch.randn(options.batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
+    works: dict[Any, Work] = {}
+    for name, network in networks.items():
+        copied = replace_modules(network, {}).eval().to(place)
+        network_calls(copied, input_shape)
+        works[name] = (copied, [images.to(next(copied.parameters()))])
+    with threads(options.threads), torch.inference_mode():
+        times = typical_ms(works, options.repeats, place)
+    conditions = {"device": device_name(place), "host": socket.gethostname()}
+    return {
+        name: Timing(latency_ms=ms, batch_size=options.batch_size, threads=options.threads, **conditions)
+        for name, ms in times.items()
+    }
 
 
 class _AnswersAtOnce(nn.Module):
@@ -229,7 +270,8 @@ def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor)
     network = extract(supernet, [layer.group_sizes[-1] for layer in layers.values()]).eval().to(device)
     free = {name: _AnswersAtOnce() for name in layers}
     handles = [network.get_submodule(name).register_forward_hook(free[name].record) for name in layers]
-    network(batch)
+    with told_where_it_cannot_run(batch.shape[1:]):
+        network(batch)
     for handle in handles:
         handle.remove()
     works: dict[Any, Work] = {REST: (replace_modules(network, free, share_weights=True), [batch])}

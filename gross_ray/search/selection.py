@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.space import Configuration
+from gross_ray.space import Configuration, SearchSpace
 
 COSTS = ("macs", "macs_paper", "parameters", "latency_ms")
 """The costs of a configuration: columns of the `configurations` table."""
@@ -234,10 +234,10 @@ def _check_measured(accuracies: pd.DataFrame, cost: str) -> None:
         )
 
 
-def uniform(space_layers: Sequence[Sequence[int]], group_size: int) -> Configuration:
+def uniform(space: SearchSpace, group_size: int) -> Configuration:
     """Return the configuration with `group_size` in every layer; raises InvalidValueError where a layer lacks it."""
-    for place, sizes in enumerate(space_layers):
+    for layer, sizes in space.group_sizes.items():
         if group_size not in sizes:
             choices = ", ".join(map(str, sizes))
-            raise InvalidValueError(f"group-size {group_size} is not among those of layer {place + 1}: {choices}")
-    return Configuration([group_size] * len(space_layers))
+            raise InvalidValueError(f"group-size {group_size} is not among those of {layer}: {choices}")
+    return Configuration([group_size] * len(space.layers))

@@ -7,10 +7,11 @@ from math import prod
 
 from torch import nn
 
+from gross_ray.calls import network_calls
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.cost import dense_macs, network_calls, plain_macs
+from gross_ray.search.cost import dense_macs, plain_macs
 from gross_ray.space import SearchSpace
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ _WARM_UP_ROUNDS = 2
 _CALLS_PER_SAMPLE = 3
 _POLISHES = 3
 _TICK_MS = 1e-6  # of the clock: a layer that is never called takes less
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Have torch use so many CPU threads while it is open."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def timed_device(device: torch.device | str) -> torch.device:

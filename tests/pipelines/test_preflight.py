@@ -25,7 +25,11 @@ WRONG = [
     (["decomposition.group_sizes=[5]"], "none of the group-sizes 5 divides its 32 input channels"),
     (
         ['decomposition.layer_group_sizes=["conv2=4,6"]'],
-        r"search.budgets = \(16, 4\): group-size 16 is not among those of layer 1: 4",
+        r"search.budgets = \(16, 4\): group-size 16 is not among those of conv2: 4; name such as every layer has: 4$",
+    ),
+    (
+        ['decomposition.layer_group_sizes=["conv2=2","conv3=4,8"]'],
+        r"no group-size is common to all layers; have search.limits, .*search.budgets=\[\], validation.fixed=\[\] and",
     ),
     (["search.budgets=[16,3]"], r"search.budgets = \(16, 3\): group-size 3 is not .*; name such as every layer has"),
     (["validation.fixed=[5]"], r"validation.fixed = \(5,\): group-size 5 is not among"),
@@ -58,6 +62,12 @@ def test_nothing_is_wrong_with_the_presets(splits: Splits, name: str) -> None:
 
 def test_a_limit_in_milliseconds_is_left_to_the_search(splits: Splits) -> None:
     check_experiment(preset("quickstart").override(['search.limits=["latency_ms=0.001,macs=2.5M"]']), splits)
+
+
+def test_layers_without_a_common_group_size_have_limits_alone(splits: Splits) -> None:
+    apart = ['decomposition.layer_group_sizes=["conv2=2","conv3=4,8"]', 'search.limits=["macs=2.2M"]']
+    none = ["search.budgets=[]", "validation.fixed=[]", "sweep.alphas=[]"]
+    check_experiment(preset("quickstart").override([*apart, *none]), splits)
 
 
 def test_images_that_do_not_fit_the_network_are_told(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:

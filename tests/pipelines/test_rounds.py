@@ -16,9 +16,11 @@ import pytest
 from miniature import command, gross
 
 from gross_ray.errors import InvalidValueError
+from gross_ray.report.terminal import results
 from gross_ray.results.store import RunStore
 from gross_ray.search.evaluation_options import STRATEGY_NAMES
 from gross_ray.search.latency import LatencyModel
+from gross_ray.search.selection import Budget, best_under, supernet_accuracies
 from gross_ray.search.strategies import STRATEGIES
 from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling
@@ -174,6 +176,33 @@ def test_a_strategy_searches_within_a_limit_in_milliseconds(whole_run: tuple[Pat
     last = stored_model(store)
     assert last is not None and last.host == "another"
     search(run)
+
+
+@pytest.mark.parametrize(("strategy", "evaluations"), [("random", 16), ("exhaustive", 0)])
+def test_limits_alone_need_no_fixed_configuration(
+    whole_run: tuple[Path, str], tmp_path: Path, strategy: str, evaluations: int
+) -> None:
+    limit = "macs=2.5M"
+    run = part_of(whole_run[0], tmp_path / "run", strategy, evaluations, budgets=[], limits=[limit])
+    experiment = json.loads((run / "experiment.json").read_text())
+    experiment["validation"]["fixed"], experiment["sweep"]["alphas"] = [], []
+    (run / "experiment.json").write_text(json.dumps(experiment))
+    store = RunStore.open(run)
+    told = gross("search", str(run), "--num-cpus", "2")
+    assert told.returncode == 0, told.stderr
+    assert "Most accurate within macs=2.5M" in told.stdout and "nothing stored" not in told.stdout
+    if strategy == "random":
+        assert stored(store)[0] == [load_base(store).space[0], load_base(store).space[-1]]
+    rows = searched(run)
+    best = supernet_accuracies(rows[rows["macs"] <= 2.5e6])
+    units = validate.plan(store)
+    assert {unit.arguments["kind"] for unit in units} == {"selected"}
+    wanted = best_under(best, Budget.parse_all(limit), store.experiment.search.top)["configuration"]
+    assert {unit.arguments["configuration"] for unit in units} == set(wanted)
+    shown = results(store)
+    assert "Table 3" not in shown and "by name" not in shown and "Most accurate within macs=2.5M" in shown
+    refused = gross("sweep-alpha", str(run), "--num-cpus", "2", "--search", "optuna")
+    assert refused.returncode == 2 and "name some in the experiment" in refused.stderr
 
 
 def test_a_space_too_large_to_be_searched_whole_is_refused(

@@ -146,6 +146,8 @@ def test_an_export_folds_layers_where_that_is_faster(whole_run: tuple[Path, str]
     assert ended.returncode == 0, ended.stderr
     card = json.loads((tmp_path / "folded.pt2.json").read_text())
     folded = {one["layer"] for one in card["folded"]}
+    assert card["latency_ms"] > 0 and card["latency of"]["timed"] == "whole" and card["latency of"]["batch_size"] == 8
+    assert f" ms as bottlenecks, {card['latency_ms']:.6g} ms as written\n" in ended.stdout
     lines = [line for line in ended.stdout.splitlines() if "latency_ms" in line]
     assert [(line.split()[0], line.endswith(": folded")) for line in lines] == [
         (layer, layer in folded) for layer in ("conv2", "conv3", "conv4")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gross_ray.decomposition.layers import choice_of
-from gross_ray.decomposition.surgery import empty_supernet, extract
+from gross_ray.decomposition.surgery import decompose_model, empty_supernet, extract, series_layers
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.inspection import inspection
 from gross_ray.search.cost import count_macs, count_parameters, peak_activations
@@ -46,6 +46,33 @@ def test_the_costs_are_those_of_the_extracted_networks() -> None:
     assert space.title == "The space: 9 configurations"
     assert [list(row) for row in left.rows] == [["stem", "the network's first convolution"]]
     assert left.title == "Left alone: 1 convolution"
+
+
+def test_group_sizes_that_fit_no_layer_are_told() -> None:
+    layers, _, _ = inspection(Twice(), choice_of(Twice(), sizes=(1, 4, 3), by_layer={"down": (2, 5)}), (3, 16, 16))
+    assert [row[3] for row in layers.rows] == ["1 4", "2"]
+    assert list(layers.notes) == [
+        "not tried: shared (group-sizes 3: no divisor of 4 input channels); down (group-sizes 5: no divisor of 4 input "
+        "channels)"
+    ]
+
+
+def test_the_first_convolution_is_the_first_that_an_image_meets() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.stem = nn.Conv2d(4, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.last(self.stem(images))
+
+    choice = choice_of(Backwards(), input_shape=(3, 9, 9))
+    assert (list(choice.convs), choice.left_alone) == (["last"], {"stem": "the network's first convolution"})
+    assert list(choice_of(Backwards(), ["*"], input_shape=(3, 9, 9)).convs) == ["last"]
+    assert list(series_layers(decompose_model(Backwards(), group_sizes=(4,), input_shape=(3, 9, 9)))) == ["last"]
+    assert list(choice_of(Backwards()).convs) == ["stem"]  # as it is registered: no shape, no forward pass
+    with pytest.raises(InvalidValueError, match="cannot run an image of 3x2x2"):
+        choice_of(Backwards(), input_shape=(3, 2, 2))
 
 
 def test_a_shape_that_does_not_fit_is_refused() -> None:

@@ -8,9 +8,8 @@ import pytest
 from runs import finished_run
 from torch import nn
 
-from gross_ray.report.model_card import folded_card, model_card
-from gross_ray.search.folding import Folding
-from gross_ray.search.latency import LatencyModel
+from gross_ray.report.model_card import model_card
+from gross_ray.search.latency import LatencyModel, Timing
 
 LAYERS = ("conv2", "conv3", "conv4")
 
@@ -33,7 +32,9 @@ def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
     )
     for unit in store.units("configurations"):  # validated by name, say, and never searched
         store.delete_unit("configurations", unit)
-    card = model_card(store, name, 0, (3, 32, 32), ["a"] * 10, layers=LAYERS, activations=9, latency=model)
+    network, shape = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2)), (3, 3, 3)
+    card = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS, latency=model)
+    assert (card["macs"], card["parameters"], card["activations"]) == (2 * 27 + 4, 2 * 27 + 2 + 6, 27 + 2)
     sizes = [int(size) for size in name.split("-")]
     assert card["layers"] == dict(zip(LAYERS, sizes, strict=True))
     assert card["latency_ms"] == pytest.approx(1.5 + sum(sizes) / 100)
@@ -44,14 +45,9 @@ def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
         "threads": 2,
         "median_error": 0.01,
     }
-    without = model_card(store, name, 0, (3, 32, 32), ["a"] * 10, layers=LAYERS, activations=9)
+    timing = Timing(latency_ms=3.25, device="a GPU", host="here", batch_size=8, threads=2)
+    timed = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS, latency=timing)
+    assert timed["latency_ms"] == 3.25
+    assert timed["latency of"] == {"device": "a GPU", "host": "here", "batch_size": 8, "threads": 2, "timed": "whole"}
+    without = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS)
     assert without["latency_ms"] is None and without["latency of"] is None
-    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2))
-    for dense, timed in ((2.0, False), (9.0, True)):
-        foldings = [Folding("conv2", 4, bottleneck=5.0, dense=dense)]
-        folded = card | folded_card(network, (3, 3, 3), "macs", foldings)
-        assert (folded["latency_ms"], folded["latency of"]) == (
-            (card["latency_ms"], card["latency of"]) if timed else (None, None)
-        )
-        assert len(folded["folded"]) == (not timed)
-        assert (folded["parameters"], folded["activations"]) == (3 * 2 * 9 + 2 + 6, 27 + 2)

@@ -513,3 +513,11 @@ def test_bad_values_are_refused(random_supernet):
             evaluate_configurations(supernet, images, labels, **option)
     with pytest.raises(InvalidValueError, match="decompose_model"):
         evaluate_configurations(Reordered(), images, labels)
+
+
+def test_images_that_the_network_cannot_run_are_told(random_supernet):
+    supernet = random_supernet(four_conv(num_classes=CLASSES, image_size=16), {"conv2": (1, 2)})
+    for shape in ((4, 1, 16, 16), (4, 3, 9, 9), (4, 16)):
+        told = f"the network cannot run an image of {'x'.join(map(str, shape[1:]))}: RuntimeError"
+        with pytest.raises(InvalidValueError, match=told):
+            evaluate_configurations(supernet, torch.zeros(shape), torch.zeros(4, dtype=torch.int64))

@@ -15,7 +15,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.results.tables import TABLES
 from gross_ray.search import latency, timing
-from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
+from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency, time_networks
 from gross_ray.space import Configuration, SearchSpace
 
 SIZES = {"conv2": (1, 4, 32), "conv3": (2, 16), "conv4": (1, 8, 16, 64)}
@@ -463,8 +463,26 @@ def test_a_real_run_times_everything_and_leaves_all_as_it_was(supernet, two_thre
     tables(model)
 
 
+def test_whole_networks_are_timed_beside_one_another(supernet, use_timer, two_threads):
+    timer, few, many = use_timer(), extract(supernet, (4, 2, 16)).train(), extract(supernet, (32, 16, 64)).train()
+    options = LatencyOptions(batch_size=3, repeats=4)
+    found = time_networks({"few": few, "many": many}, IMAGE, options)
+    for name, network in (("few", few), ("many", many)):
+        ms = found[name].latency_ms
+        assert ms == pytest.approx(REST_MS + sum(map(timer.bottleneck_ms, bottlenecks(network))))
+        assert vars(found[name]) == {
+            "latency_ms": ms, "device": timing.device_name(torch.device("cpu")), "host": socket.gethostname(),
+            "batch_size": 3, "threads": 1,
+        }  # fmt: skip
+    assert few.training and torch.get_num_threads() == 2
+    assert {module.training for module, _ in timer.seen} == {False}
+    assert {tuple(images.shape) for _, (images,) in timer.seen} == {(3, *IMAGE)}
+    with pytest.raises(InvalidValueError, match="the network cannot run an image of 5x16x16"):
+        time_networks({"few": few}, (5, 16, 16), options)
+
+
 def test_threads_are_restored_when_the_timing_fails(supernet, two_threads):
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InvalidValueError, match="the network cannot run an image of 5x16x16: RuntimeError: "):
         measure(supernet, image=(5, 16, 16), threads=1)
     assert torch.get_num_threads() == 2
 

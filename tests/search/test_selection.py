@@ -377,9 +377,10 @@ def test_supernets_are_joined_by_the_median():
 
 
 def test_a_uniform_configuration_has_one_size_everywhere():
-    assert uniform([(1, 2, 4), (2, 4)], 2) == Configuration((2, 2))
-    with pytest.raises(InvalidValueError, match="group-size 1 .* layer 2: 2, 4"):
-        uniform([(1, 2, 4), (2, 4)], 1)
+    space = SearchSpace({"conv2": (1, 2, 4), "conv3": (2, 4)})
+    assert uniform(space, 2) == Configuration((2, 2))
+    with pytest.raises(InvalidValueError, match="group-size 1 .* those of conv3: 2, 4"):
+        uniform(space, 1)
 
 
 def test_several_budgets_are_read_from_one_text():

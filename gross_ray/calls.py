@@ -1,0 +1,61 @@
+"""The layers that a network calls as it runs an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gross_ray.decomposition.series import SeriesConv2d
+from gross_ray.errors import InvalidValueError, first_line
+from gross_ray.modes import evaluating
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer in a forward pass of one image."""
+
+    module: nn.Module
+    """The layer."""
+    input_size: tuple[int, ...]
+    """Shape of its input, (N, C, H, W) or (N, ..., features); N is 1 unless the network folds places into it."""
+    output_size: tuple[int, ...]
+    """Shape of its output."""
+
+
+def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
+    """Return each call of a convolution, linear or decomposed layer as `model` runs one image of (C, H, W).
+
+    They are in the order in which they end. Raises InvalidValueError where `model` cannot run such an image.
+    """
+    calls: list[Call] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        images = args[0] if args else kwargs["input"]
+        calls.append(Call(module, tuple(images.shape), tuple(output.shape)))
+
+    counted = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | SeriesConv2d)]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
+    parameter = next(model.parameters())
+    try:
+        with told_where_it_cannot_run(input_shape), torch.no_grad(), evaluating(model):
+            model(torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@contextmanager
+def told_where_it_cannot_run(input_shape: Sequence[int]) -> Iterator[None]:
+    """Turn what a network raises for an image of (C, H, W) into InvalidValueError, whose cause it becomes."""
+    try:
+        yield
+    except Exception as error:  # whatever the user's own code raises
+        raise InvalidValueError(
+            f"the network cannot run an image of {'x'.join(map(str, input_shape))}: {first_line(error)}; "
+            "give images (or --image-size) that fit it, or another model"
+        ) from error
