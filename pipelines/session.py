@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
 from math import ceil
 from typing import Any
@@ -22,7 +22,7 @@ from gross_ray.experiment import DataOptions
 from gross_ray.results.store import RunStore
 from pipelines import signals
 from pipelines.cluster import Cluster, Resources, connected, module_of
-from pipelines.progress import Reporter
+from pipelines.progress import Reporter, StageProgress
 from pipelines.threads import threads_of_stage
 from pipelines.tuning import Tuning
 from pipelines.units import Unit, Work, grouped, members_of, pack_splits
@@ -143,36 +143,19 @@ class Session:
         with self.reporter.stage(stage, len(done) + len(groups), len(done)) as progress:
             if not todo:
                 return
-            cluster = self.cluster()
-            assert self._packed is not None
-            threads = threads_of_stage(self.store, stage, cluster, ceil(len(units) / (together or 1)))
+            threads = threads_of_stage(self.store, stage, self.cluster(), ceil(len(units) / (together or 1)))
             if tuning is not None:
-                from pipelines.trials import run_trials  # Ray Tune takes a second that other stages need not wait
-
-                self._release_workers()
-                trials = partial(
-                    run_trials,
-                    stage,
-                    work,
-                    self.store,
-                    cluster=cluster,
-                    packed_splits=self._packed,
-                    threads=threads,
-                    progress=progress,
-                    tuning=tuning,
-                    callbacks=self._callbacks,
-                )
 
                 def those_missing() -> dict[str, str]:
                     done = finished()
                     missing = [unit for unit in todo if unit.name not in done]
-                    return trials(missing) if missing else {}
+                    return self._run_trials(stage, missing, work, threads, progress, tuning) if missing else {}
 
                 failed = self.store.storage.patiently("write", "tune", those_missing)
             else:
-                if self._pool is None:
-                    self._pool = WorkerPool(cluster, self._packed)
-                failed = self._pool.run(work, self.store, groups, threads=threads, progress=progress, shared=shared)
+                failed = self._workers().run(
+                    work, self.store, groups, threads=threads, progress=progress, shared=shared
+                )
                 if together is not None:
                     reasons = [(unit.name, failed.get(group.name)) for group in groups for unit in members_of(group)]
                     failed = {name: reason for name, reason in reasons if reason is not None}
@@ -184,6 +167,35 @@ class Session:
                 f"{stage}: {len(missing)} of {len(names)} units did not end: {', '.join(missing)} "
                 f"({missing[0]}: {first}). All others are stored; the same command again does only what is missing"
             )
+
+    def _run_trials(
+        self, stage: str, units: Sequence[Unit], work: Work, threads: int, progress: StageProgress, tuning: Tuning
+    ) -> dict[str, str]:
+        """Do the units as trials of Ray Tune (`run_trials`)."""
+        from pipelines.trials import run_trials  # Ray Tune takes a second that other stages need not wait
+
+        cluster = self.cluster()
+        self._release_workers()
+        assert self._packed is not None
+        return run_trials(
+            stage,
+            work,
+            self.store,
+            units,
+            cluster=cluster,
+            packed_splits=self._packed,
+            threads=threads,
+            progress=progress,
+            tuning=tuning,
+            callbacks=self._callbacks,
+        )
+
+    def _workers(self) -> WorkerPool:
+        if self._pool is None:
+            cluster = self.cluster()
+            assert self._packed is not None
+            self._pool = WorkerPool(cluster, self._packed)
+        return self._pool
 
     def cluster(self) -> Cluster:
         """Return the cluster, joined now if it is not yet, with the images laid out on it."""

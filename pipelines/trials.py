@@ -58,38 +58,24 @@ def run_trials(
     gpus = cluster.gpus_per_unit if cluster.device == "cuda" else 0
     setup = _Setup(work, store, cluster.device, threads, tuning.first_metrics, Versions.here())
     trainable = tune.with_parameters(_trial, packed=_Reference(packed_splits), setup=setup)
-    asked: dict[str, Any] = {}
-    grid: dict[str, Any] = {}
-    with _quiet(progress):
-        if tuning.search is not None:
-            asked = {
-                "search_alg": tuning.search([unit.name for unit in units]),
-                "num_samples": len(units),
-                "max_concurrent_trials": cluster.slots(threads),
-            }
-        else:
-            grid = {"unit": tune.grid_search([trial_config(unit) for unit in _longest_first(units)])}
-        if tuning.scheduler is not None:
-            asked["scheduler"] = tuning.scheduler()
-        with signals.noted() as interrupted:
-            watch = _Watch(progress, tuning, interrupted, Patience(progress, autoscales=cluster.autoscales))
-            tuner = tune.Tuner(
-                tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
-                param_space=grid,
-                tune_config=tune.TuneConfig(
-                    reuse_actors=True, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name, **asked
-                ),
-                run_config=tune.RunConfig(
-                    name=f"{name}-{time.strftime('%Y%m%dT%H%M%S')}",
-                    storage_path=store.storage.path("tune"),
-                    storage_filesystem=store.storage.filesystem,
-                    failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-                    callbacks=[watch, *callbacks],
-                    stop=_Interruption(interrupted),
-                    verbose=0,
-                ),
-            )
-            results = tuner.fit()
+    with _quiet(progress), signals.noted() as interrupted:
+        watch = _Watch(progress, tuning, interrupted, Patience(progress, autoscales=cluster.autoscales))
+        space, config = _asked(tuning, units, cluster.slots(threads))
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
+            param_space=space,
+            tune_config=config,
+            run_config=tune.RunConfig(
+                name=f"{name}-{time.strftime('%Y%m%dT%H%M%S')}",
+                storage_path=store.storage.path("tune"),
+                storage_filesystem=store.storage.filesystem,
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+                callbacks=[watch, *callbacks],
+                stop=_Interruption(interrupted),
+                verbose=0,
+            ),
+        )
+        results = tuner.fit()
     if watch.error is not None:
         raise watch.error
     failed = dict(watch.failed)
@@ -97,6 +83,25 @@ def run_trials(
         if result.error is not None and result.config:
             failed.setdefault(_account(result.config), str(result.error).strip().splitlines()[-1])
     return failed
+
+
+def _asked(tuning: Tuning, units: Sequence[Unit], slots: int) -> tuple[dict[str, Any], tune.TuneConfig]:
+    """Return what Tune takes its trials from: the units as a grid, or a search for as many."""
+    space: dict[str, Any] = {}
+    asked: dict[str, Any] = {}
+    if tuning.search is None:
+        space = {"unit": tune.grid_search([trial_config(unit) for unit in _longest_first(units)])}
+    else:
+        search = tuning.search([unit.name for unit in units])
+        asked = {"search_alg": search, "num_samples": len(units), "max_concurrent_trials": slots}
+    scheduler = None if tuning.scheduler is None else tuning.scheduler()
+    return space, tune.TuneConfig(
+        reuse_actors=True,
+        scheduler=scheduler,
+        trial_name_creator=_trial_name,
+        trial_dirname_creator=_trial_name,
+        **asked,
+    )
 
 
 class _Reference:
