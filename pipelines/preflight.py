@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import torch
 
-from gross_ray.calls import told_where_it_cannot_run
 from gross_ray.data.image_set import Splits
+from gross_ray.decomposition.calls import told_where_it_cannot_run
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model

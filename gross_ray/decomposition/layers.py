@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from gross_ray.calls import network_calls
+from gross_ray.decomposition.calls import network_calls
 from gross_ray.errors import InvalidValueError
 
 _MOST_NAMED = 8

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from gross_ray.calls import network_calls
+from gross_ray.decomposition.calls import network_calls
 from gross_ray.decomposition.layers import LayerChoice, by_reason
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, first_line

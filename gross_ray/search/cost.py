@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gross_ray.calls import Call, network_calls
+from gross_ray.decomposition.calls import Call, network_calls
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError

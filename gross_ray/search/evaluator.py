@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gross_ray.batch_norm import calibration_batches, recalibrated, statistics_of, with_statistics
-from gross_ray.calls import network_calls
 from gross_ray.data.augment import THE_PAPERS, Normalisation
+from gross_ray.decomposition.calls import network_calls
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gross_ray.calls import network_calls, told_where_it_cannot_run
 from gross_ray.decomposition.bottleneck import Bottleneck
+from gross_ray.decomposition.calls import network_calls, told_where_it_cannot_run
 from gross_ray.decomposition.surgery import replace_modules
 from gross_ray.errors import InvalidValueError
 from gross_ray.modes import evaluating

@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from gross_ray.calls import network_calls, told_where_it_cannot_run
+from gross_ray.decomposition.calls import network_calls, told_where_it_cannot_run
 from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms

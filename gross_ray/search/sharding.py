@@ -7,7 +7,7 @@ from math import prod
 
 from torch import nn
 
-from gross_ray.calls import network_calls
+from gross_ray.decomposition.calls import network_calls
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
