@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from gross_ray.data.augment import DEVIATION, MEAN, Normalisation
+from gross_ray.data.names import check_dataset_name
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.decomposition.layers import parse_layer_group_sizes
 from gross_ray.errors import InvalidValueError
@@ -55,8 +56,6 @@ class DataOptions:
     """Use only the first so many test images (0: all)."""
 
     def __post_init__(self) -> None:
-        from gross_ray.data.images import check_dataset_name
-
         _settle(self, "data.")
         check_dataset_name(self.name)
         Normalisation(self.mean, self.std)

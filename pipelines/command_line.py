@@ -131,7 +131,8 @@ def work_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _experiment_of(preset_name: str, settings: tuple[str, ...]) -> Any:
-    from gross_ray.data.own import function_of, is_function_name
+    from gross_ray.data.names import is_function_name
+    from gross_ray.data.own import function_of
     from gross_ray.models import factory_of
     from gross_ray.presets import preset
     from gross_ray.weights import read_weights

@@ -15,7 +15,6 @@ import zlib
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -27,11 +26,10 @@ from torch.nn import functional
 
 from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.data.own import is_function_name, read_own
+from gross_ray.data.names import check_dataset_name
+from gross_ray.data.own import read_own
 from gross_ray.errors import DatasetError, InvalidValueError, one_line
-
-if TYPE_CHECKING:
-    from gross_ray.experiment import DataOptions
+from gross_ray.experiment import DataOptions
 
 SPLITS = ("train", "validation", "test")
 SAMPLE_FILE = Path(__file__).with_name("sample.parquet")
@@ -58,20 +56,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 DOWNLOAD_ERRORS = (RuntimeError, OSError, http.client.HTTPException)
 # Found by feeding PIL with damaged files: not all that it raises for them is an OSError.
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-def check_dataset_name(name: str) -> None:
-    """Raise InvalidValueError unless `name` is sample, fashion-mnist, cifar10, folder:PATH or package.module:function.
-
-    A function of one's own is not looked for: what is stored is read where it is not installed, too.
-    """
-    known = name in ("sample", "fashion-mnist", "cifar10") or (name.startswith("folder:") and name != "folder:")
-    if not known and not is_function_name(name):
-        rule = (
-            "must be sample, fashion-mnist, cifar10, folder:PATH, like folder:/data/flowers, "
-            "or package.module:function, which returns torch datasets"
-        )
-        raise InvalidValueError(f"data.name = {name!r}: {rule}")
 
 
 def load_dataset(options: DataOptions, *, root: str | Path | None = None, download: bool = False) -> Splits:

@@ -24,13 +24,6 @@ EXACT = 1e-3
 """How far, in steps of 1/255, a floating-point pixel may be from a whole number of them: ToTensor's are exact."""
 
 
-def is_function_name(name: str) -> bool:
-    """Return whether `name` is written like package.module:function."""
-    module_name, separator, attribute = name.partition(":")
-    written = bool(separator) and all(part.isidentifier() for part in [*module_name.split("."), attribute])
-    return written and module_name != "folder"
-
-
 def function_of(name: str) -> Callable[[], Any]:
     """Return the function called package.module:function; raises DatasetError where there is none."""
     return own_function(name, "package.module:function", lambda told: DatasetError(f"{name}: {told}"))

@@ -29,10 +29,10 @@ from gross_ray.data.images import (
     ImageSet,
     Splits,
     balanced_split,
-    check_dataset_name,
     load_dataset,
     read_sample,
 )
+from gross_ray.data.names import check_dataset_name
 from gross_ray.errors import DatasetError, InvalidValueError
 from gross_ray.experiment import DataOptions
 
