@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gross_ray.decomposition.calls import output_of, zero_images
 from gross_ray.errors import GrossRayError, InvalidValueError, first_line
 from gross_ray.modes import evaluating
 
@@ -51,23 +52,23 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
     """Write `model` as ONNX, for inputs (N, C, H, W) of any N; `input_shape` is (C, H, W).
 
     The file takes its place when it is whole. Needs the extra `gross-ray[onnx]`. Raises InvalidValueError for a
-    supernet (extract a configuration first) and GrossRayError where the extra is not installed or ONNX cannot hold
-    the network.
+    supernet (extract a configuration first) and an `input_shape` that it cannot run, and GrossRayError where the extra
+    is not installed or ONNX cannot hold the network for any N.
     """
     _check_plain(model, "export_onnx")
     _check_place(path)
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise GrossRayError(f"export_onnx needs the package {package}; install gross-ray[onnx]")
+    output_of(model, input_shape)
     with whole_or_not_at_all(path) as partial, evaluating(model), warnings.catch_warnings(), _told("ONNX"):
         warnings.simplefilter("ignore")  # the exporter speaks about its own internals
         torch.onnx.export(
-            model,
-            (_example(model, input_shape),),
+            _program(model, input_shape),  # of the network itself it would fix a batch's size without a word
+            (),
             str(partial),
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
             external_data=False,
             dynamo=True,
             verbose=False,
@@ -78,14 +79,19 @@ def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int
     """Write `model` as a program of torch.export, for inputs (N, C, H, W) of any N: `torch.export.load(path).module()`.
 
     It runs where torch is, without gross_ray. The file takes its place when it is whole. Raises InvalidValueError for
-    a supernet.
+    a supernet and an `input_shape` that it cannot run, and GrossRayError where torch.export cannot follow the network.
     """
     _check_plain(model, "export_program")
     _check_place(path)
-    with whole_or_not_at_all(path) as partial, evaluating(model), torch.no_grad(), _told("torch.export"):
-        batch = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(model, (_example(model, input_shape),), dynamic_shapes=batch)
-        torch.export.save(program, partial)
+    output_of(model, input_shape)
+    with whole_or_not_at_all(path) as partial, evaluating(model), _told("torch.export"):
+        torch.export.save(_program(model, input_shape), partial)
+
+
+def _program(model: nn.Module, input_shape: Sequence[int]) -> torch.export.ExportedProgram:
+    batch = ({0: torch.export.Dim("batch")},)
+    with torch.no_grad():
+        return torch.export.export(model, (zero_images(model, 2, input_shape),), dynamic_shapes=batch)
 
 
 def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[int] = ()) -> None:
@@ -131,10 +137,6 @@ def _check_plain(model: nn.Module, what: str) -> None:
 
     if any(isinstance(module, SeriesConv2d) for module in model.modules()):
         raise InvalidValueError(f"{what} of a supernet: take one configuration out of it first, with extract")
-
-
-def _example(model: nn.Module, input_shape: Sequence[int]) -> torch.Tensor:
-    return torch.zeros(2, *input_shape, device=next(model.parameters()).device)
 
 
 @contextmanager

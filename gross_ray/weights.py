@@ -39,7 +39,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 def set_weights(network: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
     """Put `tensors`, those of the file `path`, into `network`; raises InvalidValueError where they do not fit it."""
     expected = network.state_dict()
-    tensors = _with_shared(expected, tensors)
+    tensors = fitted(expected, tensors)
     wrong = {
         "missing": [name for name in expected if name not in tensors and not name.endswith(_COUNTED)],
         "unexpected": [name for name in tensors if name not in expected],
@@ -88,9 +88,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InvalidValueError(
             f"weights {path}: holds a {type(found).__name__}, no state dict of tensors; save network.state_dict()"
         )
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in found):
-            found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     return dict(found)
 
 
@@ -98,6 +95,18 @@ def _is_entry(entry: tuple[Any, Any]) -> bool:
     """Return whether a name and a value are those of a state dict that any network can take."""
     name, value = entry
     return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def fitted(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file by the names of the state dict `expected`, as far as they are the same.
+
+    Without the prefixes of DataParallel and torch.compile, unless the network itself has them, and under every name of
+    a shared one.
+    """
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) and name not in expected for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return _with_shared(expected, tensors)
 
 
 def _with_shared(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

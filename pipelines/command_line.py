@@ -135,12 +135,9 @@ def _experiment_of(preset_name: str, settings: tuple[str, ...]) -> Any:
     from gross_ray.data.own import function_of
     from gross_ray.models import factory_of
     from gross_ray.presets import preset
-    from gross_ray.weights import read_weights
 
     experiment = preset(preset_name).override(list(settings))
     factory_of(experiment.model)
-    if experiment.weights:
-        read_weights(experiment.weights)
     if is_function_name(experiment.data.name):
         function_of(experiment.data.name)
     return experiment
@@ -167,7 +164,11 @@ def run_folder(
         return RunStore.open(run)
     experiment = _experiment_of(preset_name, settings)
     if not RunStore.is_there(run):
+        from gross_ray.weights import read_weights
         from pipelines.preflight import check_experiment
+
+        if experiment.weights:
+            read_weights(experiment.weights)  # before the images: it is sooner told
 
         if reuse is not None:
             from pipelines.reuse import check_reusable

@@ -109,8 +109,9 @@ def load_validated(store: RunStore, configuration: str, seed: int) -> tuple[nn.M
     base = load_base(store)
     chosen = base.space.check(Configuration.parse(configuration))
     unit = f"{chosen},seed={seed}"
-    if not store.has_checkpoint("validate", unit):
-        there = ", ".join(sorted(store.finished_units("validations"))) or "none"
+    whole = store.finished_units("validations")
+    if unit not in whole or not store.has_checkpoint("validate", unit):
+        there = ", ".join(sorted(whole - {unit})) or "none"
         raise MissingStageError(
             f"{unit} is not validated in {store.storage}; there are: {there}. Run `gross validate RUN --configuration "
             f"{chosen}` on it first"

@@ -9,11 +9,11 @@ import torch
 
 from gross_ray.data.image_set import Splits
 from gross_ray.decomposition.calls import told_where_it_cannot_run
+from gross_ray.decomposition.surgery import running_supernet
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
 from gross_ray.modes import evaluating
-from gross_ray.report.inspection import running_supernet
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, uniform
@@ -41,35 +41,37 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     _check_training(network, shape, experiment.model)
     supernet = running_supernet(network, layer_choice(network, experiment.decomposition, shape).group_sizes, shape)
     space = SearchSpace.of(supernet)
-    _check_fixed(experiment, space)
+    _check_fixed(experiment, space, _cost(supernet, shape, "macs"))
     if experiment.search.strategy == "exhaustive":
         search.check_size(space)
-    macs = _cost(supernet, shape, "macs")
-    for size in experiment.search.budgets:
-        _check_budget(BudgetedSpace(space, [macs]), uniform(space, size), macs)
     for text in experiment.search.limits:
         budgets = [budget for budget in Budget.parse_all(text) if budget.cost != "latency_ms"]
         BudgetedSpace(space, [_cost(supernet, shape, budget.cost) for budget in budgets], budgets)
 
 
-def _check_fixed(experiment: Experiment, space: SearchSpace) -> None:
-    """Raise InvalidValueError for a fixed configuration that the space does not have."""
+def _check_fixed(experiment: Experiment, space: SearchSpace, macs: AdditiveCost) -> None:
+    """Raise InvalidValueError for a fixed configuration that the space does not have, and a budget that leaves none."""
     common = sorted(set.intersection(*map(set, space.group_sizes.values())))
-    remedy = f"name such as every layer has: {', '.join(map(str, common))}"
-    if not common:
-        remedy = (
-            'no group-size is common to all layers; have search.limits, like ["macs=2M"], and '
-            "search.budgets=[], validation.fixed=[] and sweep.alphas=[]"
-        )
-    for name, sizes in (
-        ("search.budgets", experiment.search.budgets),
-        ("validation.fixed", experiment.validation.fixed),
+    budgets = [size for size in common if _leaves_some(space, uniform(space, size), macs)]
+    for name, sizes, lawful in (
+        ("search.budgets", experiment.search.budgets, budgets),
+        ("validation.fixed", experiment.validation.fixed, common),
     ):
         for size in sizes:
+            if size in lawful:
+                continue
             try:
-                uniform(space, size)
+                why = f"{uniform(space, size)} is the cheapest configuration, nothing else fits under it"
             except InvalidValueError as error:
-                raise InvalidValueError(f"{name} = {sizes}: {error}; {remedy}") from None
+                why = str(error)
+            remedy = f"name such as every layer has: {', '.join(map(str, lawful))}" if lawful else _LIMITS_ALONE
+            raise InvalidValueError(f"{name} = {sizes}: {why}; {remedy}")
+
+
+_LIMITS_ALONE = (
+    'no group-size of all layers is left; have search.limits, like ["macs=2M"], and search.budgets=[], '
+    "validation.fixed=[] and sweep.alphas=[]"
+)
 
 
 def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:
@@ -101,15 +103,12 @@ def _check_training(network: torch.nn.Module, shape: torch.Size, model: str) -> 
         ) from None
 
 
-def _check_budget(space: BudgetedSpace, fixed: Configuration, macs: AdditiveCost) -> None:
-    """Raise InvalidValueError where nothing but the fixed configuration has no more MACs than it."""
-    spare = macs.of(space.places([fixed]))[0] - macs.shared - sum(parts.min() for parts in macs.by_layer)
+def _leaves_some(space: SearchSpace, fixed: Configuration, macs: AdditiveCost) -> bool:
+    """Return whether another configuration than the fixed one has no more MACs than it."""
+    spare = macs.of(BudgetedSpace(space, [macs]).places([fixed]))[0] - macs.shared
+    spare -= sum(parts.min() for parts in macs.by_layer)
     least_more = min((np.partition(parts, 1)[1] - parts.min() for parts in macs.by_layer if len(parts) > 1), default=1)
-    if spare < least_more:
-        raise InvalidValueError(
-            f"search.budgets has {fixed[0]}: {fixed} is the cheapest configuration, and nothing else fits under it; "
-            "name larger group-sizes"
-        )
+    return bool(spare >= least_more)
 
 
 def _cost(supernet: torch.nn.Module, shape: torch.Size, cost: str) -> AdditiveCost:

@@ -28,6 +28,7 @@ ROUNDS = "search-rounds"
 ROUNDS_A_SEARCH = 20
 """A round is this share of all evaluations, but for LEAST and MOST."""
 LEAST, MOST = 8, 512
+_ENDED = "ended"
 PARTS = 4
 """Units of one supernet and round."""
 
@@ -63,6 +64,16 @@ def units(supernet: Unit, number: int, configurations: Sequence[Configuration]) 
         for part in range(PARTS)
         if (some := configurations[part * step : (part + 1) * step])
     ]
+
+
+def end(store: RunStore) -> None:
+    """Note that a search by a strategy has ended: it may have fewer rounds than it was given evaluations for."""
+    store.save_checkpoint(ROUNDS, _ENDED, {}, {})
+
+
+def ended(store: RunStore) -> bool:
+    """Return whether a search by a strategy has ended."""
+    return store.has_checkpoint(ROUNDS, _ENDED)
 
 
 class Proposals:

@@ -149,6 +149,7 @@ def _propose(session: Session, proposals: rounds.Proposals) -> None:
         _evaluate(session, f"{STAGE} round {number}", units)
         proposals.learn(some, [unit.name for unit in units])
         number, some = number + 1, proposals.next_round()
+    rounds.end(store)
 
 
 def evaluate(session: Session, stage: str, supernet_units: Sequence[Unit]) -> None:

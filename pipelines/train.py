@@ -12,7 +12,7 @@ from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.training.loop import count_correct
 from gross_ray.training.stages import train_network
-from gross_ray.weights import read_weights, set_weights
+from gross_ray.weights import fitted, read_weights, set_weights
 from pipelines.networks import history_rows, metrics, new_network
 from pipelines.session import Session
 from pipelines.units import Context, EpochSlot, Unit
@@ -49,20 +49,20 @@ def keep_given(store: RunStore) -> None:
 
 
 def check_given(store: RunStore) -> None:
-    """Raise InvalidValueError where the file of the weights holds others now than the run folder, which keeps its own.
+    """Raise InvalidValueError where the file of the weights holds others now than the run folder's network has.
 
-    A file that is gone is not missed.
+    A file that is gone is not missed, nor a tensor.
     """
     path = store.experiment.weights
-    if not Path(path).is_file() or not store.has_checkpoint(GIVEN, "weights"):
+    if not Path(path).is_file():
         return
-    now, (kept, _) = read_weights(path), store.load_checkpoint(GIVEN, "weights")
-    same = {name for name, one in kept.items() if name in now and now[name].dtype == one.dtype and now[name].equal(one)}
-    other = (now.keys() | kept.keys()) - same
-    if other:
+    kept, _ = store.load_checkpoint(STAGE, plan(store)[0].name)
+    now = fitted(kept, read_weights(path))
+    same = {name for name, one in now.items() if name in kept and one.to(kept[name].dtype).equal(kept[name])}
+    if other := sorted(now.keys() - same):
         raise InvalidValueError(
-            f"weights {path}: {len(other)} of the tensors differ from those that {store.storage} was begun with; begin "
-            "another run folder (--out) for them, or put the first ones back"
+            f"weights {path}: {len(other)} of the tensors differ from those that {store.storage} was begun with "
+            f"({other[0]}); begin another run folder (--out) for them, or put the first ones back"
         )
 
 

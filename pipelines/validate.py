@@ -18,7 +18,7 @@ from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
 from gross_ray.training.loop import EpochRecord, accuracy
 from gross_ray.training.stages import finetune, reconstruct
-from pipelines import search
+from pipelines import rounds, search
 from pipelines.decompose import layer_terms
 from pipelines.networks import history_rows, load_base, metrics, save_supernet
 from pipelines.session import Session
@@ -41,7 +41,9 @@ def selected_configurations(store: RunStore) -> list[Configuration]:
     Raises MissingStageError before `search` is done.
     """
     selections = store.read_sound("selections")
-    if set(selections["budget"]) != {str(budget) for budget in search.budgets(store)}:
+    budgets = {str(budget) for budget in search.budgets(store)}
+    unfinished = not budgets and search.by_strategy(store) and not rounds.ended(store)
+    if set(selections["budget"]) != budgets or unfinished:
         raise MissingStageError(f"nothing is selected yet in {store.storage}: run `gross search` on it first")
     options, chosen = store.experiment.search, selections["configuration"].tolist()
     for text in options.limits:

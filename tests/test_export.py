@@ -135,6 +135,23 @@ def test_nothing_half_written_stays_when_the_exporter_fails(
     assert [one.read_bytes() for one in tmp_path.iterdir()] == ([] if earlier is None else [earlier])
 
 
+class Sized(nn.Module):
+    """Makes something for each image, of a number that is Python's."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) + torch.zeros(int(len(images)), 1)
+
+
+@pytest.mark.parametrize(("export", "name"), [(export_onnx, "network.onnx"), (export_program, "network.pt2")])
+def test_a_network_that_fixes_the_size_of_a_batch_is_refused(tmp_path: Path, export: Any, name: str) -> None:
+    with pytest.raises(GrossRayError, match="cannot follow this network: .*batch.*; write its weights instead") as told:
+        export(nn.Sequential(nn.Conv2d(3, 4, 3), Sized()), tmp_path / name, (3, 8, 8))
+    assert len(str(told.value).splitlines()) == 1
+    with pytest.raises(InvalidValueError, match="the network cannot run an image of 4x8x8"):
+        export(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / name, (4, 8, 8))
+    assert list(tmp_path.iterdir()) == []
+
+
 class Forks(nn.Module):
     """Takes another way for dark images."""
 

@@ -148,3 +148,16 @@ def test_a_module_under_two_names_may_be_stored_under_one(tmp_path: Path) -> Non
     torch.save(lacking, tmp_path / "lacking.pt")
     with pytest.raises(InvalidValueError, match="2 missing .other.weight, other.bias"):
         load_weights(network, tmp_path / "lacking.pt")
+
+
+def test_a_network_whose_names_begin_like_a_prefix_keeps_them(trained: dict[str, Tensor], tmp_path: Path) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = fresh()
+
+    for prefix in ("module.", "module.module."):
+        torch.save({f"{prefix}{name}": one for name, one in trained.items()}, tmp_path / "w.pt")
+        loaded = Wrapped()
+        load_weights(loaded, tmp_path / "w.pt")
+        assert all(torch.equal(one, trained[name]) for name, one in loaded.module.state_dict().items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +40,34 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
 
     counted = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | SeriesConv2d)]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
-    parameter = next(model.parameters())
     try:
-        with told_where_it_cannot_run(input_shape), torch.no_grad(), evaluating(model):
-            model(torch.zeros(1, *input_shape, dtype=parameter.dtype, device=parameter.device))
+        output_of(model, input_shape)
     finally:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def output_of(model: nn.Module, input_shape: Sequence[int]) -> Any:
+    """Return what `model` gives for one black image of (C, H, W), in evaluation mode.
+
+    Raises InvalidValueError where `model` cannot run such an image.
+    """
+    images = zero_images(model, 1, input_shape)
+    with told_where_it_cannot_run(input_shape), torch.no_grad(), evaluating(model):
+        return model(images)
+
+
+def zero_images(model: nn.Module, number: int, input_shape: Sequence[int]) -> Tensor:
+    """Return so many images of (C, H, W), zeros of the dtype and on the device of `model`'s first parameter.
+
+    Raises InvalidValueError for what is no shape.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    try:
+        return torch.zeros(number, *input_shape, dtype=like.dtype, device=like.device)
+    except (TypeError, RuntimeError):
+        raise InvalidValueError(f"input_shape = {input_shape!r}: must be (C, H, W), like (3, 32, 32)") from None
 
 
 @contextmanager

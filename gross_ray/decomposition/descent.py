@@ -88,7 +88,7 @@ def descend(
         if ended.any():
             descent.keep(~ended)
     else:
-        outcomes |= descent.outcomes(torch.ones_like(ended), BTDStatus.MAX_STEPS)
+        outcomes |= descent.outcomes(torch.ones(len(descent.objective), dtype=torch.bool), BTDStatus.MAX_STEPS)
     return [outcomes[number] for number in range(len(factors.core))]
 
 

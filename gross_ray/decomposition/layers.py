@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 from torch import nn
 
@@ -32,8 +33,11 @@ class LayerChoice:
 
 
 def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the first of all Conv2d's."""
-    return _usual(model, _first_conv(model))
+    """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the first of all Conv2d's.
+
+    Those are left out that have a forward or hooks of their own, which a series would not run.
+    """
+    return _usual(model, _Met.of(model))
 
 
 def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Conv2d]:
@@ -43,11 +47,11 @@ def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[
     be any dense convolution. Raises InvalidValueError for a name that is not a dense convolution of `model`, one that
     matches none, and if nothing is left.
     """
-    return _choose(model, names, _first_conv(model))
+    return _choose(model, names, _Met.of(model))
 
 
-def _choose(model: nn.Module, names: Sequence[str] | None, first: nn.Conv2d | None) -> dict[str, nn.Conv2d]:
-    usual = _usual(model, first)
+def _choose(model: nn.Module, names: Sequence[str] | None, met: _Met) -> dict[str, nn.Conv2d]:
+    usual = _usual(model, met)
     if not names:
         if not usual:
             raise InvalidValueError("this network has no dense convolution with a kernel above 1x1 after its first one")
@@ -70,11 +74,10 @@ def _choose(model: nn.Module, names: Sequence[str] | None, first: nn.Conv2d | No
                 f"layer {name!r} has groups = {conv.groups} of {conv.in_channels} input channels: only a convolution "
                 "with groups=1 can be decomposed"
             )
-        if name in dense and _computes(dense[name]):
-            raise InvalidValueError(
-                f"layer {name!r} is a {type(dense[name]).__name__}, which computes in a way of its own: only "
-                "nn.Conv2d's can be decomposed; leave it out"
-            )
+        if name in dense and (own := _own_way(dense[name])):
+            raise InvalidValueError(f"layer {name!r} is {own}: only plain nn.Conv2d's can be decomposed; leave it out")
+        if name in dense and not met.has(dense[name]):
+            raise InvalidValueError(f"layer {name!r}: {_NOT_MET}; leave it out")
         if name not in dense:
             same = next((one for one, conv in dense.items() if conv is _module_at(model, name)), None)
             if same is not None:
@@ -97,18 +100,25 @@ def choice_of(
     `by_layer` has other sizes for some of them, by name or glob; the first that names a layer counts. Without sizes, a
     layer is decomposed at all of `default_group_sizes`. One whose input channels no size divides is left alone, unless
     it is named plainly or by `by_layer`. With `input_shape`, the network's first convolution, which no glob names, is
-    the first that an image of (C, H, W) meets, not the first registered. Raises InvalidValueError for a layer that is
-    named and fits no size, for a group-size that is no whole number above 0, for a name in `by_layer` that no layer
-    has, as `choose_layers` does, if none is left, and where the network cannot run such an image.
+    the first that an image of (C, H, W) meets, not the first registered, and one that none meets is left alone. Raises
+    InvalidValueError for a layer that is named and fits no size or is not met, for group-sizes that are no whole
+    numbers above 0 or of which one does not divide the next, for a name in `by_layer` that no layer has, as
+    `choose_layers` does, if none is left, and where the network cannot run such an image.
     """
-    first = _first_conv(model, input_shape)
-    convs = _choose(model, names, first)
+    met = _Met.of(model, input_shape)
+    convs = _choose(model, names, met)
     sizes = _whole_numbers(sizes)
     own = _sizes_by_layer(convs, {name: _whole_numbers(some) for name, some in (by_layer or {}).items()})
-    group_sizes, dropped, left_alone = {}, {}, _reasons(model, convs, first)
+    group_sizes, dropped, left_alone = {}, {}, _reasons(model, convs, met)
     for name, conv in convs.items():
         asked = own.get(name, sizes)
         fitting = tuple(sorted({size for size in asked if conv.in_channels % size == 0}))
+        for smaller, larger in pairwise(fitting):
+            if larger % smaller:
+                raise InvalidValueError(
+                    f"layer {name!r}: group-sizes {_listed(fitting)}: {smaller} does not divide {larger}, and in a "
+                    "series each divides the next; leave one out (decomposition.layer_group_sizes, --layer-group-sizes)"
+                )
         if fitting or not asked:
             group_sizes[name] = fitting or default_group_sizes(conv.in_channels)
             if rest := sorted(set(asked).difference(fitting)):
@@ -187,22 +197,43 @@ def by_reason(reasons: Mapping[str, str]) -> str:
     return "; ".join(parts)
 
 
-def _first_conv(model: nn.Module, input_shape: Sequence[int] | None = None) -> nn.Conv2d | None:
-    """Return the first Conv2d that an image of (C, H, W) meets, without a shape the first registered, or None."""
-    met: list[nn.Module] = [] if input_shape is None else [call.module for call in network_calls(model, input_shape)]
-    return next((one for one in (*met, *model.modules()) if isinstance(one, nn.Conv2d)), None)
+@dataclass(frozen=True)
+class _Met:
+    """The modules that an image meets, in their order; where nothing is known of that, all that are registered."""
+
+    modules: Sequence[nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module, input_shape: Sequence[int] | None = None) -> _Met:
+        if input_shape is None:
+            return cls(list(model.modules()))
+        return cls([call.module for call in network_calls(model, input_shape)])
+
+    @property
+    def first(self) -> nn.Conv2d | None:
+        return next((one for one in self.modules if isinstance(one, nn.Conv2d)), None)
+
+    def has(self, conv: nn.Module) -> bool:
+        return any(one is conv for one in self.modules)
 
 
-def _usual(model: nn.Module, first: nn.Conv2d | None) -> dict[str, nn.Conv2d]:
+_NOT_MET = "no image meets it"
+
+
+def _usual(model: nn.Module, met: _Met) -> dict[str, nn.Conv2d]:
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     return {
         name: conv
         for name, conv in convs.items()
-        if conv is not first and conv.groups == 1 and max(conv.kernel_size) > 1 and not _computes(conv)
+        if conv is not met.first
+        and met.has(conv)
+        and conv.groups == 1
+        and max(conv.kernel_size) > 1
+        and not _own_way(conv)
     }
 
 
-def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], first: nn.Conv2d | None) -> dict[str, str]:
+def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], met: _Met) -> dict[str, str]:
     """Return why each convolution that is not chosen is left alone."""
     convs = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.modules.conv._ConvNd)]
     reasons = {}
@@ -213,25 +244,30 @@ def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], first: nn.Conv2d
             reasons[name] = "a transposed convolution"
         elif not isinstance(conv, nn.Conv2d):
             reasons[name] = f"a {type(conv).__name__}, no Conv2d"
-        elif _computes(conv):
-            reasons[name] = f"a {type(conv).__name__}, which computes in a way of its own"
+        elif own := _own_way(conv):
+            reasons[name] = own
         elif conv.groups == conv.in_channels > 1:
             reasons[name] = "depthwise"
         elif conv.groups > 1:
             reasons[name] = f"grouped already ({conv.groups} groups)"
         elif max(conv.kernel_size) == 1:
             reasons[name] = "1x1"
-        elif conv is first:
+        elif not met.has(conv):
+            reasons[name] = _NOT_MET
+        elif conv is met.first:
             reasons[name] = "the network's first convolution"
         else:
             reasons[name] = "not named"
     return reasons
 
 
-def _computes(conv: nn.Conv2d) -> bool:
-    """Return whether a convolution's class has a forward of its own, which a series would not do."""
+def _own_way(conv: nn.Conv2d) -> str | None:
+    """Return what a convolution does that a series would not do: a forward or hooks of its own; None if nothing."""
     kind = type(conv)
-    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
+    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
+        return f"a {kind.__name__}, which computes in a way of its own"
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    return f"a {kind.__name__} with hooks of its own" if any(hooks) else None
 
 
 def _there(name: str, known: Mapping[str, object]) -> str:

@@ -87,10 +87,10 @@ class SeriesConv2d(nn.Module):
         pointwise_in, grouped, pointwise_out = (list(terms)[:count] for terms in self._terms())
         return Bottleneck(_total(pointwise_in), sum_of_expansions(grouped), _total(pointwise_out))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Run the bottleneck of the active group-size."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the bottleneck of the active group-size; the argument is named as nn.Conv2d's is."""
         weights = self.bottleneck(self._active)
-        return self.convolve(images, weights.pointwise_in, weights.grouped, weights.pointwise_out)
+        return self.convolve(input, weights.pointwise_in, weights.grouped, weights.pointwise_out)
 
     def convolve(self, images: Tensor, pointwise_in: Tensor, grouped: Tensor, pointwise_out: Tensor) -> Tensor:
         """Run a bottleneck of any group-size in place of the active one, with this layer's stride, padding and bias."""

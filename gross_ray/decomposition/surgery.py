@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.btd import BlockTerms, BTDOptions, block_term_decompositions, default_restarts
+from gross_ray.decomposition.calls import network_calls
 from gross_ray.decomposition.layers import choice_of, choose_layers
 from gross_ray.decomposition.series import SeriesConv2d, check_dense
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, first_line
 from gross_ray.space import Configuration, SearchSpace
 
 
@@ -31,13 +33,15 @@ def decompose_model(
     or glob, where they divide a layer's input channels; the default are the powers of two that do. What is left alone,
     and why, `choice_of` tells. With `nested`, each group-size starts from the expansion of the next smaller one. The
     first convolution is left alone: the first that an image of `input_shape` (C, H, W) meets, or else the first
-    registered. Raises InvalidValueError as `choice_of` does.
+    registered. Raises InvalidValueError as `choice_of` does, and with `input_shape` as `running_supernet` does.
     """
     if isinstance(group_sizes, Mapping):
         choice = choice_of(model, layers, by_layer=group_sizes, input_shape=input_shape)
     else:
         choice = choice_of(model, layers, () if group_sizes is None else group_sizes, input_shape=input_shape)
     chosen, sizes = choice.convs, choice.group_sizes
+    if input_shape is not None:
+        running_supernet(model, sizes, input_shape)
     bottlenecks: dict[str, list[Bottleneck]] = {}
     for names in _batches(chosen, sizes):
         weights = [chosen[name].weight for name in names]
@@ -93,6 +97,43 @@ def empty_supernet(model: nn.Module, group_sizes: Mapping[str, Sequence[int]]) -
     """Return a copy of `model` with series of zeros, to load a checkpoint into."""
     convs = choose_layers(model, list(group_sizes))
     return replace_modules(model, {name: SeriesConv2d(convs[name], group_sizes[name]) for name in convs})
+
+
+def running_supernet(
+    model: nn.Module, group_sizes: Mapping[str, Sequence[int]], input_shape: Sequence[int]
+) -> nn.Module:
+    """Return `empty_supernet`'s; InvalidValueError, naming the layers, where an image of (C, H, W) would not meet them.
+
+    So it is where a network uses a convolution other than by calling the module that is registered: its weight, say,
+    or the same module in a plain list.
+    """
+    supernet = empty_supernet(model, group_sizes)
+    before = Counter(id(call.module) for call in network_calls(model, input_shape))
+    reason = _why_not_met(model, supernet, before, list(group_sizes), input_shape)
+    if reason is None:
+        return supernet
+    alone = {
+        name: _why_not_met(model, empty_supernet(model, {name: sizes}), before, [name], input_shape)
+        for name, sizes in group_sizes.items()
+    }
+    failing = {name: why for name, why in alone.items() if why is not None} or dict.fromkeys(group_sizes, reason)
+    raise InvalidValueError(
+        f"layers {', '.join(failing)}: decomposed, {next(iter(failing.values()))}, for it uses them other than by "
+        "calling the module that is registered; leave them out (decomposition.layers, --layers)"
+    )
+
+
+def _why_not_met(
+    model: nn.Module, supernet: nn.Module, before: Mapping[int, int], names: Sequence[str], input_shape: Sequence[int]
+) -> str | None:
+    """Return why series do not stand in for the convolutions of these names, `before` the calls of each; or None."""
+    try:
+        after = Counter(id(call.module) for call in network_calls(supernet, input_shape))
+    except InvalidValueError as error:
+        return f"the network does not run ({first_line(error.__cause__ or error)})"
+    if all(after[id(supernet.get_submodule(name))] == before[id(model.get_submodule(name))] for name in names):
+        return None
+    return "the network goes on without them"
 
 
 def series_layers(supernet: nn.Module) -> dict[str, SeriesConv2d]:

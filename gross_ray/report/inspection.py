@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from gross_ray.decomposition.calls import network_calls
 from gross_ray.decomposition.layers import LayerChoice, by_reason
-from gross_ray.decomposition.surgery import empty_supernet
-from gross_ray.errors import InvalidValueError, first_line
+from gross_ray.decomposition.surgery import running_supernet
 from gross_ray.report.results import ResultTable, millions
 from gross_ray.search.cost import (
     CostTable,
@@ -59,35 +58,6 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
         whole,
         ResultTable(f"Left alone: {len(rest)} convolution{'s' * (len(rest) > 1)}", ["layer", "why"], rest),
     ]
-
-
-def running_supernet(
-    network: nn.Module, group_sizes: Mapping[str, tuple[int, ...]], input_shape: Sequence[int]
-) -> nn.Module:
-    """Return `empty_supernet`'s; InvalidValueError, naming the layers, where the network does not run with it.
-
-    So it is where a network uses a convolution other than by calling it: its weight, say.
-    """
-    supernet = empty_supernet(network, group_sizes)
-    if _failure(supernet, input_shape) is None:
-        return supernet
-    failures = {
-        name: _failure(empty_supernet(network, {name: sizes}), input_shape) for name, sizes in group_sizes.items()
-    }
-    failing = {name: reason for name, reason in failures.items() if reason is not None} or failures
-    reason = next(iter(failing.values())) or _failure(supernet, input_shape)
-    raise InvalidValueError(
-        f"layers {', '.join(failing)}: decomposed, the network does not run ({reason}), for it uses them other than by "
-        "calling them; leave them out (decomposition.layers, --layers)"
-    )
-
-
-def _failure(network: nn.Module, input_shape: Sequence[int]) -> str | None:
-    try:
-        network_calls(network, input_shape)
-    except InvalidValueError as error:
-        return first_line(error.__cause__ or error)
-    return None
 
 
 def _kernel(conv: nn.Conv2d) -> str:

@@ -47,7 +47,9 @@ def network_table(store: RunStore) -> ResultTable:
     options = store.experiment
     missing = [
         *_lacking(options.training.seeds - len(networks), options.training.seeds, "base networks (run `gross train`)"),
-        *_lacking_trainings(fixed, len(options.validation.fixed), store, "fixed configurations"),
+        *_lacking_trainings(
+            fixed, len({*options.validation.fixed, *options.search.budgets}), store, "fixed configurations"
+        ),
     ]
     return ResultTable(title, heads, rows, missing=missing)
 
@@ -108,7 +110,7 @@ def named_table(store: RunStore, searched: Searched | None = None) -> ResultTabl
     """Return the configurations trained on their own that are not fixed, nor found under a budget or limit."""
     validations = store.read_table("validations")
     found = set(selected(store)["configuration"])
-    for _, best in _within_limits(store, searched):
+    for _, best in _within_limits(store, searched or Searched.of(store)):
         found |= set() if isinstance(best, str) else set(best["configuration"])
     others = validations[(validations["kind"] != "fixed") & ~validations["configuration"].isin(found)]
     rows = [
@@ -129,8 +131,13 @@ def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> ResultTable:
 
 
 def limit_tables(store: RunStore, searched: Searched | None = None) -> list[ResultTable]:
-    """Return the best of what was searched within each of the experiment's limits."""
+    """Return the best of what was searched within each of the experiment's limits, and what is missing of it.
+
+    The last one's notes are how far the supernet ranks all validated configurations as their own training does, unless
+    `selection_table` tells it, and where latencies come from.
+    """
     tables, validations = [], store.read_table("validations")
+    searched = searched or Searched.of(store)
     for budgets, best in _within_limits(store, searched):
         if isinstance(best, str):
             tables.append(ResultTable(_within(budgets), missing=[best]))
@@ -141,20 +148,28 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
             for one in best["configuration"]
         ]
         rows = [[*row, accuracy] for row, accuracy in zip(table.rows, own, strict=True)]
-        tables.append(replace(table, heads=[*table.heads, "on its own (test): mean (std, n)"], rows=rows))
+        theirs = validations[validations["configuration"].isin(best["configuration"])]
+        missing = _lacking_trainings(theirs, len(best), store, "these configurations")
+        heads = [*table.heads, "on its own (test): mean (std, n)"]
+        tables.append(replace(table, heads=heads, rows=rows, missing=[*searched.missing(store), *missing]))
+    if tables and tables[-1].rows:
+        supernet = searched.accuracies.set_index("configuration")["supernet_accuracy"]
+        ranked = len(validations) and not store.experiment.search.budgets
+        notes = [correlation_sentence(store, supernet, validations)] if ranked else []
+        timed = searched.accuracies["latency_ms"].notna().all()
+        tables[-1] = replace(tables[-1], notes=[*notes, *(latency_sentences(store) if timed else [])])
     return tables
 
 
-def _within_limits(store: RunStore, searched: Searched | None) -> list[tuple[list[Budget], pd.DataFrame | str]]:
+def _within_limits(store: RunStore, searched: Searched) -> list[tuple[list[Budget], pd.DataFrame | str]]:
     """Return each of the experiment's limits with the best within it, or with why there is none."""
     options, found = store.experiment.search, []
     if not options.limits:
         return []
-    accuracies = (searched or Searched.of(store)).accuracies
     best: pd.DataFrame | str
     for budgets in map(Budget.parse_all, options.limits):
         try:
-            best = best_under(accuracies, budgets, options.top)
+            best = best_under(searched.accuracies, budgets, options.top)
         except InvalidValueError as error:
             best = str(error)
         found.append((budgets, best))

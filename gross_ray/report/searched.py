@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import pandas as pd
 
@@ -44,6 +45,15 @@ class Searched:
         if not parts:
             return cls(pd.DataFrame(columns=["configuration", *COSTS, "supernet_accuracy"]), (), 0, 0)
         return cls(pd.concat(parts, ignore_index=True), _layers(store), len(seeds), rows)
+
+    def missing(self, store: RunStore) -> list[str]:
+        """Return how many evaluations of the whole space are not stored yet; nothing of a search by a strategy."""
+        options = store.experiment
+        sizes = store.read_table("decompositions", ["layer", "group_size"]).groupby("layer")["group_size"].nunique()
+        planned = max(prod(sizes.tolist()), len(self.accuracies)) * options.supernet.seeds
+        if self.num_evaluations >= planned or options.search.strategy != "exhaustive":
+            return []
+        return [f"{planned - self.num_evaluations:,} of {planned:,} evaluations (run `gross search`)"]
 
     @cached_property
     def costs(self) -> tuple[str, ...]:

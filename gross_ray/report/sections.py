@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,12 +69,7 @@ def _space(store: RunStore, searched: Searched) -> Section:
     title = "The configurations"
     if searched.accuracies.empty:
         return Section("configurations", title, missing=["the evaluated configurations (run `gross search`)"])
-    sizes = store.read_table("decompositions", ["layer", "group_size"]).groupby("layer")["group_size"].nunique()
-    planned = max(math.prod(sizes.tolist()), len(searched.accuracies)) * store.experiment.supernet.seeds
-    missing = []
-    if searched.num_evaluations < planned and store.experiment.search.strategy == "exhaustive":
-        missing = [f"{planned - searched.num_evaluations:,} of {planned:,} evaluations (run `gross search`)"]
-    return Section("configurations", title, [space_chart(store, searched)], missing=missing)
+    return Section("configurations", title, [space_chart(store, searched)], missing=searched.missing(store))
 
 
 def _tables(store: RunStore, searched: Searched) -> Section:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gross_ray.batch_norm import calibration_batches, recalibrated, statistics_of, with_statistics
 from gross_ray.data.augment import THE_PAPERS, Normalisation
-from gross_ray.decomposition.calls import network_calls
+from gross_ray.decomposition.calls import output_of
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
@@ -32,7 +32,7 @@ from gross_ray.search.batch_plan import (
 from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.graph import modules_out_of_place, trace
 from gross_ray.search.layer_forms import FORMS, LayerForm, Siblings, fastest_form
-from gross_ray.search.prefix_walk import Prefix, PrefixWalk, Statistics
+from gross_ray.search.prefix_walk import Prefix, PrefixWalk, Statistics, logits_of
 from gross_ray.space import Configuration, SearchSpace
 
 COLUMNS = ("configuration", "correct", "total", "accuracy", "loss")
@@ -72,13 +72,13 @@ def evaluate_configurations(
     configuration (text), correct and total (images), accuracy, loss (mean cross-entropy); rows in the order given. A
     network that torch.fx cannot trace is evaluated with one pass a configuration, after a NotTraceableWarning that
     names the cause. Raises InvalidValueError for a configuration outside the space, no images, images that the network
-    cannot run, or an option outside its range.
+    cannot run, labels that it does not know, or an option outside its range.
     """
     options = EvaluationOptions(batch_size=batch_size, memory_budget=memory_budget, form=form, precision=precision)
     space = SearchSpace.of(supernet)
     chosen = list(space) if configurations is None else [space.check(one) for one in configurations]
-    if len(images):
-        network_calls(supernet, images.shape[1:])
+    _check_images(supernet, images)
+    _check_labels(images, labels, logits_of(output_of(supernet, images.shape[1:]), 1).shape[1])
     evaluator = Evaluator(supernet, options, normalisation=normalisation)
     correct, loss = evaluator.evaluate(images, labels, chosen, calibration)
     rows = [
@@ -86,6 +86,26 @@ def evaluate_configurations(
         for one, count, total in zip(chosen, correct.tolist(), loss.tolist(), strict=True)
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _check_images(supernet: nn.Module, images: Tensor) -> None:
+    dtype = next(supernet.parameters()).dtype
+    if not isinstance(images, Tensor) or images.dtype not in (torch.uint8, dtype):
+        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise InvalidValueError(f"images of {found}: must be a tensor (N, 3, H, W) of torch.uint8, or {dtype} as given")
+
+
+def _check_labels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
+        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise InvalidValueError(f"labels of {found}: must be a tensor (N,) of torch.int64")
+    if len(images) == 0 or len(images) != len(labels):
+        raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
+    if num_classes is not None and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
+        raise InvalidValueError(
+            f"labels from {int(labels.min())} to {int(labels.max())}: must be from 0 to {num_classes - 1}, for the "
+            f"network tells {num_classes} classes apart"
+        )
 
 
 class Evaluator:
@@ -142,8 +162,7 @@ class Evaluator:
         them in place of its own, as `recalibrate` takes them from `calibration_batches`, which run whatever
         `memory_budget` is.
         """
-        if len(images) == 0 or len(images) != len(labels):
-            raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
+        _check_labels(images, labels)
         parameter = next(self._supernet.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         labels = labels.to(self._device)

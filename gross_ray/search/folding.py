@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
 from gross_ray.decomposition.calls import network_calls, told_where_it_cannot_run
+from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import replace_modules
 from gross_ray.errors import InvalidValueError
 from gross_ray.modes import evaluating
@@ -55,10 +56,12 @@ def fold(
     `network` is what `extract` returns, (N, *input_shape) its input. With equal weights in exact arithmetic the outputs
     are equal; dense kernels are multiplied out in float64 and rounded to the network's dtype. "latency_ms" times both
     forms of each layer alone, on `device`, as `latency` says (`num_sampled` is not used). Raises InvalidValueError for
-    an unknown objective, for cuda where there is none, and where `network` cannot run such an input.
+    a supernet, an unknown objective, for cuda where there is none, and where `network` cannot run such an input.
     """
     if objective not in OBJECTIVES:
         raise InvalidValueError(f"objective = {objective!r}: must be one of {', '.join(OBJECTIVES)}")
+    if any(isinstance(module, SeriesConv2d) for module in network.modules()):
+        raise InvalidValueError("fold of a supernet: take one configuration out of it first, with extract")
     found = bottlenecks(network)
     dense = {name: dense_convolution(module) for name, module in found.items()}
     if objective == "parameters":
@@ -179,10 +182,11 @@ def _inputs(
     inputs: dict[str, list[Tensor]] = {name: [] for name in found}
     names = {id(module): name for name, module in found.items()}
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[names[id(module)]].append(args[0].clone())  # it may be overwritten in place
+    def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        given = args[0] if args else kwargs["input"]
+        inputs[names[id(module)]].append(given.clone())  # it may be overwritten in place
 
-    handles = [module.register_forward_pre_hook(keep) for module in found.values()]
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in found.values()]
     images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with told_where_it_cannot_run(input_shape), torch.inference_mode(), evaluating(network):

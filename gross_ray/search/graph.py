@@ -40,6 +40,8 @@ def trace(supernet: nn.Module) -> Traced:
     for node in graph.nodes:
         if node.op == "placeholder" and str(node.target).startswith("*"):
             raise ValueError(f"forward takes {node.target}")
+        if node.op == "call_module" and not node.args and set(node.kwargs) == {"input"}:  # torch's first one, by name
+            node.args, node.kwargs = (node.kwargs["input"],), {}
     return Traced(_out_of_place(graph, dict(supernet.named_modules(remove_duplicate=False))), constants)
 
 

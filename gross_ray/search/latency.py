@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.calls import network_calls, told_where_it_cannot_run
+from gross_ray.decomposition.calls import output_of, told_where_it_cannot_run, zero_images
 from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
@@ -174,9 +174,7 @@ def measure_latency(
     space = SearchSpace.of(supernet)
     sampled = _sample(space, options.num_sampled, generator)
     parameter = next(supernet.parameters())
-    place = parameter.device if device is None else torch.device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise InvalidValueError(f"device = {str(place)!r}: latency is measured on cpu or cuda")
+    place = timed_device(parameter.device if device is None else device)
     images = torch.randn(options.batch_size, *input_shape, generator=generator, device=generator.device)
     with threads(options.threads), torch.inference_mode():
         works = _works(supernet, sampled, images.to(place, parameter.dtype))
@@ -229,12 +227,12 @@ def time_networks(
     such an image.
     """
     place = timed_device(device)
-    images = torch.randn(options.batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
     works: dict[Any, Work] = {}
     for name, network in networks.items():
         copied = replace_modules(network, {}).eval().to(place)
-        network_calls(copied, input_shape)
-        works[name] = (copied, [images.to(next(copied.parameters()))])
+        output_of(copied, input_shape)
+        images = torch.randn(options.batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
+        works[name] = (copied, [images.to(zero_images(copied, 1, input_shape))])
     with threads(options.threads), torch.inference_mode():
         times = typical_ms(works, options.repeats, place)
     conditions = {"device": device_name(place), "host": socket.gethostname()}
@@ -252,12 +250,13 @@ class _AnswersAtOnce(nn.Module):
         self.inputs: list[Tensor] = []
         self.outputs: dict[torch.Size, Tensor] = {}
 
-    def record(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        self.inputs.append(args[0])
-        self.outputs[args[0].shape] = torch.zeros_like(output)
+    def record(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        images = args[0] if args else kwargs["input"]
+        self.inputs.append(images)
+        self.outputs[images.shape] = torch.zeros_like(output)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.outputs[images.shape]
+    def forward(self, input: Tensor) -> Tensor:
+        return self.outputs[input.shape]
 
 
 def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor) -> dict[Any, Work]:
@@ -269,7 +268,9 @@ def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor)
     layers, device = series_layers(supernet), batch.device
     network = extract(supernet, [layer.group_sizes[-1] for layer in layers.values()]).eval().to(device)
     free = {name: _AnswersAtOnce() for name in layers}
-    handles = [network.get_submodule(name).register_forward_hook(free[name].record) for name in layers]
+    handles = [
+        network.get_submodule(name).register_forward_hook(one.record, with_kwargs=True) for name, one in free.items()
+    ]
     with told_where_it_cannot_run(batch.shape[1:]):
         network(batch)
     for handle in handles:

@@ -211,11 +211,7 @@ class _Walk:
 
     def _logits(self, node: fx.Node, values: Values, num_prefixes: int) -> Tensor:
         result = node.args[0]
-        logits = values[result] if isinstance(result, fx.Node) else result
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != num_prefixes * self.num_images:
-            found = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise InvalidValueError(f"the network returns {found}: it must return one tensor of logits (N, classes)")
-        return logits
+        return logits_of(values[result] if isinstance(result, fx.Node) else result, num_prefixes * self.num_images)
 
     def _rows(self, value: Tensor, members: list[int]) -> Tensor:
         """Return the rows of some prefixes: a view where they are neighbours."""
@@ -235,3 +231,11 @@ class _Walk:
             else:
                 branched[node] = value
         return branched
+
+
+def logits_of(result: Any, num_images: int) -> Tensor:
+    """Return what a network gives for so many images; raises InvalidValueError unless it is logits (N, classes)."""
+    if not isinstance(result, Tensor) or result.dim() != 2 or len(result) != num_images:
+        found = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise InvalidValueError(f"the network returns {found}: it must return one tensor of logits (N, classes)")
+    return result

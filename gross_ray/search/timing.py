@@ -41,8 +41,11 @@ def threads(number: int) -> Iterator[None]:
 
 
 def timed_device(device: torch.device | str) -> torch.device:
-    """Return a device of this machine; raises InvalidValueError for cuda where there is none."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    """Return a device of this machine; raises InvalidValueError for cuda where there is none, and for other kinds."""
+    kind = str(device).partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise InvalidValueError(f"device = {str(device)!r}: latency is measured on cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InvalidValueError(f"device = {str(device)!r}: this machine has none that torch can use; take cpu")
     return torch.device(device)
 

@@ -453,3 +453,10 @@ def test_terms_whose_shapes_disagree_are_refused():
     with pytest.raises(InvalidValueError, match=re.escape("(2, 4, 2)")):
         replace(good, factor_out=torch.zeros(2, 4, 2))
     assert isinstance(good, BlockTerms)
+
+
+def test_a_restart_may_converge_at_the_very_last_step() -> None:
+    weight = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    steps = range(30, 80)
+    found = [block_term_decomposition(weight, 2, options=BTDOptions(tolerance=1e-2, max_steps=most)) for most in steps]
+    assert all(one.steps <= most for one, most in zip(found, steps, strict=True))

@@ -162,6 +162,31 @@ def test_a_convolution_that_computes_in_a_way_of_its_own_is_left_alone() -> None
     assert list(choice.convs) == ["2"]
     assert choice.left_alone["1"] == "a Doubling, which computes in a way of its own"
     with pytest.raises(
-        InvalidValueError, match="layer '1' is a Doubling, .* only nn.Conv2d's can be decomposed; leave"
+        InvalidValueError, match="layer '1' is a Doubling, .* only plain nn.Conv2d's can be decomposed; leave"
     ):
         choose_layers(model, ["1", "2"])
+
+
+def test_a_convolution_with_hooks_is_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    choice = choice_of(model)
+    assert (list(choice.convs), choice.left_alone["1"]) == (["2"], "a Conv2d with hooks of its own")
+    with pytest.raises(InvalidValueError, match="layer '1' is a Conv2d with hooks of its own: .* leave it out"):
+        choose_layers(model, ["1"])
+
+
+def test_a_convolution_that_no_image_meets_is_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].add_module("spare", nn.Conv2d(4, 4, 3))
+    choice = choice_of(model, input_shape=(3, 9, 9))
+    assert (list(choice.convs), choice.left_alone["1.spare"]) == (["1"], "no image meets it")
+    with pytest.raises(InvalidValueError, match="layer '1.spare': no image meets it; leave it out"):
+        choice_of(model, ["1", "1.spare"], input_shape=(3, 9, 9))
+    assert list(choice_of(model).convs) == ["1", "1.spare"]  # nothing is known of images
+
+
+def test_sizes_that_make_no_series_are_refused_by_the_layers_name() -> None:
+    with pytest.raises(InvalidValueError, match="layer 'body.0': group-sizes 4, 6: 4 does not divide 6, .*; leave one"):
+        choice_of(network(), sizes=(4, 6))
+    assert choice_of(network(), sizes=(4, 6), by_layer={"body.[01]": (6, 3)}).group_sizes["body.0"] == (3, 6)

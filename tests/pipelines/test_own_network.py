@@ -72,6 +72,8 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     stored, _ = store.load_checkpoint("train", "seed=0")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
     assert store.read_table("history").empty
+    old = {name: one for name, one in network.state_dict().items() if "num_batches" not in name}
+    save_file({f"module.{name}": one for name, one in old.items()}, tmp_path / "network.safetensors")
     again = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
     assert again.returncode == 0, again.stderr
     with torch.no_grad():
@@ -81,6 +83,8 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "network.safetensors: 1 of the tensors differ from those that " in refused.stderr
     (tmp_path / "network.safetensors").unlink()  # the run folder has them
+    gone = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
+    assert gone.returncode == 0, gone.stderr
     decomposed = command(tmp_path, "decompose", "run", "--num-cpus", "2")
     assert decomposed.returncode == 0, decomposed.stderr
     rows = store.read_table("decompositions")

@@ -29,11 +29,18 @@ WRONG = [
     ),
     (
         ['decomposition.layer_group_sizes=["conv2=2","conv3=4,8"]'],
-        r"no group-size is common to all layers; have search.limits, .*search.budgets=\[\], validation.fixed=\[\] and",
+        r"no group-size of all layers is left; have search.limits, .*search.budgets=\[\], validation.fixed=\[\] and",
     ),
     (["search.budgets=[16,3]"], r"search.budgets = \(16, 3\): group-size 3 is not .*; name such as every layer has"),
     (["validation.fixed=[5]"], r"validation.fixed = \(5,\): group-size 5 is not among"),
-    (["search.budgets=[16,1]"], "search.budgets has 1: 1-1-1 is the cheapest configuration, and nothing else fits"),
+    (
+        ["search.budgets=[16,1]"],
+        r"search.budgets = \(16, 1\): 1-1-1 is the cheapest configuration, nothing else fits under it; name .* 2, 4,",
+    ),
+    (
+        ["decomposition.group_sizes=[1]", 'decomposition.layer_group_sizes=["conv2=1,2"]'],
+        r"search.budgets = \(16, 4\): group-size 16 is not .*; no group-size .* is left; have search.limits",
+    ),
     (['search.limits=["macs=1M"]'], "budget macs=1M: nothing fits; the smallest is macs=1.9.*M at 1-1-1"),
     (['search.limits=["parameters=1G,macs=1M"]'], "budget macs=1M: nothing fits"),
     (["model=vgg16"], "the space has .* configurations; let a strategy choose"),

@@ -159,6 +159,17 @@ def test_an_export_folds_layers_where_that_is_faster(whole_run: tuple[Path, str]
     assert sum(parameter.numel() for parameter in program.parameters()) == card["parameters"]
 
 
+def test_a_training_whose_row_is_not_stored_is_not_exported(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    run = shutil.copytree(whole_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("tune", ".lock"))
+    store = RunStore.open(run)
+    for unit in store.units("validations"):
+        if unit.startswith("16-16-16,"):
+            store.delete_unit("validations", unit)
+    refused = gross("export", str(run), "--configuration", "16-16-16", "--to", str(tmp_path / "a.safetensors"))
+    assert refused.returncode == 1 and "16-16-16,seed=0 is not validated in" in refused.stderr
+    assert list(tmp_path.iterdir()) == [run]
+
+
 def test_status_and_single_stages(whole_run: tuple[Path, str]) -> None:
     run = str(whole_run[0])
     status = CliRunner().invoke(main, ["status", run])

@@ -141,6 +141,27 @@ def test_limits_and_configurations_by_name(tmp_path: Path) -> None:
     assert page.tables["Trained on their own by name"].rows == [["2-2-2", "2.00", "50.00 (-, 1)", "75.00 (-, 1)"]]
 
 
+def test_limits_alone_tell_what_they_lack(tmp_path: Path) -> None:
+    alone = ["search.budgets=[]", "validation.fixed=[]", "sweep.alphas=[]", 'search.limits=["macs=2.7M"]']
+    store = new_run(tmp_path / "run", [*SETTINGS[:3], *alone])
+    write_decompositions(store)
+    write_configurations(store, latency=True)
+    fitting = {name: one for name, one in medians(store).items() if one["macs"] <= 2_700_000}
+    best = sorted(fitting, key=lambda name: (-fitting[name]["accuracy"], fitting[name]["macs"]))[:2]
+    for place, name in enumerate(best):
+        row = {"configuration": name, "kind": "selected", "seed": 0, "val_accuracy": 0.5 + place / 4}
+        row |= {"test_accuracy": 0.75, "macs": 2_000_000, "macs_paper": 1, "parameters": 1}
+        store.write_table("validations", f"{name},seed=0", [row])
+    told = results(store)
+    assert "(Table 3)" not in told and "by name" not in told
+    assert "missing: 2 of 4 trainings of these configurations on their own (run `gross validate`)" in told
+    assert "rank correlation of 2 configurations: it needs 3 or more" in told
+    page = ParsedPage(html_page(store))
+    assert any("2 of 4 trainings of these configurations" in line for line in page.missing)
+    store.delete_unit("configurations", store.units("configurations")[0])
+    assert "missing: 252 of 1,260 evaluations (run `gross search`)" in results(store)
+
+
 def test_every_table_has_a_caption_and_heads_of_rows_and_columns(page: ParsedPage) -> None:
     assert page.elements["table"] == page.elements["caption"] == len(page.tables) == 11
     for table in page.tables.values():

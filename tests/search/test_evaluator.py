@@ -12,7 +12,9 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search import evaluator
 from gross_ray.search.evaluator import Evaluator, NotTraceableWarning, evaluate_configurations
+from gross_ray.search.folding import fold
 from gross_ray.search.graph import trace
+from gross_ray.search.latency import LatencyOptions, measure_latency
 from gross_ray.search.layer_forms import LayerForm, Siblings
 from gross_ray.search.prefix_walk import PrefixWalk
 from gross_ray.space import SearchSpace
@@ -521,3 +523,49 @@ def test_images_that_the_network_cannot_run_are_told(random_supernet):
         told = f"the network cannot run an image of {'x'.join(map(str, shape[1:]))}: RuntimeError"
         with pytest.raises(InvalidValueError, match=told):
             evaluate_configurations(supernet, torch.zeros(shape), torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "told"),
+    [
+        (torch.zeros(2, 3, 16, 16), torch.tensor([0, CLASSES]), f"labels from 0 to {CLASSES}: must be from 0 to"),
+        (torch.zeros(2, 3, 16, 16), torch.tensor([-1, 0]), "labels from -1 to 0: must be"),
+        (torch.zeros(2, 3, 16, 16), torch.zeros(2), r"labels of torch.float32 \(2,\): must be a tensor \(N,\)"),
+        (torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, dtype=torch.int64), r"labels of torch.int64 \(2, 1\): must"),
+        (torch.zeros(2, 3, 16, 16), [0, 1], "labels of list: must"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 0]), "images of torch.float64: must be a"),
+        (torch.zeros(2, 3, 16, 16).numpy(), torch.tensor([0, 0]), "images of ndarray: must be a tensor"),
+    ],
+)
+def test_images_and_labels_of_another_kind_are_told(random_supernet, images, labels, told):
+    supernet = random_supernet(four_conv(num_classes=CLASSES, image_size=16), {"conv2": (1, 2)})
+    with pytest.raises(InvalidValueError, match=told):
+        evaluate_configurations(supernet, images, labels)
+
+
+class Keyword(nn.Module):
+    """Gives a convolution its images by name, as nn.Conv2d allows."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, CLASSES)
+
+    def forward(self, images):
+        return self.head(F.relu(self.conv(input=self.stem(images))).mean(dim=(2, 3)))
+
+
+def test_a_layer_that_is_given_its_images_by_name(random_supernet):
+    supernet = random_supernet(Keyword(), {"conv": (1, 2, 8)})
+    images = torch.randn(20, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(20) % CLASSES
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = evaluate_configurations(supernet, images, labels)
+    for text, correct in zip(table["configuration"], table["correct"], strict=True):
+        plain = extract(supernet, (int(text),)).eval()
+        assert int((plain(images).argmax(1) == labels).sum()) == correct
+    options = LatencyOptions(repeats=2, num_sampled=2)
+    model = measure_latency(supernet, (3, 9, 9), options, generator=torch.Generator().manual_seed(0))
+    assert set(model.layer_ms) == {"conv"}
+    _, (folding,) = fold(plain, (3, 9, 9), objective="latency_ms", latency=options)
+    assert folding.layer == "conv" and folding.bottleneck > 0

@@ -186,3 +186,11 @@ def test_no_times_are_taken_where_there_is_no_gpu(supernet: nn.Module) -> None:
 def test_an_unknown_objective_is_refused(supernet: nn.Module) -> None:
     with pytest.raises(InvalidValueError, match="'speed': must be one of macs, parameters, activations, latency_ms"):
         fold(extract(supernet, (1, 1, 1)), (3, 12, 12), objective="speed")
+
+
+def test_a_supernet_and_a_strange_device_are_refused() -> None:
+    with pytest.raises(InvalidValueError, match="fold of a supernet: take one configuration out of it first"):
+        fold(nn.Sequential(SeriesConv2d(nn.Conv2d(8, 6, 3), (1, 8))), (8, 9, 9))
+    plain = nn.Sequential(SeriesConv2d(nn.Conv2d(8, 6, 3), (1, 8)).to_modules(1))
+    with pytest.raises(InvalidValueError, match="device = 'gpu': latency is measured on cpu or cuda"):
+        fold(plain, (8, 9, 9), objective="latency_ms", device="gpu")
