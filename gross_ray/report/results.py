@@ -110,8 +110,9 @@ def named_table(store: RunStore, searched: Searched | None = None) -> ResultTabl
     """Return the configurations trained on their own that are not fixed, nor found under a budget or limit."""
     validations = store.read_table("validations")
     found = set(selected(store)["configuration"])
-    for _, best in _within_limits(store, searched or Searched.of(store)):
-        found |= set() if isinstance(best, str) else set(best["configuration"])
+    if store.experiment.search.limits:
+        for _, best in _within_limits(store, searched or Searched.of(store)):
+            found |= set() if isinstance(best, str) else set(best["configuration"])
     others = validations[(validations["kind"] != "fixed") & ~validations["configuration"].isin(found)]
     rows = [
         [str(name), millions(group["macs"].iloc[0]), *(_accuracy(group[f"{split}_accuracy"])[1] for split in SHOWN)]
@@ -136,6 +137,8 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
     The last one's notes are how far the supernet ranks all validated configurations as their own training does, unless
     `selection_table` tells it, and where latencies come from.
     """
+    if not store.experiment.search.limits:
+        return []
     tables, validations = [], store.read_table("validations")
     searched = searched or Searched.of(store)
     for budgets, best in _within_limits(store, searched):
@@ -164,8 +167,6 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
 def _within_limits(store: RunStore, searched: Searched) -> list[tuple[list[Budget], pd.DataFrame | str]]:
     """Return each of the experiment's limits with the best within it, or with why there is none."""
     options, found = store.experiment.search, []
-    if not options.limits:
-        return []
     best: pd.DataFrame | str
     for budgets in map(Budget.parse_all, options.limits):
         try:

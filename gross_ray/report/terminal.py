@@ -8,6 +8,7 @@ import pandas as pd
 
 from gross_ray.report import results as stored
 from gross_ray.report.results import ResultTable
+from gross_ray.report.searched import Searched
 from gross_ray.results.store import RunStore
 from gross_ray.search.selection import Budget
 
@@ -16,10 +17,11 @@ Row = Sequence[str]
 
 def results(store: RunStore, *, markdown: bool = False) -> str:
     """Return all results that are stored, and what is missing."""
-    named = stored.named_table(store)
+    searched = Searched.of(store)
+    named = stored.named_table(store, searched)
     tables = [
         stored.network_table(store),
-        *stored.search_tables(store),
+        *stored.search_tables(store, searched),
         *([named] if named.rows else []),
         *([stored.sweep_table(store)] if stored.is_swept(store) else []),
     ]
