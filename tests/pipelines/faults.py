@@ -31,7 +31,10 @@ SEED = int(os.environ.get("GROSS_RAY_FAULT_SEED", "0"))
 """What decides the moments of faults."""
 
 
-_AGENT = re.compile(r"ray::(DashboardAgent|RuntimeEnvAgent)\b")
+_STARTING = re.compile(
+    r"ray::(DashboardAgent|RuntimeEnvAgent)\b|\S*python\S* (-u )?(\S*/setup_worker\.py )?\S*/default_worker\.py "
+)
+"""Titles of Ray's agents, and of workers that have no other yet: they try for a minute to tell a Ray that is gone."""
 _killed: list[str] = []
 """Marks of the drivers that were killed."""
 
@@ -124,7 +127,7 @@ def driver(run: Path | str, stage: str, log: Path, *more: str) -> Iterator[Drive
             process.kill()
         if process.wait() == -signal.SIGKILL:
             _killed.append(process.mark)
-            assert_nothing_left(process.mark, but_agents=True)
+            assert_nothing_left(process.mark, but_starting=True)
         else:
             assert_nothing_left(process.mark)
 
@@ -163,15 +166,15 @@ def workers(mark: str) -> list[int]:
     return [pid for pid, title in marked(mark) if re.match(r"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)", title)]
 
 
-def assert_nothing_left(mark: str, seconds: float = 30.0, *, but_agents: bool = False) -> None:
+def assert_nothing_left(mark: str, seconds: float = 30.0, *, but_starting: bool = False) -> None:
     deadline = time.monotonic() + seconds
-    while left := [each for each in marked(mark) if not (but_agents and _AGENT.match(each[1]))]:
+    while left := [each for each in marked(mark) if not (but_starting and _STARTING.match(each[1]))]:
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.1)
 
 
-def assert_agents_have_ended() -> None:
-    """Ray's agents, where the driver is killed while they start, try for 60 s to tell a Ray that is gone."""
+def assert_starting_have_ended() -> None:
+    """What was starting as its driver was killed ends by itself, a minute later."""
     while _killed:
         assert_nothing_left(_killed.pop(), 120.0)
 
@@ -302,7 +305,7 @@ def _damage(process: Driver, files: Callable[[], list[Path]], choices: random.Ra
     while not files() and process.poll() is None:
         time.sleep(0.01)
     status = kill_driver(process, Path(), "", choices)
-    assert_nothing_left(process.mark, but_agents=True)
+    assert_nothing_left(process.mark, but_starting=True)
     there = files()
     assert there, f"nothing to damage:\n{process.log.read_text()}"
     for file in choices.sample(there, min(3, len(there))):

@@ -27,9 +27,9 @@ from faults import (
     STAGES,
     TAKES_NO_FILE,
     Driver,
-    assert_agents_have_ended,
     assert_as_undisturbed,
     assert_epochs_kept,
+    assert_starting_have_ended,
     at_a_moment,
     at_a_moment_before,
     before_stage,
@@ -62,9 +62,9 @@ def _cells(stages: Iterable[str], quick: str) -> list[Any]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def agents_end() -> Iterator[None]:
+def starting_end() -> Iterator[None]:
     yield
-    assert_agents_have_ended()
+    assert_starting_have_ended()
 
 
 def _inject(
