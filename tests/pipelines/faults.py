@@ -31,10 +31,8 @@ SEED = int(os.environ.get("GROSS_RAY_FAULT_SEED", "0"))
 """What decides the moments of faults."""
 
 
-_STARTING = re.compile(
-    r"ray::(DashboardAgent|RuntimeEnvAgent)\b|\S*python\S* (-u )?(\S*/setup_worker\.py )?\S*/default_worker\.py "
-)
-"""Titles of Ray's agents, and of workers that have no other yet: they try for a minute to tell a Ray that is gone."""
+_STARTING = re.compile(r"ray::(DashboardAgent|RuntimeEnvAgent|IDLE)\b")
+"""Ray's agents, and workers that have done nothing yet: they try for a minute to reach a Ray that is gone."""
 _killed: list[str] = []
 """Marks of the drivers that were killed."""
 
