@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/quickstart
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 
 .PHONY: run setup test test-faults test-cluster lint format benchmarks clean
 .DELETE_ON_ERROR:
@@ -20,8 +21,10 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# The tests of pipelines/ start Ray, each with all cores: one after another, and whether or not the others passed.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/pipelines; first=$$?; \
+		$(BIN)/python -m pytest tests/pipelines && exit $$first
 
 # Each cell twice, unless GROSS_RAY_FAULT_REPEATS says otherwise, at moments that GROSS_RAY_FAULT_SEED repeats.
 test-faults: setup

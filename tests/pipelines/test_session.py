@@ -63,7 +63,7 @@ def test_stages_on_actors_share_their_processes(session: Session) -> None:
         session.store.delete_checkpoint("done", unit.name)
     session.run("decompose", UNITS[4:8], work, lambda: _finished(session))
     assert _finished(session) == {unit.name for unit in UNITS[4:8]}
-    assert _processes(session) <= first
+    assert _processes(session) & first  # not <=: one that was slow to start may have done nothing at first
 
 
 def test_damage_that_is_found_after_the_last_stage_is_told(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_training_whose_row_is_not_stored_is_not_exported(whole_run: tuple[Pat
         if unit.startswith("16-16-16,"):
             store.delete_unit("validations", unit)
     refused = gross("export", str(run), "--configuration", "16-16-16", "--to", str(tmp_path / "a.safetensors"))
-    assert refused.returncode == 1 and "16-16-16,seed=0 is not validated in" in refused.stderr
+    assert refused.returncode == 2 and "16-16-16,seed=0 is not validated in" in refused.stderr
     assert list(tmp_path.iterdir()) == [run]
 
 
