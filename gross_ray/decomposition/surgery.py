@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -105,7 +106,7 @@ def running_supernet(
     """Return `empty_supernet`'s; InvalidValueError, naming the layers, where an image of (C, H, W) would not meet them.
 
     So it is where a network uses a convolution other than by calling the module that is registered: its weight, say,
-    or the same module in a plain list.
+    or the same module from a function of its own.
     """
     supernet = empty_supernet(model, group_sizes)
     before = Counter(id(call.module) for call in network_calls(model, input_shape))
@@ -170,7 +171,8 @@ def replace_modules(
 ) -> nn.Module:
     """Return a deep copy of `model` with the named modules replaced wherever they are used, so that sharing is kept.
 
-    With `share_weights` the copy has the parameters and buffers of `model` itself.
+    So they are in lists, tuples and dicts that modules have as plain attributes. With `share_weights` the copy has the
+    parameters and buffers of `model` itself.
     """
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share_weights else {}
     copied = copy.deepcopy(model, kept)
@@ -183,4 +185,25 @@ def replace_modules(
                 replacement = new[id(child)]
                 replacement.train(child.training)
                 setattr(parent, attribute, replacement)
+        for attribute, value in list(vars(parent).items()):
+            if attribute not in _TORCHS and isinstance(value, list | tuple | dict):
+                vars(parent)[attribute] = _replaced(value, new)
     return copied
+
+
+_TORCHS = frozenset(vars(nn.Module()))
+"""Attributes of every module, its children among them."""
+
+
+def _replaced(value: Any, new: Mapping[int, nn.Module]) -> Any:
+    """Return a module's replacement, if it has one; lists and dicts get those of their members, tuples become new."""
+    if isinstance(value, nn.Module):
+        return new.get(id(value), value)
+    if type(value) in (list, dict):
+        for key, one in list(value.items() if type(value) is dict else enumerate(value)):
+            if (other := _replaced(one, new)) is not one:
+                value[key] = other
+    elif type(value) is tuple:
+        others = tuple(_replaced(one, new) for one in value)
+        return others if any(one is not other for one, other in zip(value, others, strict=True)) else value
+    return value

@@ -242,3 +242,31 @@ def test_networks_without_a_fitting_layer_are_refused(network):
         set_configuration(network, (1,))
     with pytest.raises(InvalidValueError, match="no dense convolution|not a dense convolution"):
         build_supernet(network, {"head": []})
+
+
+class Listed(nn.Module):
+    """Calls its layers from containers that torch knows nothing of."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.listed = [self.stem, ("a", self.a), {"b": self.b}]
+        self.a.next_ones = self.listed
+
+    def forward(self, images):
+        return self.listed[2]["b"](torch.relu(self.listed[1][1](self.listed[0](images))))
+
+
+def test_layers_in_plain_containers_are_replaced_there_too():
+    torch.manual_seed(0)
+    network, images = Listed(), torch.randn(2, 3, 9, 9)
+    before = list(network.listed)
+    supernet = decompose_model(network, group_sizes=(1, 4), input_shape=(3, 9, 9))
+    torch.testing.assert_close(supernet(images), network(images), rtol=1e-4, atol=1e-5)  # 4 of 4 channels: exact
+    set_configuration(supernet, (1, 4))
+    plain = extract(supernet, (1, 4))
+    torch.testing.assert_close(plain(images), supernet(images), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(plain(images), network(images), atol=1e-3)
+    assert network.listed == before and supernet.listed[1][1] is supernet.a
+    assert supernet.listed is not network.listed and plain.listed is not supernet.listed
+    assert plain.listed[2]["b"] is plain.b and isinstance(plain.b, nn.Sequential)
