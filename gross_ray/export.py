@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gross_ray.decomposition.calls import output_of, zero_images
+from gross_ray.decomposition.surgery import check_plain
 from gross_ray.errors import GrossRayError, InvalidValueError, first_line
 from gross_ray.modes import evaluating
 
@@ -55,7 +56,7 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
     supernet (extract a configuration first) and an `input_shape` that it cannot run, and GrossRayError where the extra
     is not installed or ONNX cannot hold the network for any N.
     """
-    _check_plain(model, "export_onnx")
+    check_plain(model, "export_onnx")
     _check_place(path)
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
@@ -81,7 +82,7 @@ def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int
     It runs where torch is, without gross_ray. The file takes its place when it is whole. Raises InvalidValueError for
     a supernet and an `input_shape` that it cannot run, and GrossRayError where torch.export cannot follow the network.
     """
-    _check_plain(model, "export_program")
+    check_plain(model, "export_program")
     _check_place(path)
     output_of(model, input_shape)
     with whole_or_not_at_all(path) as partial, evaluating(model), _told("torch.export"):
@@ -99,7 +100,7 @@ def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[in
 
     The file takes its place when it is whole. Raises InvalidValueError for a supernet.
     """
-    _check_plain(model, "export_weights")
+    check_plain(model, "export_weights")
     _check_place(path)
     with whole_or_not_at_all(path) as partial:
         # Clones: a file takes no two names of one memory, as shared modules give them.
@@ -130,13 +131,6 @@ FORMATS: dict[str, Callable[[nn.Module, str | Path, Sequence[int]], None]] = {
     ".safetensors": export_weights,
 }
 """What writes each format, by the file's ending."""
-
-
-def _check_plain(model: nn.Module, what: str) -> None:
-    from gross_ray.decomposition.series import SeriesConv2d
-
-    if any(isinstance(module, SeriesConv2d) for module in model.modules()):
-        raise InvalidValueError(f"{what} of a supernet: take one configuration out of it first, with extract")
 
 
 @contextmanager

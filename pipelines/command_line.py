@@ -169,7 +169,6 @@ def run_folder(
 
         if experiment.weights:
             read_weights(experiment.weights)  # before the images: it is sooner told
-
         if reuse is not None:
             from pipelines.reuse import check_reusable
 

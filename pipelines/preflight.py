@@ -22,6 +22,11 @@ from gross_ray.weights import read_weights, set_weights
 from pipelines import search
 from pipelines.networks import layer_choice
 
+_LIMITS_ALONE = (
+    'no group-size of all layers is left; have search.limits, like ["macs=2M"], and search.budgets=[], '
+    "validation.fixed=[] and sweep.alphas=[]"
+)
+
 
 def check_experiment(experiment: Experiment, splits: Splits) -> None:
     """Raise InvalidValueError for what a stage of `experiment` on `splits` would meet, the last ones too.
@@ -66,12 +71,6 @@ def _check_fixed(experiment: Experiment, space: SearchSpace, macs: AdditiveCost)
                 why = str(error)
             remedy = f"name such as every layer has: {', '.join(map(str, lawful))}" if lawful else _LIMITS_ALONE
             raise InvalidValueError(f"{name} = {sizes}: {why}; {remedy}")
-
-
-_LIMITS_ALONE = (
-    'no group-size of all layers is left; have search.limits, like ["macs=2M"], and search.budgets=[], '
-    "validation.fixed=[] and sweep.alphas=[]"
-)
 
 
 def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:

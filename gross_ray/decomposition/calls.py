@@ -35,7 +35,7 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
     calls: list[Call] = []
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        images = args[0] if args else kwargs["input"]
+        images = given(args, kwargs)
         calls.append(Call(module, tuple(images.shape), tuple(output.shape)))
 
     counted = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | SeriesConv2d)]
@@ -46,6 +46,11 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def given(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """Return what a layer was given, as a hook is told of it: by place, or by name as torch's own layers allow."""
+    return args[0] if args else kwargs["input"]
 
 
 def output_of(model: nn.Module, input_shape: Sequence[int]) -> Any:

@@ -16,6 +16,7 @@ from gross_ray.errors import InvalidValueError
 
 _MOST_NAMED = 8
 """Names that an error lists; of more, the closest."""
+_NOT_MET = "no image meets it"
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,6 @@ class _Met:
 
     def has(self, conv: nn.Module) -> bool:
         return any(one is conv for one in self.modules)
-
-
-_NOT_MET = "no image meets it"
 
 
 def _usual(model: nn.Module, met: _Met) -> dict[str, nn.Conv2d]:

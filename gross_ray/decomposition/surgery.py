@@ -17,6 +17,9 @@ from gross_ray.decomposition.series import SeriesConv2d, check_dense
 from gross_ray.errors import InvalidValueError, first_line
 from gross_ray.space import Configuration, SearchSpace
 
+_TORCHS = frozenset(vars(nn.Module()))
+"""Attributes of every module, its children among them."""
+
 
 def decompose_model(
     model: nn.Module,
@@ -166,6 +169,12 @@ def extract(supernet: nn.Module, configuration: Sequence[int]) -> nn.Module:
     )
 
 
+def check_plain(network: nn.Module, what: str) -> None:
+    """Raise InvalidValueError for a supernet, saying that `what` was asked for it."""
+    if any(isinstance(module, SeriesConv2d) for module in network.modules()):
+        raise InvalidValueError(f"{what} of a supernet: take one configuration out of it first, with extract")
+
+
 def replace_modules(
     model: nn.Module, replacements: Mapping[str, nn.Module], *, share_weights: bool = False
 ) -> nn.Module:
@@ -189,10 +198,6 @@ def replace_modules(
             if attribute not in _TORCHS and isinstance(value, list | tuple | dict):
                 vars(parent)[attribute] = _replaced(value, new)
     return copied
-
-
-_TORCHS = frozenset(vars(nn.Module()))
-"""Attributes of every module, its children among them."""
 
 
 def _replaced(value: Any, new: Mapping[int, nn.Module]) -> Any:

@@ -54,11 +54,12 @@ def network_table(store: RunStore) -> ResultTable:
     return ResultTable(title, heads, rows, missing=missing)
 
 
-def search_tables(store: RunStore, searched: Searched | None = None) -> list[ResultTable]:
-    """Return Table 3, unless no fixed configuration is a budget, and the best within each of the limits."""
-    options = store.experiment.search
-    by_fixed = [selection_table(store, searched)] if options.budgets else []
-    return [*by_fixed, *limit_tables(store, searched)]
+def main_tables(store: RunStore, searched: Searched) -> list[ResultTable]:
+    """Return Tables 2 and 3, the best within each limit, and what else was trained on its own: those asked for."""
+    by_fixed = [selection_table(store, searched)] if store.experiment.search.budgets else []
+    named = named_table(store, searched)
+    others = [named] if named.rows else []
+    return [network_table(store), *by_fixed, *limit_tables(store, searched), *others]
 
 
 def selection_table(store: RunStore, searched: Searched | None = None) -> ResultTable:
@@ -106,12 +107,12 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
     )
 
 
-def named_table(store: RunStore, searched: Searched | None = None) -> ResultTable:
+def named_table(store: RunStore, searched: Searched) -> ResultTable:
     """Return the configurations trained on their own that are not fixed, nor found under a budget or limit."""
     validations = store.read_table("validations")
     found = set(selected(store)["configuration"])
     if store.experiment.search.limits:
-        for _, best in _within_limits(store, searched or Searched.of(store)):
+        for _, best in _within_limits(store, searched):
             found |= set() if isinstance(best, str) else set(best["configuration"])
     others = validations[(validations["kind"] != "fixed") & ~validations["configuration"].isin(found)]
     rows = [

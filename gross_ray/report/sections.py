@@ -12,9 +12,7 @@ from gross_ray.report.charts import Chart
 from gross_ray.report.results import (
     ResultTable,
     is_swept,
-    named_table,
-    network_table,
-    search_tables,
+    main_tables,
     sweep_table,
     trials_table,
 )
@@ -73,9 +71,7 @@ def _space(store: RunStore, searched: Searched) -> Section:
 
 
 def _tables(store: RunStore, searched: Searched) -> Section:
-    named = named_table(store, searched)
-    tables = [network_table(store), *search_tables(store, searched)]
-    return Section("tables", "Tables 2 and 3", tables=[*tables, *([named] if named.rows else [])])
+    return Section("tables", "Tables 2 and 3", tables=main_tables(store, searched))
 
 
 def _retrained(store: RunStore, searched: Searched) -> Section:

@@ -17,14 +17,8 @@ Row = Sequence[str]
 
 def results(store: RunStore, *, markdown: bool = False) -> str:
     """Return all results that are stored, and what is missing."""
-    searched = Searched.of(store)
-    named = stored.named_table(store, searched)
-    tables = [
-        stored.network_table(store),
-        *stored.search_tables(store, searched),
-        *([named] if named.rows else []),
-        *([stored.sweep_table(store)] if stored.is_swept(store) else []),
-    ]
+    sweep = [stored.sweep_table(store)] if stored.is_swept(store) else []
+    tables = [*stored.main_tables(store, Searched.of(store)), *sweep]
     parts = [as_text(table, markdown) for table in tables]
     if (store.read_table("alpha_trials")["search"] == "optuna").any():
         parts.append(trials_table(store, markdown=markdown))
@@ -34,9 +28,7 @@ def results(store: RunStore, *, markdown: bool = False) -> str:
 def stage_results(store: RunStore, stage: str) -> str:
     """Return what one stage has to show."""
     if stage == "validate":
-        named = stored.named_table(store)
-        found = [*stored.search_tables(store), *([named] if named.rows else [])]
-        return "\n\n".join([network_table(store), *map(as_text, found)])
+        return "\n\n".join(map(as_text, stored.main_tables(store, Searched.of(store))))
     if stage == "search":
         selected = [_frame(stored.selected(store))] if store.experiment.search.budgets else []
         return "\n\n".join([*selected, *map(as_text, stored.limit_tables(store))])

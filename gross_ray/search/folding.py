@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.calls import network_calls, told_where_it_cannot_run
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import replace_modules
+from gross_ray.decomposition.calls import given, network_calls, told_where_it_cannot_run
+from gross_ray.decomposition.surgery import check_plain, replace_modules
 from gross_ray.errors import InvalidValueError
 from gross_ray.modes import evaluating
 from gross_ray.search.cost import elements, held, plain_macs
@@ -60,8 +59,7 @@ def fold(
     """
     if objective not in OBJECTIVES:
         raise InvalidValueError(f"objective = {objective!r}: must be one of {', '.join(OBJECTIVES)}")
-    if any(isinstance(module, SeriesConv2d) for module in network.modules()):
-        raise InvalidValueError("fold of a supernet: take one configuration out of it first, with extract")
+    check_plain(network, "fold")
     found = bottlenecks(network)
     dense = {name: dense_convolution(module) for name, module in found.items()}
     if objective == "parameters":
@@ -183,8 +181,7 @@ def _inputs(
     names = {id(module): name for name, module in found.items()}
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        given = args[0] if args else kwargs["input"]
-        inputs[names[id(module)]].append(given.clone())  # it may be overwritten in place
+        inputs[names[id(module)]].append(given(args, kwargs).clone())  # it may be overwritten in place
 
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in found.values()]
     images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))

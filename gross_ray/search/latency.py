@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.calls import output_of, told_where_it_cannot_run, zero_images
+from gross_ray.decomposition.calls import given, output_of, told_where_it_cannot_run, zero_images
 from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
@@ -251,7 +251,7 @@ class _AnswersAtOnce(nn.Module):
         self.outputs: dict[torch.Size, Tensor] = {}
 
     def record(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        images = args[0] if args else kwargs["input"]
+        images = given(args, kwargs)
         self.inputs.append(images)
         self.outputs[images.shape] = torch.zeros_like(output)
 
