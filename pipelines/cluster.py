@@ -45,8 +45,9 @@ ORPHAN_SECONDS = 10.0
 _MARK = "GROSS_RAY_STARTED"
 _SESSION_TIME = "%Y-%m-%d_%H-%M-%S_%f"  # Ray's own, of the local time
 """Environment variable of all processes of a Ray that is started here."""
-THREAD_EFFICIENCY = 0.85
-"""n threads do n^0.85 times the work of one (measured: 1.8 times with 2, training the four-conv network)."""
+THREAD_EFFICIENCY = 0.6
+"""n threads do n^0.6 times the work of one (measured: 1.4 to 1.8 times with 2, training the four-conv network, and a
+fraction of that where something else wants one of the cores)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,6 +82,7 @@ def test_slots(there: Cluster, slots: int) -> None:
         (_cluster(8, cores_per_node=2), {1: 2, 4: 2, 8: 1}),  # a unit is on one node
         (_cluster(8, gpus=1), {1: 8, 2: 4, 4: 2}),
         (_cluster(1), {1: 1, 5: 1}),
+        (_cluster(2), {1: 2, 3: 2, 5: 1, 20: 1}),  # two threads do less than twice the work of one
     ],
 )
 def test_threads_share_the_cores_among_the_units(there: Cluster, threads: dict[int, int]) -> None:
