@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gross_ray.data.image_set import Splits
+from gross_ray.precision import products_at
 
 CALIBRATION_IMAGES = 512
 """Images of the training split from which statistics are taken."""
@@ -35,7 +36,8 @@ def has_statistics(module: nn.Module) -> bool:
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the statistics of every batch-norm by those of the responses to `batches`, as a network takes them.
 
-    Each batch (N, C, H, W) counts alike; all else of the network, its modes too, is left as it is.
+    Each batch (N, C, H, W) counts alike; all else of the network, its modes too, is left as it is. Products are those
+    of float32, as where accuracies are counted, unless autocast is on.
     """
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and has_statistics(module)]
     if not norms:
@@ -49,7 +51,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
                 setattr(norm, name, torch.zeros_like(buffer))  # not in place: weights may be shared, and read-only
             norm.momentum = None  # the plain mean over batches
             norm.train()
-        with torch.no_grad():
+        with torch.no_grad(), products_at("float32", next(norms[0].buffers()).device):
             for batch in batches:
                 network(batch)
     finally:

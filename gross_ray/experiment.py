@@ -367,6 +367,18 @@ class Experiment:
         """Return every field by its dotted name, as `--set` writes it: ``training.epochs`` -> 100."""
         return dict(_flatten(self.to_dict(), ""))
 
+    def without_effect(self) -> list[str]:
+        """Return a line for each setting that changes nothing: milestones at which a training has ended."""
+        fields, lines = self.fields(), []
+        for name, milestones in fields.items():
+            place, _, last = name.rpartition(".")
+            if last != "milestones":
+                continue
+            epochs = fields[f"{place}.epochs"]
+            if late := [milestone for milestone in milestones if milestone >= epochs]:
+                lines.append(f"{name} = {milestones}: {epochs} epochs do not reach {', '.join(map(str, late))}")
+        return lines
+
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that are equal for equal experiments."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))

@@ -174,6 +174,8 @@ def run_folder(
 
             check_reusable(experiment, reuse)
         check_experiment(experiment, source.load(experiment.data))
+        for line in experiment.without_effect():
+            click.echo(f"without effect: {line}", err=True)
     return RunStore.create(run, experiment)
 
 

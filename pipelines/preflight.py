@@ -18,6 +18,7 @@ from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, uniform
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.training.together import check_stackable
 from gross_ray.weights import read_weights, set_weights
 from pipelines import search
 from pipelines.networks import layer_choice
@@ -33,8 +34,8 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
 
     That is: weights of another network, images that the network cannot run, an output that is no logits, layers and
     group-sizes that it does not have, fixed configurations and budgets outside the space, limits below its cheapest
-    configuration, and a space too large for the strategy. Limits on a latency are not looked at: it is measured after
-    the training.
+    configuration, supernets that cannot be stacked where the engine stacks them, a last batch too small, and a space
+    too large for the strategy. Limits on a latency are not looked at: it is measured after the training.
     """
     shape = splits.train.images.shape[1:]
     network = build_model(
@@ -44,7 +45,11 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
         set_weights(network, read_weights(experiment.weights), experiment.weights)
     _check_logits(network, shape, experiment.model, len(splits.classes))
     _check_training(network, shape, experiment.model)
+    _check_last_batch(network, shape, experiment, len(splits.train))
     supernet = running_supernet(network, layer_choice(network, experiment.decomposition, shape).group_sizes, shape)
+    engine = experiment.engine
+    if engine.parallel_seeds > 1 or engine.compile or (engine.capture and torch.cuda.is_available()):
+        check_stackable(supernet, shape, engine)
     space = SearchSpace.of(supernet)
     _check_fixed(experiment, space, _cost(supernet, shape, "macs"))
     if experiment.search.strategy == "exhaustive":
@@ -99,6 +104,22 @@ def _check_training(network: torch.nn.Module, shape: torch.Size, model: str) -> 
         raise InvalidValueError(
             f"model {model!r}: cannot be trained: {one_line(error)}; a step is made of float32 images, logits from the "
             "network in training mode, their gradients, and copies of the network"
+        ) from None
+
+
+def _check_last_batch(network: torch.nn.Module, shape: torch.Size, experiment: Experiment, num_images: int) -> None:
+    """Raise InvalidValueError where an epoch ends with one image, and the network cannot be trained on a single one."""
+    options = experiment.training
+    count, size = options.images_of(num_images), options.batch_size
+    if experiment.weights or count % size != 1:
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copy.deepcopy(network).train()(torch.zeros(1, *shape))
+    except Exception as error:  # whatever the user's own code raises; batch-norm over one value does
+        raise InvalidValueError(
+            f"training.batch_size = {size}: the last of {count} images is a batch by itself, which model "
+            f"{experiment.model!r} cannot be trained on: {one_line(error)}; set another training.batch_size"
         ) from None
 
 

@@ -33,8 +33,8 @@ _NETWORKS = (
     "training",
     "engine.precision",
     "engine.compile",
-    "engine.parallel_seeds",
 )
+"""Without those of the engine that change rounding alone, as devices and threads do: capture, parallel_seeds."""
 _TERMS = (*_NETWORKS, "decomposition")
 _SUPERNETS = (*_TERMS, "supernet", "reconstruction")
 

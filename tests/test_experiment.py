@@ -292,6 +292,22 @@ def test_what_is_no_experiment_is_refused(text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_milestones_that_no_epoch_reaches_are_without_effect() -> None:
+    """Of 30 epochs the last is the 29th behind the first: a milestone at 30 lowers nothing, one at 29 its rate."""
+    settings = ["finetuning.milestones=[29,30,40]", "finetuning.epochs=30", "validation.reconstruction.epochs=20"]
+    assert preset("paper").override(settings).without_effect() == [
+        "finetuning.milestones = [29, 30, 40]: 30 epochs do not reach 30, 40",
+        "validation.reconstruction.milestones = [20]: 20 epochs do not reach 20",
+    ]
+    schedule = preset("paper").override(settings).finetuning
+    assert schedule.lr_at(28) > schedule.lr_at(29)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_setting_of_a_preset_has_an_effect(name: str) -> None:
+    assert preset(name).without_effect() == []
+
+
 def test_every_part_is_frozen() -> None:
     parts: list[Any] = [Experiment()]
     for part in parts:

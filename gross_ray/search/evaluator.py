@@ -20,7 +20,7 @@ from gross_ray.decomposition.calls import output_of
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
-from gross_ray.precision import at_precision
+from gross_ray.precision import at_precision, products_at
 from gross_ray.search.batch_plan import (
     BatchPlan,
     bytes_of_pass,
@@ -249,7 +249,7 @@ class Evaluator:
         statistics: Statistics = {}
         for batch in batches:
             found: Statistics = {}
-            with modules_out_of_place(self._supernet):
+            with modules_out_of_place(self._supernet), products_at("float32", batch.device):
                 walk.run(
                     self._batch(batch),
                     root,

@@ -8,9 +8,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gross_ray.data.image_set import Splits
 from gross_ray.decomposition.surgery import series_layers, set_configuration
+from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.training.loop import FLOAT32, CheckpointSlot, EpochRecord, accuracy, train
 from gross_ray.training.sampling import ConfigurationSampler
@@ -28,13 +30,19 @@ def train_network(
     checkpoint: CheckpointSlot | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:
-    """Train every parameter of `network` in place on the classification task (section 4.2)."""
+    """Train every parameter of `network` in place on the classification task (section 4.2).
+
+    One that does not require gradients stays as it is. Raises InvalidValueError where none does.
+    """
+    parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise InvalidValueError("no parameter of the network requires gradients: there is nothing to train")
     network.to(memory_format=torch.channels_last)
     return train(
         network,
         splits.train,
         schedule,
-        parameters=dict(network.named_parameters()),
+        parameters=parameters,
         loss=lambda inputs, labels: F.cross_entropy(network(inputs), labels),
         seed=seed,
         set_mode=network.train,
@@ -154,10 +162,10 @@ def freeze_all_but_series(supernet: nn.Module) -> Mapping[str, nn.Parameter]:
 
 
 def train_with_fixed_statistics(network: nn.Module) -> None:
-    """Set training mode, but for batch-norm, which keeps the statistics it has."""
+    """Set training mode, but for batch-norm, and other norms with statistics, which keep those they have."""
     network.train()
     for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.track_running_stats):
             module.eval()
 
 

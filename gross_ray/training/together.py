@@ -6,9 +6,11 @@ by itself, and its checkpoints are those of a training by itself.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from gross_ray.errors import DivergedError, InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
+from gross_ray.space import SearchSpace
 from gross_ray.training.capture import CapturedStep, captures
 from gross_ray.training.draws import EpochDraws, dropout_by
 from gross_ray.training.loop import (
@@ -105,14 +108,55 @@ def finetune_together(
 
     Raises InvalidValueError for supernets of different networks, or one that cannot be batched.
     """
+    return _train(members, splits, schedule, engine, _FINETUNING)
 
-    def loss(network: Callable[[Tensor], Tensor], _: None, inputs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(network(inputs), labels)
 
-    return _train(members, splits, schedule, engine, _Stage(loss, train_with_fixed_statistics))
+def _cross_entropy(network: Callable[[Tensor], Tensor], _: None, inputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(network(inputs), labels)
+
+
+_FINETUNING = _Stage(_cross_entropy, train_with_fixed_statistics)
+
+
+def check_stackable(supernet: nn.Module, shape: Sequence[int], engine: EngineOptions) -> None:
+    """Raise InvalidValueError where `finetune_together` could not train `supernet` on images (C, H, W).
+
+    It names what `engine` would have to be. The supernet is left as it is.
+    """
+    images = ImageSet(torch.zeros(2, *shape, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    member = Member(copy.deepcopy(supernet), 0, ConfigurationSampler(SearchSpace.of(supernet), 0.0))
+    plain = replace(engine, compile=False, capture=False, precision="float32")
+    with _told_of(engine):
+        _train_all([member], Splits("", images, images, images, ()), Schedule(epochs=1, lr=1e-9), plain, _FINETUNING)
 
 
 def _train(
+    members: Sequence[Member], splits: Splits, schedule: Schedule, engine: EngineOptions, stage: _Stage
+) -> list[Outcome]:
+    with _told_of(engine):
+        return _train_all(members, splits, schedule, engine, stage)
+
+
+class _NoStackError(Exception):
+    """Says why a supernet cannot be part of a stack."""
+
+
+@contextmanager
+def _told_of(engine: EngineOptions) -> Iterator[None]:
+    """Let what is no stack be told together with the options to change."""
+    stacking = {
+        "engine.parallel_seeds=1": engine.parallel_seeds > 1,
+        "engine.capture=false": engine.capture,
+        "engine.compile=false": engine.compile,
+    }
+    options = [option for option, stacks in stacking.items() if stacks] or ["engine.parallel_seeds=1"]
+    try:
+        yield
+    except _NoStackError as error:
+        raise InvalidValueError(f"{error}: train such supernets each by itself ({', '.join(options)})") from None
+
+
+def _train_all(
     members: Sequence[Member], splits: Splits, schedule: Schedule, engine: EngineOptions, stage: _Stage
 ) -> list[Outcome]:
     """Train each member from where its checkpoint leaves it; those that are equally far go together."""
@@ -172,7 +216,8 @@ def _epochs(
                 member.on_epoch(record)
         if len(sound) < len(alive):
             alive = [alive[column] for column in sound]
-            steps.select(sound)
+            if alive:
+                steps.select(sound)
     return outcomes
 
 
@@ -321,10 +366,7 @@ class _Steps:
         except RuntimeError as error:
             if "random operation" not in str(error):
                 raise
-            raise InvalidValueError(
-                "the network draws random numbers other than by nn.Dropout: such supernets are trained one by one "
-                "(engine.parallel_seeds=1)"
-            ) from None
+            raise _NoStackError("the network draws random numbers other than by nn.Dropout") from None
 
     def _loss(
         self, terms: dict[str, Tensor], active: dict[str, Tensor], masks: dict[str, Tensor], images: Tensor, goal: Any
@@ -362,10 +404,7 @@ class _Steps:
         def look(dropout: nn.Dropout, inputs: Tensor) -> Tensor:
             name = self._dropouts[dropout]
             if name in shapes:
-                raise InvalidValueError(
-                    f"dropout {name!r} is used twice in one pass: such supernets are trained one by one "
-                    "(engine.parallel_seeds=1)"
-                )
+                raise _NoStackError(f"dropout {name!r} is used twice in one pass")
             shapes[name] = inputs.shape[1:]
             return torch.ones_like(inputs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import DataOptions
 from gross_ray.models import MODELS
 from gross_ray.presets import preset
+from pipelines.command_line import run_folder
 from pipelines.preflight import check_experiment
 
 SMALL = DataOptions(name="sample", limit_train=4, limit_validation=4, limit_test=4)
@@ -150,6 +152,48 @@ def test_what_a_training_would_meet_is_told(
         check_experiment(preset("quickstart"), splits)
     assert len(str(refused.value).splitlines()) == 1
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("images", "refused"), [(0, True), (3, False)])
+def test_a_last_batch_of_one_image_is_told_where_the_network_cannot_take_it(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch, images: int, refused: bool
+) -> None:
+    def network(num_classes: int, image_size: int) -> nn.Module:
+        pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return nn.Sequential(*pooled, nn.BatchNorm1d(4), nn.Linear(4, num_classes))
+
+    monkeypatch.setitem(MODELS, "four-conv", network)
+    settings = ["training.batch_size=3", f"training.images={images}", "search.budgets=[2]", "validation.fixed=[2]"]
+    told = "training.batch_size = 3: the last of 4 images is a batch by itself, .*; set another training.batch_size"
+    with pytest.raises(InvalidValueError, match=told) if refused else nullcontext():
+        check_experiment(preset("quickstart").override(settings), splits)
+
+
+@pytest.mark.parametrize(
+    ("setting", "refused"), [("engine.parallel_seeds=2", True), ("engine.parallel_seeds=1", False)]
+)
+def test_supernets_that_cannot_be_stacked_are_told(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch, setting: str, refused: bool
+) -> None:
+    def network(num_classes: int, image_size: int) -> nn.Module:
+        body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Dropout2d(), nn.AdaptiveAvgPool2d(1))
+        return nn.Sequential(*body, nn.Flatten(), nn.Linear(4, num_classes))
+
+    monkeypatch.setitem(MODELS, "four-conv", network)
+    with pytest.raises(InvalidValueError, match=r"\(engine.parallel_seeds=1\)$") if refused else nullcontext():
+        check_experiment(preset("quickstart").override([setting, "search.budgets=[2]", "validation.fixed=[2]"]), splits)
+
+
+def test_what_has_no_effect_is_told_when_a_folder_is_made(
+    splits: Splits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Source:
+        def load(self, _options: DataOptions) -> Splits:
+            return splits
+
+    for _ in range(2):
+        run_folder(str(tmp_path / "run"), "quickstart", ("training.epochs=2",), Source())
+    assert capsys.readouterr().err == "without effect: training.milestones = [3]: 2 epochs do not reach 3\n"
 
 
 def test_no_folder_is_made(tmp_path: Path) -> None:

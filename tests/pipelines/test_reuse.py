@@ -105,6 +105,8 @@ def test_evaluations_that_would_differ_are_refused(other: RunStore, tmp_path: Pa
     ("setting", "taken"),
     [
         ("search.top=2", [part.stage for part in PARTS]),
+        ("engine.parallel_seeds=2", [part.stage for part in PARTS]),  # another rounding, as on another machine
+        ("engine.capture=true", [part.stage for part in PARTS]),
         ("finetuning.epochs=3", ["train", "decompose", "latency", "reconstruct", "validate"]),
         ("supernet.alpha=2", ["train", "decompose", "latency", "validate"]),
         ("validation.seeds=3", ["train", "decompose", "latency", "reconstruct", "finetune"]),

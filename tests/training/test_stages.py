@@ -18,6 +18,7 @@ from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.decomposition.btd import BTDOptions
 from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.decomposition.surgery import decompose_model, extract, get_configuration, set_configuration
+from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Schedule
 from gross_ray.space import SearchSpace
 from gross_ray.training import stages
@@ -147,6 +148,29 @@ def test_reconstruction_loss_is_the_sum_of_equation_9_over_the_layers(
     assert record.val_accuracy is None
 
 
+def test_nothing_is_dropped_or_normalised_anew_while_reconstructing(splits: Splits) -> None:
+    """Whatever modes the networks come in, also with dropout and batch-norm between the decomposed layers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 4, 3)
+        )
+    supernet = decompose_model(network, group_sizes=(2,), options=BTDOptions(tolerance=1e-2))
+    images = Normalisation()(splits.train.images)
+    with torch.no_grad():
+        ours, theirs = images, images
+        expected = 0.0
+        for place, (one, other) in enumerate(zip(copy.deepcopy(supernet).eval(), network.eval(), strict=True)):
+            ours, theirs = one(ours), other(theirs)
+            if place in (1, 4):
+                expected += float((ours - theirs).norm() / theirs.norm())
+    schedule = Schedule(epochs=1, lr=1e-3, batch_size=len(images), augment=False)
+    before = copy.deepcopy(network.state_dict())
+    (record,) = reconstruct(supernet.train(), network.train(), splits, schedule, seed=0)
+    assert record.train_loss == pytest.approx(expected, rel=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_finetuning_lowers_the_classification_loss(supernet: nn.Module, splits: Splits) -> None:
     set_configuration(supernet, (1, 2))
 
@@ -251,6 +275,31 @@ def test_finetuning_drops_out_and_leaves_batch_norm_alone(supernet: nn.Module, s
             module.register_forward_pre_hook(note)
     finetune(supernet, splits, SCHEDULE, seed=0)
     assert modes == {"dropout": {True}, "batch-norm": {False}}
+
+
+def test_finetuning_leaves_the_statistics_of_other_norms_alone(splits: Splits) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.InstanceNorm2d(4, track_running_stats=True),
+            nn.Conv2d(4, 4, 3),
+            nn.Flatten(),
+            nn.Linear(64, 3),
+        )
+    supernet = decompose_model(network, group_sizes=(2,), options=BTDOptions(tolerance=1e-2))
+    before = copy.deepcopy(supernet)
+    finetune(supernet, splits, SCHEDULE, seed=0)
+    assert {name.split(".")[0] for name in changed(supernet, before)} == {"2"}
+
+
+def test_a_parameter_that_needs_no_gradient_is_not_trained(original: nn.Sequential, splits: Splits) -> None:
+    network = copy.deepcopy(original)
+    network[3].weight.requires_grad_(False)
+    train_network(network, splits, replace(SCHEDULE, weight_decay=1e-3), seed=1)
+    assert changed(network, original) == set(original.state_dict()) - {"3.weight"}
+    with pytest.raises(InvalidValueError, match="there is nothing to train"):
+        train_network(network.requires_grad_(False), splits, SCHEDULE, seed=1)
 
 
 def test_base_network_trains_all_of_itself_and_learns(original: nn.Sequential, splits: Splits) -> None:

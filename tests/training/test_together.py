@@ -1,4 +1,5 @@
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,11 +16,17 @@ from gross_ray.decomposition.surgery import decompose_model, series_layers, set_
 from gross_ray.errors import DivergedError, InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.space import SearchSpace
-from gross_ray.training import loop
+from gross_ray.training import loop, together
 from gross_ray.training.loop import EpochRecord
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import finetune, reconstruct
-from gross_ray.training.together import Member, Outcome, finetune_together, reconstruct_together
+from gross_ray.training.together import (
+    Member,
+    Outcome,
+    check_stackable,
+    finetune_together,
+    reconstruct_together,
+)
 
 SIZES = {"0": (1, 3), "3": (1, 2, 4), "6": (2,)}
 SCHEDULE = Schedule(epochs=3, lr=0.05, milestones=(2,), batch_size=12, weight_decay=1e-2)
@@ -174,6 +181,27 @@ def test_one_that_diverges_leaves_the_others_as_they_are(
         assert_close(together[place].supernet, alone[place].supernet)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_diverge(supernets: list[nn.Module], stage: tuple[Stage, Stage], count: int) -> None:
+    together = members(supernets)[:count]
+    for member in together:
+        with torch.no_grad():
+            member.supernet.get_submodule("6").grouped[0].fill_(float("nan"))
+    outcomes = stage[1](together)
+    assert len(outcomes) == count
+    assert all(isinstance(outcome, DivergedError) and "of epoch 1" in str(outcome) for outcome in outcomes)
+
+
+def test_each_has_its_share_of_the_seconds(
+    supernets: list[nn.Module], stage: tuple[Stage, Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three members share the epoch's 6 seconds; of 40 images each."""
+    clock = itertools.count(step=6.0)
+    monkeypatch.setattr(together.time, "perf_counter", lambda: next(clock))
+    (first, *_), *_ = stage[1](members(supernets))
+    assert (first.seconds, first.images_per_second) == (2.0, 20.0)
+
+
 def test_supernets_of_different_networks_are_refused(supernets: list[nn.Module], splits: Splits) -> None:
     others = members(supernets)
     with torch.no_grad():
@@ -206,6 +234,25 @@ def test_random_numbers_of_other_kinds_are_refused(supernets: list[nn.Module], s
         member.supernet[2] = Blink()
     with pytest.raises(InvalidValueError, match=r"random numbers other than by nn.Dropout.*engine.parallel_seeds=1"):
         finetune_together(blinking, splits, SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        (EngineOptions(capture=True), "engine.capture=false"),
+        (EngineOptions(compile=True, parallel_seeds=2), "engine.parallel_seeds=1, engine.compile=false"),
+    ],
+)
+def test_what_no_stack_can_have_is_told_with_the_options_that_stack(
+    supernets: list[nn.Module], engine: EngineOptions, options: str
+) -> None:
+    single = copy.deepcopy(supernets[0])
+    before = copy.deepcopy(single.state_dict())
+    check_stackable(single, (3, 8, 8), engine)
+    assert all(torch.equal(value, before[name]) for name, value in single.state_dict().items())
+    single[2] = Blink()
+    with pytest.raises(InvalidValueError, match=rf"than by nn.Dropout: train .* each by itself \({options}\)$"):
+        check_stackable(single, (3, 8, 8), engine)
 
 
 def test_a_convolution_that_is_used_twice_is_trained_as_by_itself(splits: Splits) -> None:
