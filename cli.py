@@ -472,6 +472,8 @@ def show(run: str, table: str, rows: int, csv: bool) -> None:
     """
     from gross_ray.results.store import read_table
 
+    if csv and click.get_current_context().get_parameter_source("rows") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"--rows {rows} with --csv, which prints all rows: leave one of them out")
     frame = read_table(run, table)
     if csv:
         click.echo(frame.to_csv(index=False), nl=False)

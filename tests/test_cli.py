@@ -255,6 +255,7 @@ def test_show_prints_a_table_and_says_how_much_is_left(trained: Path) -> None:
     assert csv[0].split(",") == [column.name for column in TABLES["networks"].columns]
     assert len(csv) == 3
     assert "--rows" in mistake("show", trained, "networks", "--rows", "-1")
+    assert "leave one of them out" in mistake("show", trained, "networks", "--rows", "1", "--csv")
 
 
 def test_status_and_report_of_a_run_under_way(trained: Path) -> None:

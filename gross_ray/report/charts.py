@@ -9,12 +9,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from gross_ray.report.results import ResultTable
+from gross_ray.report.results import FIXED, NAMED, SELECTED, ResultTable
 
 COLOURS = ("#2f7fc1", "#d2691e", "#2a9461", "#b0509c", "#8466cf", "#cf4a4a", "#1d8f9c", "#97803a")
 """For lines and marks, told apart by the colour-blind as far as eight can be; on light and dark alike (3:1 or more)."""
 GREY = "#7f7f7f"
 BLUE, ORANGE, GREEN, PURPLE = COLOURS[:4]
+MARKS = {FIXED: (ORANGE, "square"), SELECTED: (PURPLE, "star"), NAMED: (COLOURS[6], "diamond")}
+"""Colour and symbol of each kind of configurations (`kinds_of`)."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "cross")
 MAX_DETAILS = 200

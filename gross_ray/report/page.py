@@ -61,7 +61,7 @@ def html_page(store: RunStore) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["prose"] = _prose
+    environment.filters |= {"prose": _prose, "breakable": _breakable}
     parts = sections(store)
     return environment.from_string((templates / "page.html").read_text(encoding="utf-8")).render(
         experiment=store.experiment,
@@ -89,6 +89,13 @@ def _json(parts: list[Section]) -> str:
     }
     text = json.dumps(figures, cls=PlotlyJSONEncoder, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _breakable(text: str) -> Markup:
+    """Return text that may be broken behind its dashes: configurations of many layers are long."""
+    from markupsafe import Markup, escape
+
+    return Markup(str(escape(text)).replace("-", "-<wbr>"))
 
 
 def _prose(text: str) -> Markup:

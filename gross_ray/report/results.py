@@ -13,10 +13,17 @@ from gross_ray.results.store import RunStore
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
 from gross_ray.search.selection import Budget, best_under
 from gross_ray.seeds import derived_generator
+from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling
 
 SHOWN = ("val", "test")
 """Splits."""
+LEAST_RANKED = 5
+"""Of fewer configurations a rank correlation has no interval: their few resamples say more of their number."""
+
+
+FIXED, SELECTED, NAMED = "fixed", "selected", "also trained"
+"""What a configuration is to a run: compared with, found by its search, or trained on its own for another reason."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +116,25 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
 
 def named_table(store: RunStore, searched: Searched) -> ResultTable:
     """Return the configurations trained on their own that are not fixed, nor found under a budget or limit."""
-    validations = store.read_table("validations")
-    found = set(selected(store)["configuration"])
-    if store.experiment.search.limits:
-        for _, best in _within_limits(store, searched):
-            found |= set() if isinstance(best, str) else set(best["configuration"])
-    others = validations[(validations["kind"] != "fixed") & ~validations["configuration"].isin(found)]
+    validations, kinds = store.read_table("validations"), kinds_of(store, searched)
+    others = validations[validations["configuration"].map(kinds) == NAMED]
     rows = [
         [str(name), millions(group["macs"].iloc[0]), *(_accuracy(group[f"{split}_accuracy"])[1] for split in SHOWN)]
         for name, group in others.sort_values("macs", ascending=False).groupby("configuration", sort=False)
     ]
     heads = ["configuration", "M MACs", *(f"on its own ({split}): mean (std, n)" for split in SHOWN)]
-    return ResultTable("Trained on their own by name", heads if rows else (), rows)
+    return ResultTable("Also trained on their own", heads if rows else (), rows)
+
+
+def kinds_of(store: RunStore, searched: Searched) -> dict[str, str]:
+    """Return which configurations are fixed, selected (under a budget or within a limit), or else only validated."""
+    validations, selections = store.read_table("validations", ["configuration", "kind"]), selected(store)
+    kinds = dict.fromkeys(validations["configuration"], NAMED)
+    for _, best in _within_limits(store, searched):
+        kinds |= {} if isinstance(best, str) else dict.fromkeys(best["configuration"], SELECTED)
+    kinds |= dict.fromkeys(selections["configuration"], SELECTED)
+    fixed = validations.loc[validations["kind"] == FIXED, "configuration"]
+    return kinds | dict.fromkeys([*selections["budget"], *fixed], FIXED)
 
 
 def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> ResultTable:
@@ -197,14 +211,14 @@ def cost_columns(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]
 def sweep_table(store: RunStore) -> ResultTable:
     """Return Figure 1's numbers: accuracy in the supernet less that on its own, for each alpha (validation split)."""
     sweep, trials = store.read_table("alpha_sweep"), store.read_table("alpha_trials")
-    title = "Sampling temperature: supernet less fixed, percentage points (validation split, Figure 1)"
+    title = "Sampling temperature: supernet less fixed, percentage points: mean (std) (validation split, Figure 1)"
     if sweep.empty:
         return ResultTable(title, missing=["run `gross sweep-alpha`"])
-    configurations = list(dict.fromkeys(sweep["configuration"]))
+    configurations = sorted(set(sweep["configuration"]), key=Configuration.parse)
     rows = []
     for (alpha, scaling), group in sweep.groupby(["alpha", "scaling"]):
-        means = group.groupby("configuration")["difference"].mean()
-        differences = [f"{100 * means[one]:+.2f}" for one in configurations]
+        points = 100 * group.groupby("configuration")["difference"].agg(["mean", "std"]).reindex(configurations)
+        differences = [_mean_and_spread(*one) for one in points.itertuples(index=False)]
         rows.append([temperature(alpha, scaling), *differences, str(group["seed"].nunique())])
     stopped = trials[(trials["search"] == "grid") & (trials["status"] == "stopped")]
     notes = [
@@ -274,9 +288,13 @@ def correlation_sentence(store: RunStore, supernet: pd.Series, validations: pd.D
         found = correlation(store, supernet, validations)
     except InvalidValueError as error:
         return str(error)
+    ranked, trained = found.num_configurations, validations["configuration"].nunique()
+    of = f"{ranked}" if ranked == trained else f"{ranked} of the {trained} validated"
+    what = f"rank correlation of {of} configurations in the supernet and on their own (val)"
+    if ranked < LEAST_RANKED:
+        return f"{what}, too few for intervals: Spearman {found.spearman:.2f}, Kendall {found.kendall:.2f}"
     return (
-        f"rank correlation of {found.num_configurations} configurations in the supernet and on their own (val), "
-        "95 % bootstrap intervals: "
+        f"{what}, 95 % bootstrap intervals: "
         f"Spearman {found.spearman:.2f} [{found.spearman_low:.2f}, {found.spearman_high:.2f}], "
         f"Kendall {found.kendall:.2f} [{found.kendall_low:.2f}, {found.kendall_high:.2f}]"
     )
@@ -300,6 +318,12 @@ def temperature(alpha: float, scaling: str) -> str:
 def millions(macs: float) -> str:
     """Return a number of MACs in millions."""
     return f"{macs / 1e6:.2f}"
+
+
+def _mean_and_spread(mean: float, deviation: float) -> str:
+    if pd.isna(mean):
+        return "-"
+    return f"{mean:+.2f}" + (f" ({deviation:.2f})" if pd.notna(deviation) else "")
 
 
 def _lacking(num: int, planned: int, what: str) -> list[str]:

@@ -8,38 +8,44 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from gross_ray.report.charts import (
+    BLUE,
     COLOURS,
     DASHES,
     GREY,
+    MARKS,
     MAX_DETAILS,
-    ORANGE,
-    PURPLE,
     Chart,
     evenly,
     layout,
     padded,
     shown,
 )
-from gross_ray.report.results import ResultTable, correlation_sentence
+from gross_ray.report.results import ResultTable, correlation_sentence, kinds_of
+from gross_ray.report.searched import Searched
 from gross_ray.results.store import RunStore
 
 MAX_CURVES = 12
 """Trainings of one stage that are drawn, at most."""
+MAX_WORDED = 12
+"""Of more layers the cells are too low for their numbers; the figure is higher then, and each layer has its name."""
+ROW = 18
+"""Pixels of a layer, where there are more."""
 
 
-def retrained_chart(store: RunStore, accuracies: pd.DataFrame, validations: pd.DataFrame) -> Chart | None:
+def retrained_chart(store: RunStore, searched: Searched, validations: pd.DataFrame) -> Chart | None:
     """Return accuracy in the supernet against that on its own, or None where no configuration has both."""
     own = validations.groupby("configuration")["val_accuracy"].agg(["mean", "std", "count"])
-    supernet = accuracies.set_index("configuration")["supernet_accuracy"]
-    both = own.join(supernet, how="inner").join(validations.groupby("configuration")["kind"].first())
+    supernet = searched.accuracies.set_index("configuration")["supernet_accuracy"]
+    both = own.join(supernet, how="inner")
     if both.empty:
         return None
+    both["kind"] = both.index.map(kinds_of(store, searched))
     both[["mean", "std", "supernet_accuracy"]] *= 100
     figure = go.Figure(layout=layout("accuracy in the supernet, % (val)", "accuracy on its own, % (val)"))
     ends = padded([*both["supernet_accuracy"], *both["mean"]])
     line = {"color": GREY, "dash": "dot", "width": 1}
     figure.add_trace(go.Scatter(name="equal", x=ends, y=ends, mode="lines", line=line, hoverinfo="skip"))
-    for kind, colour, symbol in (("fixed", ORANGE, "square"), ("selected", PURPLE, "star")):
+    for kind, (colour, symbol) in MARKS.items():
         rows = both[both["kind"] == kind]
         if len(rows):
             figure.add_trace(
@@ -74,6 +80,7 @@ def retrained_chart(store: RunStore, accuracies: pd.DataFrame, validations: pd.D
         "In the supernet and on its own, % (val)",
         ["configuration", "kind", "in supernet", "on its own: mean (std, n)"],
         rows,
+        [f"the {len(rows)} of {len(both)} that are the most accurate in the supernet"] if len(rows) < len(both) else [],
     )
     return Chart("retrained", "In the supernet and trained on its own", summary, {"": figure}, details=details)
 
@@ -82,17 +89,20 @@ def decomposition_chart(decompositions: pd.DataFrame) -> Chart:
     """Return the relative error of each layer at each group-size, of which there must be one."""
     layers = list(dict.fromkeys(decompositions["layer"]))
     sizes = sorted(set(decompositions["group_size"]))
-    errors = decompositions.groupby(["layer", "group_size"])["relative_error"].mean().unstack().loc[layers, sizes]
-    cells = [[None if pd.isna(cell) else round(cell, 6) for cell in row] for row in errors.to_numpy().tolist()]
+    errors = decompositions.groupby(["layer", "group_size"])["relative_error"].agg(["mean", "std", "count"])
+    few = len(layers) <= MAX_WORDED
     figure = go.Figure(
         go.Heatmap(
             x=[str(size) for size in sizes],
             y=[shown(layer) for layer in layers],
-            z=cells,
+            z=_grid(errors["mean"], layers, sizes),
+            customdata=_grid(errors["count"], layers, sizes),
             zmin=0,
-            colorscale="Cividis",
-            texttemplate="%{z:.2f}",
-            hovertemplate="%{y}, group-size %{x}<br>relative error %{z:.4f}<extra></extra>",
+            zmax=1,
+            colorscale=[[0, "#ffffff"], [1, BLUE]],  # so light that black can be read on all of it
+            texttemplate="%{z:.2f}" if few else "",
+            textfont={"color": "#000000"},
+            hovertemplate="%{y}, group-size %{x}<br>relative error %{z:.4f}, mean of %{customdata}<extra></extra>",
             colorbar={"thickness": 8, "outlinewidth": 0, "title": {"text": "relative error", "side": "right"}},
             xgap=1,
             ygap=1,
@@ -101,34 +111,41 @@ def decomposition_chart(decompositions: pd.DataFrame) -> Chart:
             "group-size",
             "layer",
             xaxis={"type": "category", "showgrid": False},
-            yaxis={"type": "category", "showgrid": False, "autorange": "reversed"},
+            yaxis={"type": "category", "showgrid": False, "autorange": "reversed", "dtick": 1},
+            **({} if few else {"height": 120 + ROW * len(layers)}),
         ),
     )
-    worst = decompositions.loc[decompositions["relative_error"].idxmax()]
+    layer, size = errors["mean"].idxmax()
     statuses = ", ".join(f"{count} {status}" for status, count in decompositions["status"].value_counts().items())
     summary = (
-        f"Relative error of {len(decompositions)} decompositions, {len(layers)} layers at {len(sizes)} group-sizes: "
-        "the norm of what a decomposition misses over that of the weight. The largest is "
-        f"{worst['relative_error']:.4f}, of {worst['layer']} at group-size {worst['group_size']}. "
-        f"The solver's ends: {statuses}."
+        f"Relative error of {len(decompositions)} decompositions, {len(layers)} layers at {len(sizes)} group-sizes, "
+        f"each cell the mean of its {_number(errors['count'])}: the norm of what a decomposition misses over that "
+        f"of the weight. The largest is {errors['mean'].max():.4f}, of {layer} at group-size {size}. The largest "
+        f"cancellation is {decompositions['cancellation'].max():.2f}. The solver's ends: {statuses}."
     )
     rows = [
-        [
-            str(row.layer),
-            str(row.group_size),
-            f"{row.relative_error:.4f}",
-            f"{row.cancellation:.2f}",
-            str(row.steps),
-            str(row.status),
-            f"{row.seconds:.1f}",
-        ]
-        for row in decompositions.head(MAX_DETAILS).itertuples()
+        [str(layer), *(_error(errors.loc[(layer, size)]) if (layer, size) in errors.index else "-" for size in sizes)]
+        for layer in layers
     ]
-    heads = ["layer", "group-size", "relative error", "cancellation", "steps", "status", "seconds"]
-    more = len(decompositions) - len(rows)
-    notes = [f"and {more} more: gross show RUN decompositions --rows 0"] if more else []
-    details = ResultTable("The decompositions", heads, rows, notes)
+    notes = ["each by itself, with its steps, cancellation and end: `gross show RUN decompositions --rows 0`"]
+    heads = ["layer", *(f"g\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{size}" for size in sizes)]
+    details = ResultTable("Relative error by group-size: mean (std, n)", heads, rows, notes)
     return Chart("decompositions", "Error of the decompositions", summary, {"": figure}, details=details)
+
+
+def _grid(values: pd.Series, layers: list[str], sizes: list[int]) -> list[list[float | None]]:
+    cells = values.unstack().loc[layers, sizes].to_numpy().tolist()
+    return [[None if pd.isna(cell) else round(cell, 6) for cell in row] for row in cells]
+
+
+def _number(counts: pd.Series) -> str:
+    least, most = counts.min(), counts.max()
+    return f"{least} repeats" if least == most else f"{least} to {most} repeats"
+
+
+def _error(cell: pd.Series) -> str:
+    deviation = "-" if pd.isna(cell["std"]) else f"{cell['std']:.4f}"
+    return f"{cell['mean']:.4f} ({deviation}, {cell['count']:.0f})"
 
 
 def curves_chart(history: pd.DataFrame) -> Chart:

@@ -46,14 +46,27 @@ class Searched:
             return cls(pd.DataFrame(columns=["configuration", *COSTS, "supernet_accuracy"]), (), 0, 0)
         return cls(pd.concat(parts, ignore_index=True), _layers(store), len(seeds), rows)
 
-    def missing(self, store: RunStore) -> list[str]:
-        """Return how many evaluations of the whole space are not stored yet; nothing of a search by a strategy."""
-        options = store.experiment
+    def space_size(self, store: RunStore) -> int:
+        """Return how many configurations there are, as far as the layers are decomposed."""
         sizes = store.read_table("decompositions", ["layer", "group_size"]).groupby("layer")["group_size"].nunique()
-        planned = max(prod(sizes.tolist()), len(self.accuracies)) * options.supernet.seeds
-        if self.num_evaluations >= planned or options.search.strategy != "exhaustive":
+        return max(prod(sizes.tolist()), len(self.accuracies))
+
+    def missing(self, store: RunStore) -> list[str]:
+        """Return how many evaluations are not stored yet.
+
+        A search by a strategy may end before it has made all that it was given, and no table says so but the
+        selections under its budgets: without those, its evaluations count as missing.
+        """
+        options = store.experiment
+        configurations, at_most = self.space_size(store), ""
+        if options.search.strategy != "exhaustive":
+            ended = bool(store.units("selections"))
+            configurations = len(self.accuracies) if ended else min(options.search.evaluations, configurations)
+            at_most = "at most "
+        planned = max(configurations, len(self.accuracies)) * options.supernet.seeds
+        if self.num_evaluations >= planned:
             return []
-        return [f"{planned - self.num_evaluations:,} of {planned:,} evaluations (run `gross search`)"]
+        return [f"{at_most}{planned - self.num_evaluations:,} of {planned:,} evaluations (run `gross search`)"]
 
     @cached_property
     def costs(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import pandas as pd
 
@@ -77,7 +78,7 @@ def _tables(store: RunStore, searched: Searched) -> Section:
 def _retrained(store: RunStore, searched: Searched) -> Section:
     title = "Supernet against training on its own"
     validations = store.read_table("validations", ["configuration", "kind", "val_accuracy"])
-    chart = retrained_chart(store, searched.accuracies, validations) if len(validations) else None
+    chart = retrained_chart(store, searched, validations) if len(validations) else None
     if chart is not None:
         return Section("retrained", title, [chart])
     command = "gross search" if searched.accuracies.empty else "gross validate"
@@ -119,8 +120,9 @@ def _times(store: RunStore) -> Section:
         [[_moment(row[0]), *map(str, row[1:])] for row in runs.itertuples(index=False)],
     )
     trained = store.read_table("history", ["stage", "unit", "seconds"])
-    decomposed = store.read_table("decompositions", ["layer", "group_size", "seconds"])
-    unit = decomposed["layer"] + " " + decomposed["group_size"].astype(str)
+    decomposed = store.read_table("decompositions", ["layer", "group_size", "seed", "nested", "seconds"])
+    keys = (decomposed[key].astype(str) for key in ("layer", "group_size", "seed", "nested"))
+    unit = reduce(lambda one, other: one + " " + other, keys)
     work = [part for part in (trained, decomposed.assign(stage="decompose", unit=unit)) if len(part)]
     if not work:
         return Section("time", title, tables=[starts], missing=["times of work (run `gross train`)"])
@@ -128,8 +130,11 @@ def _times(store: RunStore) -> Section:
     for stage, group in _in_order(pd.concat(work)).groupby("stage", sort=False):
         total += group["seconds"].sum()
         rows.append([str(stage), str(group["unit"].nunique()), _duration(group["seconds"].sum())])
-    rows.append(["all together", "", _duration(total)])
-    note = "Summed over units of work, which run beside each other: the wall clock showed less on more than one worker."
+    rows.append(["these together", "", _duration(total)])
+    note = (
+        "Summed over units of work, which run beside each other: the wall clock showed less on more than one worker. "
+        "Evaluations are not counted; what `--reuse` took over from another run is."
+    )
     times = ResultTable("Time of training and decomposing", ["stage", "units", "h:mm:ss"], rows, [note])
     return Section("time", title, tables=[starts, times])
 

@@ -10,8 +10,19 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from gross_ray.report.charts import BLUE, GREEN, GREY, MAX_DETAILS, ORANGE, PURPLE, Chart, evenly, layout, padded, shown
-from gross_ray.report.results import ResultTable, selected
+from gross_ray.report.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    MARKS,
+    MAX_DETAILS,
+    Chart,
+    evenly,
+    layout,
+    padded,
+    shown,
+)
+from gross_ray.report.results import ResultTable, kinds_of
 from gross_ray.report.searched import Searched
 from gross_ray.results.store import RunStore
 from gross_ray.search.selection import pareto_front
@@ -32,6 +43,8 @@ COST_TITLES = {
 """Title of each cost's axis, and what one of its unit is in the tables."""
 _LINE = 32
 """Characters of a hover's line, so that it fits a telephone."""
+MAX_LINES = 3
+"""Of a hover's group-sizes: plotly cuts a label, or leaves it out, that is too high for the place of its point."""
 
 
 def space_chart(store: RunStore, searched: Searched) -> Chart:
@@ -40,7 +53,7 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
     `budgets` of the chart holds for each version the staircase of the Pareto front over all configurations, from
     which the best within any budget follows exactly, whatever sample is drawn.
     """
-    accuracies, marked = searched.accuracies, _marked(store, searched.accuracies)
+    accuracies, marked = searched.accuracies, _marked(store, searched)
     sample = accuracies
     if len(accuracies) > MAX_POINTS:
         generator = derived_generator(store.experiment.seed, "report", "sample")
@@ -57,6 +70,7 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
             "unit": title,
             "least": float(accuracies[cost].min()) / unit,
             "most": float(accuracies[cost].max()) / unit,
+            "layers": list(searched.layers),
             "configurations": [shown(one) for one in front["configuration"]],
             "costs": front[cost].tolist(),
             "accuracies": front["supernet_accuracy"].tolist(),
@@ -64,7 +78,7 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
     return Chart(
         "space",
         "All configurations, by cost and accuracy in the supernet",
-        _summary(searched, fronts["macs"], len(sample)),
+        _summary(store, searched, fronts["macs"], len(sample), marked),
         versions,
         "cost",
         _front_table(fronts["macs"]),
@@ -73,17 +87,10 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
     )
 
 
-def _marked(store: RunStore, accuracies: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the rows of the fixed and of the selected configurations that were evaluated."""
-    selections, validations = selected(store), store.read_table("validations", ["configuration", "kind"])
-    names = {
-        "fixed": {*selections["budget"], *validations.loc[validations["kind"] == "fixed", "configuration"]},
-        "selected": {
-            *selections["configuration"],
-            *validations.loc[validations["kind"] == "selected", "configuration"],
-        },
-    }
-    return {kind: accuracies[accuracies["configuration"].isin(names[kind])] for kind in names}
+def _marked(store: RunStore, searched: Searched) -> dict[str, pd.DataFrame]:
+    """Return the rows of each kind of configurations (`kinds_of`) that were evaluated."""
+    kinds = searched.accuracies["configuration"].map(kinds_of(store, searched))
+    return {kind: searched.accuracies[kinds == kind] for kind in MARKS}
 
 
 def _figure(
@@ -115,8 +122,8 @@ def _figure(
                 x=(rows[cost] / unit).tolist(),
                 y=(100 * rows["supernet_accuracy"]).tolist(),
                 customdata=[_about(row, searched, kinds) for row in rows.to_dict("records")],
-                hovertemplate="<b>%{customdata[0]}</b>%{customdata[3]}<br>%{customdata[1]}<br>%{customdata[2]}"
-                "<br>%{y:.2f} % in the supernet<extra></extra>",
+                hovertemplate="<b>%{customdata[0]}</b>%{customdata[1]}<br>%{y:.2f} % in the supernet"
+                "<br>%{customdata[2]}<br>%{customdata[3]}<extra></extra>",
                 **style,
             )
         )
@@ -128,9 +135,13 @@ def _figure(
         mode="markers",
         marker={"color": GREY, "size": 4 if dense else 7, "opacity": 0.6 if dense else 0.8},
     )
-    steps = {"mode": "lines+markers", "line": {"color": BLUE, "shape": "hv", "width": 2}}
-    add("Pareto front", front.iloc[evenly(range(len(front)), MAX_MARKED)], marker={"color": BLUE, "size": 7}, **steps)
-    for kind, colour, symbol in (("fixed", ORANGE, "square"), ("selected", PURPLE, "star")):
+    name, steps = "Pareto front", {"color": BLUE, "shape": "hv", "width": 2}
+    x, y = (front[cost] / unit).tolist(), (100 * front["supernet_accuracy"]).tolist()
+    line = go.Scatter(x=x, y=y, mode="lines", line=steps, hoverinfo="skip", showlegend=False)
+    figure.add_trace(line.update(name=name, legendgroup=name))
+    rows = front.iloc[evenly(range(len(front)), MAX_MARKED)]
+    add(name, rows, mode="markers", marker={"color": BLUE, "size": 7}, legendgroup=name)
+    for kind, (colour, symbol) in MARKS.items():
         rows = marked[kind].iloc[evenly(range(len(marked[kind])), MAX_MARKED)]
         if len(rows):
             size = 13 if symbol == "star" else 11
@@ -167,36 +178,55 @@ def _density(costs: pd.Series, percents: pd.Series) -> go.Heatmap:
 
 
 def _about(row: dict[Any, Any], searched: Searched, kinds: dict[str, list[str]]) -> list[str]:
-    """Return a configuration's name, its layers' group-sizes, its costs and its kind, as a hover shows them."""
-    sizes = zip(searched.layers, row["configuration"].split("-"), strict=True)
-    text = ", ".join(f"{layer}:\N{NO-BREAK SPACE}{size}" for layer, size in sizes)
+    """Return of a configuration what a hover shows: its name, kind, costs, and its layers' group-sizes.
+
+    What is too long for a hover is cut there; the line beneath the figure has all of it, from the whole name, the last.
+    """
+    name = row["configuration"]
     costs = [f"{row['macs'] / 1e6:.2f} M\N{NO-BREAK SPACE}MACs", f"{row['parameters']:,}\N{NO-BREAK SPACE}parameters"]
     if "latency_ms" in searched.costs:
         costs.append(f"{row['latency_ms']:.3f}\N{NO-BREAK SPACE}ms")
-    kind = ", ".join(kinds.get(row["configuration"], []))
-    return [shown(row["configuration"]), _wrapped(text), _wrapped(", ".join(costs)), f" ({kind})" if kind else ""]
+    kind = f" ({', '.join(kinds[name])})" if name in kinds else ""
+    sizes = [f"{layer}:\N{NO-BREAK SPACE}{size}" for layer, size in zip(searched.layers, name.split("-"), strict=True)]
+    cost, layers = ", ".join(costs), ", ".join(sizes)
+    short = name if len(name) <= _LINE else name[: name.rfind("-", 0, _LINE) + 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return [shown(short), kind, "<br>".join(_lines(cost)), "<br>".join(_lines(layers, MAX_LINES)), name]
 
 
-def _wrapped(text: str) -> str:
-    return "<br>".join(map(shown, textwrap.wrap(text, _LINE, break_long_words=False, break_on_hyphens=False)))
+def _lines(text: str, most: int | None = None) -> list[str]:
+    """Return text as lines for a hover, `most` of them, the last of which tells that there were more."""
+    lines = textwrap.wrap(
+        text,
+        _LINE,
+        break_long_words=False,
+        break_on_hyphens=False,
+        max_lines=most,
+        placeholder=" \N{HORIZONTAL ELLIPSIS}",
+    )
+    return [shown(line) for line in lines]
 
 
-def _summary(searched: Searched, front: pd.DataFrame, num_points: int) -> str:
-    num = len(searched.accuracies)
+def _summary(
+    store: RunStore, searched: Searched, front: pd.DataFrame, num_points: int, marked: dict[str, pd.DataFrame]
+) -> str:
+    num, whole, strategy = len(searched.accuracies), searched.space_size(store), store.experiment.search.strategy
     least, best = front.iloc[0], front.iloc[-1]
+    chosen = "" if strategy == "exhaustive" else f" that the strategy `{strategy}` chose"
     text = (
-        f"{num:,} configurations, each with its median accuracy over {searched.num_supernets} "
-        f"supernet{'s' if searched.num_supernets > 1 else ''} on the validation split. "
-        f"{len(front)} of them are the Pareto front of MACs: from {least['configuration']} ({_words(least)}) to "
-        f"{best['configuration']} ({_words(best)})."
+        f"{num:,}{f' of {whole:,}' if num < whole else ''} configurations{chosen}, each with its median accuracy over "
+        f"{searched.num_supernets} supernet{'s' if searched.num_supernets > 1 else ''} on the validation split. "
+        f"{len(front):,} of them are {'their' if num < whole else 'the'} Pareto front of MACs: from "
+        f"{least['configuration']} ({_words(least)}) to {best['configuration']} ({_words(best)})."
     )
     if num_points < num:
         text += (
             f" Above {MAX_POINTS:,} configurations the figure is a density: the stronger a cell's colour, the more "
-            f"configurations; {num_points:,} points, drawn evenly, can be hovered. The front, fixed and selected "
-            "configurations and the best within a budget are those of all configurations."
+            f"configurations; {num_points:,} points, drawn evenly, can be hovered. The front and the best within a "
+            "budget are those of all configurations."
         )
-    return text
+    many = {"steps of the front": len(front)} | {kind: len(rows) for kind, rows in marked.items()}
+    cut = [f"{MAX_MARKED} of {count:,} {what}" for what, count in many.items() if count > MAX_MARKED]
+    return text + (f" Of what is marked, evenly chosen: {', '.join(cut)}." if cut else "")
 
 
 def _words(row: pd.Series) -> str:

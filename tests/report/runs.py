@@ -91,11 +91,11 @@ def write_curve(store: RunStore, stage: str, unit: str, seed: int, epochs: int, 
 
 
 def write_decompositions(store: RunStore, layers: Mapping[str, Sequence[int]] = FOUR_CONV) -> None:
-    for layer, sizes in layers.items():
+    for place, (layer, sizes) in enumerate(layers.items()):
         for size in sizes:
             row = {"layer": layer, "group_size": size, "groups": max(sizes) // size, "seed": 0, "nested": False}
             row |= {"relative_error": 0.7 * (1 - size / max(sizes)), "cancellation": 1.1, "steps": 1200, "seconds": 7.5}
-            unit = f"{layer},g={size},seed=0" if layer.isalnum() else f"layer={len(layers)},g={size},seed=0"
+            unit = f"{layer},g={size},seed=0" if layer.isalnum() else f"layer={place},g={size},seed=0"
             store.write_table("decompositions", unit, [row | {"status": "converged"}])
 
 

@@ -35,8 +35,9 @@ from runs import (
 
 import gross_ray
 from gross_ray.errors import GrossRayError, InvalidValueError, StorageError
-from gross_ray.report import charts
+from gross_ray.report import charts, space_chart
 from gross_ray.report.page import html_page, write_page
+from gross_ray.report.results import kinds_of
 from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import COST_TITLES, MAX_POINTS
 from gross_ray.report.sweep_charts import MAX_PROFILE_POINTS
@@ -138,7 +139,49 @@ def test_limits_and_configurations_by_name(tmp_path: Path) -> None:
     missing = "Most accurate within latency_ms=1"
     assert any(missing in line and "latency_ms is not measured" in line for line in page.missing)
     assert f"{missing}\nmissing: latency_ms is not measured" in told
-    assert page.tables["Trained on their own by name"].rows == [["2-2-2", "2.00", "50.00 (-, 1)", "75.00 (-, 1)"]]
+    assert page.tables["Also trained on their own"].rows == [["2-2-2", "2.00", "50.00 (-, 1)", "75.00 (-, 1)"]]
+
+
+def test_what_a_search_selected_is_told_from_what_was_only_trained(store: RunStore, tmp_path: Path) -> None:
+    """Whatever `kind` says: a configuration named on the command line, or one of a run that was taken over."""
+    searched = Searched.of(store)
+    selected = {one for some in SELECTED.values() for one in some}
+    assert kinds_of(store, searched) == dict.fromkeys(FIXED, "fixed") | dict.fromkeys(selected, "selected")
+    named = finished_run(tmp_path / "run")
+    for unit in named.units("selections"):
+        named.delete_unit("selections", unit)
+    assert {one for one, kind in kinds_of(named, searched).items() if kind == "also trained"} == selected
+    page = ParsedPage(html_page(named))
+    space = traces(page.charts["space"]["versions"][COST_TITLES["macs"][0]])
+    assert {about[4] for about in space["also trained"]["customdata"]} == selected and "selected" not in space
+    assert set(traces(page.charts["retrained"]["versions"][""])) == {"equal", "fixed", "also trained"}
+
+
+def test_a_search_by_a_strategy_says_of_how_many_it_chose(tmp_path: Path) -> None:
+    settings = ["search.strategy=random", "search.evaluations=100", "supernet.seeds=2"]
+    store = new_run(tmp_path / "run", settings)
+    write_decompositions(store)
+    write_configurations(store, seeds=2, limit=18)
+    page = ParsedPage(html_page(store))
+    assert "18 of 252 configurations that the strategy `random` chose, each" in page.plots["space"]
+    assert "Missing: at most 164 of 200 evaluations (run gross search)." in page.missing
+    write_selections(store)  # at its end: it found no more than these within its budgets
+    assert not any("evaluations" in what for what in ParsedPage(html_page(store)).missing)
+
+
+def test_a_long_front_is_drawn_whole_and_what_is_marked_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space_chart, "MAX_MARKED", 5)
+    store = finished_run(tmp_path / "run")
+    page = ParsedPage(html_page(store))
+    for title, figure in page.charts["space"]["versions"].items():
+        line, points = (trace for trace in figure["data"] if trace["name"] == "Pareto front")
+        stairs = page.charts["space"]["budgets"][title]
+        assert line["y"] == pytest.approx([100 * accuracy for accuracy in stairs["accuracies"]])
+        assert len(line["y"]) > 5 == len(points["y"])
+    steps = len(page.charts["space"]["budgets"][COST_TITLES["macs"][0]]["costs"])
+    assert f"Of what is marked, evenly chosen: 5 of {steps} steps of the front." in page.plots["space"]
 
 
 def test_limits_alone_tell_what_they_lack(tmp_path: Path) -> None:
@@ -153,7 +196,7 @@ def test_limits_alone_tell_what_they_lack(tmp_path: Path) -> None:
         row |= {"test_accuracy": 0.75, "macs": 2_000_000, "macs_paper": 1, "parameters": 1}
         store.write_table("validations", f"{name},seed=0", [row])
     told = results(store)
-    assert "(Table 3)" not in told and "by name" not in told
+    assert "(Table 3)" not in told and "Also trained" not in told
     assert "missing: 2 of 4 trainings of these configurations on their own (run `gross validate`)" in told
     assert "rank correlation of 2 configurations: it needs 3 or more" in told
     page = ParsedPage(html_page(store))
@@ -182,14 +225,15 @@ def test_all_configurations_are_points_where_they_are(page: ParsedPage, searched
     for cost, figure in zip(COSTS, page.charts["space"]["versions"].values(), strict=False):
         points = traces(figure)["configurations"]
         unit = COST_TITLES[cost][1]
-        at = {about[0]: (x, y) for about, x, y in zip(points["customdata"], points["x"], points["y"], strict=True)}
+        at = {about[4]: (x, y) for about, x, y in zip(points["customdata"], points["x"], points["y"], strict=True)}
         assert at.keys() == searched.keys()
         for name, (x, y) in at.items():
             assert (x * unit, y / 100) == pytest.approx((searched[name][cost], searched[name]["accuracy"]))
         for kind, names in (("fixed", FIXED), ("selected", [one for some in SELECTED.values() for one in some])):
-            assert {about[0] for about in traces(figure)[kind]["customdata"]} == set(names)
-    (about,) = [about for about in points["customdata"] if about[0] == "2-16-64"]
-    assert about[1].split(", ") == ["conv2:\xa02", "conv3:\xa016", "conv4:\xa064"]
+            assert {about[4] for about in traces(figure)[kind]["customdata"]} == set(names)
+    (about,) = [about for about in points["customdata"] if about[4] == "2-16-64"]
+    assert about[0] == "2-16-64"
+    assert about[3].split(", ") == ["conv2:\xa02", "conv3:\xa016", "conv4:\xa064"]
 
 
 def test_the_staircase_names_the_best_within_every_budget(page: ParsedPage, searched: dict[str, Row]) -> None:
@@ -260,13 +304,16 @@ def test_decompositions_curves_and_times(store: RunStore, page: ParsedPage) -> N
         measured = history.loc[history["stage"] == stage, "val_accuracy"].notna().any()
         assert len(figure["data"]) == min(units, 12) * (2 if measured else 1)
     assert "12 of the 40 of validate-finetune" in page.plots["curves"]
+    grid = page.tables["Relative error by group-size: mean (std, n)"]
+    assert grid.heads == ["layer", *(f"g\xa0=\xa0{2**power}" for power in range(7))]
+    assert grid.rows[0] == ["conv2", *(f"{errors['conv2', 2**power]:.4f} (-, 1)" for power in range(6)), "-"]
     first = traces(page.charts["curves"]["versions"]["finetune"])["alpha=4,scaling=normalised,seed=0"]
     rows = history[(history["stage"] == "finetune") & (history["seed"] == 0)]
     assert first["y"] == pytest.approx((100 * rows["val_accuracy"]).tolist())  # the second of the name: accuracy
     times = {row[0]: row[1:] for row in page.tables["Time of training and decomposing"].rows}
     assert times["train"] == ["5", "0:35:25"]  # 5 x 100 epochs of 4.25 s
     assert times["decompose"] == ["19", "0:02:22"]  # 142.5 s
-    assert times["all together"][1] == "6:24:52"
+    assert times["these together"][1] == "6:24:52"
     fields = page.tables[
         f"The experiment: {len(store.experiment.fields())} fields, fingerprint {store.experiment.fingerprint()}"
     ].rows
@@ -414,10 +461,10 @@ def test_many_configurations_are_a_density_and_a_sample(tmp_path: Path) -> None:
         counts = [round(10**cell) for row in named["density"]["z"] for cell in row if cell is not None]
         assert sum(counts) == pytest.approx(len(searched), rel=0.01)  # logarithms of three digits
         points = named[f"{MAX_POINTS:,} of {len(searched):,} configurations"]
-        assert len({about[0] for about in points["customdata"]}) == MAX_POINTS
+        assert len({about[4] for about in points["customdata"]}) == MAX_POINTS
         unit = COST_TITLES[cost][1]
         for about, x, y in zip(points["customdata"], points["x"], points["y"], strict=True):
-            one = searched[about[0]]
+            one = searched[about[4]]
             assert (x * unit, y / 100) == pytest.approx((one[cost], one["accuracy"]))
         stairs = first["budgets"][title]
         for limit in sorted({one[cost] for one in searched.values()})[::40]:

@@ -33,6 +33,10 @@ INSIDE = """() => [...document.querySelectorAll(".hoverlayer .hovertext")].every
   const label = one.getBoundingClientRect(), plot = one.closest(".plot").getBoundingClientRect();
   return label.left >= plot.left && label.right <= plot.right;
 })"""
+INSIDE_HEIGHT = """() => [...document.querySelectorAll(".hoverlayer .hovertext")].every((one) => {
+  const label = one.getBoundingClientRect(), plot = one.closest(".plot").getBoundingClientRect();
+  return label.top >= plot.top && label.bottom <= plot.bottom;
+})"""
 SET_BUDGETS = """async (budgets) => {
   const figure = document.querySelector("figure[data-chart=space]"), input = figure.querySelector("[data-budget]");
   const answers = [], frame = () => new Promise(requestAnimationFrame);
@@ -138,7 +142,10 @@ def test_a_hover_shows_the_configuration_that_is_there(browser: Browser, store: 
             label = hovered(page, "space", *points[name])
             sizes = zip(("conv2", "conv3", "conv4"), name.split("-"), strict=True)
             layers = ", ".join(f"{layer}:\xa0{size}" for layer, size in sizes)
-            assert re.match(rf"{name}( \([^)]*\))?{layers}", label)
+            assert re.match(rf"{name}( \([^)]*\))?{points[name][1]:.2f} % in the supernet", label)
+            assert layers in label
+            told = page.locator("[data-pointed]").inner_text()
+            assert told.startswith(name) and f"; {layers}.".replace("\xa0", " ") in told
             assert ("fixed" in label) == (name in FIXED)
             assert f"{points[name][0]:.2f} M MACs" in label.replace("\xa0", " ")
             assert f"{points[name][1]:.2f} %" in label
@@ -193,6 +200,12 @@ def test_the_slider_and_another_cost(browser: Browser, store: RunStore) -> None:
         half = float(page.locator("[data-budget]").input_value())
         all_macs = [macs for macs, _ in medians(store).values()]
         assert half == pytest.approx((min(all_macs) + max(all_macs)) / 2e6, rel=1e-3)
+        slide = page.locator("[data-slide]")
+        assert slide.get_attribute("aria-valuetext") == f"{half:g} M MACs an image"
+        slide.fill("0")  # the least there is: something fits
+        expect(page.locator("[data-best]")).to_contain_text("the best is 1-1-1:")
+        slide.fill("1000")
+        assert slide.get_attribute("aria-valuetext") == "no budget"
         page.locator("figure[data-chart=space] [data-choose]").select_option("thousand parameters")
         expect(page.locator("[data-best]")).to_contain_text("thousand parameters")
         assert page.locator("[data-budget]").input_value() == ""
@@ -218,8 +231,11 @@ def test_zoom_legend_and_stages(browser: Browser, store: RunStore) -> None:
         assert button.get_attribute("aria-pressed") == "true"
         button.click()
         visible = "() => document.querySelector('figure[data-chart=space] .plot')._fullData.map((t) => t.visible)"
-        assert page.evaluate(visible).count(False) == 1
+        assert page.evaluate(visible).count(False) == 2  # its line and its points
         assert figure.locator(".legend button", has_text="Pareto front").get_attribute("aria-pressed") == "false"
+        page.keyboard.press("Space")  # the button still has the focus
+        expect(button).to_have_attribute("aria-pressed", "true")
+        assert page.evaluate(visible).count(False) == 0
         curves = page.locator("figure[data-chart=curves]")
         curves.locator("[data-choose]").select_option("validate-finetune")
         expect(curves.locator(".legend button")).to_have_count(12)
@@ -251,6 +267,27 @@ def test_the_figures_follow_a_change_of_scheme(browser: Browser, store: RunStore
         page.wait_for_function(f"() => ({text})() == '#e6e9ed'")
 
 
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_network_of_many_layers(browser: Browser, tmp_path: Path, width: int) -> None:
+    """Of 48 layers a hover names as many as it has room for, and the line beneath the figure all of them."""
+    store = new_run(tmp_path / "run", ["supernet.seeds=1"])
+    layers = {f"layer{place // 6}.{place % 6}.conv2": (1, 2) for place in range(48)}
+    write_configurations(store, layers, seeds=1, limit=6)
+    write_decompositions(store, layers)
+    write_page(store)
+    points = {name: (macs / 1e6, 100 * accuracy) for name, (macs, accuracy) in medians(store).items()}
+    with opened(browser, store, width) as page:
+        for name in alone(points)[:3]:
+            label = hovered(page, "space", *points[name])
+            assert page.evaluate(INSIDE_HEIGHT)
+            assert f"{points[name][1]:.2f} % in the supernet" in label and "layer0.0.conv2" in label
+            told = page.locator("[data-pointed]").inner_text()
+            assert told.startswith(name) and told.endswith(f"layer7.5.conv2: {name[-1]}.")
+        names = page.locator("figure[data-chart=decompositions] .ytick").all_text_contents()
+        assert names == list(layers) or names == list(layers)[::-1]
+        assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_an_empty_run_opens(browser: Browser, tmp_path: Path) -> None:
     store = new_run(tmp_path / "run")
     write_page(store)
@@ -265,15 +302,15 @@ def test_100_000_configurations(browser: Browser, large: RunStore) -> None:
     assert len(searched) == 100_000
     with opened(browser, large) as page:
         sample = page.evaluate("""() => { const t = document.querySelector('figure[data-chart=space] .plot').data[1];
-          return t.customdata.map((about, i) => [about[0], t.x[i], t.y[i]]); }""")
+          return t.customdata.map((about, i) => [about[4], t.x[i], t.y[i]]); }""")
         points = {name: (x, y) for name, x, y in sample}
         assert len(points) == 2000
         for name in alone(points)[:4]:
             label = hovered(page, "space", *points[name])
             assert points[name] == pytest.approx((searched[name][0] / 1e6, 100 * searched[name][1]))
-            assert re.match(rf"{name}( \([^)]*\))?features\.0:", label)
-            last = f"{HOSTILE}:{name.split('-')[-1]}"  # as text: no bold, no script; a line may end at a space of it
-            assert last.replace(" ", "") in label.replace(" ", "").replace("\xa0", "")
+            assert re.match(rf"{name}( \([^)]*\))?.* % in the supernet.*features\.0:", label)
+            # As text: no bold, no script.
+            assert f"{HOSTILE}: {name.split('-')[-1]}." in page.locator("[data-pointed]").inner_text()
         for limit in (2_000_000, 3_456_780, 5_000_000):
             page.locator("[data-budget]").fill(f"{limit / 1e6:g}")
             expect(page.locator("[data-best]")).to_contain_text(f"Within {limit / 1e6:g} ")

@@ -203,6 +203,13 @@ def test_the_rank_correlation_is_over_all_validated_configurations(store: RunSto
     assert "rank correlation" not in selection_table(store)
     _write_validations(store, ["4-4", "4-1"])
     assert "rank correlation of 2 configurations: it needs 3 or more" in selection_table(store)
+    few = {"4-4": 0.3, "4-1": 0.5, "2-32": 0.7}
+    _write_validations(store, list(few), few)
+    row = {"configuration": "8-8", "kind": "selected", "seed": 0, "val_accuracy": 0.1, "test_accuracy": 0.1}
+    store.write_table("validations", "8-8,seed=0", [row | {"macs": 1, "macs_paper": 1, "parameters": 1}])
+    told = "of 3 of the 4 validated configurations in the supernet and on their own (val), too few for intervals"
+    assert f"rank correlation {told}: Spearman 1.00, Kendall 1.00" in selection_table(store)
+    store.delete_unit("validations", "8-8,seed=0")  # it was never evaluated in the supernet
     # Medians in the supernet: 0.81, 0.72, 0.86, 0.75, 0.71, so that one of ten pairs, the last two by rank, is swapped.
     own = {"16-16": 0.6, "4-4": 0.3, "2-32": 0.7, "4-1": 0.5, "1-4": 0.4}
     _write_validations(store, val_accuracies=own)
@@ -265,7 +272,16 @@ def test_the_latency_models(store: RunStore) -> None:
 def test_sweep(store: RunStore) -> None:
     differences = _write_sweep(store)
     rows = [
-        [name, *(f"{100 * statistics.mean(values):+.2f}" for values in differences[key].values()), "2"]
+        [
+            name,
+            *(  # the smallest group-sizes first
+                f"{100 * statistics.mean(values):+.2f} ({100 * statistics.stdev(values):.2f})"
+                for _, values in sorted(
+                    differences[key].items(), key=lambda item: [int(size) for size in item[0].split("-")]
+                )
+            ),
+            "2",
+        ]
         for name, key in (("0", (0.0, "index")), ("4 normalised", (4.0, "normalised")))
     ]
     assert _cells(sweep_table(store, markdown=True)) == rows

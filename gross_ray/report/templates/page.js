@@ -61,6 +61,8 @@
       this.number = element.querySelector("[data-budget]");
       if (!this.number) return;
       this.slide = element.querySelector("[data-slide]");
+      this.pointed = element.querySelector("[data-pointed]");
+      this.slide.setAttribute("aria-valuetext", "no budget");
       this.number.addEventListener("input", () => this.setBudget(this.number.value === "" ? null : Number(this.number.value), this.number));
       this.slide.addEventListener("input", () => this.setBudget(this.slid(Number(this.slide.value)), this.slide));
       element.querySelector("[data-clear]").addEventListener("click", () => this.setBudget(null));
@@ -70,7 +72,8 @@
 
     slid(place) {
       const {least, most} = this.stairs;
-      return place >= 1000 ? null : Number((least + (most - least) * place / 1000).toPrecision(4));
+      const step = (most - least) / 1000, digits = Math.max(0, 1 - Math.floor(Math.log10(step || 1)));
+      return place >= 1000 ? null : Math.max(least, Number((least + step * place).toFixed(Math.min(digits, 12))));
     }
 
     setBudget(budget, by) {
@@ -80,6 +83,7 @@
         const {least, most} = this.stairs;
         this.slide.value = budget === null ? 1000 : Math.round(1000 * (budget - least) / (most - least || 1));
       }
+      this.slide?.setAttribute("aria-valuetext", budget === null ? "no budget" : `${budget} ${this.stairs.unit}`);
       if (this.drawn && this.number && !this.waiting) {
         this.waiting = requestAnimationFrame(() => { this.waiting = 0; Plotly.relayout(this.plot, {shapes: this.filtered()}); });
       }
@@ -103,9 +107,19 @@
       const layout = dressed(figure.layout, this.version);
       const traces = figure.data.map((trace) => ({...trace, visible: !this.hidden.has(trace.legendgroup ?? trace.name)}));
       if (this.number) layout.shapes = this.filtered();
-      this.legend(figure.data);
+      if (figure.layout.height) this.plot.style.height = `${figure.layout.height}px`;
+      if (this.listed !== this.version) this.legend(figure.data);
+      const ready = Plotly.react(this.plot, traces, layout, CONFIG);
+      if (!this.drawn && this.pointed) this.plot.on("plotly_hover", ({points}) => this.tell(points[0]));
       this.drawn = true;
-      return Plotly.react(this.plot, traces, layout, CONFIG);
+      return ready;
+    }
+
+    // Says beneath the figure what a point is: a label at the point has no room for many layers.
+    tell({customdata, y}) {
+      const [, kind, costs, , name] = customdata;
+      const sizes = name.split("-").map((size, place) => `${this.stairs.layers[place]}: ${size}`);
+      this.pointed.textContent = `${name}${kind}: ${y.toFixed(2)} % in the supernet, ${costs.replaceAll("<br>", " ")}; ${sizes.join(", ")}.`;
     }
 
     // Says which is the best within the budget, and returns what marks it: shapes, for no point has to be drawn anew.
@@ -130,6 +144,7 @@
     }
 
     legend(traces) {
+      this.listed = this.version;
       const list = this.element.querySelector(".legend");
       list.replaceChildren(...traces.filter((trace) => trace.name && trace.showlegend !== false).map((trace) => {
         const key = trace.legendgroup ?? trace.name;
@@ -140,6 +155,7 @@
         button.append(swatch(trace), label);
         button.addEventListener("click", () => {
           if (!this.hidden.delete(key)) this.hidden.add(key);
+          button.setAttribute("aria-pressed", String(!this.hidden.has(key)));
           this.draw();
         });
         const item = document.createElement("li");
