@@ -22,6 +22,7 @@ from gross_ray.training.together import check_stackable
 from gross_ray.weights import read_weights, set_weights
 from pipelines import search
 from pipelines.networks import layer_choice
+from pipelines.supernet import as_one_graph
 
 _LIMITS_ALONE = (
     'no group-size of all layers is left; have search.limits, like ["macs=2M"], and search.budgets=[], '
@@ -48,7 +49,7 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     _check_last_batch(network, shape, experiment, len(splits.train))
     supernet = running_supernet(network, layer_choice(network, experiment.decomposition, shape).group_sizes, shape)
     engine = experiment.engine
-    if engine.parallel_seeds > 1 or engine.compile or (engine.capture and torch.cuda.is_available()):
+    if engine.parallel_seeds > 1 or as_one_graph(engine, "cuda" if torch.cuda.is_available() else "cpu"):
         check_stackable(supernet, shape, engine)
     space = SearchSpace.of(supernet)
     _check_fixed(experiment, space, _cost(supernet, shape, "macs"))

@@ -1,4 +1,4 @@
-"""All configurations by cost and accuracy: the Pareto front, fixed and selected ones, and what a budget leaves."""
+"""The configurations by cost and accuracy: the Pareto front, fixed and selected ones, and what a budget leaves."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
         }
     return Chart(
         "space",
-        "All configurations, by cost and accuracy in the supernet",
+        "Configurations by cost and accuracy in the supernet",
         _summary(store, searched, fronts["macs"], len(sample), marked),
         versions,
         "cost",

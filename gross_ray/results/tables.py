@@ -339,7 +339,11 @@ _TABLES = (
         meaning="One configuration decomposed, reconstructed and fine-tuned on its own.",
         columns=(
             _CONFIGURATION,
-            _text("kind", "The same group-size in every layer, or found by the search", choices=("fixed", "selected")),
+            _text(
+                "kind",
+                "The same group-size in every layer, or any other: found by the search or named",
+                choices=("fixed", "selected"),
+            ),
             _seed("Which repeat"),
             _VAL_ACCURACY,
             _TEST_ACCURACY,

@@ -21,7 +21,7 @@ from torch.func import functional_call, vmap
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.decomposition.stacked import SupernetStack
 from gross_ray.decomposition.surgery import series_layers, set_configuration
-from gross_ray.errors import DivergedError, InvalidValueError
+from gross_ray.errors import DivergedError, InvalidValueError, one_line
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
@@ -127,7 +127,12 @@ def check_stackable(supernet: nn.Module, shape: Sequence[int], engine: EngineOpt
     member = Member(copy.deepcopy(supernet), 0, ConfigurationSampler(SearchSpace.of(supernet), 0.0))
     plain = replace(engine, compile=False, capture=False, precision="float32")
     with _told_of(engine):
-        _train_all([member], Splits("", images, images, images, ()), Schedule(epochs=1, lr=1e-9), plain, _FINETUNING)
+        try:
+            _train_all(
+                [member], Splits("", images, images, images, ()), Schedule(epochs=1, lr=1e-9), plain, _FINETUNING
+            )
+        except (RuntimeError, NotImplementedError) as error:  # what torch.func has no rule for
+            raise _NoStackError(f"the network cannot be mapped over several supernets: {one_line(error)}") from None
 
 
 def _train(

@@ -151,6 +151,16 @@ def test_recalibrate_takes_the_mean_over_batches_and_leaves_all_else(case, calib
     }
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_statistics_are_of_float32_products_on_a_gpu(case, calibration):
+    """Torch's own default for convolutions is tf32, which accuracies are not counted in."""
+    found = set()
+    network = copy.deepcopy(case[0]).cuda()
+    network.register_forward_pre_hook(lambda *_: found.add(torch.backends.cudnn.conv.fp32_precision))
+    recalibrate(network, calibration.cuda().split(8))
+    assert found == {"ieee"}
+
+
 def test_recalibrate_without_batch_norm_does_nothing():
     class Never(nn.Linear):
         def forward(self, _):

@@ -223,6 +223,11 @@ def test_a_dropout_that_is_used_twice_is_refused(supernets: list[nn.Module], spl
         finetune_together(twice, splits, SCHEDULE)
 
 
+class Look(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images if float(images.sum()) > 0 else -images
+
+
 class Blink(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images * torch.rand_like(images)
@@ -250,6 +255,9 @@ def test_what_no_stack_can_have_is_told_with_the_options_that_stack(
     before = copy.deepcopy(single.state_dict())
     check_stackable(single, (3, 8, 8), engine)
     assert all(torch.equal(value, before[name]) for name, value in single.state_dict().items())
+    single[2] = Look()
+    with pytest.raises(InvalidValueError, match=r"cannot be mapped over several supernets: .*item.*: train"):
+        check_stackable(single, (3, 8, 8), engine)
     single[2] = Blink()
     with pytest.raises(InvalidValueError, match=rf"than by nn.Dropout: train .* each by itself \({options}\)$"):
         check_stackable(single, (3, 8, 8), engine)
