@@ -137,9 +137,14 @@ def vgg16(num_classes: int = 10, image_size: int = 32) -> nn.Module:
     """Return torchvision's VGG-16 with batch-norm, its classifier one linear layer, for 32 pixels and more."""
     from torchvision.models import vgg16_bn
 
-    network = vgg16_bn(num_classes=num_classes)
+    with torch.device("meta"):  # 120 million weights of a classifier that is not kept are not drawn
+        network = vgg16_bn(num_classes=num_classes, init_weights=False)
     network.avgpool = nn.AdaptiveAvgPool2d(1)
     network.classifier = nn.Linear(512, num_classes)
+    for module in network.features.to_empty(device="cpu"):
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    initialise(network.features)  # as torchvision does
     return network
 
 

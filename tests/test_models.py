@@ -156,6 +156,24 @@ def test_vgg16_is_torchvisions_with_one_linear_layer(vgg: nn.Module) -> None:
         assert vgg(torch.zeros(1, 3, size, size)).shape == (1, 10)
 
 
+def test_vgg16_is_initialised_as_torchvision_does(vgg: nn.Module) -> None:
+    """Though it is built without the weights of torchvision's classifier: nothing is left as memory happened to be."""
+    with torch.random.fork_rng(devices=[]):
+        theirs = torchvision.models.vgg16_bn().features.state_dict()
+    ours = vgg.features.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape and tensor.dtype == theirs[name].dtype
+        if tensor.dim() == 4:
+            assert abs(float(tensor.std() / theirs[name].std()) - 1) < 10 / sqrt(2 * tensor.numel())
+            assert abs(float(tensor.mean())) < 5 * float(tensor.std()) / sqrt(tensor.numel())
+        else:
+            assert torch.equal(tensor, theirs[name]), name
+    again = build_model("vgg16", num_classes=10, generator=seeded(3)).features[0].weight
+    assert torch.equal(again, build_model("vgg16", num_classes=10, generator=seeded(3)).features[0].weight)
+    assert not torch.equal(again, build_model("vgg16", num_classes=10, generator=seeded(4)).features[0].weight)
+
+
 def test_resnet18_is_torchvisions_with_a_small_stem(resnet: nn.Module) -> None:
     chosen = decomposable_layers(resnet)
     assert len(chosen) == 16
