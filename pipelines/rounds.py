@@ -13,7 +13,7 @@ from math import ceil
 
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
-from gross_ray.results.store import RunStore
+from gross_ray.results.store import SEARCH_ENDED, RunStore
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, supernet_accuracies, uniform
@@ -24,11 +24,10 @@ from pipelines.networks import Base, load_base
 from pipelines.predictions import measured, stored_model
 from pipelines.units import Unit
 
-ROUNDS = "search-rounds"
+ROUNDS = SEARCH_ENDED[0]
 ROUNDS_A_SEARCH = 20
 """A round is this share of all evaluations, but for LEAST and MOST."""
 LEAST, MOST = 8, 512
-_ENDED = "ended"
 PARTS = 4
 """Units of one supernet and round."""
 
@@ -68,12 +67,12 @@ def units(supernet: Unit, number: int, configurations: Sequence[Configuration]) 
 
 def end(store: RunStore) -> None:
     """Note that a search by a strategy has ended: it may have fewer rounds than it was given evaluations for."""
-    store.save_checkpoint(ROUNDS, _ENDED, {}, {})
+    store.save_checkpoint(*SEARCH_ENDED, {}, {})
 
 
 def ended(store: RunStore) -> bool:
     """Return whether a search by a strategy has ended."""
-    return store.has_checkpoint(ROUNDS, _ENDED)
+    return store.has_checkpoint(*SEARCH_ENDED)
 
 
 class Proposals:

@@ -10,7 +10,7 @@ from math import prod
 
 import pandas as pd
 
-from gross_ray.results.store import RunStore
+from gross_ray.results.store import SEARCH_ENDED, RunStore
 from gross_ray.search.selection import COSTS, supernet_accuracies
 from gross_ray.training.sampling import settled_scaling
 
@@ -54,13 +54,13 @@ class Searched:
     def missing(self, store: RunStore) -> list[str]:
         """Return how many evaluations are not stored yet.
 
-        A search by a strategy may end before it has made all that it was given, and no table says so but the
-        selections under its budgets: without those, its evaluations count as missing.
+        A search by a strategy may end before it has made all that it was given: its selections say so, or else a
+        checkpoint, which kept results lack.
         """
         options = store.experiment
         configurations, at_most = self.space_size(store), ""
         if options.search.strategy != "exhaustive":
-            ended = bool(store.units("selections"))
+            ended = bool(store.units("selections")) or store.has_checkpoint(*SEARCH_ENDED)
             configurations = len(self.accuracies) if ended else min(options.search.evaluations, configurations)
             at_most = "at most "
         planned = max(configurations, len(self.accuracies)) * options.supernet.seeds

@@ -37,6 +37,8 @@ from gross_ray.results.tables import SCHEMA_VERSION, TABLES, VERSION_KEY, table
 _NAME = re.compile(r"[A-Za-z0-9=,+-][A-Za-z0-9=,._+-]{0,149}")
 UNDER_WAY = "-under-way"
 """Ending of the stages whose checkpoints are the state of units between epochs."""
+SEARCH_ENDED = ("search-rounds", "ended")
+"""Stage and unit of the checkpoint that tells that a search by a strategy has ended."""
 _AGAIN = "run its stage again: it deletes the file and says what follows"
 _DESCRIPTION = "gross_ray.description"
 _CHECKSUM = "gross_ray.crc32"

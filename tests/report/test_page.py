@@ -157,7 +157,8 @@ def test_what_a_search_selected_is_told_from_what_was_only_trained(store: RunSto
     assert set(traces(page.charts["retrained"]["versions"][""])) == {"equal", "fixed", "also trained"}
 
 
-def test_a_search_by_a_strategy_says_of_how_many_it_chose(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [0, 1], ids=["selections", "checkpoint"])
+def test_a_search_by_a_strategy_says_of_how_many_it_chose(tmp_path: Path, by: int) -> None:
     settings = ["search.strategy=random", "search.evaluations=100", "supernet.seeds=2"]
     store = new_run(tmp_path / "run", settings)
     write_decompositions(store)
@@ -165,7 +166,8 @@ def test_a_search_by_a_strategy_says_of_how_many_it_chose(tmp_path: Path) -> Non
     page = ParsedPage(html_page(store))
     assert "18 of 252 configurations that the strategy `random` chose, each" in page.plots["space"]
     assert "Missing: at most 164 of 200 evaluations (run gross search)." in page.missing
-    write_selections(store)  # at its end: it found no more than these within its budgets
+    end = (lambda: write_selections(store)), (lambda: store.save_checkpoint("search-rounds", "ended", {}, {}))
+    end[by]()  # it found no more than these within its budgets
     assert not any("evaluations" in what for what in ParsedPage(html_page(store)).missing)
 
 
