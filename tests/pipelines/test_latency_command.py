@@ -115,7 +115,7 @@ def test_a_configuration_is_validated_by_name(run: Path) -> None:
     rows = store.read_table("validations")
     (added,) = rows[~rows["configuration"].isin(before["configuration"])].to_dict("records")
     assert (added["configuration"], added["kind"], added["seed"]) == (named, "selected", 0)
-    table = ended.stdout.split("Trained on their own by name")[1]
+    table = ended.stdout.split("Also trained on their own")[1]
     assert [line.split()[0] for line in table.splitlines() if line.startswith("  ")][1:] == [named]
     assert f"{100 * added['test_accuracy']:.2f}" in table
     refused = gross("validate", str(run), "--configuration", "3-3-3", "--num-cpus", "2")
