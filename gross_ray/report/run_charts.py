@@ -140,7 +140,7 @@ def _grid(values: pd.Series, layers: list[str], sizes: list[int]) -> list[list[f
 
 def _number(counts: pd.Series) -> str:
     least, most = counts.min(), counts.max()
-    return f"{least} repeat{'s' * (least > 1)}" if least == most else f"{least} to {most} repeats"
+    return f"{least} repeat{'s' if least > 1 else ''}" if least == most else f"{least} to {most} repeats"
 
 
 def _error(cell: pd.Series) -> str:

@@ -306,6 +306,7 @@ def test_decompositions_curves_and_times(store: RunStore, page: ParsedPage) -> N
         measured = history.loc[history["stage"] == stage, "val_accuracy"].notna().any()
         assert len(figure["data"]) == min(units, 12) * (2 if measured else 1)
     assert "12 of the 40 of validate-finetune" in page.plots["curves"]
+    assert "each cell the mean of its 1 repeat: " in page.plots["decompositions"]
     grid = page.tables["Relative error by group-size: mean (std, n)"]
     assert grid.heads == ["layer", *(f"g\xa0=\xa0{2**power}" for power in range(7))]
     assert grid.rows[0] == ["conv2", *(f"{errors['conv2', 2**power]:.4f} (-, 1)" for power in range(6)), "-"]
