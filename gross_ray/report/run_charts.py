@@ -144,8 +144,7 @@ def _number(counts: pd.Series) -> str:
 
 
 def _error(cell: pd.Series) -> str:
-    deviation = "-" if pd.isna(cell["std"]) else f"{cell['std']:.4f}"
-    return f"{cell['mean']:.4f} ({deviation}, {cell['count']:.0f})"
+    return f"{cell['mean']:.4f} ({_spread(cell['std'], 4)}, {cell['count']:.0f})"
 
 
 def curves_chart(history: pd.DataFrame) -> Chart:
@@ -212,5 +211,5 @@ def _second_axis() -> dict[str, Any]:
     return {"domain": [0.54, 1.0], "anchor": "x", "automargin": True, "zeroline": False, "title": title}
 
 
-def _spread(deviation: float) -> str:
-    return "-" if pd.isna(deviation) else f"{deviation:.2f}"
+def _spread(deviation: float, digits: int = 2) -> str:
+    return "-" if pd.isna(deviation) else f"{deviation:.{digits}f}"

@@ -41,6 +41,7 @@ COST_TITLES = {
     "latency_ms": ("ms a batch (predicted)", 1.0),
 }
 """Title of each cost's axis, and what one of its unit is in the tables."""
+_FRONT = "Pareto front"
 _LINE = 32
 """Characters of a hover's line, so that it fits a telephone."""
 MAX_LINES = 3
@@ -111,7 +112,7 @@ def _figure(
         figure.add_trace(_density(accuracies[cost] / unit, 100 * accuracies["supernet_accuracy"]))
 
     kinds: dict[str, list[str]] = {}
-    for kind, rows in [*marked.items(), ("Pareto front", front)]:
+    for kind, rows in [*marked.items(), (_FRONT, front)]:
         for name in rows["configuration"]:
             kinds.setdefault(name, []).append(kind)
 
@@ -135,12 +136,9 @@ def _figure(
         mode="markers",
         marker={"color": GREY, "size": 4 if dense else 7, "opacity": 0.6 if dense else 0.8},
     )
-    name, steps = "Pareto front", {"color": BLUE, "shape": "hv", "width": 2}
-    x, y = (front[cost] / unit).tolist(), (100 * front["supernet_accuracy"]).tolist()
-    line = go.Scatter(x=x, y=y, mode="lines", line=steps, hoverinfo="skip", showlegend=False)
-    figure.add_trace(line.update(name=name, legendgroup=name))
+    figure.add_trace(_stairs(front[cost] / unit, 100 * front["supernet_accuracy"]))
     rows = front.iloc[evenly(range(len(front)), MAX_MARKED)]
-    add(name, rows, mode="markers", marker={"color": BLUE, "size": 7}, legendgroup=name)
+    add(_FRONT, rows, mode="markers", marker={"color": BLUE, "size": 7}, legendgroup=_FRONT)
     for kind, (colour, symbol) in MARKS.items():
         rows = marked[kind].iloc[evenly(range(len(marked[kind])), MAX_MARKED)]
         if len(rows):
@@ -150,6 +148,14 @@ def _figure(
     # For the legend only: the page's script draws the ring where the budget puts it.
     figure.add_trace(go.Scatter(name="best within the budget", x=[None], y=[None], mode="markers", marker=best))
     return figure
+
+
+def _stairs(costs: pd.Series, percents: pd.Series) -> go.Scatter:
+    """Return the line through all steps of the front; its marks, which may be fewer, are the legend's entry."""
+    line = {"color": BLUE, "shape": "hv", "width": 2}
+    x, y = costs.tolist(), percents.tolist()
+    group = {"name": _FRONT, "legendgroup": _FRONT, "showlegend": False}
+    return go.Scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", **group)
 
 
 def _density(costs: pd.Series, percents: pd.Series) -> go.Heatmap:
