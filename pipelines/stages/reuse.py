@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
+from gross_ray.results.opened import Run
 from gross_ray.results.store import RunStore
 from gross_ray.space import Configuration
-from pipelines import decompose, rounds, search, supernet, train, validate
-from pipelines.networks import load_base
-from pipelines.predictions import TABLES as LATENCY_TABLES
+from pipelines.stages import decompose, finetune, latencies, reconstruct, rounds, search, supernets, train, validate
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,13 @@ _EVALUATIONS = (
 )
 
 PARTS = (
-    _Part(train.STAGE, _NETWORKS, ("networks",), trains=True),
-    _Part(decompose.STAGE, _TERMS, ("decompositions",)),
-    _Part("latency", _TERMS, LATENCY_TABLES),
-    _Part(supernet.RECONSTRUCT, _SUPERNETS, trains=True),
-    _Part(supernet.FINETUNE, (*_SUPERNETS, "finetuning"), trains=True),
+    _Part(train.NAME, _NETWORKS, ("networks",), trains=True),
+    _Part(decompose.NAME, _TERMS, ("decompositions",)),
+    _Part(latencies.STAGE, _TERMS, latencies.TABLES),
+    _Part(reconstruct.NAME, _SUPERNETS, trains=True),
+    _Part(finetune.NAME, (*_SUPERNETS, "finetuning"), trains=True),
     _Part(
-        validate.STAGE, (*_TERMS, "validation", "search.budgets", "engine.recalibrate"), ("validations",), trains=True
+        validate.NAME, (*_TERMS, "validation", "search.budgets", "engine.recalibrate"), ("validations",), trains=True
     ),
 )
 """The parts in the order of the stages. A search is not among them, for what it evaluates, its strategy decides."""
@@ -65,33 +64,34 @@ def take_over(store: RunStore, other: RunStore) -> dict[str, int]:
     return {part.stage: _copy(store, other, part) for part in PARTS if not _touching(differing, part.fields)}
 
 
-def take_evaluations(store: RunStore, other: RunStore) -> int:
-    """Let the search of `store` by a strategy begin with what `other` evaluated; return how many configurations.
+def take_evaluations(run: Run, other: RunStore) -> int:
+    """Let the search of `run` by a strategy begin with what `other` evaluated; return how many configurations.
 
-    They are round 0 and cost no evaluation. Nothing happens where the search has begun, or `other` has evaluated
-    nothing in all the supernets. Raises InvalidValueError for a search of the whole space, and where evaluations would
-    not be equal here, naming a field that differs.
+    They are round 0 and cost no evaluation. Nothing happens if the search has begun, or `other` has evaluated nothing
+    in all the supernets. Raises InvalidValueError for a search of the whole space, and, naming a field that differs, if
+    evaluations would not be equal here.
     """
-    if not search.by_strategy(store):
+    if not search.by_strategy(run):
         raise InvalidValueError(
             "search.strategy = 'exhaustive': it evaluates all, and learns from none; choose another one, or leave "
             "--reuse-evaluations out"
         )
-    _check_alike(store.experiment, other, _EVALUATIONS, "--reuse-evaluations")
-    planned, rows = supernet.plan(store), other.read_table("configurations")
-    found = {unit.name: rows[rows["supernet"] == unit.name].drop_duplicates("configuration") for unit in planned}
+    _check_alike(run.experiment, other, _EVALUATIONS, "--reuse-evaluations")
+    searched, rows = supernets.searched(run), other.read_table("configurations")
+    found = {unit: rows[rows["supernet"] == unit.name].drop_duplicates("configuration") for unit in searched}
     known = set.intersection(*(set(each["configuration"]) for each in found.values()))
-    if not known or rounds.stored(store):
+    if not known or rounds.stored(run):
         return 0
-    store.copy_checkpoint(other, search.PLAN, "plan")
-    rounds.begin(store, [Configuration.parse(text) for text in known])
-    layers = load_base(store).space.layers
-    for one in planned:
-        by_name = found[one.name].set_index("configuration", drop=False).assign(latency_ms=None)
-        for unit in rounds.units(one, 0, rounds.stored(store)[0]):
-            names = unit.arguments["configurations"]
+    run.store.copy_checkpoint(other, search.PLAN, "plan")
+    rounds.begin(run, [Configuration.parse(text) for text in known])
+    for unit in searched:
+        by_name = found[unit].set_index("configuration", drop=False).assign(latency_ms=None)
+        for part in rounds.units(unit, 0, rounds.stored(run)[0]):
+            names = list(map(str, part.configurations))
             if known.issuperset(names):  # else the part is evaluated: a fixed one that is new is in it
-                store.write_table("configurations", unit.name, by_name.loc[names].to_dict("records"), layers=layers)
+                taken = by_name.loc[names].to_dict("records")
+                run.store.write_table("configurations", part.name, taken, layers=run.space.layers)
+    run.changed()
     return len(known)
 
 

@@ -12,10 +12,8 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +28,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 
-from gross_ray.errors import InvalidValueError, ResourcesError  # noqa: E402
-from pipelines import signals  # noqa: E402
-from pipelines.autoscaler import NodeKind, autoscaling_config, may_come  # noqa: E402
-from pipelines.versions import PACKAGES  # noqa: E402
+from gross_ray.errors import ResourcesError  # noqa: E402
+from pipelines.capacity import Capacity  # noqa: E402
+from pipelines.execution import signals  # noqa: E402
+from pipelines.execution.autoscaler import autoscaling_config, may_come  # noqa: E402
+from pipelines.execution.versions import PACKAGES  # noqa: E402
+from pipelines.nodes import NodeKind  # noqa: E402
+from pipelines.resources import Resources  # noqa: E402
 
-DEVICES = ("auto", "cpu", "cuda")
 CONNECT_SECONDS = 10.0
 """How long a named cluster may take to answer."""
 HEAD_SECONDS = 120.0
@@ -45,91 +45,10 @@ ORPHAN_SECONDS = 10.0
 _MARK = "GROSS_RAY_STARTED"
 _SESSION_TIME = "%Y-%m-%d_%H-%M-%S_%f"  # Ray's own, of the local time
 """Environment variable of all processes of a Ray that is started here."""
-THREAD_EFFICIENCY = 0.6
-"""n threads do n^0.6 times the work of one (measured: 1.4 to 1.8 times with 2, training the four-conv network, and a
-fraction of that where something else wants one of the cores)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """Where the work is done; nothing in here changes what an experiment means."""
-
-    address: str | None = None
-    """Address of a running cluster; None: RAY_ADDRESS, or start Ray on this machine."""
-    num_cpus: int | None = None
-    """CPU cores to use of this machine; None: all. Refused together with an address."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where the cluster has a GPU."""
-    gpus_per_unit: float = 0.25
-    """GPUs for each unit of work on cuda; below 1, units share one."""
-
-    def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise InvalidValueError(f"device = {self.device!r}: must be one of {', '.join(DEVICES)}")
-        if self.num_cpus is not None and self.num_cpus < 1:
-            raise InvalidValueError(f"num_cpus = {self.num_cpus}: must be 1 or more")
-        if self.gpus_per_unit <= 0:
-            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0")
-        if self.gpus_per_unit > 1 and not float(self.gpus_per_unit).is_integer():
-            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be a whole number above 1")
-        if self.num_cpus is not None and self.joined_address is not None:
-            raise InvalidValueError(
-                f"num_cpus = {self.num_cpus} with the running cluster {self.joined_address}: "
-                "it has the cores it was started with; leave one of the two out"
-            )
-
-    @property
-    def joined_address(self) -> str | None:
-        """The running cluster to join, if one is named."""
-        return self.address or os.environ.get("RAY_ADDRESS") or None
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What the cluster has on nodes that a unit of work fits on, those that its autoscaler may add included."""
-
-    num_cpus: int
-    num_gpus: float
-    device: str
-    gpus_per_unit: float
-    cores_per_node: int
-    """Cores of the smallest of these nodes: a unit never asks for more."""
-    autoscales: bool = False
-    """Whether nodes come as work waits for them, and go when nothing runs on them."""
-
-    def slots(self, threads: int = 1) -> int:
-        """Return how many units of work, of so many CPU threads each, run at the same time at most."""
-        slots = max(1, self.num_cpus // threads)
-        if self.device != "cuda":
-            return slots
-        if self.gpus_per_unit < 1:  # Ray never cuts a unit's share out of two GPUs
-            on_gpus = int(self.num_gpus) * int(1 / self.gpus_per_unit)
-        else:
-            on_gpus = int(self.num_gpus / self.gpus_per_unit)
-        return max(1, min(slots, on_gpus))
-
-    def threads(self, num_units: int) -> int:
-        """Return the CPU threads of each of `num_units` equal units with which all of them end soonest.
-
-        It depends on all units of a stage, not on those still to do, so that a resumed run rounds the same.
-        """
-
-        def duration(threads: int) -> float:
-            return ceil(max(1, num_units) / self.slots(threads)) / threads**THREAD_EFFICIENCY
-
-        return min(range(1, self.cores_per_node + 1), key=duration)
-
-    def require_threads(self, threads: int) -> None:
-        """Raise ResourcesError unless a node has cores for so many threads of one unit."""
-        if threads > self.cores_per_node:
-            raise ResourcesError(
-                f"{threads} CPU threads are asked for, the smallest node has {self.cores_per_node} CPU cores: "
-                "ask for fewer, or take the small nodes out of the cluster"
-            )
 
 
 @contextmanager
-def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator[Cluster]:
+def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator[Capacity]:
     """Connect to Ray while the block runs; to a running cluster the code of gross_ray travels along, and `own_modules`.
 
     Raises ResourcesError if the cluster cannot be reached, or will never have what is asked for.
@@ -146,6 +65,11 @@ def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator
         if started_here:
             ray.shutdown()
             _end_orphans(mark, None if resources.joined_address else began)
+
+
+def put(value: Any) -> ray.ObjectRef:
+    """Lay a value out in Ray's object store."""
+    return ray.put(value)
 
 
 def _connect(resources: Resources, own_modules: Sequence[str]) -> None:
@@ -309,7 +233,7 @@ def _autoscaling_config() -> dict[str, Any] | None:
         ) from None
 
 
-def _describe(resources: Resources, config: dict[str, Any] | None) -> Cluster:
+def _describe(resources: Resources, config: dict[str, Any] | None) -> Capacity:
     """Count what is there and what may come; `config` is the autoscaler's."""
     alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
     shapes = Counter((int(has.get("CPU", 0)), float(has.get("GPU", 0))) for has in alive)
@@ -322,14 +246,7 @@ def _describe(resources: Resources, config: dict[str, Any] | None) -> Cluster:
     fitting = [node for node in there + coming if node.num_cpus >= 1 and node.num_gpus >= asked]
     if not fitting:
         raise ResourcesError(_what_is_missing(asked, there, coming if config is not None else None))
-    return Cluster(
-        sum(node.num_cpus * node.count for node in fitting),
-        sum(node.num_gpus * node.count for node in fitting),
-        device,
-        resources.gpus_per_unit,
-        min(node.num_cpus for node in fitting),
-        config is not None,
-    )
+    return Capacity(nodes=tuple(fitting), device=device, gpus_per_unit=asked, autoscales=config is not None)
 
 
 def _what_is_missing(asked: float, there: list[NodeKind], coming: list[NodeKind] | None) -> str:
