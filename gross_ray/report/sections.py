@@ -15,7 +15,6 @@ from gross_ray.report.results import (
     is_swept,
     main_tables,
     sweep_table,
-    trials_table,
 )
 from gross_ray.report.run_charts import curves_chart, decomposition_chart, retrained_chart
 from gross_ray.report.searched import Searched
@@ -87,12 +86,11 @@ def _retrained(store: RunStore, searched: Searched) -> Section:
 
 def _sweep(store: RunStore) -> Section:
     title = "The sampling temperature (Figure 1)"
-    table, trials, sweep = sweep_table(store), trials_table(store), store.read_table("alpha_sweep")
-    proposals = [trials] if trials.rows else []
+    sweep = store.read_table("alpha_sweep")
     if sweep.empty:
         missing = ["the sweep over alpha (run `gross sweep-alpha`)"] if is_swept(store) else []
-        return Section("sweep", title, tables=proposals, missing=missing)
-    return Section("sweep", title, sweep_charts(store, sweep), [table, *proposals])
+        return Section("sweep", title, missing=missing)
+    return Section("sweep", title, sweep_charts(store, sweep), [sweep_table(store)])
 
 
 def _decompositions(store: RunStore) -> Section:
