@@ -75,7 +75,7 @@ def run(
     """
     from gross_ray.report.page import write_page
     from gross_ray.report.terminal import results
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
     from pipelines.reuse import take_evaluations, take_over
     from pipelines.run import run_all
 
@@ -238,7 +238,7 @@ def latency(
     import torch
 
     from gross_ray.report.terminal import latency_table
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
     from gross_ray.search.latency import LatencyModel, LatencyOptions
     from pipelines import latency as stage
     from pipelines.predictions import put
@@ -426,10 +426,10 @@ def inspect(
       gross inspect --model vgg16 --group-sizes 1,4,16,32
       gross inspect --model my_package.networks:small_resnet --image-size 64 --layers 'layer[34].*'
     """
-    from gross_ray.decomposition.layers import choice_of, parse_layer_group_sizes
     from gross_ray.models import model_of
     from gross_ray.report.inspection import inspection
     from gross_ray.report.terminal import inspection_page
+    from gross_ray.supernet.layers import choice_of, parse_layer_group_sizes
 
     network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
     by_layer = parse_layer_group_sizes(layer_group_sizes)
@@ -447,7 +447,7 @@ def status(run: str) -> None:
     Example:
       gross status runs/quickstart
     """
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
     from pipelines.run import status as stages
 
     store = RunStore.open(run)
@@ -470,7 +470,7 @@ def show(run: str, table: str, rows: int, csv: bool) -> None:
       gross show runs/quickstart selections
       gross show runs/quickstart configurations --csv > configurations.csv
     """
-    from gross_ray.results.store import read_table
+    from gross_ray.run.store import read_table
 
     if csv and click.get_current_context().get_parameter_source("rows") is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError(f"--rows {rows} with --csv, which prints all rows: leave one of them out")
@@ -509,7 +509,7 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
     """
     from gross_ray.report.page import check_target, write_page
     from gross_ray.report.terminal import results
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
 
     if markdown and target is not None:
         raise click.UsageError(f"--to {target} with --markdown, which writes no page: leave one of them out")
@@ -564,7 +564,7 @@ def export(
     """
     import torch
 
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
     from gross_ray.search.latency import LatencyOptions
     from pipelines.exporting import export_validated
 

@@ -156,7 +156,7 @@ def run_folder(
     anything is made.
     """
     from gross_ray.errors import InvalidValueError
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
 
     if preset_name is None:
         if settings:

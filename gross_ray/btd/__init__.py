@@ -1,1 +1,1 @@
-"""A convolution as a sum of block terms, the bottleneck that it equals, and the series over all group-sizes."""
+"""Block term decomposition: a convolution's weight in, block terms and the bottleneck they equal out."""

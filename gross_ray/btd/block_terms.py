@@ -8,7 +8,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from gross_ray.decomposition.bottleneck import Bottleneck
+from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gross_ray.decomposition.expansion import expand_grouped_weight
+from gross_ray.btd.expansion import expand_grouped_weight
 from gross_ray.errors import InvalidValueError
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gross_ray.decomposition.block_terms import BTDStatus
-from gross_ray.decomposition.term_fit import Factors, Point, TermFit
+from gross_ray.btd.block_terms import BTDStatus
+from gross_ray.btd.term_fit import Factors, Point, TermFit
 
 RIDGE_STAGES = (0.3, 0.1, 0.03, 0.01)
 """Ridges of the first stages."""

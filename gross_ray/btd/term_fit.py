@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gross_ray.decomposition.block_terms import BlockTerms, BTDStatus
+from gross_ray.btd.block_terms import BlockTerms, BTDStatus
 
 GREEDY_ITERATIONS = 2
 """Orthogonal iterations for each term of the greedy start; more do not lower where the descent ends."""

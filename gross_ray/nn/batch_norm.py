@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gross_ray.data.image_set import Splits
-from gross_ray.precision import products_at
+from gross_ray.nn.precision import products_at
 
 CALIBRATION_IMAGES = 512
 """Images of the training split from which statistics are taken."""
@@ -18,9 +18,23 @@ CALIBRATION_BATCH = 128
 """Of them, how many make a batch: its statistics are those of one forward pass in training, and memory is bounded."""
 
 
-def calibration_images(splits: Splits) -> Tensor:
+class TrainingImages(Protocol):
+    """What `calibration_images` needs of the training split (an `ImageSet`)."""
+
+    @property
+    def images(self) -> Tensor:
+        """(N, 3, H, W), uint8."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device that takes its batches."""
+        ...
+
+
+def calibration_images(train: TrainingImages) -> Tensor:
     """Return the images, uint8 (N, 3, H, W), from which statistics are taken: the first of the training split."""
-    return splits.train.images[:CALIBRATION_IMAGES].to(splits.train.device)
+    return train.images[:CALIBRATION_IMAGES].to(train.device)
 
 
 def calibration_batches(images: Tensor) -> tuple[Tensor, ...]:

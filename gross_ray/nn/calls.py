@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.errors import InvalidValueError, first_line
-from gross_ray.modes import evaluating
+from gross_ray.nn.modes import evaluating
+from gross_ray.space import is_decomposed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
         images = given(args, kwargs)
         calls.append(Call(module, tuple(images.shape), tuple(output.shape)))
 
-    counted = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | SeriesConv2d)]
+    counted = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear) or is_decomposed(m)]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
     try:
         output_of(model, input_shape)

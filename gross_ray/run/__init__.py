@@ -1,1 +1,1 @@
-"""What a run stores: the tables' schemas, and the run folder that holds tables and checkpoints."""
+"""One run: its folder, the tables and checkpoints in it, their file format, the lock and the storage."""

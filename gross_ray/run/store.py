@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +21,14 @@ from typing import Any
 import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment
-from gross_ray.results import lock
-from gross_ray.results.storage import Storage
-from gross_ray.results.tables import SCHEMA_VERSION, TABLES, VERSION_KEY, table
+from gross_ray.run import lock
+from gross_ray.run.file_format import DamagedFileError, checkpoint_file, read_checkpoint, read_unit, unit_file
+from gross_ray.run.storage import Storage
+from gross_ray.run.tables import TABLES, table
 
 # pyarrow leaves out of a folder what begins with a dot or an underscore: such a unit would silently be missing.
 _NAME = re.compile(r"[A-Za-z0-9=,+-][A-Za-z0-9=,._+-]{0,149}")
@@ -40,9 +37,6 @@ UNDER_WAY = "-under-way"
 SEARCH_ENDED = ("search-rounds", "ended")
 """Stage and unit of the checkpoint that tells that a search by a strategy has ended."""
 _AGAIN = "run its stage again: it deletes the file and says what follows"
-_DESCRIPTION = "gross_ray.description"
-_CHECKSUM = "gross_ray.crc32"
-_NO_SUM, _SUM = b"gross_ray crc32=00000000", b"gross_ray crc32=%08x"
 _EXPERIMENT = "experiment.json"
 _REPORT = "report.html"
 
@@ -147,7 +141,7 @@ class RunStore:
             if stage.endswith(UNDER_WAY):
                 for name in self.storage.names(f"checkpoints/{stage}"):
                     if name.endswith(".safetensors") and not name.startswith("."):
-                        self._is_whole(f"checkpoints/{stage}/{name}", _read_checkpoint)
+                        self._is_whole(f"checkpoints/{stage}/{name}", read_checkpoint)
         for name in TABLES:
             self.finished_units(name)
 
@@ -162,7 +156,7 @@ class RunStore:
         unknown table or a unit that cannot be a file's name, and StorageError.
         """
         arrow = table(name).to_arrow(rows, layers)
-        self.storage.write(_table_file(name, unit), _parquet(arrow))
+        self.storage.write(_table_file(name, unit), unit_file(arrow))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Return the rows of all units, in the natural order of the units' names (seed=2 before seed=10).
@@ -193,7 +187,7 @@ class RunStore:
         field = stored.schema.field(column)
         array = table(name).expand()[column].array(list(values), column)
         arrow = stored.set_column(stored.schema.get_field_index(column), field, array)
-        self.storage.write(file, _parquet(arrow))
+        self.storage.write(file, unit_file(arrow))
 
     def units(self, name: str) -> list[str]:
         """Return the units that have a file in table `name`, by natural order; what is in it is not looked at."""
@@ -206,7 +200,7 @@ class RunStore:
 
         Where this process holds the lock, a damaged file is deleted and noted in `damaged`. Its content is read once.
         """
-        return {unit for unit in self.units(name) if self._is_whole(_table_file(name, unit), _read_unit)}
+        return {unit for unit in self.units(name) if self._is_whole(_table_file(name, unit), read_unit)}
 
     def read_sound(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Return what `read_table` does of the units that are stored whole; damaged ones as `finished_units` does."""
@@ -243,13 +237,7 @@ class RunStore:
         Raises InvalidValueError for a stage or unit that cannot be a file's name, and StorageError.
         """
         file = _checkpoint_file(stage, unit)
-        text = json.dumps(dict(description))
-        copies = {
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
-        metadata = {_DESCRIPTION: text, _CHECKSUM: _NO_SUM.decode()}
-        self.storage.write(file, _summed(save(copies, metadata=metadata)))
+        self.storage.write(file, checkpoint_file(tensors, description))
         self.storage.write(_beside(file), json.dumps(dict(description), indent=2).encode())
 
     def load_checkpoint(self, stage: str, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -259,12 +247,12 @@ class RunStore:
         """
         file = _checkpoint_file(stage, unit)
         try:
-            return _read_checkpoint(self.storage, file)
+            return read_checkpoint(self.storage, file)
         except FileNotFoundError:
             raise MissingStageError(
                 f"stage {stage!r} has stored nothing for unit {unit!r} in {self.storage}: run that stage first"
             ) from None
-        except _DamagedFile as error:
+        except DamagedFileError as error:
             raise RunFolderError(f"damaged checkpoint {self.storage.shown(file)}: {error}; {_AGAIN}") from None
 
     def has_checkpoint(self, stage: str, unit: str) -> bool:
@@ -276,7 +264,7 @@ class RunStore:
         file = _checkpoint_file(stage, unit)
         if not self.storage.exists(file):
             return False
-        return not self._locked or self._is_whole(file, _read_checkpoint)
+        return not self._locked or self._is_whole(file, read_checkpoint)
 
     def checkpoints(self, stage: str) -> list[str]:
         """Return the units that have a checkpoint of `stage`, by natural order; what is in it is not looked at."""
@@ -299,8 +287,8 @@ class RunStore:
 
     def _read_sound_unit(self, file: str, columns: Sequence[str] | None = None) -> pa.Table:
         try:
-            unit = _read_unit(self.storage, file, columns)
-        except _DamagedFile as error:
+            unit = read_unit(self.storage, file, columns)
+        except DamagedFileError as error:
             raise RunFolderError(f"damaged file {self.storage.shown(file)}: {error}; {_AGAIN}") from None
         for name in columns or ():
             if name not in unit.column_names:  # pyarrow leaves it out without a word
@@ -314,7 +302,7 @@ class RunStore:
             return True
         try:
             read(self.storage, file)
-        except _DamagedFile:
+        except DamagedFileError:
             if self._locked:
                 self.storage.delete(file)
                 self.damaged.append(file)
@@ -342,87 +330,6 @@ def read_table(run: str | Path, name: str, columns: Sequence[str] | None = None)
     """
     table(name)
     return RunStore.open(run).read_table(name, columns)
-
-
-class _DamagedFile(Exception):
-    """A stored unit cannot be read."""
-
-
-def _parquet(arrow: pa.Table) -> memoryview:
-    """Return a Parquet file with a checksum of the whole: Parquet's own ones leave out what says how to read it."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, arrow.schema, write_page_checksum=True) as writer:
-        writer.write_table(arrow)
-        writer.add_key_value_metadata({_CHECKSUM: _NO_SUM})
-    return _summed(sink.getvalue().to_pybytes())
-
-
-def _summed(content: bytes) -> memoryview:
-    """Return a file with the checksum of all its bytes in place of the last _NO_SUM in it."""
-    place = content.rindex(_NO_SUM)
-    summed = bytearray(content)
-    summed[place : place + len(_NO_SUM)] = _SUM % zlib.crc32(content)
-    return memoryview(summed)
-
-
-def _check_sum(content: bytes) -> bool:
-    """Return whether a file has a checksum; raise _DamagedFile where it does not fit. Earlier versions wrote none."""
-    place = content.rfind(_NO_SUM[:-8])
-    if place < 0:
-        return False
-    end, view = place + len(_NO_SUM), memoryview(content)
-    found = zlib.crc32(view[end:], zlib.crc32(_NO_SUM, zlib.crc32(view[:place])))
-    if view[place:end] != _SUM % found:
-        raise _DamagedFile("its content has changed since it was written")
-    return True
-
-
-def _read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
-    # ParquetFile, for pyarrow's other readers make columns of folders like seed=0 on the way to the file.
-    # From memory: an error of the disk or the network is none of the file's content.
-    try:
-        content = storage.read(file)
-        _check_sum(content)
-        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as parquet:
-            rows = parquet.metadata.num_rows
-            stored = parquet.read(columns)
-    except (pa.ArrowMemoryError, pa.ArrowNotImplementedError):
-        raise
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _DamagedFile(error) from None
-    if stored.num_rows != rows:
-        raise _DamagedFile(f"{stored.num_rows} rows where its footer says {rows}")
-    metadata = {key: value for key, value in (stored.schema.metadata or {}).items() if key != _CHECKSUM.encode()}
-    version = metadata.get(VERSION_KEY, b"none").decode()
-    if version != str(SCHEMA_VERSION):  # whole, only not ours to read: never deleted
-        raise RunFolderError(
-            f"{storage.shown(file)} has schema version {version}, this gross_ray reads {SCHEMA_VERSION}: "
-            "use the gross_ray that wrote it, or give another folder"
-        )
-    return stored.replace_schema_metadata(metadata)  # the checksum is this file's, not that of one made from its rows
-
-
-def _read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a checkpoint's tensors and description. Raises FileNotFoundError and _DamagedFile."""
-    content = storage.read(file)
-    summed = _check_sum(content)
-    try:
-        tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header["__metadata__"]
-        if not summed and metadata[_CHECKSUM] != _checksum(tensors, metadata[_DESCRIPTION]):
-            raise ValueError("its content has changed since it was written")
-        return tensors, json.loads(metadata[_DESCRIPTION])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _DamagedFile(repr(error)) from None
-
-
-def _checksum(tensors: Mapping[str, Tensor], description: str) -> str:
-    """Return what earlier versions wrote: the CRC-32 of the tensors, in the order of their names, and of the text."""
-    value = zlib.crc32(description.encode())
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
 
 
 def _read_experiment(storage: Storage) -> Experiment:

@@ -415,7 +415,7 @@ def describe() -> str:
     lines = [
         "# Tables",
         "",
-        "Made from `gross_ray/results/tables.py` by `python scripts/make_tables_doc.py`: change it there.",
+        "Made from `gross_ray/run/tables.py` by `python scripts/make_tables_doc.py`: change it there.",
         "",
         "Each table is a folder of Parquet files, one for each completed unit of work:",
         '`pandas.read_parquet("RUN/tables/NAME")` reads all of them, and `gross_ray.read_table("RUN", "NAME")` does so',

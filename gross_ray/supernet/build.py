@@ -1,24 +1,21 @@
-"""Operations on whole networks: put series in place of layers, choose a configuration, take it out."""
+"""Building supernets: decompose the chosen convolutions of a network, and put series in their place."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.btd import BlockTerms, BTDOptions, block_term_decompositions, default_restarts
-from gross_ray.decomposition.calls import network_calls
-from gross_ray.decomposition.layers import choice_of, choose_layers
-from gross_ray.decomposition.series import SeriesConv2d, check_dense
+from gross_ray.btd.block_terms import BlockTerms
+from gross_ray.btd.bottleneck import Bottleneck
+from gross_ray.btd.options import BTDOptions
+from gross_ray.btd.solver import block_term_decompositions, default_restarts
 from gross_ray.errors import InvalidValueError, first_line
-from gross_ray.space import Configuration, SearchSpace
-
-_TORCHS = frozenset(vars(nn.Module()))
-"""Attributes of every module, its children among them."""
+from gross_ray.nn.calls import network_calls
+from gross_ray.nn.replace import replace_modules
+from gross_ray.supernet.layers import choice_of, choose_layers
+from gross_ray.supernet.series import SeriesConv2d, check_dense
 
 
 def decompose_model(
@@ -138,77 +135,3 @@ def _why_not_met(
     if all(after[id(supernet.get_submodule(name))] == before[id(model.get_submodule(name))] for name in names):
         return None
     return "the network goes on without them"
-
-
-def series_layers(supernet: nn.Module) -> dict[str, SeriesConv2d]:
-    """Return the SeriesConv2d of a supernet by name, in layer order; raises InvalidValueError if there are none."""
-    found = {name: module for name, module in supernet.named_modules() if isinstance(module, SeriesConv2d)}
-    if not found:
-        raise InvalidValueError("this network has no decomposed layer; make one with decompose_model")
-    return found
-
-
-def set_configuration(supernet: nn.Module, configuration: Sequence[int]) -> None:
-    """Make `configuration` the active one; raises InvalidValueError (and changes nothing) if it is not in the space."""
-    checked = SearchSpace.of(supernet).check(configuration)
-    for layer, group_size in zip(series_layers(supernet).values(), checked, strict=True):
-        layer.group_size = group_size
-
-
-def get_configuration(supernet: nn.Module) -> Configuration:
-    """Return the active configuration."""
-    return Configuration([layer.group_size for layer in series_layers(supernet).values()])
-
-
-def extract(supernet: nn.Module, configuration: Sequence[int]) -> nn.Module:
-    """Return the network of one configuration, made of plain torch.nn modules only (a copy)."""
-    checked = SearchSpace.of(supernet).check(configuration)
-    layers = series_layers(supernet)
-    return replace_modules(
-        supernet, {name: layers[name].to_modules(size) for name, size in zip(layers, checked, strict=True)}
-    )
-
-
-def check_plain(network: nn.Module, what: str) -> None:
-    """Raise InvalidValueError for a supernet, saying that `what` was asked for it."""
-    if any(isinstance(module, SeriesConv2d) for module in network.modules()):
-        raise InvalidValueError(f"{what} of a supernet: take one configuration out of it first, with extract")
-
-
-def replace_modules(
-    model: nn.Module, replacements: Mapping[str, nn.Module], *, share_weights: bool = False
-) -> nn.Module:
-    """Return a deep copy of `model` with the named modules replaced wherever they are used, so that sharing is kept.
-
-    So they are in lists, tuples and dicts that modules have as plain attributes. With `share_weights` the copy has the
-    parameters and buffers of `model` itself.
-    """
-    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share_weights else {}
-    copied = copy.deepcopy(model, kept)
-    new = {id(copied.get_submodule(name)): module for name, module in replacements.items()}
-    if id(copied) in new:
-        return new[id(copied)]
-    for parent in list(copied.modules()):
-        for attribute, child in list(parent._modules.items()):
-            if child is not None and id(child) in new:
-                replacement = new[id(child)]
-                replacement.train(child.training)
-                setattr(parent, attribute, replacement)
-        for attribute, value in list(vars(parent).items()):
-            if attribute not in _TORCHS and isinstance(value, list | tuple | dict):
-                vars(parent)[attribute] = _replaced(value, new)
-    return copied
-
-
-def _replaced(value: Any, new: Mapping[int, nn.Module]) -> Any:
-    """Return a module's replacement, if it has one; lists and dicts get those of their members, tuples become new."""
-    if isinstance(value, nn.Module):
-        return new.get(id(value), value)
-    if type(value) in (list, dict):
-        for key, one in list(value.items() if type(value) is dict else enumerate(value)):
-            if (other := _replaced(one, new)) is not one:
-                value[key] = other
-    elif type(value) is tuple:
-        others = tuple(_replaced(one, new) for one in value)
-        return others if any(one is not other for one, other in zip(value, others, strict=True)) else value
-    return value

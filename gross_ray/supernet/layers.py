@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from gross_ray.decomposition.calls import network_calls
 from gross_ray.errors import InvalidValueError
+from gross_ray.nn.calls import network_calls
 
 _MOST_NAMED = 8
 """Names that an error lists; of more, the closest."""

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.expansion import sum_of_expansions
+from gross_ray.btd.bottleneck import Bottleneck
+from gross_ray.btd.expansion import sum_of_expansions
 from gross_ray.errors import InvalidValueError
 
 

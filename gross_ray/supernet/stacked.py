@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.expansion import expand_grouped_weight
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import replace_modules, series_layers
+from gross_ray.btd.expansion import expand_grouped_weight
 from gross_ray.errors import InvalidValueError
+from gross_ray.nn.replace import replace_modules
+from gross_ray.supernet.configure import series_layers
+from gross_ray.supernet.series import SeriesConv2d
 
 TERMS = ("pointwise_in", "grouped", "pointwise_out")
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gross_ray.decomposition.bottleneck import Bottleneck
+from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
 
 

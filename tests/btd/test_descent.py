@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from gross_ray.decomposition import descent
-from gross_ray.decomposition.block_terms import BTDStatus
-from gross_ray.decomposition.descent import descend
-from gross_ray.decomposition.term_fit import Factors, TermFit, orthonormalised
+from gross_ray.btd import descent
+from gross_ray.btd.block_terms import BTDStatus
+from gross_ray.btd.descent import descend
+from gross_ray.btd.term_fit import Factors, TermFit, orthonormalised
 
 
 @st.composite

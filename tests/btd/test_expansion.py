@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gross_ray.decomposition.expansion import expand_grouped_weight, sum_of_expansions
+from gross_ray.btd.expansion import expand_grouped_weight, sum_of_expansions
 from gross_ray.errors import GrossRayError, InvalidValueError
 
 

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorly.decomposition import parafac, partial_tucker
 
-from gross_ray.decomposition import btd
-from gross_ray.decomposition.btd import (
-    BlockTerms,
-    BTDOptions,
-    BTDStatus,
+from gross_ray.btd import solver
+from gross_ray.btd.block_terms import BlockTerms, BTDStatus
+from gross_ray.btd.options import BTDOptions
+from gross_ray.btd.solver import (
     block_term_decomposition,
     block_term_decompositions,
     default_precision,
@@ -319,7 +318,7 @@ def test_large_weights_take_most_steps_in_float32_by_default(trained_like_weight
     assert default_precision(torch.empty(256 * 256 * 9, device="meta")) == "float32"
     weight = trained_like_weight(8, 8, 3, 3)
     small = block_term_decomposition(weight, 2)
-    monkeypatch.setattr(btd, "LARGE_WEIGHT", 1)
+    monkeypatch.setattr(solver, "LARGE_WEIGHT", 1)
     large = block_term_decomposition(weight, 2)
     for default, precision in ((small, "float64"), (large, "float32")):
         named = block_term_decomposition(weight, 2, options=BTDOptions(precision=precision))

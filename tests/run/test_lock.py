@@ -16,9 +16,9 @@ import pytest
 
 from gross_ray.errors import RunFolderError, StorageError
 from gross_ray.experiment import Experiment
-from gross_ray.results import lock
-from gross_ray.results.storage import Storage
-from gross_ray.results.store import RunStore
+from gross_ray.run import lock
+from gross_ray.run.storage import Storage
+from gross_ray.run.store import RunStore
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ def start(program, *arguments):
 
 HOLD = """
 import sys, time
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 with RunStore.open(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(600)

@@ -15,10 +15,10 @@ from s3_server import SECRET, Door, free_port, uri
 
 from gross_ray.errors import InvalidValueError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment
-from gross_ray.results import lock
-from gross_ray.results import storage as storage_module
-from gross_ray.results.storage import Storage
-from gross_ray.results.store import RunStore, read_table
+from gross_ray.run import lock
+from gross_ray.run import storage as storage_module
+from gross_ray.run.storage import Storage
+from gross_ray.run.store import RunStore, read_table
 
 NETWORK = {
     "seed": 0,

@@ -15,14 +15,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment, TrainingOptions
-from gross_ray.results import store as store_module
-from gross_ray.results import tables
-from gross_ray.results.store import RunStore, read_table
-from gross_ray.results.tables import TABLES
+from gross_ray.run import store as store_module
+from gross_ray.run import tables
+from gross_ray.run.store import RunStore, read_table
+from gross_ray.run.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -311,7 +311,7 @@ def test_a_write_that_fails_before_the_replace_keeps_the_old_unit_and_no_leftove
 DIE_BEFORE_REPLACE = """
 import os, signal, sys
 import torch
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 store = RunStore.open(sys.argv[1])
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "table":
@@ -676,7 +676,7 @@ def test_a_driver_reads_the_checkpoints_that_it_asks_for_once(store, monkeypatch
 def test_a_tensors_file_of_someone_else_is_no_checkpoint(store):
     path = store.path / "checkpoints/train/seed=0.safetensors"
     store.save_checkpoint("train", "seed=0", {"a": torch.ones(4)}, {})
-    path.write_bytes(store_module.save({"a": torch.ones(4)}))
+    path.write_bytes(save({"a": torch.ones(4)}))
     with pytest.raises(RunFolderError, match="damaged checkpoint"):
         store.load_checkpoint("train", "seed=0")
 

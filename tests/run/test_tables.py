@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.results.tables import SCHEMA_VERSION, TABLES, describe, schema, table
+from gross_ray.run.tables import SCHEMA_VERSION, TABLES, describe, schema, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,7 +168,7 @@ def test_the_page_names_every_table_and_column():
 
 def test_importing_the_store_leaves_the_pipeline_s_libraries_out():
     program = (
-        "import sys, gross_ray.results.store\n"
+        "import sys, gross_ray.run.store\n"
         "print([name for name in ('ray', 'click', 'rich') if name in sys.modules], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -5,22 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from gross_ray.decomposition import surgery
-from gross_ray.decomposition.btd import BTDOptions, block_term_decomposition
-from gross_ray.decomposition.layers import decomposable_layers, default_group_sizes
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import (
-    build_supernet,
-    decompose_layer,
-    decompose_model,
-    empty_supernet,
-    extract,
-    get_configuration,
-    series_layers,
-    set_configuration,
-)
+from gross_ray.btd.options import BTDOptions
+from gross_ray.btd.solver import block_term_decomposition
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet import build
+from gross_ray.supernet.build import build_supernet, decompose_layer, decompose_model, empty_supernet
+from gross_ray.supernet.configure import extract, get_configuration, series_layers, set_configuration
+from gross_ray.supernet.layers import decomposable_layers, default_group_sizes
+from gross_ray.supernet.series import SeriesConv2d
 
 QUICK = BTDOptions(max_steps=3)
 
@@ -161,9 +154,9 @@ def test_layers_alike_are_decomposed_in_one_pass_and_as_by_themselves(monkeypatc
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
     )
     passes = []
-    solve = surgery.block_term_decompositions
+    solve = build.block_term_decompositions
     monkeypatch.setattr(
-        surgery,
+        build,
         "block_term_decompositions",
         lambda weights, size, **options: passes.append((len(weights), size)) or solve(weights, size, **options),
     )

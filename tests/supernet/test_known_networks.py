@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.layers import choice_of
-from gross_ray.decomposition.surgery import empty_supernet, extract, series_layers, set_configuration
 from gross_ray.models import model_of
 from gross_ray.search.cost import CostTable, configuration_macs, count_macs
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import empty_supernet
+from gross_ray.supernet.configure import extract, series_layers, set_configuration
+from gross_ray.supernet.layers import choice_of
 
 SIZES = (1, 4, 16, 32)
 NETWORKS = {

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from gross_ray.decomposition.layers import (
-    choice_of,
-    choose_layers,
-    decomposable_layers,
-    parse_layer_group_sizes,
-)
 from gross_ray.errors import InvalidValueError
+from gross_ray.supernet.layers import choice_of, choose_layers, decomposable_layers, parse_layer_group_sizes
 
 
 def network() -> nn.Module:

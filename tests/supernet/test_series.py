@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gross_ray.decomposition.series import SeriesConv2d
 from gross_ray.errors import InvalidValueError
+from gross_ray.supernet.series import SeriesConv2d
 
 CHAINS = [(1, 2, 4, 8), (1, 8), (2, 4), (4,), (8,), (1, 3, 12), (2, 6)]
 
