@@ -33,11 +33,7 @@ LAYERS = (
     ("cli",),
 )
 """Folders and files from the bottom up. Each imports itself and the layers below, but not its neighbours."""
-NEVER = {
-    ("gross_ray.nn", "gross_ray.data"),
-    ("gross_ray.btd", "gross_ray.data"),
-    ("gross_ray.supernet", "gross_ray.data"),
-}
+NEVER = {(f"gross_ray.{folder}", "gross_ray.data") for folder in ("nn", "btd", "supernet")}
 """Imports that the layers would allow: networks know nothing of datasets."""
 OWNERS = {
     "ray": ("pipelines.execution",),

@@ -38,7 +38,7 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
         images = given(args, kwargs)
         calls.append(Call(module, tuple(images.shape), tuple(output.shape)))
 
-    counted = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear) or is_decomposed(m)]
+    counted = [module for module in model.modules() if _is_counted(module)]
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
     try:
         output_of(model, input_shape)
@@ -46,6 +46,10 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _is_counted(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or is_decomposed(module)
 
 
 def given(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
