@@ -73,11 +73,12 @@ def run(
       gross run --preset fashion --out runs/short --set training.epochs=3 --set training.seeds=1
       gross run --preset quickstart --out runs/b --reuse runs/quickstart --set 'search.limits=["parameters=60k"]'
     """
-    from gross_ray.report.page import write_page
-    from gross_ray.report.terminal import results
-    from gross_ray.results.store import RunStore
     from pipelines.reuse import take_evaluations, take_over
     from pipelines.run import run_all
+
+    from gross_ray.report.page import write_page
+    from gross_ray.report.terminal import results
+    from gross_ray.run.store import RunStore
 
     refuse_alone("--reuse", reuse is not None, {"--reuse-evaluations": reuse_evaluations or None})
     other = None if reuse is None else RunStore.open(reuse)
@@ -101,8 +102,9 @@ def _stage_command(name: str, description: str) -> click.Command:
     """Return the command of a stage that has no options of its own."""
 
     def command(run: str, preset_name: str | None, settings: tuple[str, ...], resources: Any, source: Any) -> None:
-        from gross_ray.report.terminal import stage_results
         from pipelines.run import STAGES
+
+        from gross_ray.report.terminal import stage_results
 
         store = run_folder(run, preset_name, settings, source)
         work(store, resources, source, STAGES[name].run)
@@ -170,10 +172,11 @@ def search(
       gross search runs/quickstart --budget macs=2.66M --budget parameters=90k --top 5
       gross search runs/quickstart --latency --latency-batch 8 --pareto --costs macs,latency_ms
     """
-    from gross_ray.report.terminal import budget_table, front_table, latency_table, stage_results
-    from pipelines import search as stage
     from pipelines.latency import add_latency
     from pipelines.run import STAGES
+
+    from gross_ray.report.terminal import budget_table, front_table, latency_table, stage_results
+    from pipelines import search as stage
 
     refuse_alone("--budget", bool(budgets), {"--top": top})
     refuse_alone("--pareto", pareto, {"--costs": costs and ",".join(costs)})
@@ -236,14 +239,14 @@ def latency(
       gross latency runs/quickstart --from phone.parquet
     """
     import torch
+    from pipelines.predictions import put
+    from pipelines.session import held
 
     from gross_ray.report.terminal import latency_table
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
     from gross_ray.search.latency import LatencyModel, LatencyOptions
     from pipelines import latency as stage
-    from pipelines.predictions import put
     from pipelines.progress import Reporter
-    from pipelines.session import held
 
     asked = {"batch_size": batch, "threads": threads, "repeats": repeats}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -362,9 +365,10 @@ def sweep_alpha(
       gross sweep-alpha runs/quickstart --scheduler asha
       gross sweep-alpha runs/quickstart --search optuna --trials 30 --alpha-high 6
     """
+    from pipelines.alpha_trials import OptunaOptions
+
     from gross_ray.report.terminal import stage_results, trials_table
     from pipelines import sweep
-    from pipelines.alpha_trials import OptunaOptions
 
     limits = {"trials": trials, "alpha_low": alpha_low, "alpha_high": alpha_high}
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
@@ -426,10 +430,10 @@ def inspect(
       gross inspect --model vgg16 --group-sizes 1,4,16,32
       gross inspect --model my_package.networks:small_resnet --image-size 64 --layers 'layer[34].*'
     """
-    from gross_ray.decomposition.layers import choice_of, parse_layer_group_sizes
     from gross_ray.models import model_of
     from gross_ray.report.inspection import inspection
     from gross_ray.report.terminal import inspection_page
+    from gross_ray.supernet.layers import choice_of, parse_layer_group_sizes
 
     network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
     by_layer = parse_layer_group_sizes(layer_group_sizes)
@@ -447,8 +451,9 @@ def status(run: str) -> None:
     Example:
       gross status runs/quickstart
     """
-    from gross_ray.results.store import RunStore
     from pipelines.run import status as stages
+
+    from gross_ray.run.store import RunStore
 
     store = RunStore.open(run)
     click.echo(f"{store.storage}: {store.experiment.name}, experiment {store.experiment.fingerprint()}")
@@ -470,7 +475,7 @@ def show(run: str, table: str, rows: int, csv: bool) -> None:
       gross show runs/quickstart selections
       gross show runs/quickstart configurations --csv > configurations.csv
     """
-    from gross_ray.results.store import read_table
+    from gross_ray.run.store import read_table
 
     if csv and click.get_current_context().get_parameter_source("rows") is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError(f"--rows {rows} with --csv, which prints all rows: leave one of them out")
@@ -509,7 +514,7 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
     """
     from gross_ray.report.page import check_target, write_page
     from gross_ray.report.terminal import results
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
 
     if markdown and target is not None:
         raise click.UsageError(f"--to {target} with --markdown, which writes no page: leave one of them out")
@@ -564,7 +569,7 @@ def export(
     """
     import torch
 
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
     from gross_ray.search.latency import LatencyOptions
     from pipelines.exporting import export_validated
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.nodes import NodeKind
 
 THREAD_EFFICIENCY = 0.6

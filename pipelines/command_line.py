@@ -104,7 +104,7 @@ def work_options(command: Callable[..., None]) -> Callable[..., None]:
         download: bool,
         **rest: Any,
     ) -> None:
-        from pipelines.cluster import Resources
+        from pipelines.execution.cluster import Resources
         from pipelines.session import DataSource
 
         resources = Resources(address=address, num_cpus=num_cpus, device=device, gpus_per_unit=gpus_per_unit)
@@ -156,7 +156,7 @@ def run_folder(
     anything is made.
     """
     from gross_ray.errors import InvalidValueError
-    from gross_ray.results.store import RunStore
+    from gross_ray.run.store import RunStore
 
     if preset_name is None:
         if settings:

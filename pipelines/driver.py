@@ -19,8 +19,8 @@ from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.errors import UnitsFailedError
 from gross_ray.experiment import DataOptions
-from gross_ray.results.opened import Run
-from gross_ray.results.store import RunStore
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
 from gross_ray.search.timing import timed_device
 from pipelines.capacity import Capacity, settled_threads
 from pipelines.execution import signals

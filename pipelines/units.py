@@ -16,8 +16,8 @@ from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import SPLITS
 from gross_ray.errors import MissingStageError
-from gross_ray.results.opened import Run
-from gross_ray.results.store import UNDER_WAY, RunStore
+from gross_ray.run.opened import Run
+from gross_ray.run.store import UNDER_WAY, RunStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,18 +11,18 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
-
-from cli import main
-from gross_ray.presets import PRESETS, preset
-from gross_ray.results.store import RunStore
-from gross_ray.results.tables import TABLES
-from gross_ray.search.selection import Budget, best_under, pareto_front
-from pipelines import latency, search, sweep
 from pipelines.alpha_trials import OptunaOptions
-from pipelines.cluster import ray
 from pipelines.networks import new_network
 from pipelines.run import STAGES as PIPELINE
 from pipelines.session import Session
+
+from cli import main
+from gross_ray.presets import PRESETS, preset
+from gross_ray.run.store import RunStore
+from gross_ray.run.tables import TABLES
+from gross_ray.search.selection import Budget, best_under, pareto_front
+from pipelines import latency, search, sweep
+from pipelines.execution.cluster import ray
 
 STAGES = ["train", "decompose", "reconstruct", "finetune", "search", "validate", "sweep-alpha"]
 

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from gross_ray.errors import GrossRayError
-from gross_ray.results.opened import Run
+from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution.base import told
 from pipelines.execution.versions import Versions

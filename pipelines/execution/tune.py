@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.stopper import NoopStopper
 
 from gross_ray.errors import GrossRayError
-from gross_ray.results.opened import Run
+from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution import signals
 from pipelines.execution.actors import gpu_share

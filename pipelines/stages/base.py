@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from gross_ray.results.opened import Run
+from gross_ray.run.opened import Run
 from gross_ray.training.loop import EpochRecord
 from pipelines.capacity import Capacity
 from pipelines.units import Job, Unit

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gross_ray.decomposition.btd import BlockTerms, BTDStatus, block_term_decomposition, default_restarts
-from gross_ray.decomposition.layers import by_reason
-from gross_ray.results.opened import Run
-from gross_ray.results.store import RunStore
+from gross_ray.btd.block_terms import BlockTerms, BTDStatus
+from gross_ray.btd.solver import block_term_decomposition, default_restarts
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
 from gross_ray.seeds import derive_seed
+from gross_ray.supernet.layers import by_reason
 from pipelines.stages.base import Driver
 from pipelines.units import Context, Job, Unit, require
 

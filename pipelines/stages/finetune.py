@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from gross_ray.results.opened import Run
+from gross_ray.run.opened import Run
 from gross_ray.training.stages import finetune
 from gross_ray.training.together import finetune_together
 from pipelines.stages import reconstruct, supernets

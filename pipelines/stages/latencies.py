@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
-from gross_ray.results.opened import Run
-from gross_ray.results.store import RunStore
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
 from gross_ray.search.timing import timed_device
 from gross_ray.seeds import derived_generator
+from gross_ray.supernet.build import empty_supernet
 
 STAGE = "latency"
 TABLES = ("latencies", "latency_models")

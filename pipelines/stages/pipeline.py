@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gross_ray.errors import MissingStageError, UnitsFailedError
-from gross_ray.results.opened import Run
+from gross_ray.run.opened import Run
 from pipelines.stages import decompose, finetune, reconstruct, rounds, search, sweep, train, validate
 from pipelines.stages.base import Driver, Stage
 

@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import nn
 
-from gross_ray.decomposition.surgery import build_supernet
-from gross_ray.results.opened import Run
+from gross_ray.run.opened import Run
+from gross_ray.supernet.build import build_supernet
 from gross_ray.training.stages import reconstruct
 from gross_ray.training.together import reconstruct_together
 from pipelines.stages import decompose, supernets

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
-from gross_ray.results.opened import Run
-from gross_ray.results.store import RunStore
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 from pipelines.stages import decompose, finetune, latencies, reconstruct, rounds, search, supernets, train, validate
 

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
-from gross_ray.results.opened import Run
-from gross_ray.results.store import SEARCH_ENDED
+from gross_ray.run.opened import Run
+from gross_ray.run.store import SEARCH_ENDED
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, supernet_accuracies, uniform
 from gross_ray.search.strategies import Strategy, strategy
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import empty_supernet
 from pipelines.stages import latencies
 from pipelines.stages.supernets import Supernet
 from pipelines.units import Unit

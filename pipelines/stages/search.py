@@ -13,16 +13,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from gross_ray.batch_norm import calibration_images
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
-from gross_ray.results.opened import Run
-from gross_ray.results.store import RunStore
+from gross_ray.nn.batch_norm import calibration_images
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
 from gross_ray.search.cost import CostTable
-from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
+from gross_ray.search.options import EvaluationOptions
 from gross_ray.search.selection import (
     COSTS,
     Budget,
@@ -34,6 +33,7 @@ from gross_ray.search.selection import (
 )
 from gross_ray.search.sharding import PrefixCosts, segment_macs
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import empty_supernet
 from pipelines.stages import finetune, latencies, rounds, supernets
 from pipelines.stages.base import Driver
 from pipelines.stages.rounds import RoundPart
@@ -331,7 +331,7 @@ def work(context: Context, unit: Part) -> str:
         context.kept[unit.shared] = _Searched.of(context, planned.forms, planned.memory_budget)
     searched: _Searched = context.kept[unit.shared]
     configurations = unit.configurations_of(run.space)
-    calibration = calibration_images(context.splits) if run.experiment.engine.recalibrate else None
+    calibration = calibration_images(context.splits.train) if run.experiment.engine.recalibrate else None
     correct, loss = searched.evaluator.evaluate(validation.images, validation.labels, configurations, calibration)
     total = len(validation.labels)
     layers = [f"layer {layer}" for layer in run.space.layers]

@@ -11,7 +11,7 @@ from torch import nn
 from gross_ray.data.image_set import Splits
 from gross_ray.errors import DivergedError
 from gross_ray.experiment import EngineOptions, Schedule
-from gross_ray.results.opened import Run, save_supernet
+from gross_ray.run.opened import Run, save_supernet
 from gross_ray.seeds import derive_seed
 from gross_ray.space import SearchSpace
 from gross_ray.training.capture import captures

@@ -13,12 +13,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from gross_ray.batch_norm import calibration_batches, calibration_images, recalibrated
 from gross_ray.data.image_set import ImageSet
-from gross_ray.decomposition.surgery import set_configuration
 from gross_ray.errors import UnitsFailedError
-from gross_ray.results.opened import Run
+from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrated
+from gross_ray.run.opened import Run
 from gross_ray.space import Configuration
+from gross_ray.supernet.configure import set_configuration
 from gross_ray.training.loop import EpochRecord, count_correct
 from pipelines.stages import decompose, finetune, reconstruct, search, supernets, validate
 from pipelines.stages.base import Driver
@@ -91,7 +91,7 @@ def work(context: Context, unit: Supernet) -> str:
     """Reconstruct and fine-tune one supernet, from wherever it stands; after each epoch measure it by `METRIC`."""
     run, validation = context.run, context.splits.validation
     configurations = validate.fixed_configurations(run)
-    calibration = calibration_images(context.splits) if run.experiment.engine.recalibrate else None
+    calibration = calibration_images(context.splits.train) if run.experiment.engine.recalibrate else None
     last: dict[str, float] = {}
 
     def report(share: float, text: str, **metrics: float) -> None:

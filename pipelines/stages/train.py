@@ -11,8 +11,8 @@ from torch import nn
 
 from gross_ray.data.image_set import Splits
 from gross_ray.errors import InvalidValueError
-from gross_ray.results.opened import Run
-from gross_ray.results.store import RunStore
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.training.loop import EpochRecord, count_correct

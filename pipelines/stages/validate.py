@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from gross_ray.batch_norm import calibration_batches, calibration_images, recalibrate
-from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import MissingStageError
-from gross_ray.results.opened import Run, save_supernet, validation_unit
+from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
+from gross_ray.run.opened import Run, save_supernet, validation_unit
 from gross_ray.search.cost import configuration_macs, count_parameters
 from gross_ray.search.selection import Budget, uniform
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
+from gross_ray.supernet.build import build_supernet
 from gross_ray.training.loop import EpochRecord, accuracy
 from gross_ray.training.stages import finetune, reconstruct
 from pipelines.stages import decompose, rounds, search
@@ -142,7 +142,7 @@ def work(context: Context, unit: Validation) -> str:
     slots = {name: EpochSlot(store, f"{NAME}-{name}", unit.name) for name in ("reconstruct", "finetune")}
     rows = _train(context, unit, network, slots)
     if run.experiment.engine.recalibrate:
-        recalibrate(network, map(splits.train.as_inputs, calibration_batches(calibration_images(splits))))
+        recalibrate(network, map(splits.train.as_inputs, calibration_batches(calibration_images(splits.train))))
     test_accuracy = accuracy(network, splits.test)
     val_accuracy = accuracy(network, splits.validation)
     save_supernet(store, NAME, unit.name, network, unit.values())

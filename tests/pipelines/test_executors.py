@@ -19,8 +19,8 @@ import torch
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
-from gross_ray.results.opened import Run
-from gross_ray.results.store import RunStore
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
 from pipelines.capacity import Capacity
 from pipelines.execution import signals
 from pipelines.execution.actors import Actors

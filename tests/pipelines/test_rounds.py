@@ -14,21 +14,21 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from miniature import command, gross
+from pipelines.networks import load_base
+from pipelines.predictions import put, stored_model
+from pipelines.rounds import stored
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.terminal import results
-from gross_ray.results.store import RunStore
-from gross_ray.search.evaluation_options import STRATEGY_NAMES
+from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel
+from gross_ray.search.options import STRATEGY_NAMES
 from gross_ray.search.selection import Budget, best_under, supernet_accuracies
 from gross_ray.search.strategies import STRATEGIES
 from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling
 from pipelines import search as stage
 from pipelines import validate
-from pipelines.networks import load_base
-from pipelines.predictions import put, stored_model
-from pipelines.rounds import stored
 
 EVALUATIONS = 40
 KEY = ["supernet", "configuration"]

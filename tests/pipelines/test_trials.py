@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import pytest
 import ray
 import torch
+from pipelines.trials import MAX_FAILURES, run_trials
+from pipelines.tuning import Ended, Tuning
 from ray.tune import Callback
 from tensorboardX.proto import event_pb2
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import progress as progress_module
-from pipelines.cluster import Cluster
+from pipelines.execution.cluster import Cluster
 from pipelines.progress import StageProgress
-from pipelines.trials import MAX_FAILURES, run_trials
-from pipelines.tuning import Ended, Tuning
 from pipelines.units import Context, Unit, pack_splits
 
 

@@ -22,7 +22,7 @@ from gross_ray.report.terminal import (
     stage_results,
     sweep_table,
 )
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.selection import Budget
 
 NETWORKS = [0.9012, 0.8877, 0.9101]
