@@ -1,22 +1,29 @@
-"""gross_ray: the grouped-convolution version of a trained convnet that is most accurate within your budget."""
+"""gross_ray: the grouped-convolution version of a trained convnet that is most accurate within your budget.
 
-from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.btd import BlockTerms, BTDOptions, BTDStatus, block_term_decomposition
-from gross_ray.decomposition.expansion import expand_grouped_weight
-from gross_ray.decomposition.layers import LayerChoice, choice_of
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import decompose_model, extract, set_configuration
-from gross_ray.errors import GrossRayError
-from gross_ray.experiment import Experiment
-from gross_ray.export import export_onnx
-from gross_ray.presets import preset
-from gross_ray.results.store import read_table
-from gross_ray.search.cost import configuration_macs, count_macs
-from gross_ray.search.evaluator import evaluate_configurations
-from gross_ray.search.folding import fold
-from gross_ray.space import Configuration, SearchSpace
-from gross_ray.training.sampling import sampling_probabilities
-from gross_ray.training.stages import response_error
+Public names are loaded at their first use (PEP 562): `import gross_ray` alone loads neither torch nor pandas.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports the same names
+    from gross_ray.decomposition.bottleneck import Bottleneck
+    from gross_ray.decomposition.btd import BlockTerms, BTDOptions, BTDStatus, block_term_decomposition
+    from gross_ray.decomposition.expansion import expand_grouped_weight
+    from gross_ray.decomposition.layers import LayerChoice, choice_of
+    from gross_ray.decomposition.series import SeriesConv2d
+    from gross_ray.decomposition.surgery import decompose_model, extract, set_configuration
+    from gross_ray.errors import GrossRayError
+    from gross_ray.experiment import Experiment
+    from gross_ray.export import export_onnx
+    from gross_ray.presets import preset
+    from gross_ray.results.store import read_table
+    from gross_ray.search.cost import configuration_macs, count_macs
+    from gross_ray.search.evaluator import evaluate_configurations
+    from gross_ray.search.folding import fold
+    from gross_ray.space import Configuration, SearchSpace
+    from gross_ray.training.sampling import sampling_probabilities
+    from gross_ray.training.stages import response_error
 
 __version__ = "0.1.0"
 
@@ -47,3 +54,44 @@ __all__ = [
     "sampling_probabilities",
     "set_configuration",
 ]
+
+_MODULES = {
+    "BTDOptions": "gross_ray.decomposition.btd",
+    "BTDStatus": "gross_ray.decomposition.btd",
+    "BlockTerms": "gross_ray.decomposition.btd",
+    "Bottleneck": "gross_ray.decomposition.bottleneck",
+    "Configuration": "gross_ray.space",
+    "Experiment": "gross_ray.experiment",
+    "GrossRayError": "gross_ray.errors",
+    "LayerChoice": "gross_ray.decomposition.layers",
+    "SearchSpace": "gross_ray.space",
+    "SeriesConv2d": "gross_ray.decomposition.series",
+    "block_term_decomposition": "gross_ray.decomposition.btd",
+    "choice_of": "gross_ray.decomposition.layers",
+    "configuration_macs": "gross_ray.search.cost",
+    "count_macs": "gross_ray.search.cost",
+    "decompose_model": "gross_ray.decomposition.surgery",
+    "evaluate_configurations": "gross_ray.search.evaluator",
+    "expand_grouped_weight": "gross_ray.decomposition.expansion",
+    "export_onnx": "gross_ray.export",
+    "extract": "gross_ray.decomposition.surgery",
+    "fold": "gross_ray.search.folding",
+    "preset": "gross_ray.presets",
+    "read_table": "gross_ray.results.store",
+    "response_error": "gross_ray.training.stages",
+    "sampling_probabilities": "gross_ray.training.sampling",
+    "set_configuration": "gross_ray.decomposition.surgery",
+}
+"""The module that defines each public name; the same as the imports above (tested)."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value  # the next access finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

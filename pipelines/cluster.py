@@ -30,12 +30,12 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 
-from gross_ray.errors import InvalidValueError, ResourcesError  # noqa: E402
+from gross_ray.errors import ResourcesError  # noqa: E402
 from pipelines import signals  # noqa: E402
 from pipelines.autoscaler import NodeKind, autoscaling_config, may_come  # noqa: E402
+from pipelines.resources import Resources  # noqa: E402
 from pipelines.versions import PACKAGES  # noqa: E402
 
-DEVICES = ("auto", "cpu", "cuda")
 CONNECT_SECONDS = 10.0
 """How long a named cluster may take to answer."""
 HEAD_SECONDS = 120.0
@@ -48,40 +48,6 @@ _SESSION_TIME = "%Y-%m-%d_%H-%M-%S_%f"  # Ray's own, of the local time
 THREAD_EFFICIENCY = 0.6
 """n threads do n^0.6 times the work of one (measured: 1.4 to 1.8 times with 2, training the four-conv network, and a
 fraction of that where something else wants one of the cores)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """Where the work is done; nothing in here changes what an experiment means."""
-
-    address: str | None = None
-    """Address of a running cluster; None: RAY_ADDRESS, or start Ray on this machine."""
-    num_cpus: int | None = None
-    """CPU cores to use of this machine; None: all. Refused together with an address."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda where the cluster has a GPU."""
-    gpus_per_unit: float = 0.25
-    """GPUs for each unit of work on cuda; below 1, units share one."""
-
-    def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise InvalidValueError(f"device = {self.device!r}: must be one of {', '.join(DEVICES)}")
-        if self.num_cpus is not None and self.num_cpus < 1:
-            raise InvalidValueError(f"num_cpus = {self.num_cpus}: must be 1 or more")
-        if self.gpus_per_unit <= 0:
-            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0")
-        if self.gpus_per_unit > 1 and not float(self.gpus_per_unit).is_integer():
-            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be a whole number above 1")
-        if self.num_cpus is not None and self.joined_address is not None:
-            raise InvalidValueError(
-                f"num_cpus = {self.num_cpus} with the running cluster {self.joined_address}: "
-                "it has the cores it was started with; leave one of the two out"
-            )
-
-    @property
-    def joined_address(self) -> str | None:
-        """The running cluster to join, if one is named."""
-        return self.address or os.environ.get("RAY_ADDRESS") or None
 
 
 @dataclass(frozen=True)
