@@ -37,9 +37,9 @@ from gross_ray.presets import quickstart
 from gross_ray.results.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train
 from pipelines.cluster import Cluster, Resources, connected
-from pipelines.progress import StageProgress
 from pipelines.trials import run_trials
 from pipelines.units import Context, Unit, Work, pack_splits
+from pipelines.watching import StageProgress
 from pipelines.workers import WorkerPool
 
 STAGES = ("decompose", "search", "sweep-alpha")

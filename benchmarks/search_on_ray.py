@@ -43,10 +43,11 @@ from gross_ray.search.selection import Budget
 from gross_ray.training.loop import EpochRecord
 from pipelines import search, supernet
 from pipelines.cluster import Resources, connected
+from pipelines.commands.terminal import Reporter
 from pipelines.networks import history_rows, save_supernet
-from pipelines.progress import Reporter, StageProgress
 from pipelines.session import DataSource, Session
 from pipelines.units import Context, Unit, Work, pack_splits
+from pipelines.watching import StageProgress
 from pipelines.workers import WorkerPool
 
 CHEAP_LAYERS = 10

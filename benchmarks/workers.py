@@ -25,8 +25,8 @@ from gross_ray.presets import quickstart
 from gross_ray.results.store import RunStore
 from pipelines import decompose, train
 from pipelines.cluster import Resources, connected
-from pipelines.progress import StageProgress
 from pipelines.units import Unit, Work, pack_splits
+from pipelines.watching import StageProgress
 from pipelines.workers import WorkerPool
 
 

@@ -229,9 +229,7 @@ def _sorted(rows: pd.DataFrame, order: dict[str, bool]) -> pd.DataFrame:
 
 def _check_measured(accuracies: pd.DataFrame, cost: str) -> None:
     if accuracies[cost].isna().any():
-        raise InvalidValueError(
-            f"{cost} is not measured for every configuration: run `gross search RUN --latency` first"
-        )
+        raise InvalidValueError(f"{cost} is not measured for every configuration: run `gross latency RUN` first")
 
 
 def uniform(space: SearchSpace, group_size: int) -> Configuration:

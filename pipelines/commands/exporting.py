@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from gross_ray.export import card_path, check_format, export_network, whole_or_not_at_all
@@ -17,6 +18,29 @@ from gross_ray.search.latency import LatencyModel, LatencyOptions, Timing, time_
 from gross_ray.space import Configuration
 from pipelines.networks import load_validated
 from pipelines.predictions import stored_model
+
+
+def export(
+    run: str,
+    configuration: str,
+    target: Path,
+    *,
+    seed: int | None,
+    objective: str | None,
+    batch_size: int,
+    device: str | None,
+) -> None:
+    """Write a configuration of a run to `target`, and print what was written (`export_validated`)."""
+    lines = export_validated(
+        RunStore.open(run),
+        configuration,
+        target,
+        seed=seed,
+        objective=objective,
+        latency=LatencyOptions(batch_size=batch_size),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    click.echo("\n".join(lines))
 
 
 def export_validated(

@@ -1,74 +1,65 @@
-"""What the commands share: options, their values checked, and errors of one line."""
+"""Options that several commands share, and the checks of their values."""
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
+
+from pipelines.resources import DEVICES, Resources
+
+if TYPE_CHECKING:  # loaded only by the commands that need them: they bring torch, pandas and Ray
+    from gross_ray.search.selection import Budget
+    from gross_ray.space import Configuration
+    from pipelines.session import DataSource
 
 PRESET_HELP = "Named experiment (see `gross presets`)."
 SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
 MODEL_HELP = "Network: four-conv, vgg16, resnet18, or a function of your own, package.module:factory."
 DATA_HELP = "Dataset: sample, fashion-mnist, cifar10, folder:PATH, or a function of your own, package.module:function."
 WEIGHTS_HELP = "Its trained weights: safetensors, or a state dict by torch.save [they are trained]."
+IN_PROCESS_HELP = "Do the units one after another in this process, without Ray."
+CALLBACK_HELP = (
+    "A ray.tune.Callback, or a function that makes one, which is notified of the trials of validate and sweep-alpha; "
+    "may be repeated."
+)
+WORK_PARAMETERS = (
+    *("preset_name", "settings", "data", "model", "weights"),
+    *("address", "num_cpus", "device", "gpus_per_unit", "in_process", "data_root", "download"),
+)
+"""The parameters that `experiment_options` and `work_options` add."""
+
+Command = Callable[..., None]
 
 
-class OneLineErrors(click.Group):
-    """Ends with status 2 and one line for a user's mistake, with 1 where units of work did not end."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a command does its work, and where it finds the images."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        """Run the command line, and exit with its status unless `standalone_mode` is off."""
-        run = functools.partial(super().main, *args, standalone_mode=False, **kwargs)
-        if not standalone_mode:
-            return run()
-        from pipelines import signals
+    resources: Resources
+    """The machines."""
+    in_process: bool
+    """Do the units in this process, without Ray."""
+    data_root: str | None
+    """Folder of the dataset's files; None: ~/.cache/gross_ray."""
+    download: bool
+    """Fetch a dataset that is missing."""
 
-        try:
-            with signals.orderly():
-                result: Any = run()
-            sys.exit(result if isinstance(result, int) else 0)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message())
-            sys.exit(0)
-        except click.ClickException as error:
-            context = getattr(error, "ctx", None)
-            where = f" (see {context.command_path} --help)" if context else ""
-            click.echo(f"Error: {error.format_message()}{where}", err=True)
-            sys.exit(2)
-        except (click.Abort, KeyboardInterrupt):  # click's versions differ in which of the two it is
-            click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
-            signals.leave(signals.exit_status())
+    def source(self) -> DataSource:
+        """Return where the images are found."""
+        from pipelines.session import DataSource
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what the project raises for its users becomes a line and a status."""
-        from gross_ray.errors import DivergedError, GrossRayError, StorageError, UnitsFailedError
-
-        try:
-            return super().invoke(ctx)
-        except (UnitsFailedError, DivergedError, StorageError) as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(1)
-        except GrossRayError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
-        except OSError as error:  # of a file that the user named, outside any run folder
-            if error.filename is None:
-                raise
-            click.echo(f"Error: {error.filename}: {error.strerror}; name another file, or make room for it", err=True)
-            ctx.exit(1)
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the commands in the order of the stages, as they are defined."""
-        return list(self.commands)
+        return DataSource(root=self.data_root, download=self.download)
 
 
-def experiment_options(command: Callable[..., None], *, preset_required: bool = False) -> Callable[..., None]:
-    """Add the options that make an experiment, and hand them over as a preset and the settings that change it."""
+def experiment_options(command: Command, *, preset_required: bool = False) -> Command:
+    """Add the options that make an experiment; the command gets `preset_name` and `settings`, which change it."""
 
     @functools.wraps(command)
     def wrapped(
@@ -91,8 +82,8 @@ def experiment_options(command: Callable[..., None], *, preset_required: bool = 
     return wrapped
 
 
-def work_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say where the work is done, and hand them over as one Resources and one DataSource."""
+def work_options(command: Command) -> Command:
+    """Add the options that say where the work is done; the command gets one `Place`."""
 
     @functools.wraps(command)
     def wrapped(
@@ -100,15 +91,16 @@ def work_options(command: Callable[..., None]) -> Callable[..., None]:
         num_cpus: int | None,
         device: str,
         gpus_per_unit: float,
+        in_process: bool,
         data_root: str | None,
         download: bool,
         **rest: Any,
     ) -> None:
-        from pipelines.cluster import Resources
-        from pipelines.session import DataSource
-
+        if in_process:
+            refuse_beside("--in-process, which starts nothing else", "address", "num_cpus", "gpus_per_unit")
         resources = Resources(address=address, num_cpus=num_cpus, device=device, gpus_per_unit=gpus_per_unit)
-        command(resources=resources, source=DataSource(root=data_root, download=download), **rest)
+        place = Place(resources=resources, in_process=in_process, data_root=data_root, download=download)
+        command(place=place, **rest)
 
     for decorate in (
         click.option("--download", is_flag=True, help="Fetch a dataset that is missing."),
@@ -118,102 +110,58 @@ def work_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
+            type=click.Choice(DEVICES),
             default="auto",
             show_default=True,
             help="auto: cuda where the cluster has a GPU.",
         ),
         click.option("--num-cpus", type=int, help="CPU cores of this machine to use [all]."),
+        click.option("--in-process", is_flag=True, help=IN_PROCESS_HELP),
         click.option("--address", help="Join the Ray cluster at this address [RAY_ADDRESS, else start Ray here]."),
     ):
         wrapped = decorate(wrapped)
     return wrapped
 
 
-def _experiment_of(preset_name: str, settings: tuple[str, ...]) -> Any:
-    from gross_ray.data.names import is_function_name
-    from gross_ray.data.own import function_of
-    from gross_ray.models import factory_of
-    from gross_ray.presets import preset
+def callback_option(command: Command) -> Command:
+    """Add --callback; the command gets the callbacks themselves. Belongs above `work_options`."""
 
-    experiment = preset(preset_name).override(list(settings))
-    factory_of(experiment.model)
-    if is_function_name(experiment.data.name):
-        function_of(experiment.data.name)
-    return experiment
+    @click.option("--callback", "callbacks", metavar="MODULE:NAME", multiple=True, help=CALLBACK_HELP)
+    @functools.wraps(command)
+    def wrapped(callbacks: tuple[str, ...], in_process: bool, **rest: Any) -> None:
+        if in_process:
+            refuse_beside("--in-process, which makes no trials of Ray Tune", "callbacks")
+        from pipelines.callbacks import load_callbacks
 
+        command(callbacks=load_callbacks(callbacks), in_process=in_process, **rest)
 
-def run_folder(
-    run: str,
-    preset_name: str | None,
-    settings: tuple[str, ...],
-    source: Any,
-    reuse: Any = None,
-) -> Any:
-    """Open a run folder, or create it where an experiment is given; both must agree.
-
-    What the network, the images of `source` or the run folder `reuse` show to be wrong with a new one is found before
-    anything is made.
-    """
-    from gross_ray.errors import InvalidValueError
-    from gross_ray.results.store import RunStore
-
-    if preset_name is None:
-        if settings:
-            raise InvalidValueError(f"--set {settings[0]} without --preset: name the preset that it changes")
-        return RunStore.open(run)
-    experiment = _experiment_of(preset_name, settings)
-    if not RunStore.is_there(run):
-        from gross_ray.weights import read_weights
-        from pipelines.preflight import check_experiment
-
-        if experiment.weights:
-            read_weights(experiment.weights)  # before the images: it is sooner told
-        if reuse is not None:
-            from pipelines.reuse import check_reusable
-
-            check_reusable(experiment, reuse)
-        check_experiment(experiment, source.load(experiment.data))
-        for line in experiment.without_effect():
-            click.echo(f"without effect: {line}", err=True)
-    return RunStore.create(run, experiment)
-
-
-def _callbacks(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[Any]:
-    from pipelines.callbacks import load_callbacks
-
-    return load_callbacks(values)
-
-
-callback_option = click.option(
-    "--callback",
-    "callbacks",
-    metavar="MODULE:NAME",
-    multiple=True,
-    callback=_callbacks,
-    help="A ray.tune.Callback, or a function that makes one, to be told of the trials of validate and sweep-alpha; "
-    "may be repeated.",
-)
-
-
-def work(store: Any, resources: Any, source: Any, do: Callable[[Any], None], callbacks: Sequence[Any] = ()) -> None:
-    """Call `do` with a session on a run folder, which reports its progress on stderr."""
-    from pipelines.progress import Reporter
-    from pipelines.session import Session
-
-    with Session.opened(store, resources, source, Reporter(), callbacks=callbacks) as session:
-        do(session)
+    return wrapped
 
 
 def refuse_alone(owner: str, given: bool, options: Mapping[str, object]) -> None:
-    """Refuse those of `options` that are set where the option that they belong to is not."""
+    """Raise UsageError for those of `options` that are set, unless the option that they belong to is given."""
     for name, value in options.items():
         if value is not None and not given:
-            raise click.UsageError(f"{name} {value} without {owner}: it says nothing then; add {owner} or leave it out")
+            raise click.UsageError(
+                f"{name} {value} without {owner}: it has no effect then; add {owner} or leave it out"
+            )
 
 
-def budgets_of(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
+def refuse_beside(owner: str, *names: str) -> None:
+    """Raise UsageError for a parameter among `names` that stands on the command line together with `owner`."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            value = context.params[name]
+            text = "" if value is True else f" {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+            raise click.UsageError(f"{parameter.opts[0]}{text} with {owner}: leave one of them out")
+
+
+def budgets_of(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Budget, ...]:
     """Read budgets like macs=2.66M (a click callback)."""
+    if not values:
+        return ()
     from gross_ray.search.selection import Budget
 
     return tuple(Budget.parse(value) for value in values)
@@ -221,17 +169,23 @@ def budgets_of(_context: click.Context, _parameter: click.Parameter, values: tup
 
 def costs_of(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
     """Read costs like macs,latency_ms (a click callback)."""
+    if value is None:
+        return None
     from gross_ray.search.selection import COSTS
 
-    costs = None if value is None else list(dict.fromkeys(part.strip() for part in value.split(",")))
-    for cost in costs or ():
+    costs = list(dict.fromkeys(part.strip() for part in value.split(",")))
+    for cost in costs:
         if cost not in COSTS:
             raise click.UsageError(f"--costs {value}: {cost!r} is none of {', '.join(COSTS)}")
     return costs
 
 
-def configurations_of(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Any, ...]:
+def configurations_of(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[Configuration, ...]:
     """Read configurations like 8-16-64 (a click callback)."""
+    if not values:
+        return ()
     from gross_ray.space import Configuration
 
     return tuple(Configuration.parse(value) for value in values)

@@ -33,9 +33,9 @@ from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 from pipelines import workers
 from pipelines.cluster import Resources, connected
-from pipelines.progress import StageProgress
 from pipelines.trials import run_trials
 from pipelines.units import Context, Unit, pack_splits
+from pipelines.watching import StageProgress
 from pipelines.workers import WorkerPool
 
 pytestmark = pytest.mark.cluster

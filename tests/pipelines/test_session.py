@@ -18,10 +18,11 @@ from gross_ray.results import storage
 from gross_ray.results.store import RunStore
 from pipelines import trials
 from pipelines.cluster import Cluster, Resources
-from pipelines.progress import Reporter, StageProgress
+from pipelines.commands.terminal import Reporter
 from pipelines.session import DataSource, Session
 from pipelines.tuning import Tuning
 from pipelines.units import Context, Unit
+from pipelines.watching import StageProgress
 
 UNITS = [Unit(f"seed={seed}") for seed in range(11)]
 EXPERIMENT = preset("quickstart").override(["data.limit_train=4", "data.limit_validation=2", "data.limit_test=2"])

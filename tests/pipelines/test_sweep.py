@@ -30,7 +30,7 @@ from gross_ray.space import SearchSpace
 from pipelines import decompose, sweep, train, validate
 from pipelines.alpha_trials import OptunaOptions
 from pipelines.cluster import Cluster, Resources
-from pipelines.progress import Reporter
+from pipelines.commands.terminal import Reporter
 from pipelines.session import DataSource, Session
 from pipelines.units import Context, Unit
 

@@ -15,9 +15,9 @@ from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster, ray
-from pipelines.progress import StageProgress
 from pipelines.trials import run_trials
 from pipelines.units import Context, Unit, pack_splits
+from pipelines.watching import StageProgress
 
 PATIENCE = 60.0
 

@@ -19,8 +19,8 @@ from gross_ray.presets import preset
 from gross_ray.results.store import RunStore
 from pipelines import workers
 from pipelines.cluster import Cluster
-from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, pack_splits
+from pipelines.watching import StageProgress
 from pipelines.workers import IN_FLIGHT, MAX_ATTEMPTS, Shared, WorkerPool
 
 THREADS = 3  # no worker's default on two cores

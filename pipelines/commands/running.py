@@ -1,0 +1,81 @@
+"""The commands that do work: they open a session on a run folder, do one stage or all, and print the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from gross_ray.report.page import write_page
+from gross_ray.report.terminal import results, stage_results
+from gross_ray.results.store import RunStore
+from gross_ray.space import Configuration
+from pipelines import validate as validation
+from pipelines.commands.options import Place
+from pipelines.commands.run_folders import run_folder
+from pipelines.commands.terminal import Reporter
+from pipelines.reuse import take_evaluations, take_over
+from pipelines.run import STAGES, run_all
+from pipelines.session import Session
+
+Settings = tuple[str, ...]
+
+
+def run(
+    out: str,
+    preset_name: str,
+    settings: Settings,
+    place: Place,
+    callbacks: Sequence[Any],
+    *,
+    reuse: str | None,
+    reuse_evaluations: bool,
+) -> None:
+    """Do every stage, then print the results and write the page; takes over from the run folder `reuse` first."""
+    other = None if reuse is None else RunStore.open(reuse)
+    store = run_folder(out, preset_name, settings, place.source(), other)
+
+    def do(session: Session) -> None:
+        if other is not None:
+            taken = ", ".join(f"{stage} {num}" for stage, num in take_over(store, other).items())
+            session.reporter.note(f"taken over from {other.storage}, units by stage: {taken}")
+            if reuse_evaluations:
+                num = take_evaluations(store, other)
+                session.reporter.note(f"taken over from {other.storage}: {num} evaluated configurations")
+        run_all(session)
+
+    work(store, place, do, callbacks)
+    click.echo(results(store))
+    click.echo(f"page: {write_page(store)}", err=True)
+
+
+def run_stage(
+    name: str, run: str, preset_name: str | None, settings: Settings, place: Place, callbacks: Sequence[Any] = ()
+) -> None:
+    """Do what one stage lacks, and print what it has stored."""
+    store = run_folder(run, preset_name, settings, place.source())
+    work(store, place, STAGES[name].run, callbacks)
+    click.echo(stage_results(store, name))
+
+
+def validate_named(
+    run: str,
+    configurations: Sequence[Configuration],
+    preset_name: str | None,
+    settings: Settings,
+    place: Place,
+    callbacks: Sequence[Any],
+) -> None:
+    """Train these configurations on their own, and print all that are trained."""
+    store = run_folder(run, preset_name, settings, place.source())
+    work(store, place, lambda session: validation.run_named(session, configurations), callbacks)
+    click.echo(stage_results(store, "validate"))
+
+
+def work(store: RunStore, place: Place, do: Callable[[Session], None], callbacks: Sequence[Any] = ()) -> None:
+    """Call `do` with a session on a run folder, which reports its progress on stderr."""
+    # Sessions that do not know `in_process` yet are asked for it only where a user asks.
+    how: dict[str, Any] = {"in_process": True} if place.in_process else {}
+    with Session.opened(store, place.resources, place.source(), Reporter(), callbacks=callbacks, **how) as session:
+        do(session)
