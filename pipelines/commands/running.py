@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gross_ray.report.page import write_page
+from gross_ray.report.searched import Searched
 from gross_ray.report.terminal import results, stage_results
 from gross_ray.results.store import RunStore
 from gross_ray.space import Configuration
@@ -46,8 +47,9 @@ def run(
         run_all(session)
 
     work(store, place, do, callbacks)
-    click.echo(results(store))
-    click.echo(f"page: {write_page(store)}", err=True)
+    searched = Searched.of(store)
+    click.echo(results(store, searched=searched))
+    click.echo(f"page: {write_page(store, searched=searched)}", err=True)
 
 
 def run_stage(
