@@ -39,8 +39,8 @@ from gross_ray.presets import quickstart
 from gross_ray.run.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train
 from pipelines.execution.cluster import Cluster, Resources, connected
-from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, Work, pack_splits
+from pipelines.watching import StageProgress
 
 STAGES = ("decompose", "search", "sweep-alpha")
 

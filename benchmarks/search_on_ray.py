@@ -46,9 +46,10 @@ from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.layers import decomposable_layers
 from gross_ray.training.loop import EpochRecord
 from pipelines import search, supernet
+from pipelines.commands.terminal import Reporter
 from pipelines.execution.cluster import Resources, connected
-from pipelines.progress import Reporter, StageProgress
 from pipelines.units import Context, Unit, Work, pack_splits
+from pipelines.watching import StageProgress
 
 CHEAP_LAYERS = 10
 _PANDAS = """

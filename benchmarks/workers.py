@@ -26,8 +26,8 @@ from gross_ray.presets import quickstart
 from gross_ray.run.store import RunStore
 from pipelines import decompose, train
 from pipelines.execution.cluster import Resources, connected
-from pipelines.progress import StageProgress
 from pipelines.units import Unit, Work, pack_splits
+from pipelines.watching import StageProgress
 
 
 def main() -> None:

@@ -27,9 +27,9 @@ from pipelines.execution import signals
 from pipelines.execution.base import Executor
 from pipelines.execution.in_process import InProcess
 from pipelines.nodes import NodeKind
-from pipelines.progress import StageProgress
 from pipelines.resources import Resources
 from pipelines.units import Group, Job, grouped, pack_splits
+from pipelines.watching import StageProgress
 
 _MEASURE = "measure again with `gross latency`"
 _AFTER_DAMAGE = {"runs": "that start is on record no more", "latencies": _MEASURE, "latency_models": _MEASURE}

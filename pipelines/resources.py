@@ -1,4 +1,4 @@
-"""Where the work is done: a cluster, this machine, or this process."""
+"""Where the work of a run is done, as the user asks for it."""
 
 from __future__ import annotations
 

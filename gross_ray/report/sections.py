@@ -47,9 +47,9 @@ class Section:
         return [*self.missing, *empty, *(what for table in self.tables for what in table.missing if table.heads)]
 
 
-def sections(store: RunStore) -> list[Section]:
+def sections(store: RunStore, searched: Searched | None = None) -> list[Section]:
     """Read the tables and return all parts; one that the experiment does not ask for is left out."""
-    searched = Searched.of(store)
+    searched = searched or Searched.of(store)
     parts = [
         _space(store, searched),
         _tables(store, searched),

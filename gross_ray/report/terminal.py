@@ -15,10 +15,10 @@ from gross_ray.search.selection import Budget
 Row = Sequence[str]
 
 
-def results(store: RunStore, *, markdown: bool = False) -> str:
-    """Return all results that are stored, and what is missing."""
+def results(store: RunStore, *, markdown: bool = False, searched: Searched | None = None) -> str:
+    """Return all results that are stored, and what is missing; `searched` is read unless it is given."""
     sweep = [stored.sweep_table(store)] if stored.is_swept(store) else []
-    tables = [*stored.main_tables(store, Searched.of(store)), *sweep]
+    tables = [*stored.main_tables(store, searched or Searched.of(store)), *sweep]
     return "\n\n".join(as_text(table, markdown) for table in tables)
 
 

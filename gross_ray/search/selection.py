@@ -81,11 +81,11 @@ def supernet_accuracies(configurations: pd.DataFrame) -> pd.DataFrame:
     """
     grouped = configurations.groupby("configuration", sort=False)
     costs = {cost: (cost, "first") for cost in COSTS}
-    found = grouped.agg(**costs, supernet_accuracy=("val_accuracy", "median")).reset_index()
+    rows = {"rows": ("val_accuracy", "size"), "timed": ("latency_ms", "count")}
+    found = grouped.agg(**costs, supernet_accuracy=("val_accuracy", "median"), **rows).reset_index()
     # `first` passes over what is missing: a time that one supernet's row lacks is no time of the configuration.
-    missing = configurations.loc[configurations["latency_ms"].isna(), "configuration"]
-    found.loc[found["configuration"].isin(missing), "latency_ms"] = math.nan
-    return found
+    found.loc[found["timed"] < found["rows"], "latency_ms"] = math.nan
+    return found.drop(columns=list(rows))
 
 
 def best_under(accuracies: pd.DataFrame, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
@@ -229,9 +229,7 @@ def _sorted(rows: pd.DataFrame, order: dict[str, bool]) -> pd.DataFrame:
 
 def _check_measured(accuracies: pd.DataFrame, cost: str) -> None:
     if accuracies[cost].isna().any():
-        raise InvalidValueError(
-            f"{cost} is not measured for every configuration: run `gross search RUN --latency` first"
-        )
+        raise InvalidValueError(f"{cost} is not measured for every configuration: run `gross latency RUN` first")
 
 
 def uniform(space: SearchSpace, group_size: int) -> Configuration:

@@ -17,8 +17,8 @@ from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution.base import told
 from pipelines.execution.versions import Versions
-from pipelines.progress import Furthest, Patience, StageProgress
 from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
+from pipelines.watching import Furthest, Patience, StageProgress
 
 MAX_ATTEMPTS = 3
 """How often a unit is tried whose worker dies before the unit has come any further."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from pipelines.progress import StageProgress
 from pipelines.units import Job, Unit
+from pipelines.watching import StageProgress
 
 
 class Executor(Protocol):

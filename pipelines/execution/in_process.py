@@ -14,8 +14,8 @@ from gross_ray.data.image_set import Splits
 from gross_ray.errors import GrossRayError
 from gross_ray.run.opened import Run
 from pipelines.execution.base import told
-from pipelines.progress import StageProgress
 from pipelines.units import Context, Job, Unit, pack_splits, room_for_images, unpack_splits
+from pipelines.watching import StageProgress
 
 
 class InProcess:

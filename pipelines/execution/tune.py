@@ -25,8 +25,8 @@ from pipelines.execution import signals
 from pipelines.execution.actors import gpu_share
 from pipelines.execution.base import told
 from pipelines.execution.versions import Versions
-from pipelines.progress import Furthest, Patience, StageProgress
 from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
+from pipelines.watching import Furthest, Patience, StageProgress
 
 MAX_FAILURES = 2
 """How often a trial is started again whose process died before the trial had come any further than it was before.

@@ -27,8 +27,8 @@ from pipelines.execution.actors import Actors
 from pipelines.execution.base import Executor
 from pipelines.execution.in_process import InProcess
 from pipelines.execution.tune import Trials
-from pipelines.progress import StageProgress
 from pipelines.units import Context, Job, Unit, pack_splits
+from pipelines.watching import StageProgress
 
 THREADS = 1
 

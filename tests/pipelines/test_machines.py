@@ -35,8 +35,8 @@ from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
 from pipelines import workers
 from pipelines.execution.cluster import Resources, connected
-from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, pack_splits
+from pipelines.watching import StageProgress
 
 pytestmark = pytest.mark.cluster
 

@@ -47,9 +47,10 @@ from gross_ray.errors import ResourcesError
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train, validate
+from pipelines.commands.terminal import Reporter
 from pipelines.execution.cluster import Resources, connected
-from pipelines.progress import Reporter, StageProgress
 from pipelines.units import Context, Unit, Work
+from pipelines.watching import StageProgress
 
 FAST_FAILOVER = {
     "health_check_initial_delay_ms": 0,
@@ -372,7 +373,7 @@ DRIVER = """
 import sys
 import ray
 from pipelines.execution.cluster import Resources, connected
-from pipelines.progress import StageProgress
+from pipelines.watching import StageProgress
 from pipelines.units import Unit, pack_splits
 from pipelines.workers import WorkerPool
 from gross_ray.data.images import load_dataset

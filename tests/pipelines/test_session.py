@@ -19,9 +19,10 @@ from gross_ray.presets import preset
 from gross_ray.run import storage
 from gross_ray.run.store import RunStore
 from pipelines import trials
+from pipelines.commands.terminal import Reporter
 from pipelines.execution.cluster import Cluster, Resources
-from pipelines.progress import Reporter, StageProgress
 from pipelines.units import Context, Unit
+from pipelines.watching import StageProgress
 
 UNITS = [Unit(f"seed={seed}") for seed in range(11)]
 EXPERIMENT = preset("quickstart").override(["data.limit_train=4", "data.limit_validation=2", "data.limit_test=2"])

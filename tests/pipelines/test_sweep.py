@@ -30,8 +30,8 @@ from gross_ray.search.evaluator import evaluate_configurations
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.build import decompose_model
 from pipelines import decompose, sweep, train, validate
+from pipelines.commands.terminal import Reporter
 from pipelines.execution.cluster import Cluster, Resources
-from pipelines.progress import Reporter
 from pipelines.units import Context, Unit
 
 SETTINGS = [

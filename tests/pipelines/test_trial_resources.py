@@ -16,8 +16,8 @@ from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
 from pipelines.execution.cluster import Cluster, ray
-from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, pack_splits
+from pipelines.watching import StageProgress
 
 PATIENCE = 60.0
 

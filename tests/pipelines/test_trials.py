@@ -23,8 +23,8 @@ from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
 from pipelines import progress as progress_module
 from pipelines.execution.cluster import Cluster
-from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, pack_splits
+from pipelines.watching import StageProgress
 
 
 class Recorded(StageProgress):
@@ -199,7 +199,7 @@ class Crowd(Recorded):
 def test_a_stage_that_waits_for_a_core_says_so(
     cluster: Cluster, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress_module, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(watching, "PATIENCE_SECONDS", 1.0)
     store, crowd = RunStore.create(tmp_path / "run", preset("quickstart")), Crowd(cluster)
     units = [Unit("seed=0", {"fate": "ends", "loss": 8.0})]
     packed = ray.put(pack_splits(splits))

@@ -20,8 +20,8 @@ from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
 from pipelines import workers
 from pipelines.execution.cluster import Cluster
-from pipelines.progress import StageProgress
 from pipelines.units import Context, Unit, pack_splits
+from pipelines.watching import StageProgress
 
 THREADS = 3  # no worker's default on two cores
 

@@ -163,7 +163,7 @@ def test_a_cost_that_is_not_measured_names_the_command_to_run():
         lambda: best_under(table, [Budget("latency_ms", 1.0)], 1),
         lambda: pareto_front(table, cost="latency_ms"),
     ):
-        with pytest.raises(InvalidValueError, match="latency_ms is not measured .*`gross search RUN --latency`"):
+        with pytest.raises(InvalidValueError, match="latency_ms is not measured .*`gross latency RUN`"):
             choose()
     assert best_under(table, [Budget("macs", 2)], 1)["configuration"].tolist() == ["2-1"]
     assert best_under(table.head(1), [Budget("latency_ms", 1.0)], 1)["configuration"].tolist() == ["1-1"]

@@ -7,16 +7,40 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from gross_ray.export import card_path, check_format, export_network, whole_or_not_at_all
 from gross_ray.report.model_card import foldings_text, model_card, most_accurate_seed
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.folding import fold
 from gross_ray.search.latency import LatencyModel, LatencyOptions, Timing, time_networks
 from gross_ray.space import Configuration
-from pipelines.networks import load_validated
-from pipelines.predictions import stored_model
+from pipelines.stages import latencies
+
+
+def export(
+    run: str,
+    configuration: str,
+    target: Path,
+    *,
+    seed: int | None,
+    objective: str | None,
+    batch_size: int,
+    device: str | None,
+) -> None:
+    """Write a configuration of a run to `target`, and print what was written (`export_validated`)."""
+    lines = export_validated(
+        RunStore.open(run),
+        configuration,
+        target,
+        seed=seed,
+        objective=objective,
+        latency=LatencyOptions(batch_size=batch_size),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    click.echo("\n".join(lines))
 
 
 def export_validated(
@@ -40,11 +64,12 @@ def export_validated(
     configuration = str(Configuration.parse(configuration))
     if seed is None:
         seed = most_accurate_seed(store, configuration) or 0
-    network, base = load_validated(store, configuration, seed)
+    run = Run(store)
+    network, base = run.validated(configuration, seed), run.base
     shape = base.input_shape
     told: list[str] = []
     folding: dict[str, Any] = {}
-    time: LatencyModel | Timing | None = stored_model(store)
+    time: LatencyModel | Timing | None = latencies.in_force(run)
     if objective is not None:
         bottlenecks = network
         network, foldings = fold(bottlenecks, shape, objective=objective, latency=latency, device=device)

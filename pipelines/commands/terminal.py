@@ -11,31 +11,13 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipelines.watching import StageProgress
+
 SECONDS_BETWEEN_LINES = 5.0
-"""On no terminal, how often a stage in which no unit ends reports the state of its units, where it has changed."""
+"""Where the output is no terminal: how often a stage in which no unit finishes prints the state of its units, if it
+has changed."""
 SECONDS_OF_SILENCE = 60.0
-"""On no terminal, after how long the same state is told once more."""
-
-PATIENCE_SECONDS = 60.0
-"""How long nothing of a stage may be under way before that is told."""
-
-
-class StageProgress:
-    """Progress of one stage, told by units done and by the share done of those under way."""
-
-    def __init__(self, name: str, total: int, done: int) -> None:
-        self.name, self.total, self.done = name, total, done
-        self.started = time.monotonic()
-
-    def unit_done(self, unit: str, text: str) -> None:
-        """Tell that a unit ended, and what came of it."""
-        self.done += 1
-
-    def under_way(self, states: dict[str, tuple[float, str]]) -> None:
-        """Tell the share done (0 to 1) and the state of each unit under way."""
-
-    def note(self, text: str) -> None:
-        """Tell of an event that is no progress."""
+"""Where the output is no terminal: after how long the same state is printed once more."""
 
 
 class _Lines(StageProgress):
@@ -84,38 +66,6 @@ class _Bar(StageProgress):
         self._bar.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-class Patience:
-    """Tells, where nothing of a stage has been under way for a while, what it waits for."""
-
-    def __init__(self, progress: StageProgress, *, autoscales: bool) -> None:
-        """Begin to wait; `autoscales`: whether the cluster's autoscaler may add nodes."""
-        self._progress, self._since = progress, time.monotonic()
-        self._then = "; its autoscaler is asked for nodes" if autoscales else ""
-
-    def look(self, *, under_way: bool) -> None:
-        """Tell once in every `PATIENCE_SECONDS` without anything `under_way`; to be called again and again."""
-        if not under_way:
-            if time.monotonic() - self._since <= PATIENCE_SECONDS:
-                return
-            self._progress.note(f"waiting for a worker: no core or GPU is free, or it is still starting{self._then}")
-        self._since = time.monotonic()
-
-
-class Furthest:
-    """The largest share done that was seen of each unit."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._shares: dict[str, float] = {}
-
-    def came_on(self, unit: str, share: float) -> bool:
-        """Return whether a unit has come further than ever before."""
-        further = share > self._shares.get(unit, 0.0)
-        if further:
-            self._shares[unit] = share
-        return further
-
-
 class Reporter:
     """Shows the progress of stages on a stream."""
 
@@ -144,5 +94,5 @@ class Reporter:
             yield _Bar(name, total, done, bar)
 
     def note(self, text: str) -> None:
-        """Tell of an event outside any stage."""
+        """Print an event outside any stage."""
         print(text, file=self._out, flush=True)
