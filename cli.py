@@ -447,11 +447,12 @@ def status(run: str) -> None:
     Example:
       gross status runs/quickstart
     """
+    from gross_ray.results.pins import fingerprint
     from gross_ray.results.store import RunStore
     from pipelines.run import status as stages
 
     store = RunStore.open(run)
-    click.echo(f"{store.storage}: {store.experiment.name}, experiment {store.experiment.fingerprint()}")
+    click.echo(f"{store.storage}: {store.experiment.name}, experiment {fingerprint(store)}")
     for name, done, planned in stages(store):
         count = "waits for an earlier stage" if planned is None else f"{done} of {planned} units"
         click.echo(f"  {name:<12} {count}")

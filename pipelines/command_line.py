@@ -156,6 +156,7 @@ def run_folder(
     anything is made.
     """
     from gross_ray.errors import InvalidValueError
+    from gross_ray.results.pins import pin
     from gross_ray.results.store import RunStore
 
     if preset_name is None:
@@ -164,19 +165,39 @@ def run_folder(
         return RunStore.open(run)
     experiment = _experiment_of(preset_name, settings)
     if not RunStore.is_there(run):
-        from gross_ray.weights import read_weights
-        from pipelines.preflight import check_experiment
+        return _new_run_folder(run, experiment, source, reuse)
+    store = RunStore.create(run, experiment)
+    if RunStore.open(run).experiment.data.name != experiment.data.name:  # another path: its images decide
+        pin(store, source.load(experiment.data))
+    if experiment.weights:
+        from pipelines.train import check_given
 
-        if experiment.weights:
-            read_weights(experiment.weights)  # before the images: it is sooner told
-        if reuse is not None:
-            from pipelines.reuse import check_reusable
+        check_given(store)
+    return store
 
-            check_reusable(experiment, reuse)
-        check_experiment(experiment, source.load(experiment.data))
-        for line in experiment.without_effect():
-            click.echo(f"without effect: {line}", err=True)
-    return RunStore.create(run, experiment)
+
+def _new_run_folder(run: str, experiment: Any, source: Any, reuse: Any) -> Any:
+    """Check a new experiment with its weights and images, create its run folder, and pin them there."""
+    from gross_ray.results.pins import pin, pin_weights
+    from gross_ray.results.store import RunStore
+    from gross_ray.weights import read_weights
+    from pipelines.preflight import check_experiment
+    from pipelines.reuse import check_reusable, check_same_images
+
+    weights = read_weights(experiment.weights) if experiment.weights else {}  # before the images: it is sooner told
+    if reuse is not None:
+        check_reusable(experiment, reuse)
+    splits = source.load(experiment.data)
+    if reuse is not None:
+        check_same_images(splits, reuse)
+    check_experiment(experiment, splits)
+    for line in experiment.without_effect():
+        click.echo(f"without effect: {line}", err=True)
+    store = RunStore.create(run, experiment)
+    pin(store, splits)
+    if experiment.weights:
+        pin_weights(store, weights)
+    return store
 
 
 def _callbacks(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> list[Any]:

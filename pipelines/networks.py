@@ -18,6 +18,7 @@ from gross_ray.models import build_model
 from gross_ray.results.store import RunStore
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.training.loop import EpochRecord
+from gross_ray.weights import restore_state
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def load_base(store: RunStore) -> Base:
     seed = median_seed(store)
     tensors, about = store.load_checkpoint("train", f"seed={seed}")
     network = new_network(store, about["num_classes"], about["image_size"], torch.Generator())
-    network.load_state_dict(tensors)
+    restore_state(network, tensors, f"train, seed={seed} in {store.storage}")
     # Run folders of before it was stored hold square images.
     channels, height, width = about.get("input_shape", (3, about["image_size"], about["image_size"]))
     choice = layer_choice(network, store.experiment.decomposition, (channels, height, width))
@@ -80,7 +81,7 @@ def load_supernet(store: RunStore, stage: str, unit: str, base: Base | None = No
     base = base or load_base(store)
     tensors, about = store.load_checkpoint(stage, unit)
     supernet = empty_supernet(base.network, {name: tuple(sizes) for name, sizes in about["group_sizes"].items()})
-    supernet.load_state_dict(tensors)
+    restore_state(supernet, tensors, f"{stage}, {unit} in {store.storage}")
     return supernet
 
 

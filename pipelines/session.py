@@ -19,6 +19,7 @@ from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.errors import UnitsFailedError
 from gross_ray.experiment import DataOptions
+from gross_ray.results.pins import fingerprint, pin
 from gross_ray.results.store import RunStore
 from pipelines import signals
 from pipelines.cluster import Cluster, Resources, connected, module_of
@@ -201,6 +202,7 @@ class Session:
         """Return the cluster, joined now if it is not yet, with the images laid out on it."""
         if self._cluster is None:
             splits = self._source.load(self.store.experiment.data)
+            pin(self.store, splits)
             own = module_of(self.store.experiment.model)
             self._cluster = self._stack.enter_context(connected(self._resources, [own] if own else []))
             self._packed = ray.put(pack_splits(splits))
@@ -221,7 +223,7 @@ class Session:
             "num_cpus": cluster.num_cpus,
             "preset": experiment.name,
             "experiment": experiment.to_json(),
-            "fingerprint": experiment.fingerprint(),
+            "fingerprint": fingerprint(self.store),
         }
         self.store.write_table("runs", started.strftime("%Y%m%dT%H%M%S.%f"), [row])
 

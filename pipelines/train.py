@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.results.pins import pin_weights, stored_weights
 from gross_ray.results.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.training.loop import count_correct
 from gross_ray.training.stages import train_network
-from gross_ray.weights import fitted, read_weights, set_weights
+from gross_ray.weights import read_weights, set_weights
 from pipelines.networks import history_rows, metrics, new_network
 from pipelines.session import Session
 from pipelines.units import Context, EpochSlot, Unit
@@ -38,32 +38,34 @@ def finished(store: RunStore) -> set[str]:
 
 def run(session: Session) -> None:
     """Train the base networks that are missing, or take the weights that are given."""
-    if session.store.experiment.weights:
-        check_given(session.store) if finished(session.store) else keep_given(session.store)
-    session.run(STAGE, plan(session.store), work, lambda: finished(session.store))
+    store = session.store
+    if store.experiment.weights:
+        kept = finished(store) or store.has_checkpoint(GIVEN, "weights")
+        check_given(store) if kept else keep_given(store)
+    session.run(STAGE, plan(store), work, lambda: finished(store))
 
 
 def keep_given(store: RunStore) -> None:
-    """Put the weights that are given into the run folder, from this machine, so that all workers have them."""
-    store.save_checkpoint(GIVEN, "weights", read_weights(store.experiment.weights), {})
+    """Copy the given weights from their file into the run folder, so that all workers can read them.
+
+    Raises InvalidValueError where the file's tensors are not those that the run was created with.
+    """
+    tensors = read_weights(store.experiment.weights)
+    pin_weights(store, tensors)
+    store.save_checkpoint(GIVEN, "weights", tensors, {})
 
 
 def check_given(store: RunStore) -> None:
-    """Raise InvalidValueError where the file of the weights holds others now than the run folder's network has.
+    """Raise InvalidValueError, naming both hashes, where the file of the weights has other tensors than the run folder.
 
-    A file that is gone is not missed, nor a tensor.
+    A file that no longer exists is not needed. A run folder of before hashes were stored gets that of its own copy.
     """
     path = store.experiment.weights
     if not Path(path).is_file():
         return
-    kept, _ = store.load_checkpoint(STAGE, plan(store)[0].name)
-    now = fitted(kept, read_weights(path))
-    same = {name for name, one in now.items() if name in kept and one.to(kept[name].dtype).equal(kept[name])}
-    if other := sorted(now.keys() - same):
-        raise InvalidValueError(
-            f"weights {path}: {len(other)} of the tensors differ from those that {store.storage} was begun with "
-            f"({other[0]}); begin another run folder (--out) for them, or put the first ones back"
-        )
+    if stored_weights(store) is None and store.has_checkpoint(GIVEN, "weights"):
+        pin_weights(store, store.load_checkpoint(GIVEN, "weights")[0])
+    pin_weights(store, read_weights(path))
 
 
 def load_given(store: RunStore, network: nn.Module) -> None:
