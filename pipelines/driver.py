@@ -20,6 +20,7 @@ from gross_ray.data.images import load_dataset
 from gross_ray.errors import UnitsFailedError
 from gross_ray.experiment import DataOptions
 from gross_ray.run.opened import Run
+from gross_ray.run.pins import fingerprint, pin
 from gross_ray.run.store import RunStore
 from gross_ray.search.timing import timed_device
 from pipelines.capacity import Capacity, settled_threads
@@ -256,6 +257,7 @@ class Session:
         """Return where units are done, with the images loaded now if they were not."""
         if self._joined is None:
             splits = self._source.load(self.run.experiment.data)
+            pin(self.run.store, splits)
             if self._in_process:
                 self._joined = _ThisProcess(self.run, splits, self._resources)
             else:
@@ -277,7 +279,7 @@ class Session:
             "num_cpus": capacity.num_cpus,
             "preset": experiment.name,
             "experiment": experiment.to_json(),
-            "fingerprint": experiment.fingerprint(),
+            "fingerprint": fingerprint(self.run.store),
         }
         self.run.store.write_table("runs", started.strftime("%Y%m%dT%H%M%S.%f"), [row])
 

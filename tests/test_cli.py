@@ -15,7 +15,6 @@ import torch
 from click.testing import CliRunner, Result
 from pipelines.networks import new_network
 from pipelines.run import STAGES as PIPELINE
-from pipelines.session import Session
 
 from cli import main
 from gross_ray.presets import PRESETS, preset
@@ -24,6 +23,7 @@ from gross_ray.run.tables import TABLES
 from gross_ray.search.selection import Budget, best_under, pareto_front
 from pipelines import latency, rounds, search, sweep
 from pipelines import supernet as supernets
+from pipelines.driver import Session
 from pipelines.execution.cluster import ray
 
 STAGES = ["train", "decompose", "reconstruct", "finetune", "search", "validate", "sweep-alpha"]

@@ -19,6 +19,7 @@ from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
 from gross_ray.supernet.configure import extract
 from gross_ray.supernet.layers import LayerChoice, choice_of, parse_layer_group_sizes
+from gross_ray.weights import restore_state
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ class Run:
         supernet = empty_supernet(
             self.base.network, {name: tuple(sizes) for name, sizes in about["group_sizes"].items()}
         )
-        supernet.load_state_dict(tensors)
+        restore_state(supernet, tensors, f"{stage}, {unit} in {self.store.storage}")
         return supernet
 
     def validated(self, configuration: str, seed: int) -> nn.Module:
@@ -144,7 +145,7 @@ def _load_base(store: RunStore) -> Base:
     seed = _median_seed(store)
     tensors, about = store.load_checkpoint("train", f"seed={seed}")
     network = Run(store).new_network(about["num_classes"], about["image_size"], torch.Generator())
-    network.load_state_dict(tensors)
+    restore_state(network, tensors, f"train, seed={seed} in {store.storage}")
     channels, height, width = about["input_shape"]
     choice = layer_choice(network, store.experiment.decomposition, (channels, height, width))
     return Base(network, seed, (channels, height, width), choice, tuple(about["classes"]))

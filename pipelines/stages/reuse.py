@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from gross_ray.data.image_set import Splits
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.run.opened import Run
+from gross_ray.run.pins import check_data, check_weights, stored_data, stored_weights
 from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
+from gross_ray.weights import hash_of_tensors, read_weights
 from pipelines.stages import decompose, finetune, latencies, reconstruct, rounds, search, supernets, train, validate
 
 
@@ -42,6 +46,8 @@ _EVALUATIONS = (
     *(f"search.{name}" for name in ("form", "precision", "memory_budget")),
 )
 
+_REMEDY = "give the same ones, or leave --reuse out"
+
 PARTS = (
     _Part(train.NAME, _NETWORKS, ("networks",), trains=True),
     _Part(decompose.NAME, _TERMS, ("decompositions",)),
@@ -58,9 +64,12 @@ PARTS = (
 def take_over(store: RunStore, other: RunStore) -> dict[str, int]:
     """Copy from `other` what `store` lacks and would make alike; return the number of units by stage.
 
-    Nothing of `other` changes. Stages that depend on a field in which the two differ are left out.
+    Nothing of `other` changes. Stages that depend on a field in which the two differ are left out. `store` is pinned to
+    the images and weights that the units were made with. Raises DatasetError or InvalidValueError where it is pinned to
+    others.
     """
-    differing = _differing(store.experiment, other.experiment)
+    _share_pins(store, other)
+    differing = _differing(store.experiment, other)
     return {part.stage: _copy(store, other, part) for part in PARTS if not _touching(differing, part.fields)}
 
 
@@ -77,6 +86,7 @@ def take_evaluations(run: Run, other: RunStore) -> int:
             "--reuse-evaluations out"
         )
     _check_alike(run.experiment, other, _EVALUATIONS, "--reuse-evaluations")
+    _share_pins(run.store, other)
     searched, rows = supernets.searched(run), other.read_table("configurations")
     found = {unit: rows[rows["supernet"] == unit.name].drop_duplicates("configuration") for unit in searched}
     known = set.intersection(*(set(each["configuration"]) for each in found.values()))
@@ -96,12 +106,40 @@ def take_evaluations(run: Run, other: RunStore) -> int:
 
 
 def check_reusable(experiment: Experiment, other: RunStore) -> None:
-    """Raise InvalidValueError, naming a field that differs, if not even the base networks of `other` can be used."""
+    """Raise InvalidValueError, naming a field that differs, if not even the base networks of `other` can be used.
+
+    Weights are compared by their hash: they differ where the tensors do, wherever the files are.
+    """
     _check_alike(experiment, other, PARTS[0].fields, "--reuse")
+    if experiment.weights and Path(experiment.weights).is_file():
+        found = hash_of_tensors(read_weights(experiment.weights))
+        check_weights(other, experiment.weights, found, _REMEDY)
+
+
+def check_same_images(splits: Splits, other: RunStore) -> None:
+    """Raise DatasetError, naming the split and both hashes, where `other` was made with other images."""
+    check_data(other, splits, _REMEDY)
+
+
+def _share_pins(store: RunStore, other: RunStore) -> None:
+    """Pin `store` to the images and the weights of `other`, whose units it takes over.
+
+    Raises DatasetError or InvalidValueError, naming both hashes, where `store` is pinned to others.
+    """
+    ours, theirs = stored_data(store), stored_data(other)
+    if ours is not None and theirs is not None:
+        theirs.check(ours, str(other.storage), _REMEDY)
+    elif theirs is not None:
+        store.write_pin("data", theirs.to_dict())
+    mine, given = stored_weights(store), stored_weights(other)
+    if mine is not None and given is not None:
+        check_weights(other, store.experiment.weights, mine, _REMEDY)
+    elif given is not None and store.experiment.weights:
+        store.write_pin("weights", {"hash": given})
 
 
 def _check_alike(experiment: Experiment, other: RunStore, fields: tuple[str, ...], option: str) -> None:
-    touching = _touching(_differing(experiment, other.experiment), fields)
+    touching = _touching(_differing(experiment, other), fields)
     if touching:
         name = touching[0]
         values = f"{name} is {experiment.fields()[name]!r} here and {other.experiment.fields().get(name)!r} there"
@@ -110,9 +148,8 @@ def _check_alike(experiment: Experiment, other: RunStore, fields: tuple[str, ...
         )
 
 
-def _differing(one: Experiment, other: Experiment) -> list[str]:
-    theirs = other.fields()
-    return [name for name, value in one.fields().items() if value != theirs.get(name)]
+def _differing(experiment: Experiment, other: RunStore) -> list[str]:
+    return experiment.differences(other.experiment, paths=other.unpinned())
 
 
 def _touching(differing: list[str], fields: tuple[str, ...]) -> list[str]:

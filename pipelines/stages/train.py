@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from gross_ray.data.image_set import Splits
-from gross_ray.errors import InvalidValueError
 from gross_ray.run.opened import Run
+from gross_ray.run.pins import pin_weights, stored_weights
 from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.training.loop import EpochRecord, count_correct
 from gross_ray.training.stages import train_network
-from gross_ray.weights import fitted, read_weights, set_weights
+from gross_ray.weights import read_weights, set_weights
 from pipelines.stages.base import Driver, history_rows, metrics
 from pipelines.units import Context, EpochSlot, Job, Unit
 
@@ -58,32 +58,33 @@ def do(driver: Driver) -> None:
     """Train the base networks that are missing, or take the weights that the user brought."""
     run = driver.run
     if run.experiment.weights:
-        check_given(run) if done(run) else keep_given(run.store)
+        kept = done(run) or run.store.has_checkpoint(GIVEN, "weights")
+        check_given(run.store) if kept else keep_given(run.store)
     units = plan(run)
     driver.do(Job(stage=NAME, units=units, work=work, done=lambda: done(run), kind=NAME, num_equal=len(units)))
 
 
 def keep_given(store: RunStore) -> None:
-    """Put the weights that the user brought into the run folder, from this machine, so that all workers have them."""
-    store.save_checkpoint(GIVEN, "weights", read_weights(store.experiment.weights), {})
+    """Copy the weights that the user brought from their file into the run folder, so that all workers can read them.
 
-
-def check_given(run: Run) -> None:
-    """Raise InvalidValueError if the file of the weights holds others now than the run folder's network has.
-
-    A file that was deleted meanwhile is no error, nor is a tensor that the file lacks.
+    Raises InvalidValueError if the file's tensors are not those that the run was created with.
     """
-    path = run.experiment.weights
+    tensors = read_weights(store.experiment.weights)
+    pin_weights(store, tensors)
+    store.save_checkpoint(GIVEN, "weights", tensors, {})
+
+
+def check_given(store: RunStore) -> None:
+    """Raise InvalidValueError, naming both hashes, if the file of the weights has other tensors than the run folder.
+
+    A file that was deleted meanwhile is no error.
+    """
+    path = store.experiment.weights
     if not Path(path).is_file():
         return
-    kept, _ = run.store.load_checkpoint(NAME, plan(run)[0].name)
-    now = fitted(kept, read_weights(path))
-    same = {name for name, one in now.items() if name in kept and one.to(kept[name].dtype).equal(kept[name])}
-    if other := sorted(now.keys() - same):
-        raise InvalidValueError(
-            f"weights {path}: {len(other)} of the tensors differ from those that {run.store.storage} was begun with "
-            f"({other[0]}); begin another run folder (--out) for them, or put the first ones back"
-        )
+    if stored_weights(store) is None and store.has_checkpoint(GIVEN, "weights"):
+        pin_weights(store, store.load_checkpoint(GIVEN, "weights")[0])
+    pin_weights(store, read_weights(path))
 
 
 def load_given(store: RunStore, network: nn.Module) -> None:

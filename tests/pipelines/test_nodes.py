@@ -41,13 +41,13 @@ from faults import (
 )
 from miniature import ROOT, tables
 from pipelines.run import STAGES as PLANS
-from pipelines.session import DataSource, Session
 
 from gross_ray.errors import ResourcesError
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train, validate
 from pipelines.commands.terminal import Reporter
+from pipelines.driver import DataSource, Session
 from pipelines.execution.cluster import Resources, connected
 from pipelines.units import Context, Unit, Work
 from pipelines.watching import StageProgress

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipelines.session import DataSource, Session
 from pipelines.tuning import Tuning
 from s3_server import Door, uri
 
@@ -20,6 +19,7 @@ from gross_ray.run import storage
 from gross_ray.run.store import RunStore
 from pipelines import trials
 from pipelines.commands.terminal import Reporter
+from pipelines.driver import DataSource, Session
 from pipelines.execution.cluster import Cluster, Resources
 from pipelines.units import Context, Unit
 from pipelines.watching import StageProgress

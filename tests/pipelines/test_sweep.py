@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 import torch
 from pipelines.alpha_trials import OptunaOptions
-from pipelines.session import DataSource, Session
 from ray.tune import Callback
 from torch import nn
 
@@ -31,6 +30,7 @@ from gross_ray.space import SearchSpace
 from gross_ray.supernet.build import decompose_model
 from pipelines import decompose, sweep, train, validate
 from pipelines.commands.terminal import Reporter
+from pipelines.driver import DataSource, Session
 from pipelines.execution.cluster import Cluster, Resources
 from pipelines.units import Context, Unit
 
