@@ -17,7 +17,7 @@ from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.results.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
-from gross_ray.search.cost import CostTable
+from gross_ray.search.cost import COUNTED, LayerCosts, layer_costs
 from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
@@ -212,8 +212,7 @@ class _Searched:
 
     base: Base
     evaluator: Evaluator
-    actual: CostTable
-    paper: CostTable
+    costs: dict[str, LayerCosts]
 
     @classmethod
     def of(cls, context: Context, forms: dict[str, LayerForm] | None, memory_budget: int) -> _Searched:
@@ -222,12 +221,12 @@ class _Searched:
         weights = {name: tensor_of(array) for name, array in context.shared["weights"].items()}
         supernet.load_state_dict(weights, assign=True)  # the node's one copy, not another one for each worker
         supernet.eval()
-        actual, paper = (CostTable.of(supernet, base.input_shape, convention=one) for one in ("actual", "paper"))
+        costs = {name: layer_costs(supernet, base.input_shape, name) for name in COUNTED}
         search = context.store.experiment.search
         options = EvaluationOptions(memory_budget=memory_budget, form=search.form, precision=search.precision)
         normalisation = context.splits.validation.normalisation
         evaluator = Evaluator(supernet.to(context.device), options, forms=forms, normalisation=normalisation)
-        return cls(base, evaluator, actual, paper)
+        return cls(base, evaluator, costs)
 
 
 def plan_work(context: Context, unit: Unit) -> str:
@@ -285,22 +284,18 @@ def work(context: Context, unit: Unit) -> str:
             "seed": arguments["seed"],
             "configuration": str(configuration),
             **dict(zip(layers, configuration, strict=True)),
-            "macs": macs,
-            "macs_paper": macs_paper,
-            "parameters": parameters,
+            **dict(zip(COUNTED, costs, strict=True)),
             "val_correct": count,
             "val_total": total,
             "val_accuracy": count / total,
             "val_loss": loss_sum / total,
             "latency_ms": None,
         }
-        for configuration, count, loss_sum, macs, macs_paper, parameters in zip(
+        for configuration, count, loss_sum, *costs in zip(
             configurations,
             correct.tolist(),
             loss.tolist(),
-            searched.actual.macs_of_all(configurations),
-            searched.paper.macs_of_all(configurations),
-            searched.actual.parameters_of_all(configurations),
+            *(searched.costs[name].of(configurations).tolist() for name in COUNTED),
             strict=True,
         )
     ]

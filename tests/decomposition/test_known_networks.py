@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gross_ray.decomposition.layers import choice_of
 from gross_ray.decomposition.surgery import empty_supernet, extract, series_layers, set_configuration
 from gross_ray.models import model_of
-from gross_ray.search.cost import CostTable, configuration_macs, count_macs
+from gross_ray.search.cost import configuration_macs, count_macs, layer_costs
 from gross_ray.space import Configuration, SearchSpace
 
 SIZES = (1, 4, 16, 32)
@@ -65,7 +65,7 @@ def test_configurations_equal_the_network_with_dense_kernels(named: tuple[str, n
     space, shape = SearchSpace.of(supernet), (3, 64, 64)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(2, *shape, generator=generator)
-    costs = CostTable.of(supernet, shape)
+    macs, parameters = (layer_costs(supernet, shape, name) for name in ("macs", "parameters"))
     mixed = Configuration([SIZES[int(torch.randint(4, (), generator=generator))] for _ in space.layers])
     for configuration in (mixed, Configuration([32] * len(space.layers))):
         plain = extract(supernet, configuration)
@@ -80,10 +80,9 @@ def test_configurations_equal_the_network_with_dense_kernels(named: tuple[str, n
                     set_configuration(compressed, configuration)
                 outputs = compressed(images.to(next(compressed.parameters()).dtype))
                 torch.testing.assert_close(outputs.double(), expected, rtol=0, atol=tolerance * scale)
-        assert (
-            count_macs(plain, shape) == configuration_macs(supernet, configuration, shape) == costs.macs(configuration)
-        )
-        assert sum(parameter.numel() for parameter in plain.parameters()) == costs.parameters(configuration)
+        counted = count_macs(plain, shape)
+        assert counted == configuration_macs(supernet, configuration, shape) == macs.of_one(configuration)
+        assert sum(parameter.numel() for parameter in plain.parameters()) == parameters.of_one(configuration)
 
 
 def dense_kernels(network: nn.Module, plain: nn.Module, space: SearchSpace) -> dict[str, Tensor]:
