@@ -15,6 +15,7 @@ import torch
 from gross_ray.batch_norm import calibration_images
 from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
+from gross_ray.results.searched import evaluated_accuracies, evaluated_units
 from gross_ray.results.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
 from gross_ray.search.cost import COUNTED, LayerCosts, layer_costs
@@ -22,12 +23,10 @@ from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
 from gross_ray.search.selection import (
-    COSTS,
     Budget,
     best_of_chunks,
     front_of_chunks,
     select,
-    supernet_accuracies,
     uniform,
 )
 from gross_ray.search.sharding import PrefixCosts, segment_macs
@@ -322,12 +321,7 @@ def accuracies(store: RunStore) -> Iterator[pd.DataFrame]:
         raise MissingStageError(
             f"{len(missing)} of {len(units)} shards are not stored in {store.storage}: run `gross search` on it first"
         )
-    by_part: dict[str, list[str]] = {}
-    for unit in units:
-        by_part.setdefault(unit.name.removeprefix(unit.shared), []).append(unit.name)
-    columns = ["configuration", *COSTS, "val_accuracy"]
-    for names in by_part.values():
-        yield supernet_accuracies(store.read_units("configurations", names, columns))
+    yield from evaluated_accuracies(store, evaluated_units(store, [unit.name for unit in units]))
 
 
 def best(store: RunStore, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
