@@ -21,7 +21,7 @@ from gross_ray.presets import PRESETS, preset
 from gross_ray.run.store import RunStore
 from gross_ray.run.tables import TABLES
 from gross_ray.search.selection import Budget, best_under, pareto_front
-from pipelines import latency, rounds, search, sweep
+from pipelines import rounds, search
 from pipelines import supernet as supernets
 from pipelines.driver import Session
 from pipelines.execution.cluster import ray
