@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from cli import main as gross  # noqa: E402
 from gross_ray import preset  # noqa: E402
-from gross_ray.results.store import RunStore  # noqa: E402
+from gross_ray.run.store import RunStore  # noqa: E402
 
 SIZES = {str(2 * place): (1, 2, 4, 8, 16) if place % 2 else (1, 16) for place in range(1, 11)}
 """By layer: 5^5 x 2^5 = 100,000 configurations."""

@@ -34,7 +34,7 @@ from gross_ray.experiment import (
     TrainingOptions,
 )
 from gross_ray.presets import quickstart
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train
 from pipelines.cluster import Cluster, Resources, connected
 from pipelines.trials import run_trials

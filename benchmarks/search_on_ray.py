@@ -32,14 +32,15 @@ from torch import nn
 from gross_ray import BTDOptions, decompose_model, models, read_table
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
-from gross_ray.decomposition.layers import decomposable_layers
-from gross_ray.decomposition.surgery import empty_supernet, series_layers
 from gross_ray.experiment import DataOptions, Experiment, SearchOptions, SupernetOptions, SweepOptions, TrainingOptions
 from gross_ray.models import build_model
 from gross_ray.presets import quickstart
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.search.selection import Budget
+from gross_ray.supernet.build import empty_supernet
+from gross_ray.supernet.configure import series_layers
+from gross_ray.supernet.layers import decomposable_layers
 from gross_ray.training.loop import EpochRecord
 from pipelines import search, supernet
 from pipelines.cluster import Resources, connected

@@ -23,15 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gross_ray.decomposition.layers import choice_of
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.models import build_model
-from gross_ray.results.store import read_table
+from gross_ray.run.store import read_table
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, supernet_accuracies
 from gross_ray.search.strategies import STRATEGIES, strategy
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import empty_supernet
+from gross_ray.supernet.layers import choice_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISE = 0.001

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gross_ray.report.model_card import most_accurate_seed
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs
 from gross_ray.search.folding import fold
 from gross_ray.search.latency import LatencyOptions

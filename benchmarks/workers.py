@@ -22,7 +22,7 @@ import ray
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DecompositionOptions, SupernetOptions, SweepOptions, TrainingOptions
 from gross_ray.presets import quickstart
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import decompose, train
 from pipelines.cluster import Resources, connected
 from pipelines.units import Unit, Work, pack_splits

@@ -11,7 +11,7 @@ import pandas as pd
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.tuning import METRIC, TIME, Ended
 from pipelines.units import Unit
 

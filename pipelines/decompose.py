@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from gross_ray.decomposition.btd import BlockTerms, BTDStatus, block_term_decomposition, default_restarts
-from gross_ray.decomposition.layers import by_reason
-from gross_ray.results.store import RunStore
+from gross_ray.btd.block_terms import BlockTerms, BTDStatus
+from gross_ray.btd.solver import block_term_decomposition, default_restarts
+from gross_ray.run.store import RunStore
 from gross_ray.seeds import derive_seed
+from gross_ray.supernet.layers import by_reason
 from pipelines.networks import Base, load_base
 from pipelines.session import Session
 from pipelines.units import Context, Unit

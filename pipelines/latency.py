@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import torch
 
-from gross_ray.decomposition.surgery import empty_supernet
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
 from gross_ray.search.timing import timed_device
 from gross_ray.seeds import derived_generator
+from gross_ray.supernet.build import empty_supernet
 from pipelines import search
 from pipelines.networks import load_base
 from pipelines.predictions import measured, put_in_force

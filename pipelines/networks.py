@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.layers import LayerChoice, choice_of, parse_layer_group_sizes
-from gross_ray.decomposition.surgery import empty_supernet, extract
 from gross_ray.errors import MissingStageError
 from gross_ray.experiment import DecompositionOptions
 from gross_ray.models import build_model
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import empty_supernet
+from gross_ray.supernet.configure import extract
+from gross_ray.supernet.layers import LayerChoice, choice_of, parse_layer_group_sizes
 from gross_ray.training.loop import EpochRecord
 
 

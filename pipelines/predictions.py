@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel
 from pipelines.networks import load_base
 

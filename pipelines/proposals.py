@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.seeds import derive_seed
 from pipelines.alpha_trials import OptunaOptions, rounded, store_proposal, stored_trials
 from pipelines.supernet import supernet_unit

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 from pipelines import decompose, rounds, search, supernet, train, validate
 from pipelines.networks import load_base

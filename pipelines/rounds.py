@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
-from gross_ray.results.store import SEARCH_ENDED, RunStore
+from gross_ray.run.store import SEARCH_ENDED, RunStore
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, supernet_accuracies, uniform
 from gross_ray.search.strategies import Strategy, strategy
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
+from gross_ray.supernet.build import empty_supernet
 from pipelines.networks import Base, load_base
 from pipelines.predictions import measured, stored_model
 from pipelines.units import Unit

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gross_ray.errors import MissingStageError, UnitsFailedError
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import decompose, rounds, search, supernet, sweep, train, validate
 from pipelines.session import Session
 from pipelines.units import Unit

@@ -12,15 +12,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from gross_ray.batch_norm import calibration_images
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
-from gross_ray.results.store import RunStore
+from gross_ray.nn.batch_norm import calibration_images
+from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
 from gross_ray.search.cost import CostTable
-from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
+from gross_ray.search.options import EvaluationOptions
 from gross_ray.search.selection import (
     COSTS,
     Budget,
@@ -32,6 +31,7 @@ from gross_ray.search.selection import (
 )
 from gross_ray.search.sharding import PrefixCosts, segment_macs
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import empty_supernet
 from pipelines import rounds
 from pipelines import supernet as supernets
 from pipelines.networks import Base, load_base
@@ -273,7 +273,7 @@ def work(context: Context, unit: Unit) -> str:
         configurations = [Configuration.parse(text) for text in arguments["configurations"]]
     else:
         configurations = base.space[arguments["start"] : arguments["stop"]]
-    calibration = calibration_images(context.splits) if store.experiment.engine.recalibrate else None
+    calibration = calibration_images(context.splits.train) if store.experiment.engine.recalibrate else None
     correct, loss = searched.evaluator.evaluate(validation.images, validation.labels, configurations, calibration)
     total = len(validation.labels)
     layers = [f"layer {layer}" for layer in base.space.layers]

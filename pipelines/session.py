@@ -19,7 +19,7 @@ from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.errors import UnitsFailedError
 from gross_ray.experiment import DataOptions
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import signals
 from pipelines.cluster import Cluster, Resources, connected, module_of
 from pipelines.progress import Reporter, StageProgress

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from gross_ray.data.image_set import Splits
-from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import DivergedError, UnitsFailedError
 from gross_ray.experiment import EngineOptions, Schedule
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.seeds import derive_seed
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.build import build_supernet
 from gross_ray.training.capture import captures
 from gross_ray.training.loop import EpochRecord
 from gross_ray.training.sampling import ConfigurationSampler, settled_scaling

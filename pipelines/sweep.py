@@ -14,12 +14,12 @@ from itertools import count, islice
 
 from torch import Tensor, nn
 
-from gross_ray.batch_norm import calibration_batches, calibration_images, recalibrated
 from gross_ray.data.image_set import ImageSet
-from gross_ray.decomposition.surgery import set_configuration
 from gross_ray.errors import InvalidValueError, UnitsFailedError
-from gross_ray.results.store import RunStore
+from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrated
+from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
+from gross_ray.supernet.configure import set_configuration
 from gross_ray.training.loop import EpochRecord, count_correct
 from pipelines import search, supernet, validate
 from pipelines.alpha_trials import (
@@ -172,7 +172,7 @@ def work(context: Context, unit: Unit) -> str:
     store, validation = context.store, context.splits.validation
     before, total = store.experiment.reconstruction.epochs, num_epochs(store.experiment)
     configurations = validate.fixed_configurations(store)
-    calibration = calibration_images(context.splits) if store.experiment.engine.recalibrate else None
+    calibration = calibration_images(context.splits.train) if store.experiment.engine.recalibrate else None
     last: dict[str, float] = {}
 
     def report(share: float, text: str, **metrics: float) -> None:

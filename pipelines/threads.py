@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.cluster import Cluster
 
 _STAGE = "threads"

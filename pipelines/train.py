@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.training.loop import count_correct

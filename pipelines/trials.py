@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.stopper import NoopStopper
 
 from gross_ray.errors import DivergedError, GrossRayError
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import signals
 from pipelines.cluster import Cluster
 from pipelines.progress import Furthest, Patience, StageProgress

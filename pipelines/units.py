@@ -16,7 +16,7 @@ from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import SPLITS
 from gross_ray.errors import MissingStageError
-from gross_ray.results.store import UNDER_WAY, RunStore
+from gross_ray.run.store import UNDER_WAY, RunStore
 
 RESIDENT_SHARE = 0.3
 """Of a worker's share of a GPU's memory, what its images may take; where they need more, they are streamed."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gross_ray.batch_norm import calibration_batches, calibration_images, recalibrate
-from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import MissingStageError
-from gross_ray.results.store import RunStore
+from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
+from gross_ray.run.store import RunStore
 from gross_ray.search.cost import configuration_macs, count_parameters
 from gross_ray.search.selection import Budget, uniform
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
+from gross_ray.supernet.build import build_supernet
 from gross_ray.training.loop import EpochRecord, accuracy
 from gross_ray.training.stages import finetune, reconstruct
 from pipelines import rounds, search
@@ -137,7 +137,7 @@ def work(context: Context, unit: Unit) -> str:
     )
     rows += history_rows(f"{STAGE}-finetune", unit.name, seed, history)
     if store.experiment.engine.recalibrate:
-        recalibrate(network, map(splits.train.as_inputs, calibration_batches(calibration_images(splits))))
+        recalibrate(network, map(splits.train.as_inputs, calibration_batches(calibration_images(splits.train))))
     test_accuracy = accuracy(network, splits.test)
     val_accuracy = accuracy(network, splits.validation)
     save_supernet(store, STAGE, unit.name, network, dict(unit.arguments))

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from gross_ray.errors import GrossRayError
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.cluster import Cluster
 from pipelines.progress import Furthest, Patience, StageProgress
 from pipelines.units import Context, Unit, Work, room_for_images, unpack_splits

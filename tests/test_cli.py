@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 
 from cli import main
 from gross_ray.presets import PRESETS, preset
-from gross_ray.results.store import RunStore
-from gross_ray.results.tables import TABLES
+from gross_ray.run.store import RunStore
+from gross_ray.run.tables import TABLES
 from gross_ray.search.selection import Budget, best_under, pareto_front
 from pipelines import rounds, search
 from pipelines import supernet as supernets

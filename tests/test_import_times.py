@@ -11,7 +11,7 @@ import pytest
 
 import gross_ray
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 ROOT = Path(gross_ray.__file__).parents[1]
 LARGE = ("torch", "torchvision", "pandas", "ray", "scipy", "plotly", "rich")

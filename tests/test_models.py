@@ -11,7 +11,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from gross_ray.decomposition.layers import decomposable_layers
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import (
     MODELS,
@@ -24,6 +23,7 @@ from gross_ray.models import (
     resnet18,
     vgg16,
 )
+from gross_ray.supernet.layers import decomposable_layers
 
 
 def seeded(seed: int) -> torch.Generator:

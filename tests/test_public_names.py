@@ -53,6 +53,8 @@ FUNCTIONS: dict[str, list[Any]] = {
         "*",
         ("convention", "actual"),
     ],
+    "load_dataset": [("options", NONE)],
+    "load_weights": [("network", NONE), ("path", NONE)],
     "read_table": [("run", NONE), ("name", NONE), ("columns", None)],
     "export_onnx": [("model", NONE), ("path", NONE), ("input_shape", NONE)],
 }
@@ -150,7 +152,16 @@ def test_a_wrong_name_is_an_attribute_error() -> None:
 def test_everything_listed_can_be_imported() -> None:
     assert all(hasattr(gross_ray, name) for name in gross_ray.__all__)
     classes = {"BTDOptions", "BlockTerms", "Bottleneck", "SeriesConv2d", "SearchSpace", "Configuration"}
+    classes |= {"DataOptions", "Schedule"}
     assert classes | set(FUNCTIONS) <= set(gross_ray.__all__)
+
+
+def test_the_paths_that_scripts_of_others_import_lead_to_the_public_names() -> None:
+    experiment = importlib.import_module("gross_ray.experiment")
+    assert experiment.DataOptions is gross_ray.DataOptions
+    assert experiment.Schedule is gross_ray.Schedule
+    assert importlib.import_module("gross_ray.data.images").load_dataset is gross_ray.load_dataset
+    assert importlib.import_module("gross_ray.weights").load_weights is gross_ray.load_weights
 
 
 def test_options_and_results_have_the_fields_of_the_design() -> None:

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gross_ray.decomposition.calls import network_calls
-from gross_ray.decomposition.layers import LayerChoice, by_reason
-from gross_ray.decomposition.surgery import running_supernet
+from gross_ray.nn.calls import network_calls
 from gross_ray.report.results import ResultTable, millions
 from gross_ray.search.cost import (
     CostTable,
@@ -18,6 +16,8 @@ from gross_ray.search.cost import (
     plain_macs,
 )
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import running_supernet
+from gross_ray.supernet.layers import LayerChoice, by_reason
 
 
 def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[int]) -> list[ResultTable]:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters, peak_activations
 from gross_ray.search.folding import Folding
 from gross_ray.search.latency import LatencyModel, Timing

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gross_ray.errors import GrossRayError, InvalidValueError
-from gross_ray.results.storage import Storage
-from gross_ray.results.store import RunStore
+from gross_ray.run.storage import Storage
+from gross_ray.run.store import RunStore
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -10,7 +10,7 @@ from math import prod
 
 import pandas as pd
 
-from gross_ray.results.store import SEARCH_ENDED, RunStore
+from gross_ray.run.store import SEARCH_ENDED, RunStore
 from gross_ray.search.selection import COSTS, supernet_accuracies
 from gross_ray.training.sampling import settled_scaling
 

@@ -21,7 +21,7 @@ from gross_ray.report.run_charts import curves_chart, decomposition_chart, retra
 from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import space_chart
 from gross_ray.report.sweep_charts import sweep_charts
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 _STAGES = ("train", "decompose", "reconstruct", "finetune", "validate-reconstruct", "validate-finetune")
 _VERSIONS = ("gross_ray", "python", "torch", "torchvision", "ray")

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from gross_ray.report.charts import COLOURS, DASHES, SYMBOLS, Chart, layout, shown
 from gross_ray.report.results import ResultTable, millions, temperature
 from gross_ray.report.searched import chunks
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 
 MAX_PROFILE_POINTS = 4000

@@ -9,7 +9,7 @@ import pandas as pd
 from gross_ray.report import results as stored
 from gross_ray.report.results import ResultTable
 from gross_ray.report.searched import Searched
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.selection import Budget
 
 Row = Sequence[str]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gross_ray.decomposition.calls import Call, network_calls
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
+from gross_ray.nn.calls import Call, network_calls
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.configure import series_layers
+from gross_ray.supernet.series import SeriesConv2d
 
 CONVENTIONS = ("actual", "paper")
 

@@ -22,11 +22,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.calls import given, output_of, told_where_it_cannot_run, zero_images
-from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
 from gross_ray.errors import InvalidValueError, one_line
+from gross_ray.nn.calls import given, output_of, told_where_it_cannot_run, zero_images
+from gross_ray.nn.replace import replace_modules
 from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.configure import extract, series_layers
 
 REST = "rest"
 """Names, in the table `latencies`, everything but the decomposed layers; there it has no group-size."""

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.series import SeriesConv2d
+from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
+from gross_ray.supernet.series import SeriesConv2d
 
 FORMS = ("dense", "bottleneck")
 REPEATS = 3

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from gross_ray.data.image_set import ImageSet
 from gross_ray.errors import DivergedError
-from gross_ray.experiment import EngineOptions, Schedule
-from gross_ray.precision import forward_at, products_at
+from gross_ray.nn.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
 from gross_ray.training.capture import CapturedStep, captures
 from gross_ray.training.draws import EpochDraws, dropout_by
+from gross_ray.training.options import EngineOptions, Schedule
 
 EVALUATION_BATCH = 250
 """Images a forward pass when only the accuracy is wanted; larger ones leave the CPU's cache."""

@@ -8,7 +8,7 @@ import click
 
 from gross_ray.errors import MissingStageError
 from gross_ray.report.terminal import budget_table, front_table
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.selection import Budget
 from pipelines import rounds, search
 

@@ -12,7 +12,7 @@ import torch
 
 from gross_ray.export import card_path, check_format, export_network, whole_or_not_at_all
 from gross_ray.report.model_card import foldings_text, model_card, most_accurate_seed
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.folding import fold
 from gross_ray.search.latency import LatencyModel, LatencyOptions, Timing, time_networks
 from gross_ray.space import Configuration

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import click
 
-from gross_ray.decomposition.layers import choice_of, parse_layer_group_sizes
 from gross_ray.models import model_of
 from gross_ray.report.inspection import inspection
 from gross_ray.report.terminal import inspection_page
+from gross_ray.supernet.layers import choice_of, parse_layer_group_sizes
 
 
 def inspect(

@@ -9,7 +9,7 @@ import click
 import torch
 
 from gross_ray.report.terminal import latency_table
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions
 from pipelines import latency as stage
 from pipelines.commands.terminal import Reporter

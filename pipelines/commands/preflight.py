@@ -8,16 +8,16 @@ import numpy as np
 import torch
 
 from gross_ray.data.image_set import Splits
-from gross_ray.decomposition.calls import told_where_it_cannot_run
-from gross_ray.decomposition.surgery import running_supernet
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
-from gross_ray.modes import evaluating
+from gross_ray.nn.calls import told_where_it_cannot_run
+from gross_ray.nn.modes import evaluating
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.cost import CostTable
 from gross_ray.search.selection import Budget, uniform
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import running_supernet
 from gross_ray.training.together import check_stackable
 from gross_ray.weights import read_weights, set_weights
 from pipelines import search

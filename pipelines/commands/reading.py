@@ -9,7 +9,7 @@ import click
 from gross_ray.report.page import check_target, write_page
 from gross_ray.report.searched import Searched
 from gross_ray.report.terminal import results
-from gross_ray.results.store import RunStore, read_table
+from gross_ray.run.store import RunStore, read_table
 
 
 def show(run: str, table: str, *, rows: int, csv: bool) -> None:

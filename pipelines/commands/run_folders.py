@@ -10,7 +10,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.models import factory_of
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.weights import read_weights
 from pipelines.commands.preflight import check_experiment
 from pipelines.reuse import check_reusable

@@ -10,7 +10,7 @@ import click
 from gross_ray.report.page import write_page
 from gross_ray.report.searched import Searched
 from gross_ray.report.terminal import results, stage_results
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 from pipelines import validate as validation
 from pipelines.commands.options import Place

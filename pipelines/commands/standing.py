@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.run import status as stages
 
 

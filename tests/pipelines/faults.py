@@ -21,7 +21,7 @@ import pandas as pd
 from miniature import CLOCKS, ROOT, command
 
 from gross_ray import read_table
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.run import status
 
 MARK = "GROSS_RAY_TEST_RUN"

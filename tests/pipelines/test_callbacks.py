@@ -13,7 +13,7 @@ from ray.tune import Callback
 from cli import main
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.callbacks import load_callbacks
 from pipelines.cluster import ray
 

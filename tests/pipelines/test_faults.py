@@ -43,7 +43,7 @@ from faults import (
 )
 from miniature import ROOT
 
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import supernet
 from pipelines.run import STAGES as PLANS
 

@@ -10,7 +10,7 @@ import pytest
 from miniature import gross
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
 from pipelines.predictions import put, stored_model

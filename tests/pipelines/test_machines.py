@@ -30,7 +30,7 @@ from miniature import SETTINGS, assert_equal_tables, command
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import workers
 from pipelines.cluster import Resources, connected
 from pipelines.trials import run_trials

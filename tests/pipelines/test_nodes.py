@@ -43,7 +43,7 @@ from miniature import ROOT, tables
 
 from gross_ray.errors import ResourcesError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train, validate
 from pipelines.cluster import Resources, connected
 from pipelines.commands.terminal import Reporter
@@ -379,7 +379,7 @@ from pipelines.workers import WorkerPool
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 
 def work(context, unit):

@@ -13,14 +13,14 @@ from torch import nn
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import load_dataset
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.cost import CostTable
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
+from gross_ray.supernet.build import empty_supernet
 from gross_ray.training.loop import accuracy
 from pipelines import train
 from pipelines.networks import load_base

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.alpha_trials import OptunaOptions, grace_period, make_asha, num_epochs, store_end
 from pipelines.proposals import SEARCH, STARTUP_TRIALS, Proposals
 from pipelines.tuning import METRIC, TIME, Ended

@@ -11,7 +11,7 @@ from miniature import SETTINGS, gross, run_command
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import quickstart
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.reuse import PARTS, check_reusable, take_evaluations, take_over
 
 ANOTHER_SEARCH = ["search.strategy=random", "search.evaluations=12", "sweep.alphas=[]"]

@@ -17,9 +17,9 @@ from miniature import command, gross
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.terminal import results
-from gross_ray.results.store import RunStore
-from gross_ray.search.evaluation_options import STRATEGY_NAMES
+from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel
+from gross_ray.search.options import STRATEGY_NAMES
 from gross_ray.search.selection import Budget, best_under, supernet_accuracies
 from gross_ray.search.strategies import STRATEGIES
 from gross_ray.space import Configuration

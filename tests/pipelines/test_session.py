@@ -14,8 +14,8 @@ from s3_server import Door, uri
 
 from gross_ray.errors import StorageError, UnitsFailedError
 from gross_ray.presets import preset
-from gross_ray.results import storage
-from gross_ray.results.store import RunStore
+from gross_ray.run import storage
+from gross_ray.run.store import RunStore
 from pipelines import trials
 from pipelines.cluster import Cluster, Resources
 from pipelines.commands.terminal import Reporter

@@ -18,15 +18,15 @@ import torch
 from ray.tune import Callback
 from torch import nn
 
+from gross_ray.btd.options import BTDOptions
 from gross_ray.data.image_set import ImageSet
 from gross_ray.data.images import load_dataset
-from gross_ray.decomposition.btd import BTDOptions
-from gross_ray.decomposition.surgery import decompose_model
 from gross_ray.errors import InvalidValueError, UnitsFailedError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.evaluator import evaluate_configurations
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.build import decompose_model
 from pipelines import decompose, sweep, train, validate
 from pipelines.alpha_trials import OptunaOptions
 from pipelines.cluster import Cluster, Resources

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.cluster import Cluster
 from pipelines.threads import threads_of_stage
 

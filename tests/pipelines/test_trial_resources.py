@@ -13,7 +13,7 @@ import torch
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.cluster import Cluster, ray
 from pipelines.trials import run_trials
 from pipelines.units import Context, Unit, pack_splits

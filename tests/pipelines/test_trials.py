@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import watching
 from pipelines.cluster import Cluster
 from pipelines.trials import MAX_FAILURES, run_trials

@@ -25,7 +25,7 @@ from cli import main
 from gross_ray import read_table
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines.networks import load_validated
 from pipelines.predictions import stored_model
 

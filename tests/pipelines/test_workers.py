@@ -16,7 +16,7 @@ import torch
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import InvalidValueError, RunFolderError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import workers
 from pipelines.cluster import Cluster
 from pipelines.units import Context, Unit, pack_splits

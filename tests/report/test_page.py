@@ -42,7 +42,7 @@ from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import COST_TITLES, MAX_POINTS
 from gross_ray.report.sweep_charts import MAX_PROFILE_POINTS
 from gross_ray.report.terminal import results
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.selection import COSTS
 
 ROOT = Path(gross_ray.__file__).parents[1]

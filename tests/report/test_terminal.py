@@ -23,7 +23,7 @@ from gross_ray.report.terminal import (
     sweep_table,
     trials_table,
 )
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.selection import Budget
 
 NETWORKS = [0.9012, 0.8877, 0.9101]

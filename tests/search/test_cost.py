@@ -8,11 +8,11 @@ from networks import Twice
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gross_ray.decomposition.surgery import extract, set_configuration
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search.cost import CostTable, configuration_macs, count_macs, count_parameters
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.configure import extract, set_configuration
 
 PAPER_SIZES = {"conv2": (1, 2, 4, 8, 16, 32), "conv3": (1, 2, 4, 8, 16, 32), "conv4": (1, 2, 4, 8, 16, 32, 64)}
 IMAGE = (3, 32, 32)

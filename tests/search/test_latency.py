@@ -9,14 +9,14 @@ import torch
 from networks import Twice
 from torch import nn
 
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import extract, get_configuration, series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
-from gross_ray.results.tables import TABLES
+from gross_ray.run.tables import TABLES
 from gross_ray.search import latency, timing
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency, time_networks
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.configure import extract, get_configuration, series_layers, set_configuration
+from gross_ray.supernet.series import SeriesConv2d
 
 SIZES = {"conv2": (1, 4, 32), "conv3": (2, 16), "conv4": (1, 8, 16, 64)}
 IMAGE = (3, 16, 16)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from test_loop import timeless
 from torch import Tensor, nn
 
+from gross_ray.btd.options import BTDOptions
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.decomposition.btd import BTDOptions
-from gross_ray.decomposition.surgery import decompose_model
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.build import decompose_model
 from gross_ray.training import capture
 from gross_ray.training.capture import WARM_UP, CapturedStep, captures
 from gross_ray.training.draws import EpochDraws
