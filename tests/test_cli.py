@@ -18,7 +18,8 @@ from cli import main
 from gross_ray.presets import PRESETS, preset
 from gross_ray.run.store import RunStore
 from gross_ray.run.tables import TABLES
-from gross_ray.search.selection import Budget, best_under, pareto_front
+from gross_ray.search.budgets import Budget
+from gross_ray.search.selection import best_under, pareto_front
 from pipelines import rounds, search
 from pipelines import supernet as supernets
 from pipelines.cluster import ray

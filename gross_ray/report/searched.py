@@ -11,7 +11,8 @@ from math import prod
 import pandas as pd
 
 from gross_ray.run.store import SEARCH_ENDED, RunStore
-from gross_ray.search.selection import COSTS, supernet_accuracies
+from gross_ray.search.budgets import COSTS
+from gross_ray.search.selection import supernet_accuracies
 from gross_ray.training.sampling import settled_scaling
 
 _LAYER = "layer "

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.selection import Budget, written
+from gross_ray.search.budgets import Budget, written
 from gross_ray.space import Configuration, SearchSpace
 
 STEPS = 2000

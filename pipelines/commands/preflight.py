@@ -14,8 +14,9 @@ from gross_ray.models import build_model
 from gross_ray.nn.calls import told_where_it_cannot_run
 from gross_ray.nn.modes import evaluating
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
+from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import CostTable
-from gross_ray.search.selection import Budget, uniform
+from gross_ray.search.selection import uniform
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
 from gross_ray.training.together import check_stackable
