@@ -22,6 +22,8 @@ from pathlib import Path
 
 import ray
 import torch
+from pipelines.trials import run_trials
+from pipelines.workers import WorkerPool
 
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
@@ -36,11 +38,9 @@ from gross_ray.experiment import (
 from gross_ray.presets import quickstart
 from gross_ray.run.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train
-from pipelines.cluster import Cluster, Resources, connected
-from pipelines.trials import run_trials
+from pipelines.execution.cluster import Cluster, Resources, connected
 from pipelines.units import Context, Unit, Work, pack_splits
 from pipelines.watching import StageProgress
-from pipelines.workers import WorkerPool
 
 STAGES = ("decompose", "search", "sweep-alpha")
 

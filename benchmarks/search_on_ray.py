@@ -27,6 +27,9 @@ from pathlib import Path
 
 import ray
 import torch
+from pipelines.networks import history_rows, save_supernet
+from pipelines.session import DataSource, Session
+from pipelines.workers import WorkerPool
 from torch import nn
 
 from gross_ray import BTDOptions, decompose_model, model_names, models, read_table
@@ -43,13 +46,10 @@ from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.layers import decomposable_layers
 from gross_ray.training.loop import EpochRecord
 from pipelines import search, supernet
-from pipelines.cluster import Resources, connected
 from pipelines.commands.terminal import Reporter
-from pipelines.networks import history_rows, save_supernet
-from pipelines.session import DataSource, Session
+from pipelines.execution.cluster import Resources, connected
 from pipelines.units import Context, Unit, Work, pack_splits
 from pipelines.watching import StageProgress
-from pipelines.workers import WorkerPool
 
 CHEAP_LAYERS = 10
 _PANDAS = """

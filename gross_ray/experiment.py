@@ -121,9 +121,18 @@ class Experiment:
                 lines.append(f"{name} = {milestones}: {epochs} epochs do not reach {', '.join(map(str, late))}")
         return lines
 
-    def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that are equal for equal experiments."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+    def fingerprint(self, *, weights: str = "", data: str = "") -> str:
+        """Return 16 hexadecimal digits that are equal for equal experiments.
+
+        A path is no part of an experiment. `weights` and `data` are the hashes of what the paths in `weights` and in
+        `data.name` lead to; each counts only where the experiment has such a path.
+        """
+        values = self.to_dict()
+        if self.weights:
+            values["weights"] = f"file:{weights}"
+        if self.data.name.startswith(_FOLDER):
+            values["data"]["name"] = _FOLDER + data
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def override(self, settings: list[str]) -> Experiment:
@@ -148,13 +157,35 @@ class Experiment:
             place[last] = _parse(text.strip(), is_text=isinstance(known[name], str))
         return build(type(self), nested, "")
 
-    def first_difference(self, other: Experiment) -> str | None:
-        """Return ``"training.epochs (5, not 3)"`` for the first field that differs from `other`, or None."""
-        theirs = other.fields()
-        for name, value in self.fields().items():
-            if value != theirs.get(name):
-                return f"{name} ({value!r}, not {theirs.get(name)!r})"
-        return None
+    def differences(self, other: Experiment, *, paths: typing.Collection[str] = ()) -> list[str]:
+        """Return the names of the fields that differ from `other`.
+
+        Two paths in `weights`, or of folders in `data.name`, differ only where `paths` has the field's name: what
+        they lead to is compared by its hash (`gross_ray.run.pins`).
+        """
+        mine, theirs = self.fields(), other.fields()
+        differing = [name for name, value in mine.items() if value != theirs.get(name)]
+        return [name for name in differing if name in paths or not _both_paths(name, mine[name], theirs.get(name))]
+
+    def first_difference(self, other: Experiment, *, paths: typing.Collection[str] = ()) -> str | None:
+        """Return ``"training.epochs (5, not 3)"`` for the first of the `differences` from `other`, or None."""
+        differing = self.differences(other, paths=paths)
+        if not differing:
+            return None
+        name = differing[0]
+        return f"{name} ({self.fields()[name]!r}, not {other.fields().get(name)!r})"
+
+
+_FOLDER = "folder:"
+PATH_FIELDS = {"data.name": "data", "weights": "weights"}
+"""The fields that may hold a path, each with the name under which a run folder stores the hash of its content."""
+
+
+def _both_paths(name: str, one: object, other: object) -> bool:
+    """Return whether a field has a path in both of two experiments."""
+    if name == "weights":
+        return bool(one and other)
+    return name == "data.name" and str(one).startswith(_FOLDER) and str(other).startswith(_FOLDER)
 
 
 def _parse(text: str, *, is_text: bool) -> Any:

@@ -1,6 +1,8 @@
 """The run folder: the one module that knows its file names. Whatever is written is either whole or not there.
 
 RUN/experiment.json                         the experiment that the folder belongs to
+RUN/data.json                               hashes of its images, which commands compare with what they load
+RUN/weights.json                            the hash of its trained weights, where they were given
 RUN/.lock                                   held by the driver that works on it
 RUN/tables/NAME/UNIT.parquet                one completed unit of work
 RUN/checkpoints/STAGE/UNIT.safetensors      tensors, with their description in the file's metadata
@@ -16,13 +18,13 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
-from gross_ray.experiment import Experiment
+from gross_ray.experiment import PATH_FIELDS, Experiment
 from gross_ray.run import lock
 from gross_ray.run.file_format import DamagedFileError, checkpoint_file, read_checkpoint, read_unit, unit_file
 from gross_ray.run.storage import Storage
@@ -40,6 +42,7 @@ SEARCH_ENDED = ("search-rounds", "ended")
 """Stage and unit of the checkpoint that tells that a search by a strategy has ended."""
 _AGAIN = "run its stage again: it deletes the file and says what follows"
 _EXPERIMENT = "experiment.json"
+Pin = TypeVar("Pin")
 _REPORT = "report.html"
 
 
@@ -146,6 +149,32 @@ class RunStore:
                         self._is_whole(f"checkpoints/{stage}/{name}", read_checkpoint)
         for name in TABLES:
             self.finished_units(name)
+
+    # Hashes of what lies outside the run folder: its images and given weights
+
+    def read_pin(self, name: str, parse: Callable[[Any], Pin]) -> Pin | None:
+        """Return what `parse` makes of the hashes stored under `name`, "data" or "weights"; None where none are stored.
+
+        Raises RunFolderError where the file is damaged, and StorageError.
+        """
+        file = f"{name}.json"
+        try:
+            return parse(json.loads(self.storage.read(file)))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunFolderError(
+                f"{self.storage.shown(file)} is damaged ({error!r}): restore it, or delete it, and the next command "
+                f"that reads the {name} stores what it finds then"
+            ) from None
+
+    def write_pin(self, name: str, values: Mapping[str, Any]) -> None:
+        """Store hashes under `name`, "data" or "weights". Raises StorageError."""
+        self.storage.write(f"{name}.json", json.dumps(dict(values), indent=2).encode())
+
+    def unpinned(self) -> list[str]:
+        """Return the fields that may hold a path and for whose content no hash is stored: only the path tells."""
+        return [field for field, name in PATH_FIELDS.items() if not self.storage.exists(f"{name}.json")]
 
     # Tables
 
@@ -315,10 +344,12 @@ class RunStore:
 
     def _check_experiment(self) -> None:
         stored = _read_experiment(self.storage)
-        if stored != self.experiment:
+        if stored == self.experiment:
+            return
+        if difference := self.experiment.first_difference(stored, paths=self.unpinned()):
             raise RunFolderError(
-                f"{self.storage} belongs to another experiment; the first field that differs: "
-                f"{self.experiment.first_difference(stored)}. Give another folder with --out, or the same settings"
+                f"{self.storage} belongs to another experiment; the first field that differs: {difference}. "
+                "Give another folder with --out, or the same settings"
             )
 
 

@@ -297,32 +297,6 @@ _TABLES = (
         ),
     ),
     Table(
-        name="alpha_trials",
-        meaning="One trial of `gross sweep-alpha`: a supernet of the grid, or one that a search proposed.",
-        columns=(
-            _text("search", "Who proposed it: the experiment's grid, or Optuna", choices=("grid", "optuna")),
-            _count("trial", "Its place in the grid, or in the order of the search's proposals, from 0"),
-            _text("unit", "Unit that trains the supernet; its checkpoints have this name"),
-            _ALPHA,
-            _SCALING,
-            _seed("Which supernet"),
-            _text("scheduler", "Who could stop it early, when it ended", choices=("none", "asha")),
-            _text(
-                "status",
-                "What became of it: proposed (not ended yet), completed, stopped early, or failed (it diverged)",
-                choices=("proposed", "completed", "stopped", "failed"),
-            ),
-            _count("epochs", "Epochs done when it ended, of reconstruction and fine-tuning together", "epochs"),
-            _accuracy(
-                "supernet_accuracy",
-                "Mean of the fixed configurations' accuracies in the supernet after those epochs, validation split; "
-                "missing where not measured",
-                nullable=True,
-            ),
-            _text("reason", "Why it failed; missing otherwise", nullable=True),
-        ),
-    ),
-    Table(
         name="selections",
         meaning="One configuration selected under one budget.",
         columns=(

@@ -21,6 +21,7 @@ from gross_ray.seeds import derive_seed
 from gross_ray.training.capture import CapturedStep, captures
 from gross_ray.training.draws import EpochDraws, dropout_by
 from gross_ray.training.options import EngineOptions, Schedule
+from gross_ray.weights import restore_state
 
 EVALUATION_BATCH = 250
 """Images a forward pass when only the accuracy is wanted; larger ones leave the CPU's cache."""
@@ -240,7 +241,7 @@ def restore(network: nn.Module, checkpoint: CheckpointSlot | None) -> tuple[list
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
-    network.load_state_dict(parts["network"])
+    restore_state(network, parts["network"], "the checkpoint of a training that was interrupted")
     return [EpochRecord(**record) for record in description["history"]], parts["momentum"]
 
 

@@ -12,12 +12,12 @@ import torch
 
 from gross_ray.export import card_path, check_format, export_network, whole_or_not_at_all
 from gross_ray.report.model_card import foldings_text, model_card, most_accurate_seed
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.folding import fold
 from gross_ray.search.latency import LatencyModel, LatencyOptions, Timing, time_networks
 from gross_ray.space import Configuration
-from pipelines.networks import load_validated
-from pipelines.predictions import stored_model
+from pipelines.stages import latencies
 
 
 def export(
@@ -64,11 +64,12 @@ def export_validated(
     configuration = str(Configuration.parse(configuration))
     if seed is None:
         seed = most_accurate_seed(store, configuration) or 0
-    network, base = load_validated(store, configuration, seed)
+    run = Run(store)
+    network, base = run.validated(configuration, seed), run.base
     shape = base.input_shape
     told: list[str] = []
     folding: dict[str, Any] = {}
-    time: LatencyModel | Timing | None = stored_model(store)
+    time: LatencyModel | Timing | None = latencies.in_force(run)
     if objective is not None:
         bottlenecks = network
         network, foldings = fold(bottlenecks, shape, objective=objective, latency=latency, device=device)

@@ -9,12 +9,12 @@ import click
 import torch
 
 from gross_ray.report.terminal import latency_table
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions
-from pipelines import latency as stage
 from pipelines.commands.terminal import Reporter
-from pipelines.predictions import put
-from pipelines.session import held
+from pipelines.driver import locked
+from pipelines.stages import latencies
 
 
 def latency(
@@ -29,16 +29,16 @@ def latency(
         raise click.UsageError(f"--from {source} times nothing: leave the other options out")
     if target is not None and not target.absolute().parent.is_dir():
         raise click.UsageError(f"--to {target}: there is no folder {target.parent}; make it, or name another file")
-    store = RunStore.open(run)
-    with held(store, Reporter()):
-        model = _measured(store, device, LatencyOptions(**options)) if source is None else LatencyModel.load(source)
-        put(store, model)
+    opened = Run(RunStore.open(run))
+    with locked(opened.store, Reporter()):
+        model = _measured(opened, device, LatencyOptions(**options)) if source is None else LatencyModel.load(source)
+        latencies.put(opened, model)
     if target is not None:
         model.save(target)
-    click.echo(latency_table(store))
+    click.echo(latency_table(opened.store))
 
 
-def _measured(store: RunStore, device: str | None, options: LatencyOptions) -> LatencyModel:
+def _measured(run: Run, device: str | None, options: LatencyOptions) -> LatencyModel:
     """Time the layers on `device`, by default a GPU where there is one, with a bar on stderr."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with click.progressbar(length=1000, label=f"latency on {place}", file=sys.stderr) as bar:
@@ -46,4 +46,4 @@ def _measured(store: RunStore, device: str | None, options: LatencyOptions) -> L
         def advance(done: int, total: int) -> None:
             bar.update(1000 * done // total - bar.pos)
 
-        return stage.measure(store, place, options, advance)
+        return latencies.measure(run, place, options, advance)

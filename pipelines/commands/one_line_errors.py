@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gross_ray.errors import DivergedError, GrossRayError, StorageError, UnitsFailedError
-from pipelines import signals
+from pipelines.execution import signals
 
 
 class OneLineErrors(click.Group):

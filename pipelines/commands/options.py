@@ -17,7 +17,7 @@ from gross_ray.space import Configuration
 from pipelines.resources import DEVICES, Resources
 
 if TYPE_CHECKING:  # loaded by the commands that do work: it brings torch
-    from pipelines.session import DataSource
+    from pipelines.driver import DataSource
 
 PRESET_HELP = "Named experiment (see `gross presets`)."
 SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
@@ -53,7 +53,7 @@ class Place:
 
     def source(self) -> DataSource:
         """Return where the images are found."""
-        from pipelines.session import DataSource
+        from pipelines.driver import DataSource
 
         return DataSource(root=self.data_root, download=self.download)
 
@@ -131,7 +131,7 @@ def callback_option(command: Command) -> Command:
     def wrapped(callbacks: tuple[str, ...], in_process: bool, **rest: Any) -> None:
         if in_process:
             refuse_beside("--in-process, which makes no trials of Ray Tune", "callbacks")
-        from pipelines.callbacks import load_callbacks
+        from pipelines.execution.callbacks import load_callbacks
 
         command(callbacks=load_callbacks(callbacks), in_process=in_process, **rest)
 

@@ -13,6 +13,7 @@ from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
 from gross_ray.nn.calls import told_where_it_cannot_run
 from gross_ray.nn.modes import evaluating
+from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
 from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import CostTable
@@ -21,9 +22,8 @@ from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
 from gross_ray.training.together import check_stackable
 from gross_ray.weights import read_weights, set_weights
-from pipelines import search
-from pipelines.networks import layer_choice
-from pipelines.supernet import as_one_graph
+from pipelines.stages import search
+from pipelines.stages.supernets import as_one_graph
 
 _LIMITS_ALONE = (
     'no group-size of all layers is left; have search.limits, like ["macs=2M"], and search.budgets=[], '

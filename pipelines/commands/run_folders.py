@@ -10,11 +10,13 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.models import factory_of
 from gross_ray.presets import preset
+from gross_ray.run.pins import pin, pin_weights
 from gross_ray.run.store import RunStore
 from gross_ray.weights import read_weights
 from pipelines.commands.preflight import check_experiment
-from pipelines.reuse import check_reusable
-from pipelines.session import DataSource
+from pipelines.driver import DataSource
+from pipelines.stages.reuse import check_reusable, check_same_images
+from pipelines.stages.train import check_given
 
 
 def run_folder(
@@ -35,14 +37,31 @@ def run_folder(
         return RunStore.open(run)
     experiment = _experiment_of(preset_name, settings)
     if not RunStore.is_there(run):
-        if experiment.weights:
-            read_weights(experiment.weights)  # before the images, which take longer to read
-        if reuse is not None:
-            check_reusable(experiment, reuse)
-        check_experiment(experiment, source.load(experiment.data))
-        for line in experiment.without_effect():
-            click.echo(f"without effect: {line}", err=True)
-    return RunStore.create(run, experiment)
+        return _new_run_folder(run, experiment, source, reuse)
+    store = RunStore.create(run, experiment)
+    if RunStore.open(run).experiment.data.name != experiment.data.name:  # another path: its images decide
+        pin(store, source.load(experiment.data))
+    if experiment.weights:
+        check_given(store)
+    return store
+
+
+def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse: RunStore | None) -> RunStore:
+    """Check a new experiment with its weights and images, make its run folder, and pin them there."""
+    weights = read_weights(experiment.weights) if experiment.weights else {}  # before the images, which take longer
+    if reuse is not None:
+        check_reusable(experiment, reuse)
+    splits = source.load(experiment.data)
+    if reuse is not None:
+        check_same_images(splits, reuse)
+    check_experiment(experiment, splits)
+    for line in experiment.without_effect():
+        click.echo(f"without effect: {line}", err=True)
+    store = RunStore.create(run, experiment)
+    pin(store, splits)
+    if experiment.weights:
+        pin_weights(store, weights)
+    return store
 
 
 def _experiment_of(preset_name: str, settings: tuple[str, ...]) -> Experiment:

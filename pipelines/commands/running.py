@@ -12,13 +12,13 @@ from gross_ray.report.searched import Searched
 from gross_ray.report.terminal import results, stage_results
 from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
-from pipelines import validate as validation
 from pipelines.commands.options import Place
 from pipelines.commands.run_folders import run_folder
 from pipelines.commands.terminal import Reporter
-from pipelines.reuse import take_evaluations, take_over
-from pipelines.run import STAGES, run_all
-from pipelines.session import Session
+from pipelines.driver import Session
+from pipelines.stages import validate
+from pipelines.stages.pipeline import STAGES, do_all
+from pipelines.stages.reuse import take_evaluations, take_over
 
 Settings = tuple[str, ...]
 
@@ -40,11 +40,11 @@ def run(
     def do(session: Session) -> None:
         if other is not None:
             taken = ", ".join(f"{stage} {num}" for stage, num in take_over(store, other).items())
-            session.reporter.note(f"taken over from {other.storage}, units by stage: {taken}")
+            session.note(f"taken over from {other.storage}, units by stage: {taken}")
             if reuse_evaluations:
-                num = take_evaluations(store, other)
-                session.reporter.note(f"taken over from {other.storage}: {num} evaluated configurations")
-        run_all(session)
+                num = take_evaluations(session.run, other)
+                session.note(f"taken over from {other.storage}: {num} evaluated configurations")
+        do_all(session)
 
     work(store, place, do, callbacks)
     searched = Searched.of(store)
@@ -57,7 +57,7 @@ def run_stage(
 ) -> None:
     """Do what one stage lacks, and print what it has stored."""
     store = run_folder(run, preset_name, settings, place.source())
-    work(store, place, STAGES[name].run, callbacks)
+    work(store, place, STAGES[name].do, callbacks)
     click.echo(stage_results(store, name))
 
 
@@ -71,13 +71,14 @@ def validate_named(
 ) -> None:
     """Train these configurations on their own, and print all that are trained."""
     store = run_folder(run, preset_name, settings, place.source())
-    work(store, place, lambda session: validation.run_named(session, configurations), callbacks)
+    work(store, place, lambda session: validate.do_named(session, configurations), callbacks)
     click.echo(stage_results(store, "validate"))
 
 
 def work(store: RunStore, place: Place, do: Callable[[Session], None], callbacks: Sequence[Any] = ()) -> None:
     """Call `do` with a session on a run folder, which reports its progress on stderr."""
-    # Sessions that do not know `in_process` yet are asked for it only where a user asks.
-    how: dict[str, Any] = {"in_process": True} if place.in_process else {}
-    with Session.opened(store, place.resources, place.source(), Reporter(), callbacks=callbacks, **how) as session:
+    opened = Session.opened(
+        store, place.resources, place.source(), Reporter(), callbacks=callbacks, in_process=place.in_process
+    )
+    with opened as session:
         do(session)

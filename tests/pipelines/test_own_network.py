@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipelines.networks import load_base
+from pipelines.predictions import put
+from pipelines.rounds import check_limits
 from safetensors.torch import save_file
 from torch import nn
 
@@ -22,10 +25,8 @@ from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
 from gross_ray.supernet.build import empty_supernet
 from gross_ray.training.loop import accuracy
+from gross_ray.weights import hash_of_tensors
 from pipelines import train
-from pipelines.networks import load_base
-from pipelines.predictions import put
-from pipelines.rounds import check_limits
 from pipelines.units import Context
 
 OWN = """
@@ -72,7 +73,7 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     stored, _ = store.load_checkpoint("train", "seed=0")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
     assert store.read_table("history").empty
-    old = {name: one for name, one in network.state_dict().items() if "num_batches" not in name}
+    old = {name: one.clone() for name, one in network.state_dict().items() if "num_batches" not in name}
     save_file({f"module.{name}": one for name, one in old.items()}, tmp_path / "network.safetensors")
     again = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
     assert again.returncode == 0, again.stderr
@@ -81,7 +82,9 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     save_file(network.state_dict(), tmp_path / "network.safetensors")
     refused = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
-    assert "network.safetensors: 1 of the tensors differ from those that " in refused.stderr
+    assert "network.safetensors: the tensors differ from those that " in refused.stderr
+    changed, first = (hash_of_tensors(one)[:12] for one in (network.state_dict(), old))
+    assert f"their hash is {changed}, not {first}" in refused.stderr
     (tmp_path / "network.safetensors").unlink()  # the run folder has them
     gone = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
     assert gone.returncode == 0, gone.stderr

@@ -14,6 +14,9 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from miniature import command, gross
+from pipelines.networks import load_base
+from pipelines.predictions import put, stored_model
+from pipelines.rounds import stored
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.terminal import results
@@ -26,9 +29,6 @@ from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling
 from pipelines import search as stage
 from pipelines import validate
-from pipelines.networks import load_base
-from pipelines.predictions import put, stored_model
-from pipelines.rounds import stored
 
 EVALUATIONS = 40
 KEY = ["supernet", "configuration"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines.tuning import Tuning
 from s3_server import Door, uri
 
 from gross_ray.errors import StorageError, UnitsFailedError
@@ -17,10 +18,9 @@ from gross_ray.presets import preset
 from gross_ray.run import storage
 from gross_ray.run.store import RunStore
 from pipelines import trials
-from pipelines.cluster import Cluster, Resources
 from pipelines.commands.terminal import Reporter
-from pipelines.session import DataSource, Session
-from pipelines.tuning import Tuning
+from pipelines.driver import DataSource, Session
+from pipelines.execution.cluster import Cluster, Resources
 from pipelines.units import Context, Unit
 from pipelines.watching import StageProgress
 

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from pipelines.alpha_trials import OptunaOptions
 from ray.tune import Callback
 from torch import nn
 
@@ -28,10 +29,9 @@ from gross_ray.search.evaluator import evaluate_configurations
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.build import decompose_model
 from pipelines import decompose, sweep, train, validate
-from pipelines.alpha_trials import OptunaOptions
-from pipelines.cluster import Cluster, Resources
 from pipelines.commands.terminal import Reporter
-from pipelines.session import DataSource, Session
+from pipelines.driver import DataSource, Session
+from pipelines.execution.cluster import Cluster, Resources
 from pipelines.units import Context, Unit
 
 SETTINGS = [

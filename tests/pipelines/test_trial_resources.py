@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines.trials import run_trials
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
-from pipelines.cluster import Cluster, ray
-from pipelines.trials import run_trials
+from pipelines.execution.cluster import Cluster, ray
 from pipelines.units import Context, Unit, pack_splits
 from pipelines.watching import StageProgress
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import ray
 import torch
+from pipelines.trials import MAX_FAILURES, run_trials
+from pipelines.tuning import Ended, Tuning
 from ray.tune import Callback
 from tensorboardX.proto import event_pb2
 
@@ -20,9 +22,7 @@ from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
 from pipelines import watching
-from pipelines.cluster import Cluster
-from pipelines.trials import MAX_FAILURES, run_trials
-from pipelines.tuning import Ended, Tuning
+from pipelines.execution.cluster import Cluster
 from pipelines.units import Context, Unit, pack_splits
 from pipelines.watching import StageProgress
 

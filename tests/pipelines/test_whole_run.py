@@ -19,6 +19,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from miniature import assert_equal_tables, gross, run_command, tables
+from pipelines.networks import load_validated
+from pipelines.predictions import stored_model
 from safetensors.torch import load_file, save_file
 
 from cli import main
@@ -26,8 +28,6 @@ from gross_ray import read_table
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
 from gross_ray.run.store import RunStore
-from pipelines.networks import load_validated
-from pipelines.predictions import stored_model
 
 STAGE_SIGNS = {
     "train": "checkpoints/train-under-way/*.safetensors",

@@ -427,9 +427,6 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     history = {"stage": HOSTILE, "unit": HOSTILE, "seed": 0, "epoch": 1, "lr": 0.1, "train_loss": 1.0}
     history |= {"gradient_norm": 1.0, "val_accuracy": 0.5, "seconds": 1.0, "images_per_second": 1.0}
     store.write_table("history", "hostile", [history])
-    trial = {"search": "optuna", "trial": 0, "unit": HOSTILE, "alpha": 1.0, "scaling": "index", "seed": 0, "epochs": 1}
-    trial |= {"scheduler": "asha", "status": "failed", "supernet_accuracy": None, "reason": HOSTILE}
-    store.write_table("alpha_trials", "hostile", [trial])
     validation = {"configuration": HOSTILE, "kind": "fixed", "seed": 0, "val_accuracy": 0.5, "test_accuracy": 0.5}
     store.write_table("validations", "hostile", [validation | {"macs": 1, "macs_paper": 1, "parameters": 1}])
     network = dict.fromkeys(("seed", "val_correct", "val_total", "macs", "parameters"), 1)

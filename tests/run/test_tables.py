@@ -45,7 +45,6 @@ def test_the_tables_of_the_design_are_there():
         "latencies",
         "latency_models",
         "alpha_sweep",
-        "alpha_trials",
         "selections",
         "validations",
     ]

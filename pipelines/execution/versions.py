@@ -15,7 +15,7 @@ import torch
 import gross_ray
 from gross_ray.errors import VersionMismatchError
 
-PACKAGES = (Path(gross_ray.__file__).parent, Path(__file__).parent)
+PACKAGES = (Path(gross_ray.__file__).parent, Path(__file__).parents[1])
 """The folders of gross_ray and pipelines, as this process imports them."""
 
 

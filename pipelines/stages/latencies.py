@@ -1,55 +1,78 @@
-"""Latencies in a run folder: a measurement stored, and what it predicts for the configurations that are searched."""
+"""Latencies in a run folder: measured in this process, stored, and predicted for the searched configurations."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from gross_ray.errors import InvalidValueError
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from gross_ray.search.latency import LatencyModel
-from pipelines.networks import load_base
+from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
+from gross_ray.search.timing import timed_device
+from gross_ray.seeds import derived_generator
+from gross_ray.supernet.build import empty_supernet
 
 STAGE = "latency"
 TABLES = ("latencies", "latency_models")
 _IN_FORCE = "in-force"
 
+OnPart = Callable[[int, int], object]
+"""Called with the number of timings that are done, and of all."""
 
-def put(store: RunStore, model: LatencyModel) -> None:
+
+def measure(run: Run, device: str, options: LatencyOptions, on_part: OnPart | None = None) -> LatencyModel:
+    """Time the parts of the supernet in this process, on `device` of this machine, cpu or cuda.
+
+    Raises MissingStageError before the base networks are trained, as `measure_latency` does, and InvalidValueError for
+    cuda where there is none.
+    """
+    place = timed_device(device)
+    generator = derived_generator(run.experiment.seed, "latency")
+    supernet = empty_supernet(run.base.network, run.space.group_sizes)
+    with torch.no_grad():  # any weights: zeros alone might be faster
+        for parameter in supernet.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+    return measure_latency(supernet, run.base.input_shape, options, generator=generator, device=place, on_part=on_part)
+
+
+def put(run: Run, model: LatencyModel) -> None:
     """Store a measurement, of this machine or another, and `latency_ms` of what is searched.
 
-    Raises InvalidValueError, and stores nothing, where it is of other layers or group-sizes than the run's.
+    Raises InvalidValueError, and stores nothing, if it is of other layers or group-sizes than the run's.
     """
-    space = load_base(store).space
+    store, sizes = run.store, run.space.group_sizes
     timed = {name: tuple(sorted(times)) for name, times in model.layer_ms.items()}
-    if timed != {name: tuple(sorted(sizes)) for name, sizes in space.group_sizes.items()}:
+    if timed != {name: tuple(sorted(each)) for name, each in sizes.items()}:
         raise InvalidValueError(
-            f"the latencies are of other layers or group-sizes than the run's, which has {_listed(space.group_sizes)}; "
+            f"the latencies are of other layers or group-sizes than the run's, which has {_listed(sizes)}; "
             f"they are of {_listed(timed)}"
         )
     device = re.sub("[^0-9A-Za-z]+", "-", f"{model.device} {model.host}").strip("-")
     name = f"device={device[:80]},batch={model.batch_size},threads={model.threads}"
     store.write_table("latencies", name, model.rows())
     store.write_table("latency_models", name, [model.summary()])
-    put_in_force(store, name)
-
-
-def put_in_force(store: RunStore, unit: str) -> None:
-    """Let a stored measurement be the one that predicts `latency_ms`."""
-    store.save_checkpoint(STAGE, _IN_FORCE, {}, {"unit": unit})
-    fill(store, _model(store, unit))
+    store.save_checkpoint(STAGE, _IN_FORCE, {}, {"unit": name})
+    run.changed()
+    fill(run, model)
 
 
 def _listed(group_sizes: Mapping[str, Sequence[int]]) -> str:
     return "; ".join(f"{name} at {', '.join(map(str, sizes))}" for name, sizes in group_sizes.items())
 
 
-def stored_model(store: RunStore) -> LatencyModel | None:
-    """Return the measurement that predicts `latency_ms`: the one that was stored or asked for last; None without it.
+def in_force(run: Run) -> LatencyModel | None:
+    """Return the measurement that predicts `latency_ms`: the one that was stored last; None without it.
 
-    In a folder where nothing says which that was: the only one there is, with no part of another, whose rest was
-    damaged, beside it.
+    In a folder that does not say which that was: the only one, unless a part of another one, whose rest was damaged,
+    lies beside it.
     """
+    return run.once("latency in force", lambda: _in_force(run.store))
+
+
+def _in_force(store: RunStore) -> LatencyModel | None:
     whole = measured(store)
     if store.has_checkpoint(STAGE, _IN_FORCE):
         _, about = store.load_checkpoint(STAGE, _IN_FORCE)
@@ -68,9 +91,9 @@ def measured(store: RunStore) -> set[str]:
     return set.intersection(*map(store.finished_units, TABLES))
 
 
-def fill(store: RunStore, model: LatencyModel) -> None:
+def fill(run: Run, model: LatencyModel) -> None:
     """Put what `model` predicts into the rows of `configurations`."""
-    layers = load_base(store).space.layers
+    store, layers = run.store, run.space.layers
     changed = [unit for unit in sorted(store.finished_units("configurations")) if _differs(store, model, unit, layers)]
     for unit in changed:  # first none, then all: a run killed in between never mixes two measurements
         missing = [None] * len(store.read_units("configurations", [unit], ["latency_ms"]))

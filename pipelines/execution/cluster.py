@@ -12,10 +12,8 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,12 @@ import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 
 from gross_ray.errors import ResourcesError  # noqa: E402
-from pipelines import signals  # noqa: E402
-from pipelines.autoscaler import NodeKind, autoscaling_config, may_come  # noqa: E402
+from pipelines.capacity import Capacity  # noqa: E402
+from pipelines.execution import signals  # noqa: E402
+from pipelines.execution.autoscaler import autoscaling_config, may_come  # noqa: E402
+from pipelines.execution.versions import PACKAGES  # noqa: E402
+from pipelines.nodes import NodeKind  # noqa: E402
 from pipelines.resources import Resources  # noqa: E402
-from pipelines.versions import PACKAGES  # noqa: E402
 
 CONNECT_SECONDS = 10.0
 """How long a named cluster may take to answer."""
@@ -45,57 +45,10 @@ ORPHAN_SECONDS = 10.0
 _MARK = "GROSS_RAY_STARTED"
 _SESSION_TIME = "%Y-%m-%d_%H-%M-%S_%f"  # Ray's own, of the local time
 """Environment variable of all processes of a Ray that is started here."""
-THREAD_EFFICIENCY = 0.6
-"""n threads do n^0.6 times the work of one (measured: 1.4 to 1.8 times with 2, training the four-conv network, and a
-fraction of that where something else wants one of the cores)."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What the cluster has on nodes that a unit of work fits on, those that its autoscaler may add included."""
-
-    num_cpus: int
-    num_gpus: float
-    device: str
-    gpus_per_unit: float
-    cores_per_node: int
-    """Cores of the smallest of these nodes: a unit never asks for more."""
-    autoscales: bool = False
-    """Whether nodes come as work waits for them, and go when nothing runs on them."""
-
-    def slots(self, threads: int = 1) -> int:
-        """Return how many units of work, of so many CPU threads each, run at the same time at most."""
-        slots = max(1, self.num_cpus // threads)
-        if self.device != "cuda":
-            return slots
-        if self.gpus_per_unit < 1:  # Ray never cuts a unit's share out of two GPUs
-            on_gpus = int(self.num_gpus) * int(1 / self.gpus_per_unit)
-        else:
-            on_gpus = int(self.num_gpus / self.gpus_per_unit)
-        return max(1, min(slots, on_gpus))
-
-    def threads(self, num_units: int) -> int:
-        """Return the CPU threads of each of `num_units` equal units with which all of them end soonest.
-
-        It depends on all units of a stage, not on those still to do, so that a resumed run rounds the same.
-        """
-
-        def duration(threads: int) -> float:
-            return ceil(max(1, num_units) / self.slots(threads)) / threads**THREAD_EFFICIENCY
-
-        return min(range(1, self.cores_per_node + 1), key=duration)
-
-    def require_threads(self, threads: int) -> None:
-        """Raise ResourcesError unless a node has cores for so many threads of one unit."""
-        if threads > self.cores_per_node:
-            raise ResourcesError(
-                f"{threads} CPU threads are asked for, the smallest node has {self.cores_per_node} CPU cores: "
-                "ask for fewer, or take the small nodes out of the cluster"
-            )
 
 
 @contextmanager
-def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator[Cluster]:
+def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator[Capacity]:
     """Connect to Ray while the block runs; to a running cluster the code of gross_ray travels along, and `own_modules`.
 
     Raises ResourcesError if the cluster cannot be reached, or will never have what is asked for.
@@ -112,6 +65,11 @@ def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator
         if started_here:
             ray.shutdown()
             _end_orphans(mark, None if resources.joined_address else began)
+
+
+def put(value: Any) -> ray.ObjectRef:
+    """Lay a value out in Ray's object store."""
+    return ray.put(value)
 
 
 def _connect(resources: Resources, own_modules: Sequence[str]) -> None:
@@ -275,7 +233,7 @@ def _autoscaling_config() -> dict[str, Any] | None:
         ) from None
 
 
-def _describe(resources: Resources, config: dict[str, Any] | None) -> Cluster:
+def _describe(resources: Resources, config: dict[str, Any] | None) -> Capacity:
     """Count what is there and what may come; `config` is the autoscaler's."""
     alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
     shapes = Counter((int(has.get("CPU", 0)), float(has.get("GPU", 0))) for has in alive)
@@ -288,14 +246,7 @@ def _describe(resources: Resources, config: dict[str, Any] | None) -> Cluster:
     fitting = [node for node in there + coming if node.num_cpus >= 1 and node.num_gpus >= asked]
     if not fitting:
         raise ResourcesError(_what_is_missing(asked, there, coming if config is not None else None))
-    return Cluster(
-        sum(node.num_cpus * node.count for node in fitting),
-        sum(node.num_gpus * node.count for node in fitting),
-        device,
-        resources.gpus_per_unit,
-        min(node.num_cpus for node in fitting),
-        config is not None,
-    )
+    return Capacity(nodes=tuple(fitting), device=device, gpus_per_unit=asked, autoscales=config is not None)
 
 
 def _what_is_missing(asked: float, there: list[NodeKind], coming: list[NodeKind] | None) -> str:

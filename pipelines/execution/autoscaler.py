@@ -6,25 +6,12 @@ This runs on the head, which may have no torch: the standard library, Ray and Py
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-
-@dataclass(frozen=True)
-class NodeKind:
-    """A number of nodes with the same cores and GPUs."""
-
-    num_cpus: int
-    num_gpus: float
-    count: int = 1
-
-    def __str__(self) -> str:
-        cores = f"{self.num_cpus} CPU core{'s' if self.num_cpus != 1 else ''}"
-        gpus = f" and {self.num_gpus:g} GPU{'s' if self.num_gpus > 1 else ''}" if self.num_gpus else ""
-        return f"{self.count} node{'s' if self.count != 1 else ''} of {cores}{gpus}"
+from pipelines.nodes import NodeKind
 
 
 def autoscaling_config(gcs_address: str, processes: Path = Path("/proc")) -> dict[str, Any] | None:
