@@ -10,7 +10,8 @@ import pandas as pd
 
 from gross_ray.run.searched import evaluated_parts, evaluated_units
 from gross_ray.run.store import SEARCH_ENDED, RunStore
-from gross_ray.search.selection import COSTS, supernet_accuracies
+from gross_ray.search.budgets import COSTS
+from gross_ray.search.selection import supernet_accuracies
 from gross_ray.training.sampling import settled_scaling
 
 _LAYER = "layer "

@@ -18,12 +18,10 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import PATH_FIELDS, Experiment
@@ -31,6 +29,10 @@ from gross_ray.run import lock
 from gross_ray.run.file_format import DamagedFileError, checkpoint_file, read_checkpoint, read_unit, unit_file
 from gross_ray.run.storage import Storage
 from gross_ray.run.tables import TABLES, table
+
+if TYPE_CHECKING:  # pyarrow imports pandas itself where it makes a frame; tensors come from `file_format`
+    import pandas
+    from torch import Tensor
 
 # pyarrow leaves out of a folder what begins with a dot or an underscore: such a unit would silently be missing.
 _NAME = re.compile(r"[A-Za-z0-9=,+-][A-Za-z0-9=,._+-]{0,149}")

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from gross_ray.errors import InvalidValueError
+from gross_ray.search.budgets import Budget, written
 from gross_ray.search.cost import LayerCosts, group_size_places
-from gross_ray.search.selection import Budget, written
 from gross_ray.space import Configuration, SearchSpace
 
 STEPS = 2000

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gross_ray.data.augment import THE_PAPERS, Normalisation
+from gross_ray.data.normalisation import THE_PAPERS, Normalisation
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.batch_norm import calibration_batches, recalibrated, statistics_of, with_statistics
 from gross_ray.nn.calls import output_of
@@ -29,8 +29,8 @@ from gross_ray.search.batch_plan import (
     plan_batches,
 )
 from gross_ray.search.graph import modules_out_of_place, trace
-from gross_ray.search.layer_forms import FORMS, LayerForm, Siblings, fastest_form
-from gross_ray.search.options import EvaluationOptions
+from gross_ray.search.layer_forms import LayerForm, Siblings, fastest_form
+from gross_ray.search.options import FORMS, EvaluationOptions
 from gross_ray.search.prefix_walk import Prefix, PrefixWalk, Statistics, logits_of
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.configure import get_configuration, series_layers, set_configuration

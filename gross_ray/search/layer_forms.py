@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
+from gross_ray.search.options import FORMS
 from gross_ray.supernet.series import SeriesConv2d
 
-FORMS = ("dense", "bottleneck")
 REPEATS = 3
 """How often each form is timed; the fastest counts."""
 CLEARLY = 0.8

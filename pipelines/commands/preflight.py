@@ -15,8 +15,9 @@ from gross_ray.nn.calls import told_where_it_cannot_run
 from gross_ray.nn.modes import evaluating
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import LayerCosts, layer_costs
-from gross_ray.search.selection import Budget, uniform
+from gross_ray.search.selection import uniform
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
 from gross_ray.training.together import check_stackable

@@ -16,8 +16,9 @@ from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.run.opened import Run
 from gross_ray.run.store import SEARCH_ENDED
 from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import LayerCosts, layer_costs
-from gross_ray.search.selection import Budget, supernet_accuracies, uniform
+from gross_ray.search.selection import supernet_accuracies, uniform
 from gross_ray.search.strategies import Strategy, strategy
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration, SearchSpace

@@ -19,12 +19,12 @@ from gross_ray.run.opened import Run
 from gross_ray.run.searched import evaluated_accuracies
 from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
+from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import COUNTED, LayerCosts, layer_costs
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
 from gross_ray.search.options import EvaluationOptions
 from gross_ray.search.selection import (
-    Budget,
     best_of_chunks,
     front_of_chunks,
     select,

@@ -13,8 +13,8 @@ from scipy.stats import chisquare
 from gross_ray.errors import InvalidValueError
 from gross_ray.search import budgeted
 from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import LayerCosts
-from gross_ray.search.selection import Budget
 from gross_ray.space import Configuration, SearchSpace
 
 SPACE = SearchSpace({"a": (1, 2, 4), "b": (1, 8, 16, 32), "c": (2, 4, 64)})

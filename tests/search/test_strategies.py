@@ -10,8 +10,8 @@ import pytest
 from gross_ray.errors import GrossRayError, InvalidValueError
 from gross_ray.search import strategies
 from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import LayerCosts
-from gross_ray.search.selection import Budget
 from gross_ray.search.strategies import STRATEGIES, BreadthFirst, Random, Strategy, Surrogated, strategy
 from gross_ray.space import Configuration, SearchSpace
 
