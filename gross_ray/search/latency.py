@@ -8,7 +8,6 @@ contiguous, in eval and inference mode.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.decomposition.calls import given, output_of, told_where_it_cannot_run, zero_images
 from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
 from gross_ray.errors import InvalidValueError, one_line
@@ -111,12 +111,8 @@ class LatencyModel:
     def save(self, path: Path) -> None:
         """Write the measurement as one Parquet table, which `load` reads on another machine."""
         frame = pd.DataFrame(self.rows()).assign(**self.summary())
-        partial = path.with_name(f".partial-{path.name}")
-        try:
+        with whole_or_not_at_all(path) as partial:
             frame.astype({"group_size": "Int64"}).to_parquet(partial, index=False)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:
