@@ -92,9 +92,9 @@ def run(
                 session.reporter.note(f"taken over from {other.storage}: {num} evaluated configurations")
         run_all(session)
 
-    work(store, resources, source, do, callbacks)
-    click.echo(results(store))
-    click.echo(f"page: {write_page(store)}", err=True)
+    text, page = work(store, resources, source, do, callbacks, lambda: (results(store), write_page(store)))
+    click.echo(text)
+    click.echo(f"page: {page}", err=True)
 
 
 def _stage_command(name: str, description: str) -> click.Command:
@@ -105,8 +105,7 @@ def _stage_command(name: str, description: str) -> click.Command:
         from pipelines.run import STAGES
 
         store = run_folder(run, preset_name, settings, source)
-        work(store, resources, source, STAGES[name].run)
-        click.echo(stage_results(store, name))
+        click.echo(work(store, resources, source, STAGES[name].run, show=lambda: stage_results(store, name)))
 
     help_text = f"{description}\n\n\b\nExample:\n  gross {name} runs/quickstart"
     return click.command(name, help=help_text)(
@@ -309,8 +308,7 @@ def validate(
             stage.run(session)
 
     store = run_folder(run, preset_name, settings, source)
-    work(store, resources, source, do, callbacks)
-    click.echo(stage_results(store, "validate"))
+    click.echo(work(store, resources, source, do, callbacks, lambda: stage_results(store, "validate")))
 
 
 @main.command("sweep-alpha")
@@ -455,6 +453,29 @@ def status(run: str) -> None:
     for name, done, planned in stages(store):
         count = "waits for an earlier stage" if planned is None else f"{done} of {planned} units"
         click.echo(f"  {name:<12} {count}")
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+def check(run: str) -> None:
+    """Read every table and checkpoint of RUN whole, and delete the damaged ones: their stages make them anew.
+
+    A command checks what it uses itself; this one is for what nothing has used yet.
+
+    \b
+    Example:
+      gross check runs/quickstart
+    """
+    from gross_ray.results.store import RunStore
+    from pipelines.progress import Reporter
+    from pipelines.session import held, tell_of_damage
+
+    store, reporter = RunStore.open(run), Reporter()
+    with held(store, reporter):
+        store.check()
+        num_damaged = len(store.damaged)
+        tell_of_damage(store, reporter)
+    click.echo(f"{store.storage}: {num_damaged or 'no'} damaged file{'s' * (num_damaged != 1)}")
 
 
 @main.command()

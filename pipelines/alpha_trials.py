@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, is_whole
 from gross_ray.experiment import Experiment
 from gross_ray.results.store import RunStore
 from pipelines.tuning import METRIC, TIME, Ended
@@ -35,7 +35,7 @@ class OptunaOptions:
     """Largest alpha."""
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
+        if not is_whole(self.trials, 1):
             raise InvalidValueError(f"trials = {self.trials}: must be 1 or more")
         if not 0 <= self.alpha_low < self.alpha_high < math.inf:
             raise InvalidValueError(

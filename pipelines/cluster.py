@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 
-from gross_ray.errors import InvalidValueError, ResourcesError  # noqa: E402
+from gross_ray.errors import InvalidValueError, ResourcesError, is_whole  # noqa: E402
 from pipelines import signals  # noqa: E402
 from pipelines.autoscaler import NodeKind, autoscaling_config, may_come  # noqa: E402
 from pipelines.versions import PACKAGES  # noqa: E402
@@ -66,10 +66,10 @@ class Resources:
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise InvalidValueError(f"device = {self.device!r}: must be one of {', '.join(DEVICES)}")
-        if self.num_cpus is not None and self.num_cpus < 1:
+        if self.num_cpus is not None and not is_whole(self.num_cpus, 1):
             raise InvalidValueError(f"num_cpus = {self.num_cpus}: must be 1 or more")
-        if self.gpus_per_unit <= 0:
-            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0")
+        if not 0 < self.gpus_per_unit < inf:  # this refuses nan too
+            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0, and finite")
         if self.gpus_per_unit > 1 and not float(self.gpus_per_unit).is_integer():
             raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be a whole number above 1")
         if self.num_cpus is not None and self.joined_address is not None:

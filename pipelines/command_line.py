@@ -196,13 +196,27 @@ callback_option = click.option(
 )
 
 
-def work(store: Any, resources: Any, source: Any, do: Callable[[Any], None], callbacks: Sequence[Any] = ()) -> None:
-    """Call `do` with a session on a run folder, which reports its progress on stderr."""
+def work(
+    store: Any,
+    resources: Any,
+    source: Any,
+    do: Callable[[Any], None],
+    callbacks: Sequence[Any] = (),
+    show: Callable[[], Any] = lambda: None,
+) -> Any:
+    """Call `do` with a session on a run folder, which reports its progress on stderr, and return what `show` does then.
+
+    Both are called under the folder's lock, and again after a damaged file was found and deleted.
+    """
     from pipelines.progress import Reporter
-    from pipelines.session import Session
+    from pipelines.session import Session, redone_after_damage
+
+    def all_of_it() -> Any:
+        do(session)
+        return show()
 
     with Session.opened(store, resources, source, Reporter(), callbacks=callbacks) as session:
-        do(session)
+        return redone_after_damage(store, session.reporter, all_of_it)
 
 
 def refuse_alone(owner: str, given: bool, options: Mapping[str, object]) -> None:

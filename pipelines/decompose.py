@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from gross_ray.decomposition.btd import BlockTerms, BTDStatus, block_term_decomposition, default_restarts
 from gross_ray.decomposition.layers import by_reason
+from gross_ray.errors import DamagedFileError
 from gross_ray.results.store import RunStore
 from gross_ray.seeds import derive_seed
 from pipelines.networks import Base, load_base
@@ -48,7 +50,7 @@ def unit_name(layer: str, group_size: int, seed: int, nested: bool) -> str:
 
 def finished(store: RunStore) -> set[str]:
     """Return the units of the plan that are stored."""
-    stored = {unit for unit in store.finished_units("decompositions") if store.has_checkpoint(STAGE, unit)}
+    stored = store.finished_units("decompositions") & store.finished_checkpoints(STAGE)
     if not store.experiment.decomposition.nested:
         return stored
     sizes = load_base(store).space.group_sizes
@@ -92,7 +94,8 @@ def layer_terms(context: Context, base: Base, layer: str, group_size: int, *, se
     store = context.store
     name = unit_name(layer, group_size, seed, nested)
     if store.has_unit("decompositions", name) and store.has_checkpoint(STAGE, name):
-        return _load(store, name)
+        with suppress(DamagedFileError):  # deleted by now: computed again
+            return _load(store, name)
     start = None
     if nested:
         smaller = [size for size in base.space.group_sizes[layer] if size < group_size]

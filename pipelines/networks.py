@@ -58,8 +58,7 @@ def load_base(store: RunStore) -> Base:
     tensors, about = store.load_checkpoint("train", f"seed={seed}")
     network = new_network(store, about["num_classes"], about["image_size"], torch.Generator())
     network.load_state_dict(tensors)
-    # Run folders of before it was stored hold square images.
-    channels, height, width = about.get("input_shape", (3, about["image_size"], about["image_size"]))
+    channels, height, width = about["input_shape"]
     choice = layer_choice(network, store.experiment.decomposition, (channels, height, width))
     return Base(network, seed, (channels, height, width), choice, tuple(about["classes"]))
 

@@ -11,13 +11,13 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
-from gross_ray.errors import UnitsFailedError
+from gross_ray.errors import DamagedFileError, UnitsFailedError
 from gross_ray.experiment import DataOptions
 from gross_ray.results.store import RunStore
 from pipelines import signals
@@ -27,6 +27,8 @@ from pipelines.threads import threads_of_stage
 from pipelines.tuning import Tuning
 from pipelines.units import Unit, Work, grouped, members_of, pack_splits
 from pipelines.workers import Shared, WorkerPool
+
+Result = TypeVar("Result")
 
 _MEASURE = "measure again with `gross latency` or `gross search --latency`"
 _AFTER_DAMAGE = {"runs": "that start is on record no more", "latencies": _MEASURE, "latency_models": _MEASURE}
@@ -72,6 +74,23 @@ def held(store: RunStore, reporter: Reporter) -> Iterator[None]:
         store.remove_leftovers()
         tell_of_damage(store, reporter)
         yield
+
+
+def redone_after_damage(store: RunStore, reporter: Reporter, work: Callable[[], Result]) -> Result:
+    """Do work under the run folder's lock; repeat it each time it found damaged files, which are deleted then.
+
+    Raises DamagedFileError for a file that is damaged again, and for one of another run folder.
+    """
+    before: set[str] = set()
+    while True:
+        try:
+            return work()
+        except DamagedFileError:
+            found = set(store.damaged)
+            if not found - before:
+                raise
+            before |= found
+            tell_of_damage(store, reporter)
 
 
 class Session:

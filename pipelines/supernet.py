@@ -52,7 +52,7 @@ def finished(store: RunStore, stage: str) -> set[str]:
     """Return the supernets that `stage` has stored."""
     prefix = f"{stage},"
     units = {unit.removeprefix(prefix) for unit in store.finished_units("history") if unit.startswith(prefix)}
-    return {unit for unit in units if store.has_checkpoint(stage, unit)}
+    return units & store.finished_checkpoints(stage)
 
 
 def is_finished(store: RunStore, stage: str, unit: str) -> bool:

@@ -29,7 +29,7 @@ def plan(store: RunStore) -> list[Unit]:
 
 def finished(store: RunStore) -> set[str]:
     """Return the units that are stored."""
-    units = {unit for unit in store.finished_units("networks") if store.has_checkpoint(STAGE, unit)}
+    units = store.finished_units("networks") & store.finished_checkpoints(STAGE)
     if store.experiment.weights:  # given, not trained
         return units
     trained = store.finished_units("history")

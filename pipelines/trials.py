@@ -24,7 +24,7 @@ from pipelines import signals
 from pipelines.cluster import Cluster
 from pipelines.progress import Furthest, Patience, StageProgress
 from pipelines.tuning import Ended, Tuning, trial_config
-from pipelines.units import Context, Unit, Work, room_for_images, unpack_splits
+from pipelines.units import Context, Unit, Work, done, room_for_images, unpack_splits
 from pipelines.versions import Versions
 
 MAX_FAILURES = 2
@@ -135,7 +135,7 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
         setup.versions.check()
         setup.store.require_here()
         splits = unpack_splits(ray.get(packed.reference), setup.device, room_for_images(setup.device))
-        text = setup.work(Context(setup.store, splits, setup.device, report), _unit(config))
+        text = done(setup.work, Context(setup.store, splits, setup.device, report), _unit(config))
     except ray.exceptions.RayError:  # a node or process is gone, not an error of the work: tried again
         raise
     except Exception as error:  # a repetition would meet the same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import SPLITS
-from gross_ray.errors import MissingStageError
+from gross_ray.errors import DamagedFileError, MissingStageError
 from gross_ray.results.store import UNDER_WAY, RunStore
 
 RESIDENT_SHARE = 0.3
@@ -98,6 +99,14 @@ Work = Callable[[Context, Unit], str]
 """Does one unit, stores its result, and returns a few words about it."""
 
 
+def done(work: Work, context: Context, unit: Unit) -> str:
+    """Do a unit, and return its few words with the damaged files that it deleted and did without."""
+    text = work(context, unit)
+    lost = "".join(f"; damaged file {file}: deleted, its work was done again" for file in context.store.damaged)
+    context.store.damaged.clear()
+    return text + lost
+
+
 @dataclass(frozen=True)
 class EpochSlot:
     """Keeps one unit's state between epochs in the run folder (a `CheckpointSlot`)."""
@@ -108,9 +117,10 @@ class EpochSlot:
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return what was saved last, or None."""
-        if not self.store.has_checkpoint(self._stage, self.unit):
-            return None
-        return self.store.load_checkpoint(self._stage, self.unit)
+        if self.store.has_checkpoint(self._stage, self.unit):
+            with suppress(DamagedFileError):  # deleted by now: the training starts from its beginning
+                return self.store.load_checkpoint(self._stage, self.unit)
+        return None
 
     def save(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         """Replace what was saved, atomically."""

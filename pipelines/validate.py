@@ -71,8 +71,8 @@ def plan(store: RunStore) -> list[Unit]:
 def finished(store: RunStore) -> set[str]:
     """Return the units that are stored."""
     trained = store.finished_units("history")
-    units = store.finished_units("validations")
-    return {unit for unit in units if f"{STAGE},{unit}" in trained and store.has_checkpoint(STAGE, unit)}
+    units = store.finished_units("validations") & store.finished_checkpoints(STAGE)
+    return {unit for unit in units if f"{STAGE},{unit}" in trained}
 
 
 def run(session: Session) -> None:

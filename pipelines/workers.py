@@ -15,7 +15,7 @@ from gross_ray.errors import GrossRayError
 from gross_ray.results.store import RunStore
 from pipelines.cluster import Cluster
 from pipelines.progress import Furthest, Patience, StageProgress
-from pipelines.units import Context, Unit, Work, room_for_images, unpack_splits
+from pipelines.units import Context, Unit, Work, done, room_for_images, unpack_splits
 from pipelines.versions import Versions
 
 MAX_ATTEMPTS = 3
@@ -48,7 +48,7 @@ class _Worker:
     def do(self, work: Work, store: RunStore, unit: Unit, threads: int, shared: Any) -> str:
         torch.set_num_threads(threads)
         self._state = (unit.name, 0.0, "started")
-        return work(Context(store, self._splits, self._device, self._report, shared, self._kept), unit)
+        return done(work, Context(store, self._splits, self._device, self._report, shared, self._kept), unit)
 
     @ray.method(concurrency_group="state")
     def state(self) -> tuple[str, float, str]:

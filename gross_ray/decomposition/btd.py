@@ -10,6 +10,7 @@ The ridge keeps the terms from growing against each other (docs/method.md has th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from gross_ray.decomposition.block_terms import BlockTerms, BTDStatus, zero_terms
 from gross_ray.decomposition.descent import OnStep, Outcome, descend
 from gross_ray.decomposition.term_fit import Factors, TermFit, orthonormalised
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, is_whole
 
 __all__ = ["BTDOptions", "BTDStatus", "BlockTerms", "block_term_decomposition", "block_term_decompositions"]
 
@@ -62,10 +63,10 @@ class BTDOptions:
 
     def __post_init__(self) -> None:
         rules = (
-            (self.tolerance >= 0, "tolerance", "must be 0 or more"),
-            (self.max_steps >= 1, "max_steps", "must be 1 or more"),
-            (self.restarts >= 0, "restarts", "must be 0 (chosen by the weight's size) or more"),
-            (self.ridge >= 0, "ridge", "must be 0.0 (none) or more"),
+            (0 <= self.tolerance < math.inf, "tolerance", "must be 0 or more, and finite"),
+            (is_whole(self.max_steps, 1), "max_steps", "must be 1 or more, a whole number"),
+            (is_whole(self.restarts, 0), "restarts", "must be 0 (chosen by the weight's size) or more"),
+            (0 <= self.ridge < math.inf, "ridge", "must be 0.0 (none) or more, and finite"),
             (self.init in ("greedy", "random"), "init", "must be 'greedy' or 'random'"),
             (self.precision in PRECISIONS, "precision", f"must be one of {', '.join(PRECISIONS)}"),
         )

@@ -1,6 +1,6 @@
 """The run folder: the one module that knows its file names. Whatever is written is either whole or not there.
 
-RUN/experiment.json                         the experiment that the folder belongs to
+RUN/experiment.json                         the experiment that the folder belongs to, and the gross_ray that wrote it
 RUN/.lock                                   held by the driver that works on it
 RUN/tables/NAME/UNIT.parquet                one completed unit of work
 RUN/checkpoints/STAGE/UNIT.safetensors      tensors, with their description in the file's metadata
@@ -16,6 +16,7 @@ import socket
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
+from gross_ray.errors import DamagedFileError, InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment
 from gross_ray.results import lock
 from gross_ray.results.storage import Storage
@@ -39,18 +40,26 @@ UNDER_WAY = "-under-way"
 """Ending of the stages whose checkpoints are the state of units between epochs."""
 SEARCH_ENDED = ("search-rounds", "ended")
 """Stage and unit of the checkpoint that tells that a search by a strategy has ended."""
-_AGAIN = "run its stage again: it deletes the file and says what follows"
+_DELETED = "deleted: the same command again makes it anew, or names the stage that does"
+_KEPT = "`gross check RUN` deletes it, and its stage, run again, makes it anew"
 _DESCRIPTION = "gross_ray.description"
 _CHECKSUM = "gross_ray.crc32"
 _NO_SUM, _SUM = b"gross_ray crc32=00000000", b"gross_ray crc32=%08x"
 _EXPERIMENT = "experiment.json"
+_WRITTEN_BY = "gross_ray"
+"""In experiment.json, what wrote the run folder: {"version": gross_ray's, "schema": SCHEMA_VERSION}."""
 _REPORT = "report.html"
 
 
 class RunStore:
     """A run folder, local or in a bucket: the tables and checkpoints of one experiment.
 
-    Pickles to its address and experiment, so that workers can write into it; they must be able to reach it.
+    Pickles to its address and experiment, so that workers can write into it; they must be able to reach it. A copy that
+    was pickled under the lock works on behalf of the process that holds it.
+
+    What a stage has finished is known by the names of files: no content is read. A file is checked when it is read
+    (`read_table`, `read_units`, `load_checkpoint`): a damaged one raises DamagedFileError; under the lock, it is also
+    deleted and noted in `damaged`, so that its unit is no longer finished. `check` reads everything.
     """
 
     def __init__(self, storage: Storage, experiment: Experiment) -> None:
@@ -62,11 +71,9 @@ class RunStore:
         self.damaged: list[str] = []
         """Files, named from the run folder on, that were found damaged and deleted."""
         self._locked = False
-        self._sound: set[str] = set()
-        """Files that were read under this lock, and found whole."""
 
-    def __reduce__(self) -> tuple[type[RunStore], tuple[Storage, Experiment]]:
-        return RunStore, (self.storage, self.experiment)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunStore, (self.storage, self.experiment), {"_locked": self._locked}
 
     @property
     def path(self) -> Path:
@@ -93,7 +100,7 @@ class RunStore:
                         f"{storage} is not a run folder and not empty (it holds {min(foreign)!r}): "
                         "give a new or empty folder with --out"
                     )
-                storage.write(_EXPERIMENT, experiment.to_json().encode())
+                storage.write(_EXPERIMENT, _experiment_file(experiment))
         except StorageError as error:
             raise RunFolderError(
                 f"cannot make the run folder {storage}: {error}; give another one with --out"
@@ -126,7 +133,6 @@ class RunStore:
                 yield
             finally:
                 self._locked = False
-                self._sound.clear()
 
     def require_here(self) -> None:
         """Raise RunFolderError unless this machine reaches the folder, as each one that does its work has to."""
@@ -137,19 +143,20 @@ class RunStore:
             )
 
     def remove_leftovers(self) -> None:
-        """Delete what killed writers left, and the damaged files of all tables and of trainings under way.
-
-        The latter are noted in `damaged`; other checkpoints are judged by `has_checkpoint`. Only for a driver that
-        holds the lock.
-        """
+        """Delete the temporary files of killed writers. Only for a driver that holds the lock; reads no file."""
         self.storage.remove_leftovers()
-        for stage in self.storage.folders("checkpoints"):
-            if stage.endswith(UNDER_WAY):
-                for name in self.storage.names(f"checkpoints/{stage}"):
-                    if name.endswith(".safetensors") and not name.startswith("."):
-                        self._is_whole(f"checkpoints/{stage}/{name}", _read_checkpoint)
+
+    def check(self) -> None:
+        """Read every table and checkpoint whole; delete the damaged ones under the lock, and note them in `damaged`.
+
+        Without the lock, raises DamagedFileError for the first one.
+        """
         for name in TABLES:
-            self.finished_units(name)
+            for unit in self.units(name):
+                self._is_whole(lambda name=name, unit=unit: self._read_sound_unit(_table_file(name, unit)))
+        for stage in self.storage.folders("checkpoints"):
+            for unit in self.checkpoints(stage):
+                self._is_whole(lambda stage=stage, unit=unit: self.load_checkpoint(stage, unit))
 
     # Tables
 
@@ -169,14 +176,15 @@ class RunStore:
 
         Only `columns`, where they are named: of a million rows that is what fits beside other work.
 
-        Raises RunFolderError naming a damaged file, and InvalidValueError for an unknown table.
+        Raises DamagedFileError naming a damaged file, and InvalidValueError for an unknown table.
         """
         return self.read_units(name, self.units(name), columns)
 
     def read_units(self, name: str, units: Sequence[str], columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Return the rows of some units that are stored, in the order given; of some columns only where they are named.
 
-        Raises RunFolderError naming a damaged or missing file, and InvalidValueError for an unknown table.
+        Raises DamagedFileError naming a damaged file, RunFolderError naming a missing one, and InvalidValueError for an
+        unknown table.
         """
         parts = [self._read_sound_unit(_table_file(name, unit), columns) for unit in units]
         if not parts:
@@ -186,7 +194,8 @@ class RunStore:
     def set_column(self, name: str, unit: str, column: str, values: Sequence[Any]) -> None:
         """Put `values`, one for each row, in place of a column of a stored unit; nothing else of it changes.
 
-        Raises ValueError for a value that the column may not hold, RunFolderError naming a damaged or missing file.
+        Raises ValueError for a value that the column may not hold, RunFolderError (DamagedFileError) naming a missing
+        (damaged) file.
         """
         file = _table_file(name, unit)
         stored = self._read_sound_unit(file)
@@ -202,19 +211,23 @@ class RunStore:
         return sorted(units, key=_natural)
 
     def finished_units(self, name: str) -> set[str]:
-        """Return the units of table `name` that are stored whole.
-
-        Where this process holds the lock, a damaged file is deleted and noted in `damaged`. Its content is read once.
-        """
-        return {unit for unit in self.units(name) if self._is_whole(_table_file(name, unit), _read_unit)}
+        """Return the units of table `name` that are stored, from one listing; their content is not read."""
+        return set(self.units(name))
 
     def read_sound(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
-        """Return what `read_table` does of the units that are stored whole; damaged ones as `finished_units` does."""
-        sound = self.finished_units(name)
-        return self.read_units(name, [unit for unit in self.units(name) if unit in sound], columns)
+        """Return what `read_table` does, without the units that are damaged.
+
+        Under the lock, these are deleted and noted in `damaged`.
+        """
+        whole = [
+            unit
+            for unit in self.units(name)
+            if self._is_whole(lambda unit=unit: self._read_sound_unit(_table_file(name, unit)), always=True)
+        ]
+        return self.read_units(name, whole, columns)
 
     def has_unit(self, name: str, unit: str) -> bool:
-        """Return whether a unit of table `name` is stored; its content is not looked at, as `finished_units` does."""
+        """Return whether a unit of table `name` is stored; its content is not read."""
         return self.storage.exists(_table_file(name, unit))
 
     def delete_unit(self, name: str, unit: str) -> None:
@@ -255,7 +268,7 @@ class RunStore:
     def load_checkpoint(self, stage: str, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors, on the CPU, and their description.
 
-        Raises MissingStageError if nothing is stored, RunFolderError naming the file if it is damaged.
+        Raises MissingStageError if nothing is stored, and DamagedFileError naming the file if it is damaged.
         """
         file = _checkpoint_file(stage, unit)
         try:
@@ -265,18 +278,18 @@ class RunStore:
                 f"stage {stage!r} has stored nothing for unit {unit!r} in {self.storage}: run that stage first"
             ) from None
         except _DamagedFile as error:
-            raise RunFolderError(f"damaged checkpoint {self.storage.shown(file)}: {error}; {_AGAIN}") from None
+            raise self._damage("checkpoint", file, error) from None
 
     def has_checkpoint(self, stage: str, unit: str) -> bool:
-        """Return whether a checkpoint is stored.
+        """Return whether a checkpoint is stored; its content is not read.
 
-        Where this process holds the lock, one that is damaged is not: it is deleted, and noted in `damaged`. Its
-        content is read once.
+        For many units of a stage, `finished_checkpoints` asks the store once.
         """
-        file = _checkpoint_file(stage, unit)
-        if not self.storage.exists(file):
-            return False
-        return not self._locked or self._is_whole(file, _read_checkpoint)
+        return self.storage.exists(_checkpoint_file(stage, unit))
+
+    def finished_checkpoints(self, stage: str) -> set[str]:
+        """Return the units that have a checkpoint of `stage`, from one listing; their content is not read."""
+        return set(self.checkpoints(stage))
 
     def checkpoints(self, stage: str) -> list[str]:
         """Return the units that have a checkpoint of `stage`, by natural order; what is in it is not looked at."""
@@ -300,27 +313,34 @@ class RunStore:
     def _read_sound_unit(self, file: str, columns: Sequence[str] | None = None) -> pa.Table:
         try:
             unit = _read_unit(self.storage, file, columns)
+        except FileNotFoundError:
+            raise RunFolderError(
+                f"damaged file {self.storage.shown(file)}: it is not stored; run its stage again"
+            ) from None
         except _DamagedFile as error:
-            raise RunFolderError(f"damaged file {self.storage.shown(file)}: {error}; {_AGAIN}") from None
+            raise self._damage("file", file, error) from None
         for name in columns or ():
             if name not in unit.column_names:  # pyarrow leaves it out without a word
                 there = ", ".join(pq.read_schema(pa.BufferReader(self.storage.read(file))).names)
                 raise InvalidValueError(f"table {file.split('/')[1]!r} has no column {name!r}; its columns: {there}")
         return unit
 
-    def _is_whole(self, file: str, read: Callable[[Storage, str], object]) -> bool:
-        """Return whether `read` finds a file whole; under the lock it is read once, and deleted if it is damaged."""
-        if self._locked and file in self._sound:
-            return True
-        try:
-            read(self.storage, file)
-        except _DamagedFile:
-            if self._locked:
-                self.storage.delete(file)
-                self.damaged.append(file)
-            return False
+    def _damage(self, kind: str, file: str, error: _DamagedFile) -> DamagedFileError:
+        """Return the error for a damaged file; under the lock, delete the file and note it in `damaged`."""
         if self._locked:
-            self._sound.add(file)
+            self.storage.delete(file)
+            self.damaged.append(file)
+        remedy = _DELETED if self._locked else _KEPT
+        return DamagedFileError(f"damaged {kind} {self.storage.shown(file)}: {error}; {remedy}")
+
+    def _is_whole(self, read: Callable[[], object], *, always: bool = False) -> bool:
+        """Return whether `read` finds no damage; without the lock and `always`, raises its DamagedFileError."""
+        try:
+            read()
+        except DamagedFileError:
+            if not self._locked and not always:
+                raise
+            return False
         return True
 
     def _check_experiment(self) -> None:
@@ -365,28 +385,27 @@ def _summed(content: bytes) -> memoryview:
     return memoryview(summed)
 
 
-def _check_sum(content: bytes) -> bool:
-    """Return whether a file has a checksum; raise _DamagedFile where it does not fit. Earlier versions wrote none."""
+def _check_sum(content: bytes) -> None:
+    """Raise _DamagedFile unless a file has a checksum and agrees with it."""
     place = content.rfind(_NO_SUM[:-8])
     if place < 0:
-        return False
+        raise _DamagedFile("it has no checksum, so it is damaged or was not written by this gross_ray")
     end, view = place + len(_NO_SUM), memoryview(content)
     found = zlib.crc32(view[end:], zlib.crc32(_NO_SUM, zlib.crc32(view[:place])))
     if view[place:end] != _SUM % found:
         raise _DamagedFile("its content has changed since it was written")
-    return True
 
 
 def _read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
     # ParquetFile, for pyarrow's other readers make columns of folders like seed=0 on the way to the file.
     # From memory: an error of the disk or the network is none of the file's content.
+    content = storage.read(file)
+    _check_sum(content)
     try:
-        content = storage.read(file)
-        _check_sum(content)
         with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as parquet:
             rows = parquet.metadata.num_rows
             stored = parquet.read(columns)
-    except (pa.ArrowMemoryError, pa.ArrowNotImplementedError):
+    except (pa.ArrowMemoryError, pa.ArrowNotImplementedError, pa.ArrowCancelled):
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _DamagedFile(error) from None
@@ -405,29 +424,39 @@ def _read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None
 def _read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a checkpoint's tensors and description. Raises FileNotFoundError and _DamagedFile."""
     content = storage.read(file)
-    summed = _check_sum(content)
+    _check_sum(content)
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header["__metadata__"]
-        if not summed and metadata[_CHECKSUM] != _checksum(tensors, metadata[_DESCRIPTION]):
-            raise ValueError("its content has changed since it was written")
-        return tensors, json.loads(metadata[_DESCRIPTION])
+        return tensors, json.loads(header["__metadata__"][_DESCRIPTION])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _DamagedFile(repr(error)) from None
 
 
-def _checksum(tensors: Mapping[str, Tensor], description: str) -> str:
-    """Return what earlier versions wrote: the CRC-32 of the tensors, in the order of their names, and of the text."""
-    value = zlib.crc32(description.encode())
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
+def _experiment_file(experiment: Experiment) -> bytes:
+    """Return the content of experiment.json: the version that writes the run folder, then the experiment's fields."""
+    written_by = {"version": version("gross-ray"), "schema": SCHEMA_VERSION}
+    return json.dumps({_WRITTEN_BY: written_by, **experiment.to_dict()}, indent=2).encode()
 
 
 def _read_experiment(storage: Storage) -> Experiment:
+    """Return the experiment of a run folder.
+
+    Raises RunFolderError where there is none, and, naming both versions, where another gross_ray wrote it that has
+    other schemas or other fields. A file without a version (before 0.1.0 was released) is read if it has every field.
+    """
     try:
-        return Experiment.from_json(storage.read(_EXPERIMENT).decode())
+        values = json.loads(storage.read(_EXPERIMENT).decode())
+        written_by = values.pop(_WRITTEN_BY, None) or {}
+        schema, by = written_by.get("schema", SCHEMA_VERSION), written_by.get("version", "of before 0.1.0")
+        try:
+            experiment = Experiment.from_json(json.dumps(values))
+            lacking = [name for name in experiment.fields() if not _has_field(values, name)]
+            difference = f"it has no {lacking[0]}" if lacking else ""
+        except InvalidValueError as error:
+            if not written_by or by == version("gross-ray"):
+                raise
+            difference = str(error)
     except (FileNotFoundError, NotADirectoryError):
         raise RunFolderError(
             f"{storage} is not a run folder (it has no {_EXPERIMENT}): give the --out of a run"
@@ -437,6 +466,22 @@ def _read_experiment(storage: Storage) -> Experiment:
             f"{storage.shown(_EXPERIMENT)} is damaged or of another gross_ray: {error}; "
             "restore it, or give another folder"
         ) from None
+    if schema != SCHEMA_VERSION or difference:
+        ours = f"gross_ray {version('gross-ray')} (schema {SCHEMA_VERSION})"
+        raise RunFolderError(
+            f"{storage} was written by gross_ray {by} (schema {schema}), and this is {ours}"
+            f"{difference and ': ' + difference}; use gross_ray {by} for it, or give another folder"
+        )
+    return experiment
+
+
+def _has_field(values: Any, name: str) -> bool:
+    """Return whether nested values have the field of a dotted name."""
+    for part in name.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _table_file(name: str, unit: str) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.decomposition.calls import given, output_of, told_where_it_cannot_run, zero_images
 from gross_ray.decomposition.surgery import extract, replace_modules, series_layers
-from gross_ray.errors import InvalidValueError, one_line
+from gross_ray.errors import InvalidValueError, is_whole, one_line
 from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
 from gross_ray.space import Configuration, SearchSpace
 
@@ -50,7 +50,7 @@ class LatencyOptions:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("threads", 1), ("repeats", 1), ("num_sampled", 2)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise InvalidValueError(f"latency.{name} = {value!r}: must be a whole number, {least} or more")
 
 
@@ -137,6 +137,9 @@ class LatencyModel:
         if len(summary) != 1:
             raise InvalidValueError(f"latency_models has {len(summary)} rows: choose the one to predict with")
         row: dict[str, Any] = summary.to_dict("records")[0]
+        times = [*latencies["latency_ms"], row["offset_ms"], row["slope"], row["median_error"]]
+        if not np.isfinite(np.array(times, dtype=np.float64)).all():
+            raise InvalidValueError("latencies: not all of them are finite numbers; measure them again")
         parts = latencies[np.logical_and.reduce([latencies[name] == row[name] for name in _WHERE])]
         is_rest = parts["group_size"].isna()
         if not is_rest.any() or is_rest.all() or parts.duplicated(["part", "group_size"]).any():

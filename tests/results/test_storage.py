@@ -15,7 +15,7 @@ import torch
 from pyarrow import fs
 from s3_server import SECRET, Door, free_port, uri
 
-from gross_ray.errors import InvalidValueError, RunFolderError, StorageError
+from gross_ray.errors import DamagedFileError, InvalidValueError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment
 from gross_ray.results import lock
 from gross_ray.results import storage as storage_module
@@ -76,10 +76,14 @@ def test_checkpoints_and_damaged_files_in_a_bucket(s3_port: int) -> None:
     file = "checkpoints/train/seed=1.safetensors"
     store.storage.write(file, store.storage.read(file)[:-1] + b"x")
     store.storage.write("tables/networks/seed=0.parquet", b"PAR1")
-    assert store.finished_units("networks") == {"seed=1"} and store.has_checkpoint("train", "seed=1")
+    for attempt in (lambda: store.load_checkpoint("train", "seed=1"), lambda: store.read_table("networks")):
+        with pytest.raises(DamagedFileError):
+            attempt()
     assert store.damaged == [], "deleted by one that does not hold the lock"
     with store.lock():
-        assert not store.has_checkpoint("train", "seed=1")
+        for attempt in (lambda: store.load_checkpoint("train", "seed=1"), lambda: store.read_table("networks")):
+            with pytest.raises(DamagedFileError):
+                attempt()
         assert store.finished_units("networks") == {"seed=1"}
     assert store.damaged == [file, "tables/networks/seed=0.parquet"]
     assert not store.has_checkpoint("train", "seed=1")
