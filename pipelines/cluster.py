@@ -31,6 +31,7 @@ import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 
 from gross_ray.errors import InvalidValueError, ResourcesError, is_whole  # noqa: E402
+from gross_ray.own_code import own_place  # noqa: E402
 from pipelines import signals  # noqa: E402
 from pipelines.autoscaler import NodeKind, autoscaling_config, may_come  # noqa: E402
 from pipelines.versions import PACKAGES  # noqa: E402
@@ -274,6 +275,8 @@ def module_of(model: str) -> str | None:
     """
     if ":" not in model:
         return None
+    if (folder := own_place(model.partition(":")[0])) is not None:  # a folder called like our package
+        return str(folder)
     spec = find_spec(model.partition(":")[0].partition(".")[0])
     if spec is None or spec.origin is None or "site-packages" in Path(spec.origin).parts:
         return None

@@ -168,8 +168,15 @@ class RunStore:
         Raises ValueError naming the column that is missing, unknown or holds a wrong value, InvalidValueError for an
         unknown table or a unit that cannot be a file's name, and StorageError.
         """
-        arrow = table(name).to_arrow(rows, layers)
-        self.storage.write(_table_file(name, unit), _parquet(arrow))
+        self.write_arrow(name, unit, table(name).to_arrow(rows, layers))
+
+    def write_arrow(self, name: str, unit: str, arrow: pa.Table) -> None:
+        """Store an Arrow table of rows that were read from a run folder as a unit of table `name`; raises StorageError.
+
+        Its columns are not checked.
+        """
+        metadata = {key: value for key, value in (arrow.schema.metadata or {}).items() if key != _CHECKSUM.encode()}
+        self.storage.write(_table_file(name, unit), _parquet(arrow.replace_schema_metadata(metadata)))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Return the rows of all units, in the natural order of the units' names (seed=2 before seed=10).
@@ -442,46 +449,33 @@ def _experiment_file(experiment: Experiment) -> bytes:
 def _read_experiment(storage: Storage) -> Experiment:
     """Return the experiment of a run folder.
 
-    Raises RunFolderError where there is none, and, naming both versions, where another gross_ray wrote it that has
-    other schemas or other fields. A file without a version (before 0.1.0 was released) is read if it has every field.
+    Fields that a version before did not know have their defaults, which mean what it did: a change of meaning raises
+    SCHEMA_VERSION. Raises RunFolderError where there is no experiment, and, naming both versions, where the folder has
+    another schema or fields that are unknown here.
     """
+    written_by: dict[str, Any] = {}
     try:
         values = json.loads(storage.read(_EXPERIMENT).decode())
         written_by = values.pop(_WRITTEN_BY, None) or {}
-        schema, by = written_by.get("schema", SCHEMA_VERSION), written_by.get("version", "of before 0.1.0")
-        try:
-            experiment = Experiment.from_json(json.dumps(values))
-            lacking = [name for name in experiment.fields() if not _has_field(values, name)]
-            difference = f"it has no {lacking[0]}" if lacking else ""
-        except InvalidValueError as error:
-            if not written_by or by == version("gross-ray"):
-                raise
-            difference = str(error)
+        if written_by.get("schema", SCHEMA_VERSION) == SCHEMA_VERSION:
+            return Experiment.from_json(json.dumps(values))
     except (FileNotFoundError, NotADirectoryError):
         raise RunFolderError(
             f"{storage} is not a run folder (it has no {_EXPERIMENT}): give the --out of a run"
         ) from None
     except (ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(
-            f"{storage.shown(_EXPERIMENT)} is damaged or of another gross_ray: {error}; "
+            f"{storage.shown(_EXPERIMENT)} is damaged or of another gross_ray: {error}; {_versions(written_by)}; "
             "restore it, or give another folder"
         ) from None
-    if schema != SCHEMA_VERSION or difference:
-        ours = f"gross_ray {version('gross-ray')} (schema {SCHEMA_VERSION})"
-        raise RunFolderError(
-            f"{storage} was written by gross_ray {by} (schema {schema}), and this is {ours}"
-            f"{difference and ': ' + difference}; use gross_ray {by} for it, or give another folder"
-        )
-    return experiment
+    raise RunFolderError(f"{storage}: {_versions(written_by)}: use the gross_ray that wrote it, or give another folder")
 
 
-def _has_field(values: Any, name: str) -> bool:
-    """Return whether nested values have the field of a dotted name."""
-    for part in name.split("."):
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True
+def _versions(written_by: Any) -> str:
+    """Return in words which gross_ray wrote a run folder and which one this is."""
+    known = written_by if isinstance(written_by, dict) else {}
+    by = f"gross_ray {known.get('version', 'of before 0.1.0')} (schema {known.get('schema', 'not stored')})"
+    return f"it was written by {by}, and this is gross_ray {version('gross-ray')} (schema {SCHEMA_VERSION})"
 
 
 def _table_file(name: str, unit: str) -> str:

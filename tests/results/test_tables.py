@@ -178,3 +178,19 @@ def test_importing_the_store_leaves_the_pipeline_s_libraries_out():
 def test_types_are_only_those_that_pandas_reads_without_loss():
     kinds = {str(column.type) for each in TABLES.values() for column in each.columns}
     assert kinds == {str(pa.string()), str(pa.int64()), str(pa.float64()), str(pa.bool_())}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", TABLES)
+def test_no_column_takes_a_number_that_is_not_finite(name, value):
+    reals = [
+        (text, one)
+        for text, one in TABLES[name].expand(["a"] if any(c.per_layer for c in TABLES[name].columns) else []).items()
+        if pa.types.is_floating(one.type)
+    ]
+    for text, column in reals:
+        with pytest.raises(ValueError, match=f"column '{text}': {value} is not a finite number"):
+            column.array([0.5, value], text)
+        assert column.array([0.5], text).to_pylist() == [0.5]
+        if column.nullable:
+            assert column.array([None], text).null_count == 1
