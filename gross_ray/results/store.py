@@ -16,6 +16,7 @@ import socket
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,10 @@ class RunStore:
         """
         for name in TABLES:
             for unit in self.units(name):
-                self._is_whole(lambda name=name, unit=unit: self._read_sound_unit(_table_file(name, unit)))
+                self._is_whole(partial(self._read_sound_unit, _table_file(name, unit)))
         for stage in self.storage.folders("checkpoints"):
             for unit in self.checkpoints(stage):
-                self._is_whole(lambda stage=stage, unit=unit: self.load_checkpoint(stage, unit))
+                self._is_whole(partial(self.load_checkpoint, stage, unit))
 
     # Tables
 
@@ -229,7 +230,7 @@ class RunStore:
         whole = [
             unit
             for unit in self.units(name)
-            if self._is_whole(lambda unit=unit: self._read_sound_unit(_table_file(name, unit)), always=True)
+            if self._is_whole(partial(self._read_sound_unit, _table_file(name, unit)), always=True)
         ]
         return self.read_units(name, whole, columns)
 

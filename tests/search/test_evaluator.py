@@ -11,6 +11,7 @@ from gross_ray.decomposition.surgery import extract, get_configuration, series_l
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search import evaluator
+from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.evaluator import Evaluator, NotTraceableWarning, RowsApartWarning, evaluate_configurations
 from gross_ray.search.folding import fold
 from gross_ray.search.graph import trace
