@@ -351,7 +351,7 @@ def test_configurations_do_not_share_a_batch_where_rows_mix(network, random_supe
     assert len(caught) == 1 and caught[0].filename == __file__
     evaluator = Evaluator(supernet, EvaluationOptions(form="dense"))
     with pytest.warns(RowsApartWarning):
-        evaluator.evaluate(images, labels, [SearchSpace.of(supernet)[0]])
+        evaluator.evaluate(images, labels, list(SearchSpace.of(supernet)))
     evaluator.evaluate(images, labels, [SearchSpace.of(supernet)[1]])  # warned once: warnings are errors here
 
 
