@@ -9,8 +9,8 @@ inside RunStore's methods, "whole" is all of it. The baseline, in the same run a
 process, all its threads together (the files are in the page cache), the least of the repeats: other work on the machine
 disturbs them least. A command fails if its reading takes more than 1.5 times the baseline plus 0.1 s.
 
-At the end: the seconds by the clock of `gross --help`, `gross presets` and `gross status RUN` as processes, less those of
-`python -c pass`, with the large packages that each imports.
+At the end: the seconds by the clock of `gross --help`, `gross presets` and `gross status RUN` as processes, less those
+of `python -c pass`, with the large packages that each imports.
 """
 
 from __future__ import annotations
