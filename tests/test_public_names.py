@@ -111,7 +111,7 @@ def test_the_check_of_signatures_can_fail() -> None:
 
 def test_sampling_scales_in_one_of_the_two_ways() -> None:
     default = inspect.signature(gross_ray.sampling_probabilities).parameters["scaling"].default
-    assert default in ("index", "normalised")
+    assert default == "normalised"
 
 
 def test_everything_listed_can_be_imported() -> None:

@@ -235,7 +235,8 @@ class _Memory:
         """Return minus the inverse Hessian's estimate times the gradient."""
         if not self._count:
             return -gradient
-        with_gradient = torch.cat([member_product(self._vectors, gradient[:, :, None]), gradient.square().sum(1)[:, None, None]], 1)
+        products = member_product(self._vectors, gradient[:, :, None])
+        with_gradient = torch.cat([products, gradient.square().sum(1)[:, None, None]], 1)
         self._products[:, -1] = self._products[:, :, -1] = with_gradient[..., 0].cpu().numpy()
         coefficients = np.zeros(self._products.shape[:2])
         coefficients[:, -1] = 1
