@@ -56,6 +56,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/orchestration.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/commands.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,9 +1,8 @@
-"""The command line: parses, calls the pipelines and the report, prints."""
+"""The command line: commands and their options; what they do is in `pipelines.commands`."""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,18 +10,18 @@ from typing import Any
 
 import click
 
-from pipelines.command_line import (
+from pipelines.commands.one_line_errors import OneLineErrors
+from pipelines.commands.options import (
     MODEL_HELP,
-    OneLineErrors,
+    WORK_PARAMETERS,
     budgets_of,
     callback_option,
     configurations_of,
     costs_of,
     experiment_options,
     refuse_alone,
-    run_folder,
+    refuse_beside,
     whole_numbers,
-    work,
     work_options,
 )
 
@@ -55,16 +54,7 @@ def main() -> None:
 @functools.partial(experiment_options, preset_required=True)
 @callback_option
 @work_options
-def run(
-    preset_name: str,
-    out: str,
-    reuse: str | None,
-    reuse_evaluations: bool,
-    settings: tuple[str, ...],
-    callbacks: list[Any],
-    resources: Any,
-    source: Any,
-) -> None:
+def run(out: str, reuse: str | None, reuse_evaluations: bool, **how: Any) -> None:
     """Do every stage, from training to the tables and the page of results; the same command again continues.
 
     \b
@@ -73,40 +63,19 @@ def run(
       gross run --preset fashion --out runs/short --set training.epochs=3 --set training.seeds=1
       gross run --preset quickstart --out runs/b --reuse runs/quickstart --set 'search.limits=["parameters=60k"]'
     """
-    from gross_ray.report.page import write_page
-    from gross_ray.report.terminal import results
-    from gross_ray.results.store import RunStore
-    from pipelines.reuse import take_evaluations, take_over
-    from pipelines.run import run_all
-
     refuse_alone("--reuse", reuse is not None, {"--reuse-evaluations": reuse_evaluations or None})
-    other = None if reuse is None else RunStore.open(reuse)
-    store = run_folder(out, preset_name, settings, source, other)
+    from pipelines.commands import running
 
-    def do(session: Any) -> None:
-        if other is not None:
-            taken = ", ".join(f"{stage} {num}" for stage, num in take_over(store, other).items())
-            session.reporter.note(f"taken over from {other.storage}, units by stage: {taken}")
-            if reuse_evaluations:
-                num = take_evaluations(store, other)
-                session.reporter.note(f"taken over from {other.storage}: {num} evaluated configurations")
-        run_all(session)
-
-    work(store, resources, source, do, callbacks)
-    click.echo(results(store))
-    click.echo(f"page: {write_page(store)}", err=True)
+    running.run(out, reuse=reuse, reuse_evaluations=reuse_evaluations, **how)
 
 
 def _stage_command(name: str, description: str) -> click.Command:
     """Return the command of a stage that has no options of its own."""
 
-    def command(run: str, preset_name: str | None, settings: tuple[str, ...], resources: Any, source: Any) -> None:
-        from gross_ray.report.terminal import stage_results
-        from pipelines.run import STAGES
+    def command(run: str, **how: Any) -> None:
+        from pipelines.commands import running
 
-        store = run_folder(run, preset_name, settings, source)
-        work(store, resources, source, STAGES[name].run)
-        click.echo(stage_results(store, name))
+        running.run_stage(name, run, **how)
 
     help_text = f"{description}\n\n\b\nExample:\n  gross {name} runs/quickstart"
     return click.command(name, help=help_text)(
@@ -141,60 +110,32 @@ for _name, _description in {
     callback=costs_of,
     help="One or more of macs, macs_paper, parameters, latency_ms, with commas [the first budget's, else macs].",
 )
-@click.option("--latency", is_flag=True, help="Time the layers on this machine and predict latency_ms of everything.")
-@click.option("--latency-batch", type=click.IntRange(min=1), help="Images of a batch that is timed [1].")
-@click.option("--latency-threads", type=click.IntRange(min=1), help="CPU threads while it is timed [1].")
 @experiment_options
 @work_options
 def search(
-    run: str,
-    budgets: tuple[Any, ...],
-    top: int | None,
-    pareto: bool,
-    costs: list[str] | None,
-    latency: bool,
-    latency_batch: int | None,
-    latency_threads: int | None,
-    preset_name: str | None,
-    settings: tuple[str, ...],
-    resources: Any,
-    source: Any,
+    run: str, budgets: tuple[Any, ...], top: int | None, pareto: bool, costs: list[str] | None, **how: Any
 ) -> None:
-    """Evaluate every configuration and select under budgets.
+    """Evaluate every configuration and select under the experiment's budgets: what is selected is validated.
 
-    Under the experiment's budgets the selection is stored, to be validated; under those given here it is printed.
+    With --budget or --pareto it only answers, from what a finished search has stored.
 
     \b
     Example:
       gross search runs/quickstart
       gross search runs/quickstart --budget macs=2.66M --budget parameters=90k --top 5
-      gross search runs/quickstart --latency --latency-batch 8 --pareto --costs macs,latency_ms
+      gross search runs/quickstart --pareto --costs macs,latency_ms
     """
-    from gross_ray.report.terminal import budget_table, front_table, latency_table, stage_results
-    from pipelines import search as stage
-    from pipelines.latency import add_latency
-    from pipelines.run import STAGES
-
     refuse_alone("--budget", bool(budgets), {"--top": top})
     refuse_alone("--pareto", pareto, {"--costs": costs and ",".join(costs)})
-    refuse_alone("--latency", latency, {"--latency-batch": latency_batch, "--latency-threads": latency_threads})
+    if budgets or pareto:
+        refuse_beside(f"{'--budget' if budgets else '--pareto'}, which only answers", *WORK_PARAMETERS)
+        from pipelines.commands import choosing
 
-    def do(session: Any) -> None:
-        STAGES["search"].run(session)
-        if latency:
-            add_latency(session, batch_size=latency_batch or 1, threads=latency_threads or 1)
+        choosing.best_and_front(run, budgets=budgets, top=top or 5, pareto=pareto, costs=costs)
+    else:
+        from pipelines.commands import running
 
-    store = run_folder(run, preset_name, settings, source)
-    work(store, resources, source, do)
-    parts = [latency_table(store)] if latency else []
-    if budgets:
-        parts.append(budget_table(stage.best(store, budgets, top or 5), budgets))
-    if pareto:
-        costs = costs or [budgets[0].cost if budgets else "macs"]
-        parts.append(front_table(stage.front(store, costs), costs))
-    if not budgets and not pareto:
-        parts.insert(0, stage_results(store, "search"))
-    click.echo("\n\n".join(parts))
+        running.run_stage("search", run, **how)
 
 
 @main.command()
@@ -235,38 +176,10 @@ def latency(
       gross latency runs/quickstart --device cuda --to h200.parquet
       gross latency runs/quickstart --from phone.parquet
     """
-    import torch
-
-    from gross_ray.report.terminal import latency_table
-    from gross_ray.results.store import RunStore
-    from gross_ray.search.latency import LatencyModel, LatencyOptions
-    from pipelines import latency as stage
-    from pipelines.predictions import put
-    from pipelines.progress import Reporter
-    from pipelines.session import held
+    from pipelines.commands import measuring
 
     asked = {"batch_size": batch, "threads": threads, "repeats": repeats}
-    given = {name: value for name, value in asked.items() if value is not None}
-    if source is not None and (given or device or target):
-        raise click.UsageError(f"--from {source} times nothing: leave the other options out")
-    if target is not None and not target.absolute().parent.is_dir():
-        raise click.UsageError(f"--to {target}: there is no folder {target.parent}; make it, or name another file")
-    store = RunStore.open(run)
-    with held(store, Reporter()):
-        if source is not None:
-            model = LatencyModel.load(source)
-        else:
-            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            with click.progressbar(length=1000, label=f"latency on {place}", file=sys.stderr) as bar:
-
-                def advance(done: int, total: int) -> None:
-                    bar.update(1000 * done // total - bar.pos)
-
-                model = stage.measure(store, place, LatencyOptions(**given), advance)
-        put(store, model)
-    if target is not None:
-        model.save(target)
-    click.echo(latency_table(store))
+    measuring.latency(run, device, asked, target=target, source=source)
 
 
 @main.command()
@@ -282,15 +195,7 @@ def latency(
 @callback_option
 @experiment_options
 @work_options
-def validate(
-    run: str,
-    configurations: tuple[Any, ...],
-    callbacks: list[Any],
-    preset_name: str | None,
-    settings: tuple[str, ...],
-    resources: Any,
-    source: Any,
-) -> None:
+def validate(run: str, configurations: tuple[Any, ...], **how: Any) -> None:
     """Train the fixed and the selected configurations on their own, each a trial of Ray Tune.
 
     \b
@@ -299,80 +204,33 @@ def validate(
       gross validate runs/quickstart --configuration 4-8-64
       gross validate runs/quickstart --callback my_callbacks:Notify
     """
-    from gross_ray.report.terminal import stage_results
-    from pipelines import validate as stage
+    from pipelines.commands import running
 
-    def do(session: Any) -> None:
-        if configurations:
-            stage.run_named(session, configurations)
-        else:
-            stage.run(session)
-
-    store = run_folder(run, preset_name, settings, source)
-    work(store, resources, source, do, callbacks)
-    click.echo(stage_results(store, "validate"))
+    if configurations:
+        running.validate_named(run, configurations, **how)
+    else:
+        running.run_stage("validate", run, **how)
 
 
 @main.command("sweep-alpha")
 @click.argument("run", metavar="RUN")
-@click.option(
-    "--scheduler",
-    type=click.Choice(["none", "asha"]),
-    default="none",
-    show_default=True,
-    help="asha: stop trials early whose metric is below the median of those that got as far; none before a tenth "
-    "of the fine-tuning.",
-)
-@click.option(
-    "--search",
-    type=click.Choice(["grid", "optuna"]),
-    default="grid",
-    show_default=True,
-    help="grid: the experiment's sweep, compared with the fixed configurations; optuna: alpha continuous, and one of "
-    "the experiment's scalings.",
-)
-@click.option("--trials", type=int, help="Supernets to train in all under --search optuna [20].")
-@click.option("--alpha-low", type=float, help="Smallest alpha under --search optuna [0].")
-@click.option("--alpha-high", type=float, help="Largest alpha under --search optuna [8].")
 @callback_option
 @experiment_options
 @work_options
-def sweep_alpha(
-    run: str,
-    scheduler: str,
-    search: str,
-    trials: int | None,
-    alpha_low: float | None,
-    alpha_high: float | None,
-    callbacks: list[Any],
-    preset_name: str | None,
-    settings: tuple[str, ...],
-    resources: Any,
-    source: Any,
-) -> None:
+def sweep_alpha(run: str, **how: Any) -> None:
     """Train supernets over the sampling temperature alpha, each a trial of Ray Tune, and compare them.
 
-    The metric of a trial, by which a scheduler stops and a search proposes, is supernet_accuracy: the mean accuracy of
-    the fixed configurations in the supernet, on the validation split, after the latest epoch. The trials are in the
-    table alpha_trials.
+    The metric of a trial is supernet_accuracy: the mean accuracy of the fixed configurations in the supernet, on the
+    validation split, after the latest epoch. The trials are in the table alpha_trials.
 
     \b
     Example:
       gross sweep-alpha runs/quickstart
-      gross sweep-alpha runs/quickstart --scheduler asha
-      gross sweep-alpha runs/quickstart --search optuna --trials 30 --alpha-high 6
+      gross sweep-alpha runs/quickstart --callback my_callbacks:Notify
     """
-    from gross_ray.report.terminal import stage_results, trials_table
-    from pipelines import sweep
-    from pipelines.alpha_trials import OptunaOptions
+    from pipelines.commands import running
 
-    limits = {"trials": trials, "alpha_low": alpha_low, "alpha_high": alpha_high}
-    given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
-    refuse_alone("--search optuna", search == "optuna", {f"--{name.replace('_', '-')}": given[name] for name in given})
-    optuna = OptunaOptions(**given) if search == "optuna" else None
-    store = run_folder(run, preset_name, settings, source)
-    work(store, resources, source, lambda session: sweep.run(session, scheduler=scheduler, optuna=optuna), callbacks)
-    click.echo(trials_table(store) if optuna else stage_results(store, "sweep-alpha"))
+    running.run_stage("sweep-alpha", run, **how)
 
 
 @main.command()
@@ -385,18 +243,9 @@ def presets(name: str | None) -> None:
       gross presets
       gross presets quickstart
     """
-    from gross_ray.presets import PRESETS, preset
+    from pipelines.commands import listing
 
-    if name is not None:
-        for field, value in preset(name).fields().items():
-            click.echo(f"{field}={_as_setting(value)}")
-        return
-    for each, entry in PRESETS.items():
-        click.echo(f"{each:<12} {entry.description}\n{'':<12} Cost: {entry.cost}.")
-
-
-def _as_setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    listing.presets(name)
 
 
 @main.command()
@@ -411,14 +260,7 @@ def _as_setting(value: Any) -> str:
 )
 @click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels of an image's side.")
 @click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True, help="Classes it tells apart.")
-def inspect(
-    model: str,
-    layers: tuple[str, ...],
-    group_sizes: str | None,
-    layer_group_sizes: tuple[str, ...],
-    image_size: int,
-    num_classes: int,
-) -> None:
+def inspect(group_sizes: str | None, **what: Any) -> None:
     """Print what decomposing a network would give: layers, group-sizes, the space and its cheapest configuration.
 
     \b
@@ -426,16 +268,10 @@ def inspect(
       gross inspect --model vgg16 --group-sizes 1,4,16,32
       gross inspect --model my_package.networks:small_resnet --image-size 64 --layers 'layer[34].*'
     """
-    from gross_ray.decomposition.layers import choice_of, parse_layer_group_sizes
-    from gross_ray.models import model_of
-    from gross_ray.report.inspection import inspection
-    from gross_ray.report.terminal import inspection_page
+    sizes = whole_numbers("--group-sizes", group_sizes)
+    from pipelines.commands import inspecting
 
-    network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
-    by_layer = parse_layer_group_sizes(layer_group_sizes)
-    sizes, shape = whole_numbers("--group-sizes", group_sizes), (3, image_size, image_size)
-    choice = choice_of(network, layers, sizes, by_layer, input_shape=shape)
-    click.echo(inspection_page(inspection(network, choice, shape)))
+    inspecting.inspect(group_sizes=sizes, **what)
 
 
 @main.command()
@@ -447,14 +283,9 @@ def status(run: str) -> None:
     Example:
       gross status runs/quickstart
     """
-    from gross_ray.results.store import RunStore
-    from pipelines.run import status as stages
+    from pipelines.commands import standing
 
-    store = RunStore.open(run)
-    click.echo(f"{store.storage}: {store.experiment.name}, experiment {store.experiment.fingerprint()}")
-    for name, done, planned in stages(store):
-        count = "waits for an earlier stage" if planned is None else f"{done} of {planned} units"
-        click.echo(f"  {name:<12} {count}")
+    standing.status(run)
 
 
 @main.command()
@@ -470,18 +301,11 @@ def show(run: str, table: str, rows: int, csv: bool) -> None:
       gross show runs/quickstart selections
       gross show runs/quickstart configurations --csv > configurations.csv
     """
-    from gross_ray.results.store import read_table
-
-    if csv and click.get_current_context().get_parameter_source("rows") is click.core.ParameterSource.COMMANDLINE:
-        raise click.UsageError(f"--rows {rows} with --csv, which prints all rows: leave one of them out")
-    frame = read_table(run, table)
     if csv:
-        click.echo(frame.to_csv(index=False), nl=False)
-        return
-    shown = frame.head(rows) if rows else frame
-    click.echo(shown.to_string(index=False) if len(frame) else f"{table}: no rows yet")
-    if len(shown) < len(frame):
-        click.echo(f"... {len(frame) - len(shown)} more rows (--rows 0 for all)")
+        refuse_beside("--csv, which prints all rows", "rows")
+    from pipelines.commands import showing
+
+    showing.show(run, table, rows=rows, csv=csv)
 
 
 @main.command()
@@ -507,17 +331,11 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
       gross report s3://bucket/runs/a --to a.html
       gross report runs/quickstart --markdown > results.md
     """
-    from gross_ray.report.page import check_target, write_page
-    from gross_ray.report.terminal import results
-    from gross_ray.results.store import RunStore
+    if markdown:
+        refuse_beside("--markdown, which writes no page", "target")
+    from pipelines.commands import reporting
 
-    if markdown and target is not None:
-        raise click.UsageError(f"--to {target} with --markdown, which writes no page: leave one of them out")
-    check_target(target)
-    store = RunStore.open(run)
-    click.echo(results(store, markdown=markdown))
-    if not markdown:
-        click.echo(f"page: {write_page(store, target)}", err=True)
+    reporting.report(run, markdown=markdown, target=target)
 
 
 @main.command()
@@ -562,25 +380,15 @@ def export(
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx --fold latency_ms
     """
-    import torch
-
-    from gross_ray.results.store import RunStore
-    from gross_ray.search.latency import LatencyOptions
-    from pipelines.exporting import export_validated
-
     timed = {"--batch": batch, "--device": device}
     given = {name: value for name, value in timed.items() if value is not None}
     refuse_alone("--fold latency_ms", objective == "latency_ms", given)
-    lines = export_validated(
-        RunStore.open(run),
-        configuration,
-        target,
-        seed=seed,
-        objective=None if objective == "none" else objective,
-        latency=LatencyOptions(batch_size=batch or 1),
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    from pipelines.commands import exporting
+
+    objective_or_none = None if objective == "none" else objective
+    exporting.export(
+        run, configuration, target, seed=seed, objective=objective_or_none, batch_size=batch or 1, device=device
     )
-    click.echo("\n".join(lines))
 
 
 if __name__ == "__main__":

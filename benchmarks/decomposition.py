@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from gross_ray import BlockTerms, BTDOptions, block_term_decomposition
+from gross_ray.btd.solver import block_term_decompositions, default_restarts
 from gross_ray.data.images import load_dataset
-from gross_ray.decomposition.btd import block_term_decompositions, default_restarts
-from gross_ray.decomposition.layers import decomposable_layers, default_group_sizes
 from gross_ray.experiment import DataOptions, Schedule
 from gross_ray.models import build_model
+from gross_ray.supernet.layers import decomposable_layers, default_group_sizes
 from gross_ray.training.stages import train_network
 
 FREE = BTDOptions(ridge=0.0)

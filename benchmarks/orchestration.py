@@ -22,6 +22,8 @@ from pathlib import Path
 
 import ray
 import torch
+from pipelines.trials import run_trials
+from pipelines.workers import WorkerPool
 
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
@@ -34,13 +36,11 @@ from gross_ray.experiment import (
     TrainingOptions,
 )
 from gross_ray.presets import quickstart
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train
-from pipelines.cluster import Cluster, Resources, connected
-from pipelines.progress import StageProgress
-from pipelines.trials import run_trials
+from pipelines.execution.cluster import Cluster, Resources, connected
 from pipelines.units import Context, Unit, Work, pack_splits
-from pipelines.workers import WorkerPool
+from pipelines.watching import StageProgress
 
 STAGES = ("decompose", "search", "sweep-alpha")
 

@@ -26,14 +26,15 @@ from torch import Tensor, nn
 from gross_ray import BTDOptions, Configuration, SearchSpace, decompose_model, extract
 from gross_ray.data.image_set import ImageSet
 from gross_ray.data.images import load_dataset
-from gross_ray.decomposition.layers import decomposable_layers
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import empty_supernet, series_layers
 from gross_ray.experiment import DataOptions
 from gross_ray.models import build_model
-from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.evaluator import Evaluator
+from gross_ray.search.options import EvaluationOptions
 from gross_ray.search.sharding import segment_macs
+from gross_ray.supernet.build import empty_supernet
+from gross_ray.supernet.configure import series_layers
+from gross_ray.supernet.layers import decomposable_layers
+from gross_ray.supernet.series import SeriesConv2d
 from gross_ray.training.loop import count_correct
 
 DEEP_SIZES = (1, 4, 16, 32)

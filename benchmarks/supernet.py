@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from gross_ray import Configuration, SearchSpace, extract, set_configuration
+from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.layers import decomposable_layers
-from gross_ray.decomposition.surgery import build_supernet, series_layers
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.models import build_model
+from gross_ray.supernet.build import build_supernet
+from gross_ray.supernet.configure import series_layers
+from gross_ray.supernet.layers import decomposable_layers
 from gross_ray.training.capture import captures
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import finetune, freeze_all_but_series

@@ -20,12 +20,12 @@ from torch import nn
 from gross_ray import BlockTerms, Bottleneck, BTDOptions, SearchSpace, block_term_decomposition
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
-from gross_ray.decomposition.layers import decomposable_layers, default_group_sizes
-from gross_ray.decomposition.surgery import build_supernet
 from gross_ray.errors import DivergedError
 from gross_ray.experiment import DataOptions, Schedule
 from gross_ray.models import build_model
 from gross_ray.search.evaluator import evaluate_configurations
+from gross_ray.supernet.build import build_supernet
+from gross_ray.supernet.layers import decomposable_layers, default_group_sizes
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import finetune, train_network
 

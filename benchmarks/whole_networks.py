@@ -13,15 +13,15 @@ import argparse
 from pathlib import Path
 
 import torch
+from pipelines.networks import load_base, load_validated
 from torch import nn
 
 from gross_ray.report.model_card import most_accurate_seed
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs
 from gross_ray.search.folding import fold
 from gross_ray.search.latency import LatencyOptions
 from gross_ray.search.timing import device_name, typical_ms
-from pipelines.networks import load_base, load_validated
 
 FULL = "full network"
 

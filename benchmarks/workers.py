@@ -18,16 +18,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
+from pipelines.workers import WorkerPool
 
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DecompositionOptions, SupernetOptions, SweepOptions, TrainingOptions
 from gross_ray.presets import quickstart
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import decompose, train
-from pipelines.cluster import Resources, connected
-from pipelines.progress import StageProgress
+from pipelines.execution.cluster import Resources, connected
 from pipelines.units import Unit, Work, pack_splits
-from pipelines.workers import WorkerPool
+from pipelines.watching import StageProgress
 
 
 def main() -> None:

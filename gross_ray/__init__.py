@@ -1,22 +1,36 @@
-"""gross_ray: the grouped-convolution version of a trained convnet that is most accurate within your budget."""
+"""gross_ray: the grouped-convolution version of a trained convnet that is most accurate within your budget.
 
-from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.btd import BlockTerms, BTDOptions, BTDStatus, block_term_decomposition
-from gross_ray.decomposition.expansion import expand_grouped_weight
-from gross_ray.decomposition.layers import LayerChoice, choice_of
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import decompose_model, extract, set_configuration
-from gross_ray.errors import GrossRayError
-from gross_ray.experiment import Experiment
-from gross_ray.export import export_onnx
-from gross_ray.presets import preset
-from gross_ray.results.store import read_table
-from gross_ray.search.cost import configuration_macs, count_macs
-from gross_ray.search.evaluator import evaluate_configurations
-from gross_ray.search.folding import fold
-from gross_ray.space import Configuration, SearchSpace
-from gross_ray.training.sampling import sampling_probabilities
-from gross_ray.training.stages import response_error
+Public names are loaded at their first use (PEP 562): `import gross_ray` alone loads neither torch nor pandas.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports the same names
+    from gross_ray.btd.block_terms import BlockTerms, BTDStatus
+    from gross_ray.btd.bottleneck import Bottleneck
+    from gross_ray.btd.expansion import expand_grouped_weight
+    from gross_ray.btd.options import BTDOptions
+    from gross_ray.btd.solver import block_term_decomposition
+    from gross_ray.data.images import load_dataset
+    from gross_ray.data.options import DataOptions
+    from gross_ray.errors import GrossRayError
+    from gross_ray.experiment import Experiment
+    from gross_ray.export import export_onnx
+    from gross_ray.presets import preset
+    from gross_ray.run.store import read_table
+    from gross_ray.search.cost import configuration_macs, count_macs
+    from gross_ray.search.evaluator import evaluate_configurations
+    from gross_ray.search.folding import fold
+    from gross_ray.space import Configuration, SearchSpace
+    from gross_ray.supernet.build import decompose_model
+    from gross_ray.supernet.configure import extract, set_configuration
+    from gross_ray.supernet.layers import LayerChoice, choice_of
+    from gross_ray.supernet.series import SeriesConv2d
+    from gross_ray.training.options import Schedule
+    from gross_ray.training.sampling import sampling_probabilities
+    from gross_ray.training.stages import response_error
+    from gross_ray.weights import load_weights
 
 __version__ = "0.1.0"
 
@@ -26,9 +40,11 @@ __all__ = [
     "BlockTerms",
     "Bottleneck",
     "Configuration",
+    "DataOptions",
     "Experiment",
     "GrossRayError",
     "LayerChoice",
+    "Schedule",
     "SearchSpace",
     "SeriesConv2d",
     "block_term_decomposition",
@@ -41,9 +57,56 @@ __all__ = [
     "export_onnx",
     "extract",
     "fold",
+    "load_dataset",
+    "load_weights",
     "preset",
     "read_table",
     "response_error",
     "sampling_probabilities",
     "set_configuration",
 ]
+
+_MODULES = {
+    "BTDOptions": "gross_ray.btd.options",
+    "BTDStatus": "gross_ray.btd.block_terms",
+    "BlockTerms": "gross_ray.btd.block_terms",
+    "Bottleneck": "gross_ray.btd.bottleneck",
+    "Configuration": "gross_ray.space",
+    "DataOptions": "gross_ray.data.options",
+    "Experiment": "gross_ray.experiment",
+    "GrossRayError": "gross_ray.errors",
+    "LayerChoice": "gross_ray.supernet.layers",
+    "Schedule": "gross_ray.training.options",
+    "SearchSpace": "gross_ray.space",
+    "SeriesConv2d": "gross_ray.supernet.series",
+    "block_term_decomposition": "gross_ray.btd.solver",
+    "choice_of": "gross_ray.supernet.layers",
+    "configuration_macs": "gross_ray.search.cost",
+    "count_macs": "gross_ray.search.cost",
+    "decompose_model": "gross_ray.supernet.build",
+    "evaluate_configurations": "gross_ray.search.evaluator",
+    "expand_grouped_weight": "gross_ray.btd.expansion",
+    "export_onnx": "gross_ray.export",
+    "extract": "gross_ray.supernet.configure",
+    "fold": "gross_ray.search.folding",
+    "load_dataset": "gross_ray.data.images",
+    "load_weights": "gross_ray.weights",
+    "preset": "gross_ray.presets",
+    "read_table": "gross_ray.run.store",
+    "response_error": "gross_ray.training.stages",
+    "sampling_probabilities": "gross_ray.training.sampling",
+    "set_configuration": "gross_ray.supernet.configure",
+}
+"""The module that defines each public name; the same as the imports above (tested)."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value  # the next access finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

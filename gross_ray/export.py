@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gross_ray.decomposition.calls import output_of, zero_images
-from gross_ray.decomposition.surgery import check_plain
 from gross_ray.errors import GrossRayError, InvalidValueError, first_line
-from gross_ray.modes import evaluating
+from gross_ray.nn.calls import output_of, zero_images
+from gross_ray.nn.modes import evaluating
+from gross_ray.supernet.configure import check_plain
 
 
 def export_network(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from gross_ray.errors import InvalidValueError
 
@@ -49,6 +49,26 @@ class Configuration(tuple[int, ...]):
         return cls([int(part) for part in text.strip().split("-")])
 
 
+class DecomposedLayer(Protocol):
+    """What a layer with several group-sizes has, whatever its class: `SeriesConv2d` is the one of this library."""
+
+    group_sizes: tuple[int, ...]
+    """Its group-sizes, ascending."""
+    group_size: int
+    """The active one."""
+
+    def bottleneck(self, group_size: int) -> Any:
+        """Return the bottleneck at one of the group-sizes."""
+        ...
+
+
+def is_decomposed(module: object) -> TypeGuard[DecomposedLayer]:
+    """Return whether a module of a network is a `DecomposedLayer`."""
+    # The class is asked first: a training step asks every module, and nn.Module is slow to say that it lacks something.
+    of_its_class = callable(getattr(type(module), "bottleneck", None))
+    return of_its_class and hasattr(module, "group_sizes") and hasattr(module, "group_size")
+
+
 class SearchSpace(Sequence[Configuration]):
     """Every combination of the layers' group-sizes, in lexicographic order (the last layer changes fastest).
 
@@ -71,10 +91,11 @@ class SearchSpace(Sequence[Configuration]):
 
     @classmethod
     def of(cls, supernet: nn.Module) -> SearchSpace:
-        """Return the space that `supernet` (from `decompose_model`) spans."""
-        from gross_ray.decomposition.surgery import series_layers
-
-        return cls({name: layer.group_sizes for name, layer in series_layers(supernet).items()})
+        """Return the space of `supernet`, from `decompose_model`; raises InvalidValueError for any other network."""
+        found = {name: module.group_sizes for name, module in supernet.named_modules() if is_decomposed(module)}
+        if not found:
+            raise InvalidValueError("this network has no decomposed layer; make one with decompose_model")
+        return cls(found)
 
     @property
     def layers(self) -> tuple[str, ...]:

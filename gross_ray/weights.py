@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -40,6 +42,37 @@ def set_weights(network: nn.Module, tensors: dict[str, Tensor], path: str | Path
     """Put `tensors`, those of the file `path`, into `network`; raises InvalidValueError where they do not fit it."""
     expected = network.state_dict()
     tensors = fitted(expected, tensors)
+    if told := misfit(expected, tensors):
+        raise InvalidValueError(
+            f"weights {path}: they are another network's: {told}; give the model that they were trained in"
+        )
+    strange = [name for name, one in tensors.items() if one.is_complex() or not one.isfinite().all()]
+    if strange:
+        raise InvalidValueError(
+            f"weights {path}: {len(strange)} hold NaN, infinity or complex numbers ({_first(strange)}); give those of "
+            "a training that ended well"
+        )
+    network.load_state_dict(tensors)
+
+
+def restore_state(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Put a stored state dict back into a network that was built anew.
+
+    Raises InvalidValueError, naming `source`, where the code that builds the network has changed since, so that names
+    or shapes differ.
+    """
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        difference = misfit(network.state_dict(), tensors) or one_line(error)
+        raise InvalidValueError(
+            f"{source} does not fit the network that the model's code builds now: {difference}; restore the code that "
+            "the run was started with, or start another run folder with --out"
+        ) from None
+
+
+def misfit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Return how `tensors` differ in names and shapes from the state dict `expected`; empty where they fit."""
     wrong = {
         "missing": [name for name in expected if name not in tensors and not name.endswith(_COUNTED)],
         "unexpected": [name for name in tensors if name not in expected],
@@ -49,18 +82,29 @@ def set_weights(network: nn.Module, tensors: dict[str, Tensor], path: str | Path
             if name in tensors and tensors[name].shape != tensor.shape
         ],
     }
-    told = [f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names]
-    if told:
-        raise InvalidValueError(
-            f"weights {path}: they are another network's: {'; '.join(told)}; give the model that they were trained in"
-        )
-    strange = [name for name, one in tensors.items() if one.is_complex() or not one.isfinite().all()]
-    if strange:
-        raise InvalidValueError(
-            f"weights {path}: {len(strange)} hold NaN, infinity or complex numbers ({_first(strange)}); give those of "
-            "a training that ended well"
-        )
-    network.load_state_dict(tensors)
+    return "; ".join(f"{len(names)} {what} ({_first(names)})" for what, names in wrong.items() if names)
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256, in hexadecimal digits, of a state dict: names, dtypes, shapes and values.
+
+    The same weights have one hash in every form that `load_weights` takes: with or without the prefixes of
+    DataParallel and torch.compile, with a shared tensor under one of its names or under all, with or without
+    batch-norm's num_batches_tracked.
+    """
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    digest, seen = hashlib.sha256(), set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        if name.endswith(_COUNTED) or (tensor.numel() and _place(tensor) in seen):
+            continue
+        seen.add(_place(tensor))
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -1,101 +1,137 @@
-"""A unit of work, the context in which a worker does it, and where its state is kept between epochs."""
+"""A unit of work and a job of many, and the context in which a unit is done: what stages and executors both know."""
 
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
-from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import SPLITS
+from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import MissingStageError
-from gross_ray.results.store import UNDER_WAY, RunStore
+from gross_ray.run.opened import Run
+from gross_ray.run.store import UNDER_WAY, RunStore
 
-RESIDENT_SHARE = 0.3
-"""Of a worker's share of a GPU's memory, what its images may take; where they need more, they are streamed."""
+
+@dataclass(frozen=True, kw_only=True)
+class Unit(ABC):
+    """The smallest piece of work that is stored, retried and resumed on its own. Each stage has a subclass.
+
+    The fields of a subclass say what is to be done; they are plain values, and its name is made from them.
+    """
+
+    cost: float = field(default=1.0, compare=False)
+    """Amount of work, in any measure: the most costly units are started first."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name of the unit in tables and checkpoints, like ``conv2,g=16,seed=0``; unique within its stage."""
+
+    @property
+    def shared(self) -> str:
+        """Name of what several units read, like a supernet's weights: it is loaded once for all of them."""
+        return ""
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields that say what is to be done, by name."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "cost"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group(Unit):
+    """Several units that one pass does together."""
+
+    members: tuple[Unit, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the first member, and how many follow."""
+        first = self.members[0].name
+        return first if len(self.members) == 1 else f"{first} and {len(self.members) - 1} more"
+
+
+def grouped(units: Sequence[Unit], size: int) -> list[Group]:
+    """Return the units in groups of up to `size`, in their order."""
+    groups = [tuple(units[start : start + size]) for start in range(0, len(units), size)]
+    return [Group(members=group, cost=sum(unit.cost for unit in group)) for group in groups]
+
+
+def require(store: RunStore, stage: str, wanted: Iterable[str], done: set[str]) -> None:
+    """Raise MissingStageError, naming the earlier `stage`, unless all units `wanted` from it are `done`."""
+    names = set(wanted)
+    if names - done:
+        raise MissingStageError(
+            f"{len(names & done)} of {len(names)} units of {stage} are stored in {store.storage}: "
+            f"run `gross {stage}` on it first"
+        )
 
 
 class Report(Protocol):
-    """Told the share of a unit that is done (0 to 1), its state in a few words, and its metrics by name."""
+    """Receives the share of a unit that is done (0 to 1), its state in a few words, and its metrics by name."""
 
     def __call__(self, share: float, text: str, **metrics: float) -> object:
         """Take one report."""
         ...
 
 
-@dataclass(frozen=True)
-class Unit:
-    """The smallest piece of work that is stored, retried and resumed by itself."""
-
-    name: str
-    """Its name in tables and checkpoints, like ``conv2,g=16,seed=0``."""
-    arguments: dict[str, Any] = field(default_factory=dict)
-    """What the stage's function needs to know; plain values."""
-    cost: float = 1.0
-    """About how much work it is, in any unit: the longest are started first."""
-    shared: str = ""
-    """Name of what it reads besides, like a supernet's weights; the driver lays that out once for all workers."""
-
-
-def grouped(units: Sequence[Unit], size: int) -> list[Unit]:
-    """Return units of which each does up to `size` of the given ones in one pass; its work asks `members_of` it."""
-    groups = [units[start : start + size] for start in range(0, len(units), size)]
-    return [
-        Unit(
-            group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more",
-            {"members": [{"name": unit.name, **unit.arguments} for unit in group]},
-            cost=sum(unit.cost for unit in group),
-        )
-        for group in groups
-    ]
-
-
-def members_of(unit: Unit) -> list[Unit]:
-    """Return the units of a group."""
-    return [
-        Unit(member["name"], {name: value for name, value in member.items() if name != "name"})
-        for member in unit.arguments["members"]
-    ]
-
-
-def require(store: RunStore, stage: str, wanted: Iterable[str], there: set[str]) -> None:
-    """Raise MissingStageError, naming the earlier `stage`, unless all units `wanted` from it are `there`."""
-    names = set(wanted)
-    if names - there:
-        raise MissingStageError(
-            f"{len(names & there)} of {len(names)} units of {stage} are stored in {store.storage}: "
-            f"run `gross {stage}` on it first"
-        )
-
-
 @dataclass
 class Context:
-    """What a worker has at hand: the run folder, the images on its device, and a way to report."""
+    """What the work on a unit has at hand: the run, the images on its device, and a way to report."""
 
-    store: RunStore
+    run: Run
     splits: Splits
     device: str
     report: Report
     shared: Any = None
-    """What the unit's `shared` names: arrays in it are read-only memory that all workers of a node share."""
+    """What the unit's `shared` names; arrays in it may be read-only memory that all workers of a node share."""
     kept: dict[str, Any] = field(default_factory=dict)
     """What this worker keeps from one unit to the next."""
 
     @property
+    def store(self) -> RunStore:
+        """The run's folder."""
+        return self.run.store
+
+    @property
     def seed(self) -> int:
         """The experiment's root seed."""
-        return self.store.experiment.seed
+        return self.run.experiment.seed
 
 
-Work = Callable[[Context, Unit], str]
+Work = Callable[[Context, Any], str]
 """Does one unit, stores its result, and returns a few words about it."""
+Shared = Callable[[str], Any]
+"""Loads what units share, by its name: anything that pickles, best as NumPy arrays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a stage asks for: its units, how one of them is done, and which of them are done already."""
+
+    stage: str
+    """Name that the progress shows."""
+    units: Sequence[Unit]
+    work: Work
+    done: Callable[[], set[str]]
+    """Returns the names of the units whose results are stored."""
+    kind: str
+    """Units of one kind are computed with one number of threads, whichever command asks for them."""
+    num_equal: int
+    """About how many units of this kind the whole experiment has: it decides the number of threads."""
+    trials: bool = False
+    """Whether each unit reports metrics from epoch to epoch: a trial of Ray Tune, where Ray executes the job."""
+    shared: Shared | None = None
+    """Loads what units share (`Unit.shared`)."""
+    together: int | None = None
+    """Give `work` groups of up to so many units (`Group`), which one pass does; None: one unit at a time."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +153,7 @@ class EpochSlot:
         self.store.save_checkpoint(self._stage, self.unit, tensors, description)
 
     def clear(self) -> None:
-        """Forget it: the unit's result is stored."""
+        """Delete it: the unit's result is stored."""
         self.store.delete_checkpoint(self._stage, self.unit)
 
     @property
@@ -146,15 +182,18 @@ def unpack_splits(packed: Mapping[str, Any], device: str, room: int | None = Non
     return Splits(packed["name"], train, validation, test, packed["classes"])
 
 
-def room_for_images(device: str) -> int | None:
-    """Return how many bytes of `device` the images of the process that Ray runs here may take; on a CPU, any number.
+def room_for_images(device: str, share: float = 1.0) -> int | None:
+    """Return how many bytes of `device` the images may take, by a process that has `share` of it; None: any number.
 
-    There they lie in the object store, which all processes of a node share.
+    On a CPU the images lie in memory that all processes of a node share.
     """
     if torch.device(device).type != "cuda":
         return None
-    share = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
     return int(RESIDENT_SHARE * share * torch.cuda.get_device_properties(device).total_memory)
+
+
+RESIDENT_SHARE = 0.3
+"""Share of a worker's part of a GPU's memory that its images may take; where they need more, they are streamed."""
 
 
 def tensor_of(array: np.ndarray) -> Tensor:

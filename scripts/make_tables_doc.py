@@ -1,8 +1,8 @@
-"""Write docs/tables.md from the schemas in gross_ray/results/tables.py."""
+"""Write docs/tables.md from the schemas in gross_ray/run/tables.py."""
 
 from pathlib import Path
 
-from gross_ray.results.tables import describe
+from gross_ray.run.tables import describe
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tables.md"
 

@@ -24,8 +24,8 @@ from gross_ray.report.charts import Chart
 from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import space_chart
 from gross_ray.report.sweep_charts import sweep_charts
-from gross_ray.results.store import RunStore
-from gross_ray.results.tables import TABLES
+from gross_ray.run.store import RunStore
+from gross_ray.run.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

@@ -10,9 +10,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.layers import choose_layers
-from gross_ray.decomposition.surgery import build_supernet
+from gross_ray.btd.bottleneck import Bottleneck
+from gross_ray.supernet.build import build_supernet
+from gross_ray.supernet.layers import choose_layers
 
 if TYPE_CHECKING:
     from s3_server import Door

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from click.testing import CliRunner, Result
 
 from cli import main
 from gross_ray.presets import PRESETS, preset
-from gross_ray.results.store import RunStore
-from gross_ray.results.tables import TABLES
-from gross_ray.search.selection import Budget, best_under, pareto_front
-from pipelines import latency, search, sweep
-from pipelines.alpha_trials import OptunaOptions
-from pipelines.cluster import ray
-from pipelines.networks import new_network
-from pipelines.run import STAGES as PIPELINE
-from pipelines.session import Session
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
+from gross_ray.run.tables import TABLES
+from gross_ray.search.budgets import Budget
+from gross_ray.search.selection import best_under, pareto_front
+from pipelines.driver import Session
+from pipelines.execution.cluster import ray
+from pipelines.stages import rounds, search, supernets
+from pipelines.stages.pipeline import STAGES as PIPELINE
 
 STAGES = ["train", "decompose", "reconstruct", "finetune", "search", "validate", "sweep-alpha"]
 
@@ -66,10 +67,10 @@ def run(tmp_path: Path) -> Path:
 def trained(run: Path) -> Path:
     """A run folder in which the base networks are stored."""
     store = RunStore.open(run)
-    network = new_network(store, 10, 32, torch.Generator().manual_seed(0))
+    network = Run(store).new_network(10, 32, torch.Generator().manual_seed(0))
     for seed in range(2):
         row = {"seed": seed, "val_correct": 9, "val_total": 10, "val_accuracy": 0.9, "test_accuracy": 0.9}
-        about = {"num_classes": 10, "image_size": 32, "classes": list("abcdefghij")}
+        about = {"num_classes": 10, "image_size": 32, "input_shape": [3, 32, 32], "classes": list("abcdefghij")}
         store.save_checkpoint("train", f"seed={seed}", network.state_dict(), about)
         store.write_table("networks", f"seed={seed}", [{**row, "macs": 1, "parameters": 1}])
         store.write_table("history", f"train,seed={seed}", [])
@@ -315,25 +316,17 @@ def did(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         }
     )
 
-    def best(store: RunStore, budgets: tuple[Budget, ...], top: int) -> pd.DataFrame:
-        done.append(("best", store.path, budgets, top))
+    def best(run: Run, budgets: tuple[Budget, ...], top: int) -> pd.DataFrame:
+        done.append(("best", run.store.path, budgets, top))
         return best_under(accuracies, budgets, top)
 
-    def front(store: RunStore, costs: list[str]) -> pd.DataFrame:
-        done.append(("front", store.path, *costs))
+    def front(run: Run, costs: list[str]) -> pd.DataFrame:
+        done.append(("front", run.store.path, *costs))
         return pareto_front(accuracies, cost=costs)
 
-    def add_latency(session: Session, *, batch_size: int, threads: int) -> None:
-        done.append(("latency", batch_size, threads))
-        where = {"device": "Abacus", "host": "here", "batch_size": batch_size, "threads": threads}
-        model = {**where, "offset_ms": 0.0, "slope": 1.0, "num_sampled": 20, "median_error": 0.034}
-        session.store.write_table("latency_models", "abacus", [model])
-
-    stage = replace(PIPELINE["search"], run=lambda session: done.append(("search", session.store.path)))
-    monkeypatch.setitem(PIPELINE, "search", stage)
+    monkeypatch.setattr(search, "do", lambda driver: done.append(("search", driver.run.store.path)))
     for function in (best, front):
         monkeypatch.setattr(search, function.__name__, function)
-    monkeypatch.setattr(latency, "add_latency", add_latency)
     return done
 
 
@@ -346,7 +339,7 @@ def printed(*arguments: str | Path) -> list[list[str]]:
 
 def test_search_prints_the_best_under_all_budgets(run: Path, did: list[Any]) -> None:
     lines = printed("search", run, "--budget", "macs=2.66M", "--budget", "latency_ms=1.75", "--top", "3")
-    assert did == [("search", run), ("best", run, (Budget("macs", 2.66e6), Budget("latency_ms", 1.75)), 3)]
+    assert did == [("best", run, (Budget("macs", 2.66e6), Budget("latency_ms", 1.75)), 3)]
     assert lines[0] == ["Most", "accurate", "within", "macs=2.66M", "and", "latency_ms=1.75"]
     assert lines[2:] == [["1", "4-4-4", "1.50", "12000", "1.500", "80.00"]]
     lines = printed("search", run, "--budget", "parameters=20k")
@@ -364,7 +357,7 @@ def test_search_without_budgets_prints_the_stored_selections(run: Path, did: lis
 
 def test_search_prints_the_front_of_the_first_budgets_cost(run: Path, did: list[Any]) -> None:
     lines = printed("search", run, "--pareto")
-    assert did == [("search", run), ("front", run, "macs")]
+    assert did == [("front", run, "macs")]
     assert [line[0] for line in lines[2:]] == ["2-4-8", "4-4-4", "16-16-16"]
     lines = printed("search", run, "--pareto", "--budget", "parameters=13k", "--budget", "macs=2M")
     assert did[-1] == ("front", run, "parameters")
@@ -375,16 +368,6 @@ def test_search_prints_the_front_of_the_first_budgets_cost(run: Path, did: list[
     assert did[-1] == ("front", run, "parameters", "macs")
     assert [line[0] for line in lines[-3:]] == ["4-4-4", "2-4-8", "16-16-16"]
     assert "parameters, macs" in " ".join(lines[-5])
-
-
-def test_search_predicts_the_latency_once_all_is_evaluated(run: Path, did: list[Any]) -> None:
-    lines = printed("search", run, "--latency", "--latency-threads", "2", "--budget", "latency_ms=2")
-    assert [each[0] for each in did] == ["search", "latency", "best"]
-    assert did[1] == ("latency", 1, 2)
-    assert lines[2] == ["Abacus", "here", "1", "2", "3.4", "%", "(20)"]
-    assert lines[6][:2] == ["1", "4-4-4"]
-    assert printed("search", run, "--latency", "--latency-batch", "8")[0] == ["nothing", "stored"]
-    assert did[-1] == ("latency", 8, 1)
 
 
 def test_search_says_the_smallest_where_nothing_fits(run: Path, did: list[Any]) -> None:
@@ -403,9 +386,10 @@ def test_search_says_the_smallest_where_nothing_fits(run: Path, did: list[Any]) 
         (["--top", "3"], ["--top 3 without --budget"]),
         (["--costs", "macs"], ["--costs macs without --pareto"]),
         (["--pareto", "--costs", "macs,flops"], ["--costs macs,flops: 'flops' is none of macs, macs_paper,"]),
-        (["--pareto", "--latency-batch", "2"], ["--latency-batch 2 without --latency"]),
-        (["--latency-threads", "1"], ["--latency-threads 1 without --latency"]),
-        (["--latency", "--latency-batch", "0"], ["--latency-batch", "0"]),
+        (["--pareto", "--num-cpus", "2"], ["--num-cpus 2 with --pareto, which only answers: leave one of them out"]),
+        (["--budget", "macs=2M", "--in-process"], ["--in-process with --budget, which only answers"]),
+        (["--pareto", "--preset", "quickstart"], ["--preset quickstart with --pareto"]),
+        (["--pareto", "--set", "seed=1", "--set", "seed=2"], ["--set seed=1 seed=2 with --pareto"]),
     ],
 )
 def test_a_wrong_search_is_refused_before_any_work(
@@ -418,54 +402,93 @@ def test_a_wrong_search_is_refused_before_any_work(
     assert listing(run) == ["experiment.json"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--search", "bayes"], ["--search", "'bayes'", "'grid', 'optuna'"]),
-        (["--scheduler", "hyperband"], ["--scheduler", "'hyperband'", "'none', 'asha'"]),
-        (["--trials", "3"], ["--trials 3 without --search optuna"]),
-        (["--alpha-low", "1"], ["--alpha-low 1.0 without --search optuna"]),
-        (["--search", "grid", "--alpha-high", "4"], ["--alpha-high 4.0 without --search optuna"]),
-        (["--search", "optuna", "--trials", "0"], ["trials = 0", "1 or more"]),
-        (["--search", "optuna", "--alpha-low", "5", "--alpha-high", "4"], ["alpha from 5 to 4"]),
-    ],
-)
-def test_a_wrong_sweep_is_refused_before_any_work(run: Path, arguments: list[str], parts: list[str]) -> None:
-    line = mistake("sweep-alpha", run, *arguments)
-    for part in parts:
-        assert part in line
-    assert listing(run) == ["experiment.json"]
-
-
-def test_a_search_without_optuna_is_refused_before_any_work(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    line = mistake("sweep-alpha", run, "--search", "optuna")
-    assert line == "Error: Optuna is not installed; install it with: pip install 'gross-ray[optuna]'"
-    assert listing(run) == ["experiment.json"]
-
-
-def test_a_search_before_the_decompositions_names_their_stage(trained: Path) -> None:
-    assert "run `gross decompose` on it first" in mistake("sweep-alpha", trained, "--search", "optuna", "--trials", "2")
-
-
 def test_a_sweep_says_by_what_trials_are_compared() -> None:
     shown = " ".join(gross("sweep-alpha", "--help").stdout.split())
     assert "supernet_accuracy: the mean accuracy of the fixed configurations in the supernet" in shown
 
 
-def test_the_sweep_gets_what_was_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(sweep, "run", lambda session, **how: asked.append(how))
-    assert gross("sweep-alpha", run).exit_code == 0
-    ended = gross(
-        "sweep-alpha", run, "--scheduler", "asha", "--search", "optuna", "--trials", "7", "--alpha-high", "2.5"
-    )
-    assert ended.exit_code == 0
-    assert "proposed by Optuna" in ended.stdout
-    assert asked == [
-        {"scheduler": "none", "optuna": None},
-        {"scheduler": "asha", "optuna": OptunaOptions(trials=7, alpha_low=0.0, alpha_high=2.5)},
-    ]
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """How sessions are opened; none of them does anything."""
+    asked: list[dict[str, Any]] = []
+
+    @contextmanager
+    def record(*_: Any, **how: Any) -> Iterator[None]:
+        asked.append(how)
+        yield None
+
+    monkeypatch.setattr(Session, "opened", record)
+    for stage in PIPELINE.values():
+        monkeypatch.setattr(stage, "do", lambda driver: None)
+    return asked
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_is_done_in_this_process_if_that_is_asked_for(
+    run: Path, opened: list[dict[str, Any]], stage: str
+) -> None:
+    assert gross(stage, run, "--in-process").exit_code == 0
+    assert gross(stage, run).exit_code == 0
+    assert [how["in_process"] for how in opened] == [True, False]
+
+
+@pytest.mark.parametrize("command", [["run", "--preset", "quickstart", "--out"], *([stage] for stage in STAGES)])
+@pytest.mark.parametrize("option", [("--address", "10.0.0.1:6379"), ("--num-cpus", "2"), ("--gpus-per-unit", "0.25")])
+def test_in_this_process_there_is_no_cluster_to_choose(
+    run: Path, opened: list[dict[str, Any]], command: list[str], option: tuple[str, str]
+) -> None:
+    before = listing(run)
+    line = mistake(*command, run, "--in-process", *option)
+    assert f"{' '.join(option)} with --in-process" in line
+    assert (opened, listing(run)) == ([], before)
+
+
+@pytest.mark.parametrize("command", [["run", "--preset", "quickstart", "--out"], ["validate"], ["sweep-alpha"]])
+def test_callbacks_of_ray_tune_need_ray(run: Path, opened: list[dict[str, Any]], command: list[str]) -> None:
+    line = mistake(*command, run, "--in-process", "--callback", "no_such:Callback")
+    assert "--callback no_such:Callback with --in-process" in line
+    assert opened == []
+
+
+@pytest.mark.parametrize("question", [["--budget", "macs=2M"], ["--pareto"]])
+def test_a_question_about_an_unfinished_search_names_the_search(run: Path, trained: Path, question: list[str]) -> None:
+    before = listing(run)
+    assert mistake("search", run, *question).endswith(f"is not finished: run `gross search {run}` first")
+    assert listing(run) == before  # no lock either
+
+
+@pytest.mark.parametrize("strategy", ["exhaustive", "random"])
+def test_a_search_is_finished_when_all_its_shards_are_stored(tmp_path: Path, strategy: str) -> None:
+    settings = [f"search.strategy={strategy}", f"search.evaluations={4 if strategy == 'random' else 0}"]
+    store = RunStore.create(tmp_path / "run", preset("quickstart").override(settings))
+    supernet = supernets.searched(Run(store))[0].name
+    if strategy == "exhaustive":
+        store.save_checkpoint("search-plan", "plan", {}, {"shards": [[0, 1], [1, 2]], "forms": {}, "memory_budget": 1})
+        units = [f"{supernet},start=0,stop=1", f"{supernet},start=1,stop=2"]
+    else:
+        store.save_checkpoint("search-plan", "plan", {}, {"shards": [], "forms": {}, "memory_budget": 1})
+        store.save_checkpoint(rounds.ROUNDS, "round=0", {}, {"configurations": ["1-1-1", "2-2-2"]})
+        units = [f"{supernet},round=0,part={part}" for part in range(2)]
+    sizes = {f"layer conv{layer}": 1 for layer in (2, 3, 4)}
+    for number, unit in enumerate(units):
+        row = {"supernet": supernet, "alpha": 4.0, "scaling": "normalised", "seed": 0, "latency_ms": None, **sizes}
+        row |= {"configuration": f"{number + 1}-{number + 1}-{number + 1}", "macs": 1000 + number, "macs_paper": 900}
+        row |= {"parameters": 10, "val_correct": 5 + number, "val_total": 10, "val_loss": 1.0}
+        row |= {"val_accuracy": (5 + number) / 10}
+        assert "is not finished" in mistake("search", store.path, "--pareto")
+        store.write_table(
+            "configurations",
+            unit,
+            [row | {"val_accuracy": row["val_correct"] / 10}],
+            layers=["conv2", "conv3", "conv4"],
+        )
+    if strategy == "random":
+        assert "is not finished" in mistake("search", store.path, "--pareto")  # its strategy may go on
+        rounds.end(Run(store))
+    before = listing(store.path)
+    assert [line[0] for line in printed("search", store.path, "--pareto")[2:]] == ["1-1-1", "2-2-2"]
+    assert printed("search", store.path, "--budget", "macs=1k")[2][:2] == ["1", "1-1-1"]
+    assert listing(store.path) == before
 
 
 def test_inspect_prints_layers_the_space_and_what_is_left_alone() -> None:

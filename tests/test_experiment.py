@@ -22,6 +22,7 @@ from gross_ray.experiment import (
     ValidationOptions,
 )
 from gross_ray.presets import PRESETS, preset
+from gross_ray.training.sampling import sampling_probabilities
 
 FIELDS = Experiment().fields()
 # Another lawful value for every kind of field. 0.0 and -0.0, 1 and 1.0 are equal: their fingerprints must be so too.
@@ -29,7 +30,8 @@ LAWFUL: dict[str, list[str]] = {
     "seed": ["0", "1", "-0"],
     "name": ["a", "b", '"a"', "12", "true", "null", "[1]"],
     "model": ["four-conv", "resnet18"],
-    "data.name": ["sample", "cifar10", "folder:/data/a=b"],
+    "weights": ["", "/home/a/w.pt", "w.safetensors"],
+    "data.name": ["sample", "cifar10", "folder:/data/a=b", "folder:elsewhere"],
     "data.limit_train": ["0", "10"],
     "training.epochs": ["1", "3"],
     "training.lr": ["1", "1.0", "0.5", "5e-1"],
@@ -46,7 +48,8 @@ LAWFUL: dict[str, list[str]] = {
     "validation.finetuning.momentum": ["0", "-0.0", "0.9"],
 }
 experiments = st.builds(
-    lambda chosen: Experiment().override([f"{name}={value}" for name, value in chosen.items()]),
+    # Of one training seed: there may be no more where weights are given.
+    lambda chosen: Experiment().override(["training.seeds=1", *(f"{name}={value}" for name, value in chosen.items())]),
     st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in LAWFUL.items()}),
 )
 
@@ -128,11 +131,16 @@ def test_values_out_of_range_are_refused_by_name_and_rule(name: str, text: str, 
     assert rule in message
 
 
-@pytest.mark.parametrize("stacked", ["engine.parallel_seeds=2", "engine.compile=true"])
+@pytest.mark.parametrize("stacked", ["engine.parallel_seeds=2", "engine.compile=true", "engine.capture=true"])
 def test_stacks_in_bfloat16_are_refused(stacked: str) -> None:
     with pytest.raises(InvalidValueError) as refused_:
         preset("quickstart").override([stacked, "engine.precision=bfloat16"])
-    assert str(refused_.value).startswith("engine.precision = 'bfloat16': must be float32 or tf32 with engine.")
+    message, name = str(refused_.value), stacked.partition("=")[0]
+    assert message.startswith(f"engine.precision = 'bfloat16': must be float32 or tf32 with {name} = ")
+    assert f"set {name}=" in message
+    assert "\n" not in message
+    remedy = message.partition("set ")[2].partition(",")[0]
+    assert preset("quickstart").override([stacked, "engine.precision=bfloat16", remedy]).engine.precision == "bfloat16"
 
 
 def test_unknown_model_lists_those_there_are() -> None:
@@ -212,10 +220,28 @@ def test_json_gives_any_experiment_back(experiment: Experiment) -> None:
     assert Experiment.from_json(experiment.to_json()) == experiment
 
 
+def without_paths(experiment: Experiment) -> Experiment:
+    """The same experiment with one path in place of any."""
+    weights = "w.pt" if experiment.weights else ""
+    name = "folder:f" if experiment.data.name.startswith("folder:") else experiment.data.name
+    return dataclasses.replace(experiment, weights=weights, data=dataclasses.replace(experiment.data, name=name))
+
+
 @given(experiments, experiments)
-def test_fingerprints_and_first_difference_agree_with_equality(one: Experiment, other: Experiment) -> None:
-    assert (one.fingerprint() == other.fingerprint()) == (one == other)
-    assert (one.first_difference(other) is None) == (one == other)
+def test_fingerprints_and_first_difference_leave_paths_out(one: Experiment, other: Experiment) -> None:
+    same = without_paths(one) == without_paths(other)
+    assert (one.fingerprint() == other.fingerprint()) == same
+    assert (one.first_difference(other) is None) == same
+    assert (one.first_difference(other, paths=["weights", "data.name"]) is None) == (one == other)
+
+
+@pytest.mark.parametrize("weights", ["", "/home/a/w.pt"])
+@pytest.mark.parametrize("name", ["sample", "folder:/data/a"])
+def test_a_hash_counts_in_a_fingerprint_only_where_there_is_a_path(name: str, weights: str) -> None:
+    experiment = Experiment().override(["training.seeds=1", f"weights={weights}", f"data.name={name}"])
+    plain = experiment.fingerprint(weights="a", data="a")
+    assert (experiment.fingerprint(weights="b", data="a") != plain) == bool(weights)
+    assert (experiment.fingerprint(weights="a", data="b") != plain) == name.startswith("folder:")
 
 
 @given(experiments)
@@ -230,7 +256,7 @@ def test_first_difference_names_the_first_field_that_differs(one: Experiment, ot
     theirs = other.fields()
     differing = [(name, value, theirs[name]) for name, value in one.fields().items() if value != theirs[name]]
     expected = "{} ({!r}, not {!r})".format(*differing[0]) if differing else None
-    assert one.first_difference(other) == expected
+    assert one.first_difference(other, paths=["weights", "data.name"]) == expected
 
 
 def test_first_difference_reads_as_a_sentence() -> None:
@@ -301,6 +327,67 @@ def test_milestones_that_no_epoch_reaches_are_without_effect() -> None:
     ]
     schedule = preset("paper").override(settings).finetuning
     assert schedule.lr_at(28) > schedule.lr_at(29)
+
+
+@pytest.mark.parametrize(
+    ("settings", "started", "but_not"),
+    [
+        (["finetuning.gamma=0.5", "finetuning.milestones=[]"], ["finetuning.gamma = 0.5"], "finetuning.milestones=[9]"),
+        (["training.gamma=1"], ["training.milestones = [50, 75]"], "training.gamma=0.5"),
+        (["supernet.scaling=index"], ["supernet.scaling = 'index'"], "supernet.alpha=1"),
+        (["sweep.scalings=index", "sweep.alphas=0"], ["sweep.scalings = ['index']"], "sweep.alphas=[0, 1]"),
+        (
+            ["sweep.alphas=[]", "sweep.seeds=3", "sweep.scalings=index"],
+            ["sweep.scalings = ['index']", "sweep.seeds = 3"],
+            "sweep.alphas=[0, 1]",
+        ),
+        (
+            ["sweep.scalings=[]", "sweep.alphas=[1]"],
+            ["sweep.alphas = [1.0]"],
+            "sweep.scalings=index",
+        ),
+        (
+            ["engine.parallel_seeds=6", "supernet.seeds=5", "sweep.alphas=[0]", "sweep.seeds=2"],
+            ["engine.parallel_seeds = 6"],
+            "sweep.seeds=6",
+        ),
+        (
+            ["weights=a.pt", "training.seeds=1", "training.epochs=3", "training.lr=0.5", "training.milestones=[9]"],
+            ["training.epochs, training.lr, training.milestones: the base network has the weights a.pt"],
+            "weights=",
+        ),
+        (
+            ["decomposition.nested=true", "decomposition.group_sizes=4"],
+            ["decomposition.nested = True"],
+            "decomposition.group_sizes=[4, 8]",
+        ),
+    ],
+)
+def test_a_setting_that_others_cancel_is_without_effect(settings: list[str], started: list[str], but_not: str) -> None:
+    found = Experiment().override(settings).without_effect()
+    assert len(found) == len(started)
+    for line, start in zip(found, started, strict=True):
+        assert line.startswith(start)
+        assert "\n" not in line
+    other = Experiment().override([*settings, but_not]).without_effect()
+    assert not set(other) & set(found)
+
+
+def test_both_scalings_draw_alike_where_one_is_said_to_have_no_effect() -> None:
+    for line_expected, alpha in ((True, 0.0), (False, 1.0)):
+        experiment = Experiment().override(["supernet.scaling=index", f"supernet.alpha={alpha}"])
+        index, other = (sampling_probabilities(4, alpha, scaling=scaling) for scaling in ("index", "normalised"))
+        assert bool(experiment.without_effect()) == line_expected == bool(index.equal(other))
+
+
+def test_what_has_no_effect_on_a_device_or_with_so_many_images_is_told() -> None:
+    experiment = Experiment().override(["engine.capture=true", "finetuning.images=100"])
+    assert experiment.without_effect() == []
+    assert experiment.without_effect(device="cuda:0", num_images=100) == []
+    (line,) = experiment.without_effect(device="cpu")
+    assert line.startswith("engine.capture = True: trainings are on cpu")
+    (line,) = experiment.without_effect(num_images=99)
+    assert line.startswith("finetuning.images = 100: the training split has 99 images")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from gross_ray.decomposition.surgery import extract
 from gross_ray.errors import GrossRayError, InvalidValueError
 from gross_ray.export import export_network, export_onnx, export_program, export_weights
+from gross_ray.supernet.configure import extract
 
 SIZES = {"1": (1, 2, 4), "4": (2, 8)}
 

@@ -1,12 +1,12 @@
 import pytest
 
-from gross_ray.decomposition.layers import choice_of
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment, Schedule
 from gross_ray.models import four_conv
 from gross_ray.presets import PRESETS, preset
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.build import empty_supernet
+from gross_ray.supernet.layers import choice_of
 
 
 def steps(schedule: Schedule) -> tuple[int, float, tuple[int, ...]]:

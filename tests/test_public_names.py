@@ -1,5 +1,8 @@
+import ast
 import dataclasses
+import importlib
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -50,6 +53,8 @@ FUNCTIONS: dict[str, list[Any]] = {
         "*",
         ("convention", "actual"),
     ],
+    "load_dataset": [("options", NONE)],
+    "load_weights": [("network", NONE), ("path", NONE)],
     "read_table": [("run", NONE), ("name", NONE), ("columns", None)],
     "export_onnx": [("model", NONE), ("path", NONE), ("input_shape", NONE)],
 }
@@ -114,10 +119,49 @@ def test_sampling_scales_in_one_of_the_two_ways() -> None:
     assert default == "normalised"
 
 
+def imports_for_type_checkers() -> dict[str, str]:
+    """Return the module of each name that gross_ray imports under TYPE_CHECKING."""
+    tree = ast.parse(inspect.getsource(gross_ray))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    found = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in found for alias in node.names}
+
+
+def test_type_checkers_see_the_names_that_are_loaded_at_first_use() -> None:
+    assert imports_for_type_checkers() == gross_ray._MODULES
+    assert sorted(gross_ray._MODULES) == gross_ray.__all__ == sorted(gross_ray.__all__)
+    for name, module in gross_ray._MODULES.items():
+        assert getattr(gross_ray, name) is getattr(importlib.import_module(module), name)
+
+
+def test_public_names_are_listed_pickled_and_imported_by_a_star() -> None:
+    assert set(gross_ray.__all__) <= set(dir(gross_ray))
+    scope: dict[str, Any] = {}
+    exec("from gross_ray import *", scope)
+    for name in gross_ray.__all__:
+        assert pickle.loads(pickle.dumps(scope[name])) is getattr(gross_ray, name)
+
+
+def test_a_wrong_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'gross_ray' has no attribute 'decompose_modal'"):
+        gross_ray.decompose_modal  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'decompose_modal'"):
+        exec("from gross_ray import decompose_modal")
+
+
 def test_everything_listed_can_be_imported() -> None:
     assert all(hasattr(gross_ray, name) for name in gross_ray.__all__)
     classes = {"BTDOptions", "BlockTerms", "Bottleneck", "SeriesConv2d", "SearchSpace", "Configuration"}
+    classes |= {"DataOptions", "Schedule"}
     assert classes | set(FUNCTIONS) <= set(gross_ray.__all__)
+
+
+def test_the_paths_that_scripts_of_others_import_lead_to_the_public_names() -> None:
+    experiment = importlib.import_module("gross_ray.experiment")
+    assert experiment.DataOptions is gross_ray.DataOptions
+    assert experiment.Schedule is gross_ray.Schedule
+    assert importlib.import_module("gross_ray.data.images").load_dataset is gross_ray.load_dataset
+    assert importlib.import_module("gross_ray.weights").load_weights is gross_ray.load_weights
 
 
 def test_options_and_results_have_the_fields_of_the_design() -> None:

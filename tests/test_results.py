@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import gross_ray
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 ROOT = Path(gross_ray.__file__).parents[1]
 KEPT = sorted(path.parent for path in (ROOT / "results").glob("*/about.json"))

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import empty_supernet
 
 sizes_of_layers = st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=4, unique=True), min_size=1, max_size=4)
 group_sizes = st.lists(st.integers(1, 10**6), min_size=1, max_size=8)

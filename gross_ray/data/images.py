@@ -24,12 +24,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.names import check_dataset_name
+from gross_ray.data.normalisation import Normalisation
+from gross_ray.data.options import DataOptions
 from gross_ray.data.own import read_own
 from gross_ray.errors import DatasetError, InvalidValueError, one_line
-from gross_ray.experiment import DataOptions
 
 SPLITS = ("train", "validation", "test")
 SAMPLE_FILE = Path(__file__).with_name("sample.parquet")

@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from gross_ray.results.store import RunStore
+from gross_ray.run.pins import fingerprint, stored_data
+from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters, peak_activations
 from gross_ray.search.folding import Folding
 from gross_ray.search.latency import LatencyModel, Timing
@@ -35,7 +36,7 @@ def model_card(
     row = repeats.query("seed == @seed").iloc[0]
     sizes = Configuration.parse(configuration)
     starts = store.read_table("runs", ["gross_ray", "python", "torch", "torchvision", "ray"]).to_dict("records")
-    data = store.experiment.data
+    data, images = store.experiment.data, stored_data(store)
     return {
         "configuration": configuration,
         "layers": dict(zip(layers, sizes, strict=True)),
@@ -55,9 +56,10 @@ def model_card(
         },
         "classes": list(classes),
         "dataset": data.name,
+        "dataset hash": None if images is None else images.hash,
         "seed": seed,
         "experiment": store.experiment.fields(),
-        "fingerprint": store.experiment.fingerprint(),
+        "fingerprint": fingerprint(store),
         "versions": starts[-1] if starts else None,
     }
 

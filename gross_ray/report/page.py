@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gross_ray.errors import GrossRayError, InvalidValueError
-from gross_ray.results.storage import Storage
-from gross_ray.results.store import RunStore
+from gross_ray.run.storage import Storage
+from gross_ray.run.store import RunStore
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+    from gross_ray.report.searched import Searched
     from gross_ray.report.sections import Section
 
 
@@ -26,14 +27,15 @@ def check_target(target: Path | None) -> None:
         raise InvalidValueError(f"--to {target}: there is no folder {target.parent}; make it, or name another file")
 
 
-def write_page(store: RunStore, target: Path | None = None) -> str:
+def write_page(store: RunStore, target: Path | None = None, searched: Searched | None = None) -> str:
     """Write the page of a run to `target`, or else into the run folder, and return where it is.
 
-    The file is either whole or the earlier one. Raises InvalidValueError where `target` has no folder, StorageError
-    where nothing can be written, and GrossRayError where plotly or jinja2 is not installed.
+    `searched` is read unless it is given. The file is either whole or the earlier one. Raises InvalidValueError where
+    `target` has no folder, StorageError where nothing can be written, and GrossRayError where plotly or jinja2 is not
+    installed.
     """
     check_target(target)
-    page = html_page(store)
+    page = html_page(store, searched)
     if target is None:
         return store.write_report(page)
     folder = Storage(target.absolute().parent)
@@ -41,7 +43,7 @@ def write_page(store: RunStore, target: Path | None = None) -> str:
     return str(target)
 
 
-def html_page(store: RunStore) -> str:
+def html_page(store: RunStore, searched: Searched | None = None) -> str:
     """Return the page: it needs no network, and says what a run that is not finished lacks.
 
     Raises GrossRayError where plotly or jinja2 is not installed.
@@ -62,7 +64,7 @@ def html_page(store: RunStore) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"prose": _prose, "breakable": _breakable}
-    parts = sections(store)
+    parts = sections(store, searched)
     return environment.from_string((templates / "page.html").read_text(encoding="utf-8")).render(
         experiment=store.experiment,
         folder=str(store.storage),

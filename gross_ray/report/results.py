@@ -9,9 +9,10 @@ import pandas as pd
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.searched import Searched
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import Budget
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
-from gross_ray.search.selection import Budget, best_under
+from gross_ray.search.selection import best_under
 from gross_ray.seeds import derived_generator
 from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling
@@ -210,7 +211,7 @@ def cost_columns(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]
 
 def sweep_table(store: RunStore) -> ResultTable:
     """Return Figure 1's numbers: accuracy in the supernet less that on its own, for each alpha (validation split)."""
-    sweep, trials = store.read_table("alpha_sweep"), store.read_table("alpha_trials")
+    sweep = store.read_table("alpha_sweep")
     title = "Sampling temperature: supernet less fixed, percentage points: mean (std) (validation split, Figure 1)"
     if sweep.empty:
         return ResultTable(title, missing=["run `gross sweep-alpha`"])
@@ -220,12 +221,6 @@ def sweep_table(store: RunStore) -> ResultTable:
         points = 100 * group.groupby("configuration")["difference"].agg(["mean", "std"]).reindex(configurations)
         differences = [_mean_and_spread(*one) for one in points.itertuples(index=False)]
         rows.append([temperature(alpha, scaling), *differences, str(group["seed"].nunique())])
-    stopped = trials[(trials["search"] == "grid") & (trials["status"] == "stopped")]
-    notes = [
-        f"not compared, stopped early: {trial.unit}, after epoch {trial.epochs} "
-        f"(fixed configurations {100 * trial.supernet_accuracy:.2f})"
-        for trial in stopped.itertuples()
-    ]
     options = store.experiment.sweep
     planned = {
         (alpha, settled_scaling(alpha, scaling), seed)
@@ -234,35 +229,13 @@ def sweep_table(store: RunStore) -> ResultTable:
         for seed in range(options.seeds)
     }
     compared = set(sweep[["alpha", "scaling", "seed"]].itertuples(index=False, name=None))
-    lacking = len(planned - compared) - len(notes)
-    missing = _lacking(lacking, len(planned), "supernets of the sweep (run `gross sweep-alpha`)")
-    return ResultTable(title, ["alpha", *configurations, "n"], rows, notes, missing)
+    missing = _lacking(len(planned - compared), len(planned), "supernets of the sweep (run `gross sweep-alpha`)")
+    return ResultTable(title, ["alpha", *configurations, "n"], rows, missing=missing)
 
 
 def is_swept(store: RunStore) -> bool:
     """Return whether the experiment asks for a sweep over alpha, or one is stored though it does not."""
     return bool(store.experiment.sweep.alphas) or bool(store.units("alpha_sweep"))
-
-
-def trials_table(store: RunStore) -> ResultTable:
-    """Return the trials of the search for alpha, the best first; no rows where none was made."""
-    trials = store.read_table("alpha_trials")
-    searched = trials[trials["search"] == "optuna"].sort_values(
-        ["supernet_accuracy", "trial"], ascending=[False, True], na_position="last"
-    )
-    rows = [
-        [
-            str(trial.trial),
-            temperature(trial.alpha, trial.scaling),
-            str(trial.seed),
-            str(trial.epochs),
-            "-" if pd.isna(trial.supernet_accuracy) else f"{100 * trial.supernet_accuracy:.2f}",
-            trial.status,
-        ]
-        for trial in searched.itertuples()
-    ]
-    title = "Sampling temperatures proposed by Optuna: fixed configurations in the supernet (validation split)"
-    return ResultTable(title, ["trial", "alpha", "seed", "epochs", "in supernet (val)", "status"], rows)
 
 
 def selected(store: RunStore) -> pd.DataFrame:

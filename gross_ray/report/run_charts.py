@@ -22,7 +22,7 @@ from gross_ray.report.charts import (
 )
 from gross_ray.report.results import ResultTable, correlation_sentence, kinds_of
 from gross_ray.report.searched import Searched
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 MAX_CURVES = 12
 """Trainings of one stage that are drawn, at most."""

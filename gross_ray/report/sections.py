@@ -9,19 +9,20 @@ from functools import reduce
 
 import pandas as pd
 
+from gross_ray.data.identity import SHORT, SPLITS
 from gross_ray.report.charts import Chart
 from gross_ray.report.results import (
     ResultTable,
     is_swept,
     main_tables,
     sweep_table,
-    trials_table,
 )
 from gross_ray.report.run_charts import curves_chart, decomposition_chart, retrained_chart
 from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import space_chart
 from gross_ray.report.sweep_charts import sweep_charts
-from gross_ray.results.store import RunStore
+from gross_ray.run.pins import fingerprint, stored_data
+from gross_ray.run.store import RunStore
 
 _STAGES = ("train", "decompose", "reconstruct", "finetune", "validate-reconstruct", "validate-finetune")
 _VERSIONS = ("gross_ray", "python", "torch", "torchvision", "ray")
@@ -48,9 +49,9 @@ class Section:
         return [*self.missing, *empty, *(what for table in self.tables for what in table.missing if table.heads)]
 
 
-def sections(store: RunStore) -> list[Section]:
+def sections(store: RunStore, searched: Searched | None = None) -> list[Section]:
     """Read the tables and return all parts; one that the experiment does not ask for is left out."""
-    searched = Searched.of(store)
+    searched = searched or Searched.of(store)
     parts = [
         _space(store, searched),
         _tables(store, searched),
@@ -87,12 +88,11 @@ def _retrained(store: RunStore, searched: Searched) -> Section:
 
 def _sweep(store: RunStore) -> Section:
     title = "The sampling temperature (Figure 1)"
-    table, trials, sweep = sweep_table(store), trials_table(store), store.read_table("alpha_sweep")
-    proposals = [trials] if trials.rows else []
+    sweep = store.read_table("alpha_sweep")
     if sweep.empty:
         missing = ["the sweep over alpha (run `gross sweep-alpha`)"] if is_swept(store) else []
-        return Section("sweep", title, tables=proposals, missing=missing)
-    return Section("sweep", title, sweep_charts(store, sweep), [table, *proposals])
+        return Section("sweep", title, missing=missing)
+    return Section("sweep", title, sweep_charts(store, sweep), [sweep_table(store)])
 
 
 def _decompositions(store: RunStore) -> Section:
@@ -114,6 +114,7 @@ def _times(store: RunStore) -> Section:
     runs = store.read_table("runs", ["started", *_VERSIONS, "host", "device", "num_cpus"])
     if runs.empty:
         return Section("time", title, missing=["any start of a stage (run `gross run` or `gross train`)"])
+    images = _images(store)
     starts = ResultTable(
         "Starts of a command on this run folder",
         ["started (UTC)", *_VERSIONS, "host", "device", "cores"],
@@ -125,7 +126,7 @@ def _times(store: RunStore) -> Section:
     unit = reduce(lambda one, other: one + " " + other, keys)
     work = [part for part in (trained, decomposed.assign(stage="decompose", unit=unit)) if len(part)]
     if not work:
-        return Section("time", title, tables=[starts], missing=["times of work (run `gross train`)"])
+        return Section("time", title, tables=[starts, *images], missing=["times of work (run `gross train`)"])
     rows, total = [], 0.0
     for stage, group in _in_order(pd.concat(work)).groupby("stage", sort=False):
         total += group["seconds"].sum()
@@ -136,13 +137,24 @@ def _times(store: RunStore) -> Section:
         "Evaluations are not counted; what `--reuse` took over from another run is."
     )
     times = ResultTable("Time of training and decomposing", ["stage", "units", "h:mm:ss"], rows, [note])
-    return Section("time", title, tables=[starts, times])
+    return Section("time", title, tables=[starts, *images, times])
+
+
+def _images(store: RunStore) -> list[ResultTable]:
+    """Return the table of the images' hashes, if the run folder stores them."""
+    stored = stored_data(store)
+    if stored is None:
+        return []
+    splits = [(split, getattr(stored, split)) for split in SPLITS]
+    rows = [[name, str(split.count), split.hash[:SHORT]] for name, split in splits]
+    title = f"The images of {store.experiment.data.name}, with the first {SHORT} digits of their hashes"
+    return [ResultTable(title, ["split", "images", "SHA-256"], rows)]
 
 
 def _experiment(store: RunStore) -> Section:
     fields = store.experiment.fields()
     rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in fields.items()]
-    title = f"The experiment: {len(rows)} fields, fingerprint {store.experiment.fingerprint()}"
+    title = f"The experiment: {len(rows)} fields, fingerprint {fingerprint(store)}"
     return Section("experiment", "The experiment", tables=[ResultTable(title, ["field", "value"], rows)], folded=True)
 
 

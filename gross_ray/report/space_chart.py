@@ -24,7 +24,7 @@ from gross_ray.report.charts import (
 )
 from gross_ray.report.results import ResultTable, kinds_of
 from gross_ray.report.searched import Searched
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.selection import pareto_front
 from gross_ray.seeds import derived_generator
 

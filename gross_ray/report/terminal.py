@@ -9,20 +9,17 @@ import pandas as pd
 from gross_ray.report import results as stored
 from gross_ray.report.results import ResultTable
 from gross_ray.report.searched import Searched
-from gross_ray.results.store import RunStore
-from gross_ray.search.selection import Budget
+from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import Budget
 
 Row = Sequence[str]
 
 
-def results(store: RunStore, *, markdown: bool = False) -> str:
-    """Return all results that are stored, and what is missing."""
+def results(store: RunStore, *, markdown: bool = False, searched: Searched | None = None) -> str:
+    """Return all results that are stored, and what is missing; `searched` is read unless it is given."""
     sweep = [stored.sweep_table(store)] if stored.is_swept(store) else []
-    tables = [*stored.main_tables(store, Searched.of(store)), *sweep]
-    parts = [as_text(table, markdown) for table in tables]
-    if (store.read_table("alpha_trials")["search"] == "optuna").any():
-        parts.append(trials_table(store, markdown=markdown))
-    return "\n\n".join(parts)
+    tables = [*stored.main_tables(store, searched or Searched.of(store)), *sweep]
+    return "\n\n".join(as_text(table, markdown) for table in tables)
 
 
 def stage_results(store: RunStore, stage: str) -> str:
@@ -56,11 +53,6 @@ def selection_table(store: RunStore, *, markdown: bool = False) -> str:
 def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
     """Return Figure 1's numbers: accuracy in the supernet less that on its own, for each alpha (validation split)."""
     return as_text(stored.sweep_table(store), markdown)
-
-
-def trials_table(store: RunStore, *, markdown: bool = False) -> str:
-    """Return the trials of the search for alpha, the best first."""
-    return as_text(stored.trials_table(store), markdown)
 
 
 def inspection_page(tables: Sequence[ResultTable]) -> str:

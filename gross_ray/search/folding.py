@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gross_ray.decomposition.bottleneck import Bottleneck
-from gross_ray.decomposition.calls import given, network_calls, told_where_it_cannot_run
-from gross_ray.decomposition.surgery import check_plain, replace_modules
+from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
-from gross_ray.modes import evaluating
+from gross_ray.nn.calls import given, network_calls, told_where_it_cannot_run
+from gross_ray.nn.modes import evaluating
+from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import elements, held, plain_macs
 from gross_ray.search.latency import LatencyOptions
 from gross_ray.search.timing import threads, timed_device, typical_ms
+from gross_ray.supernet.configure import check_plain
 
 OBJECTIVES = ("macs", "parameters", "activations", "latency_ms")
 """What may decide: MACs of an image, numbers of weights or of activations held at once, or a measured time."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from gross_ray.decomposition.series import SeriesConv2d
+from gross_ray.supernet.series import SeriesConv2d
 
 
 @dataclass(frozen=True)

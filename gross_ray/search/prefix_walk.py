@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gross_ray.batch_norm import has_statistics
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
+from gross_ray.nn.batch_norm import has_statistics
 from gross_ray.search.graph import Traced
 from gross_ray.search.layer_forms import Siblings
 from gross_ray.space import Configuration
+from gross_ray.supernet.configure import series_layers
+from gross_ray.supernet.series import SeriesConv2d
 
 
 @dataclass(slots=True)

@@ -7,12 +7,12 @@ from math import prod
 
 from torch import nn
 
-from gross_ray.decomposition.calls import network_calls
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
+from gross_ray.nn.calls import network_calls
 from gross_ray.search.cost import dense_macs, plain_macs
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.configure import series_layers
+from gross_ray.supernet.series import SeriesConv2d
 
 
 def segment_macs(supernet: nn.Module, input_shape: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.experiment import EngineOptions
+from gross_ray.training.options import EngineOptions
 
 WARM_UP = 2
 """Steps of one shape that are done as they are before it is captured: they make what later steps only change."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gross_ray.data.augment import cropped_and_flipped, draw_crops
 from gross_ray.data.image_set import ImageSet
-from gross_ray.experiment import Schedule
 from gross_ray.seeds import derive_seed
+from gross_ray.training.options import Schedule
 
 Keep = Callable[[nn.Dropout, Tensor], Tensor]
 """Gives the factors by which a dropout multiplies its input: zeros, and 1 / (1 - p)."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gross_ray.data.image_set import Splits
-from gross_ray.decomposition.surgery import series_layers, set_configuration
 from gross_ray.errors import InvalidValueError
-from gross_ray.experiment import EngineOptions, Schedule
+from gross_ray.supernet.configure import series_layers, set_configuration
 from gross_ray.training.loop import FLOAT32, CheckpointSlot, EpochRecord, accuracy, train
+from gross_ray.training.options import EngineOptions, Schedule
 from gross_ray.training.sampling import ConfigurationSampler
 
 OnEpoch = Callable[[EpochRecord], object]

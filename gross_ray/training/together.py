@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.decomposition.stacked import SupernetStack
-from gross_ray.decomposition.surgery import series_layers, set_configuration
 from gross_ray.errors import DivergedError, InvalidValueError, one_line
-from gross_ray.experiment import EngineOptions, Schedule
-from gross_ray.precision import forward_at, products_at
+from gross_ray.nn.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.configure import series_layers, set_configuration
+from gross_ray.supernet.stacked import SupernetStack
 from gross_ray.training.capture import CapturedStep, captures
 from gross_ray.training.draws import EpochDraws, dropout_by
 from gross_ray.training.loop import (
@@ -38,6 +37,7 @@ from gross_ray.training.loop import (
     restore,
     state,
 )
+from gross_ray.training.options import EngineOptions, Schedule
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import (
     Responses,

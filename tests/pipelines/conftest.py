@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cluster import Cluster, Resources, connected  # before Ray: it sets Ray's environment
+from pipelines.capacity import Capacity
+from pipelines.execution.cluster import connected  # before Ray: it sets Ray's environment
+from pipelines.resources import Resources
 
 sys.path.insert(0, str(Path(__file__).parent))  # miniature.py
 
 
 @pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Capacity]:
     """The real Ray, whose workers get the test module's functions by value: they do not see the folder of the tests."""
     import ray
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pandas as pd
 from miniature import CLOCKS, ROOT, command
+from pipelines.run import status
 
 from gross_ray import read_table
-from gross_ray.results.store import RunStore
-from pipelines.run import status
+from gross_ray.run.store import RunStore
 
 MARK = "GROSS_RAY_TEST_RUN"
 """Environment variable by which all processes of one driver are known: children inherit it."""

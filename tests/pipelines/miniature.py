@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from gross_ray import read_table
-from gross_ray.results.tables import TABLES
+from gross_ray.run.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [

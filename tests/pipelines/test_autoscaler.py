@@ -10,12 +10,12 @@ import pytest
 import requests
 import yaml
 from miniature import ROOT
+from pipelines.autoscaler import NodeKind, autoscaling_config, kuberay_config, may_come
 from ray.autoscaler._private.kuberay import node_provider
 
 from gross_ray.errors import ResourcesError
-from pipelines import cluster
-from pipelines.autoscaler import NodeKind, autoscaling_config, kuberay_config, may_come
-from pipelines.cluster import Cluster, Resources
+from pipelines.execution import cluster
+from pipelines.execution.cluster import Cluster, Resources
 
 HEAD, SMALL, LARGE = NodeKind(0, 0.0), NodeKind(4, 0.0), NodeKind(8, 1.0)
 

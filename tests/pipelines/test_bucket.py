@@ -11,7 +11,7 @@ from miniature import assert_equal_tables, gross, run_command
 from pyarrow.fs import FileSelector, FileType
 from s3_server import SECRET, uri
 
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 
 def test_a_run_in_a_bucket_killed_in_the_search_ends_with_the_tables_of_a_local_one(

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from pipelines.callbacks import load_callbacks
 from ray.tune import Callback
 
 from cli import main
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
-from pipelines.callbacks import load_callbacks
-from pipelines.cluster import ray
+from gross_ray.run.store import RunStore
+from pipelines.execution.cluster import ray
 
 MODULE = """
 from ray.tune import Callback

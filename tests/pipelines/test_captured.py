@@ -15,7 +15,7 @@ from torch import Tensor
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 from gross_ray.training import together
 from gross_ray.training.capture import CapturedStep

@@ -18,8 +18,9 @@ import pytest
 from faults import MARK, assert_nothing_left, marked
 
 from gross_ray.errors import InvalidValueError, ResourcesError
-from pipelines import cluster, signals
-from pipelines.cluster import Cluster, Resources, connected
+from pipelines import signals
+from pipelines.execution import cluster
+from pipelines.execution.cluster import Cluster, Resources, connected
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,9 +123,7 @@ def test_ray_is_joined_or_started_and_left_as_it_was_found() -> None:
 
 
 def test_ray_starts_where_it_was_imported_before() -> None:
-    program = (
-        "import ray; from pipelines.cluster import *\nwith connected(Resources(num_cpus=1)) as there: print(there)"
-    )
+    program = "import ray; from pipelines.execution.cluster import *\nwith connected(Resources(num_cpus=1)) as there: print(there)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
@@ -172,7 +171,7 @@ def test_more_threads_than_a_node_has_cores_are_refused() -> None:
 
 LISTENS = """
 import ray
-from pipelines.cluster import Resources, connected
+from pipelines.execution.cluster import Resources, connected
 with connected(Resources(num_cpus=1)):
     @ray.remote
     class Actor:

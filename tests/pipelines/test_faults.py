@@ -42,10 +42,10 @@ from faults import (
     stored,
 )
 from miniature import ROOT
-
-from gross_ray.results.store import RunStore
-from pipelines import supernet
 from pipelines.run import STAGES as PLANS
+
+from gross_ray.run.store import RunStore
+from pipelines import supernet
 
 QUICK = [("finetune", "driver terminated"), ("search", "worker killed"), ("validate", "interrupted")]
 FULL_DISK_QUICK, DIVERGED_QUICK = "decompose", "validate"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from miniature import gross
+from pipelines.predictions import put, stored_model
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
-from pipelines.predictions import put, stored_model
 
 
 @pytest.fixture

@@ -26,17 +26,17 @@ from typing import Any
 import pytest
 import ray
 from miniature import SETTINGS, assert_equal_tables, command
+from pipelines.trials import run_trials
+from pipelines.workers import WorkerPool
 
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import workers
-from pipelines.cluster import Resources, connected
-from pipelines.progress import StageProgress
-from pipelines.trials import run_trials
+from pipelines.execution.cluster import Resources, connected
 from pipelines.units import Context, Unit, pack_splits
-from pipelines.workers import WorkerPool
+from pipelines.watching import StageProgress
 
 pytestmark = pytest.mark.cluster
 

@@ -40,16 +40,17 @@ from faults import (
     workers,
 )
 from miniature import ROOT, tables
+from pipelines.run import STAGES as PLANS
 
 from gross_ray.errors import ResourcesError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import decompose, search, supernet, sweep, train, validate
-from pipelines.cluster import Resources, connected
-from pipelines.progress import Reporter, StageProgress
-from pipelines.run import STAGES as PLANS
-from pipelines.session import DataSource, Session
+from pipelines.commands.terminal import Reporter
+from pipelines.driver import DataSource, Session
+from pipelines.execution.cluster import Resources, connected
 from pipelines.units import Context, Unit, Work
+from pipelines.watching import StageProgress
 
 FAST_FAILOVER = {
     "health_check_initial_delay_ms": 0,
@@ -371,14 +372,14 @@ def _assert_as(expected: Path, run: Path) -> None:
 DRIVER = """
 import sys
 import ray
-from pipelines.cluster import Resources, connected
-from pipelines.progress import StageProgress
+from pipelines.execution.cluster import Resources, connected
+from pipelines.watching import StageProgress
 from pipelines.units import Unit, pack_splits
 from pipelines.workers import WorkerPool
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 
 def work(context, unit):

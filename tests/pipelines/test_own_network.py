@@ -8,24 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipelines.networks import load_base
+from pipelines.predictions import put
+from pipelines.rounds import check_limits
 from safetensors.torch import save_file
 from torch import nn
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import load_dataset
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
-from gross_ray.search.cost import CostTable
+from gross_ray.run.store import RunStore
+from gross_ray.search.cost import layer_costs
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
+from gross_ray.supernet.build import empty_supernet
 from gross_ray.training.loop import accuracy
+from gross_ray.weights import hash_of_tensors
 from pipelines import train
-from pipelines.networks import load_base
-from pipelines.predictions import put
-from pipelines.rounds import check_limits
 from pipelines.units import Context
 
 OWN = """
@@ -72,7 +73,7 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     stored, _ = store.load_checkpoint("train", "seed=0")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
     assert store.read_table("history").empty
-    old = {name: one for name, one in network.state_dict().items() if "num_batches" not in name}
+    old = {name: one.clone() for name, one in network.state_dict().items() if "num_batches" not in name}
     save_file({f"module.{name}": one for name, one in old.items()}, tmp_path / "network.safetensors")
     again = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
     assert again.returncode == 0, again.stderr
@@ -81,7 +82,9 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     save_file(network.state_dict(), tmp_path / "network.safetensors")
     refused = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
-    assert "network.safetensors: 1 of the tensors differ from those that " in refused.stderr
+    assert "network.safetensors: the tensors differ from those that " in refused.stderr
+    changed, first = (hash_of_tensors(one)[:12] for one in (network.state_dict(), old))
+    assert f"their hash is {changed}, not {first}" in refused.stderr
     (tmp_path / "network.safetensors").unlink()  # the run folder has them
     gone = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
     assert gone.returncode == 0, gone.stderr
@@ -128,7 +131,8 @@ def test_images_that_are_not_square_cost_what_they_cost(tmp_path: Path) -> None:
     macs = 12 * 20 * 9 * (3 * 4 + 4 * 6) + 6 * 2
     assert store.read_table("networks")["macs"].tolist() == [macs]
     largest = empty_supernet(base.network, base.space.group_sizes)
-    assert CostTable.of(largest, base.input_shape).macs(Configuration([1])) == 12 * 20 * (9 * 12 + 16 + 9 * 4 + 24) + 12
+    costs = layer_costs(largest, base.input_shape, "macs")
+    assert costs.of_one(Configuration([1])) == 12 * 20 * (9 * 12 + 16 + 9 * 4 + 24) + 12
 
 
 def test_a_limit_on_a_latency_is_told_once_the_networks_are_trained(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from miniature import gross
 
 from gross_ray import read_table
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 SUPERNETS = ["alpha=0,scaling=index,seed=0", "alpha=4,scaling=normalised,seed=0"]
 

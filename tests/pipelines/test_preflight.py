@@ -17,8 +17,8 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import DataOptions
 from gross_ray.models import MODELS
 from gross_ray.presets import preset
-from pipelines.command_line import run_folder
-from pipelines.preflight import check_experiment
+from pipelines.commands.preflight import check_experiment
+from pipelines.commands.run_folders import run_folder
 
 SMALL = DataOptions(name="sample", limit_train=4, limit_validation=4, limit_test=4)
 WRONG = [

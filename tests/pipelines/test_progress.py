@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from pipelines import progress
-from pipelines.progress import Reporter
+from pipelines.commands import terminal as terminal_module
+from pipelines.commands.terminal import Reporter
 
 
 class Terminal(io.StringIO):
@@ -53,13 +53,13 @@ def test_a_stage_without_work_is_one_line() -> None:
 def test_lines_tell_of_units_under_way_only_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     with Reporter(out).stage("train", total=2, done=0) as stage:
-        monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1e9)
+        monkeypatch.setattr(terminal_module, "SECONDS_BETWEEN_LINES", 1e9)
         stage.under_way({"seed=0": (0.5, "epoch 1")})
-        monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+        monkeypatch.setattr(terminal_module, "SECONDS_BETWEEN_LINES", 0.0)
         stage.under_way({"seed=0": (0.5, "epoch 2"), "seed=1": (0.1, "started")})
         stage.under_way({"seed=0": (0.6, "epoch 2"), "seed=1": (0.2, "started")})
         stage.under_way({})
-        monkeypatch.setattr(progress, "SECONDS_OF_SILENCE", 0.0)
+        monkeypatch.setattr(terminal_module, "SECONDS_OF_SILENCE", 0.0)
         stage.under_way({"seed=0": (0.7, "epoch 2")})
         stage.under_way({"seed=0": (0.8, "epoch 2")})
     assert out.getvalue().splitlines() == [

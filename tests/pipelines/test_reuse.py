@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from miniature import SETTINGS, gross, run_command
+from pipelines.reuse import PARTS, check_reusable, take_evaluations, take_over
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import quickstart
-from gross_ray.results.store import RunStore
-from pipelines.reuse import PARTS, check_reusable, take_evaluations, take_over
+from gross_ray.run.store import RunStore
 
 ANOTHER_SEARCH = ["search.strategy=random", "search.evaluations=12", "sweep.alphas=[]"]
 

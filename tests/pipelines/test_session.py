@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pipelines.tuning import Tuning
 from s3_server import Door, uri
 
 from gross_ray.errors import StorageError, UnitsFailedError
 from gross_ray.presets import preset
-from gross_ray.results import storage
-from gross_ray.results.store import RunStore
+from gross_ray.run import storage
+from gross_ray.run.store import RunStore
 from pipelines import trials
-from pipelines.cluster import Cluster, Resources
-from pipelines.progress import Reporter, StageProgress
-from pipelines.session import DataSource, Session
-from pipelines.tuning import Tuning
+from pipelines.commands.terminal import Reporter
+from pipelines.driver import DataSource, Session
+from pipelines.execution.cluster import Cluster, Resources
 from pipelines.units import Context, Unit
+from pipelines.watching import StageProgress
 
 UNITS = [Unit(f"seed={seed}") for seed in range(11)]
 EXPERIMENT = preset("quickstart").override(["data.limit_train=4", "data.limit_validation=2", "data.limit_test=2"])

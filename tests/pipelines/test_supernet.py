@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pipelines.supernet import supernet_unit
 
 from gross_ray.presets import preset
-from gross_ray.results.storage import Storage
-from gross_ray.results.store import RunStore
+from gross_ray.run.storage import Storage
+from gross_ray.run.store import RunStore
 from gross_ray.training.sampling import sampling_probabilities, settled_scaling
-from pipelines.supernet import supernet_unit
 
 ALPHAS = st.floats(0, 1e6, allow_subnormal=False)
 SCALINGS = st.sampled_from(["index", "normalised"])

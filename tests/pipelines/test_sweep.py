@@ -15,23 +15,23 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from pipelines.alpha_trials import OptunaOptions
 from ray.tune import Callback
 from torch import nn
 
+from gross_ray.btd.options import BTDOptions
 from gross_ray.data.image_set import ImageSet
 from gross_ray.data.images import load_dataset
-from gross_ray.decomposition.btd import BTDOptions
-from gross_ray.decomposition.surgery import decompose_model
 from gross_ray.errors import InvalidValueError, UnitsFailedError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from gross_ray.search.evaluator import evaluate_configurations
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.build import decompose_model
 from pipelines import decompose, sweep, train, validate
-from pipelines.alpha_trials import OptunaOptions
-from pipelines.cluster import Cluster, Resources
-from pipelines.progress import Reporter
-from pipelines.session import DataSource, Session
+from pipelines.commands.terminal import Reporter
+from pipelines.driver import DataSource, Session
+from pipelines.execution.cluster import Cluster, Resources
 from pipelines.units import Context, Unit
 
 SETTINGS = [

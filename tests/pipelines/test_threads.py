@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
-from pipelines.cluster import Cluster
 from pipelines.threads import threads_of_stage
+
+from gross_ray.presets import preset
+from gross_ray.run.store import RunStore
+from pipelines.execution.cluster import Cluster
 
 
 def _cluster(num_cpus: int, cores_per_node: int) -> Cluster:

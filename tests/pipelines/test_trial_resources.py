@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from pipelines.trials import run_trials
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
-from pipelines.cluster import Cluster, ray
-from pipelines.progress import StageProgress
-from pipelines.trials import run_trials
+from gross_ray.run.store import RunStore
+from pipelines.execution.cluster import Cluster, ray
 from pipelines.units import Context, Unit, pack_splits
+from pipelines.watching import StageProgress
 
 PATIENCE = 60.0
 

@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 import pytest
 import ray
 import torch
+from pipelines.trials import MAX_FAILURES, run_trials
+from pipelines.tuning import Ended, Tuning
 from ray.tune import Callback
 from tensorboardX.proto import event_pb2
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
-from pipelines import progress as progress_module
-from pipelines.cluster import Cluster
-from pipelines.progress import StageProgress
-from pipelines.trials import MAX_FAILURES, run_trials
-from pipelines.tuning import Ended, Tuning
+from gross_ray.run.store import RunStore
+from pipelines import watching
+from pipelines.execution.cluster import Cluster
 from pipelines.units import Context, Unit, pack_splits
+from pipelines.watching import StageProgress
 
 
 class Recorded(StageProgress):
@@ -199,7 +199,7 @@ class Crowd(Recorded):
 def test_a_stage_that_waits_for_a_core_says_so(
     cluster: Cluster, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress_module, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(watching, "PATIENCE_SECONDS", 1.0)
     store, crowd = RunStore.create(tmp_path / "run", preset("quickstart")), Crowd(cluster)
     units = [Unit("seed=0", {"fate": "ends", "loss": 8.0})]
     packed = ray.put(pack_splits(splits))

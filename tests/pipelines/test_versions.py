@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipelines.versions import Versions
 
 import gross_ray
 from gross_ray.errors import VersionMismatchError
 from pipelines import versions
-from pipelines.versions import Versions
 
 
 def test_a_worker_like_the_driver_is_taken() -> None:

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import ray
 import torch
+from pipelines.workers import IN_FLIGHT, MAX_ATTEMPTS, Shared, WorkerPool
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import InvalidValueError, RunFolderError
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 from pipelines import workers
-from pipelines.cluster import Cluster
-from pipelines.progress import StageProgress
+from pipelines.execution.cluster import Cluster
 from pipelines.units import Context, Unit, pack_splits
-from pipelines.workers import IN_FLIGHT, MAX_ATTEMPTS, Shared, WorkerPool
+from pipelines.watching import StageProgress
 
 THREADS = 3  # no worker's default on two cores
 

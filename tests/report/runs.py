@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gross_ray.presets import preset
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 FOUR_CONV = {"conv2": (1, 2, 4, 8, 16, 32), "conv3": (1, 2, 4, 8, 16, 32), "conv4": (1, 2, 4, 8, 16, 32, 64)}
 """252 configurations."""

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from gross_ray.decomposition.layers import choice_of
-from gross_ray.decomposition.surgery import decompose_model, empty_supernet, extract, series_layers
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.inspection import inspection
 from gross_ray.search.cost import count_macs, count_parameters, peak_activations
+from gross_ray.supernet.build import decompose_model, empty_supernet
+from gross_ray.supernet.configure import extract, series_layers
+from gross_ray.supernet.layers import choice_of
 
 
 class Twice(nn.Module):

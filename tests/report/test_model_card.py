@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from runs import finished_run
 from torch import nn
 
+from gross_ray.data.identity import identity_of
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.report.model_card import model_card
+from gross_ray.report.sections import sections
+from gross_ray.run.pins import pin
 from gross_ray.search.latency import LatencyModel, Timing
 
 LAYERS = ("conv2", "conv3", "conv4")
@@ -51,3 +56,26 @@ def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
     assert timed["latency of"] == {"device": "a GPU", "host": "here", "batch_size": 8, "threads": 2, "timed": "whole"}
     without = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS)
     assert without["latency_ms"] is None and without["latency of"] is None
+
+
+def test_the_hashes_of_the_images_are_in_the_card_and_on_the_page(tmp_path: Path) -> None:
+    store = finished_run(tmp_path / "run")
+    name = store.read_table("validations")["configuration"].iloc[0]
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+
+    def card() -> dict[str, object]:
+        return model_card(store, name, 0, network, (3, 3, 3), ["a"] * 10, layers=LAYERS)
+
+    assert card()["dataset hash"] is None
+    sets = [ImageSet(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), torch.zeros(count).long()) for count in (3, 2, 1)]
+    splits = Splits("sample", *sets, ("a",))
+    pin(store, splits)
+    identity = identity_of(splits)
+    assert card()["dataset hash"] == identity.hash
+    (times,) = [section for section in sections(store) if section.name == "time"]
+    (table,) = [table for table in times.tables if table.title.startswith("The images of ")]
+    assert table.rows == [
+        ["train", "3", identity.train.hash[:12]],
+        ["validation", "2", identity.validation.hash[:12]],
+        ["test", "1", identity.test.hash[:12]],
+    ]

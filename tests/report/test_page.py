@@ -42,8 +42,8 @@ from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import COST_TITLES, MAX_POINTS
 from gross_ray.report.sweep_charts import MAX_PROFILE_POINTS
 from gross_ray.report.terminal import results
-from gross_ray.results.store import RunStore
-from gross_ray.search.selection import COSTS
+from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import COSTS
 
 ROOT = Path(gross_ray.__file__).parents[1]
 TABLE_2 = "Full network and fixed configurations (test split, Table 2)"
@@ -427,9 +427,6 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     history = {"stage": HOSTILE, "unit": HOSTILE, "seed": 0, "epoch": 1, "lr": 0.1, "train_loss": 1.0}
     history |= {"gradient_norm": 1.0, "val_accuracy": 0.5, "seconds": 1.0, "images_per_second": 1.0}
     store.write_table("history", "hostile", [history])
-    trial = {"search": "optuna", "trial": 0, "unit": HOSTILE, "alpha": 1.0, "scaling": "index", "seed": 0, "epochs": 1}
-    trial |= {"scheduler": "asha", "status": "failed", "supernet_accuracy": None, "reason": HOSTILE}
-    store.write_table("alpha_trials", "hostile", [trial])
     validation = {"configuration": HOSTILE, "kind": "fixed", "seed": 0, "val_accuracy": 0.5, "test_accuracy": 0.5}
     store.write_table("validations", "hostile", [validation | {"macs": 1, "macs_paper": 1, "parameters": 1}])
     network = dict.fromkeys(("seed", "val_correct", "val_total", "macs", "parameters"), 1)

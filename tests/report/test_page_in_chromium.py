@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from runs import FIXED, SELECTED, finished_run, new_run, write_configurations, write_decompositions
 
 from gross_ray.report.page import write_page
-from gross_ray.results.store import RunStore
+from gross_ray.run.store import RunStore
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")

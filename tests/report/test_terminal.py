@@ -21,10 +21,9 @@ from gross_ray.report.terminal import (
     selection_table,
     stage_results,
     sweep_table,
-    trials_table,
 )
-from gross_ray.results.store import RunStore
-from gross_ray.search.selection import Budget
+from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import Budget
 
 NETWORKS = [0.9012, 0.8877, 0.9101]
 MACS = {"16-16": 2_000_000, "4-4": 900_000, "1-2": 400_000, "2-32": 1_900_000, "4-1": 850_000, "1-4": 800_000}
@@ -285,41 +284,6 @@ def test_sweep(store: RunStore) -> None:
         for name, key in (("0", (0.0, "index")), ("4 normalised", (4.0, "normalised")))
     ]
     assert _cells(sweep_table(store, markdown=True)) == rows
-
-
-def _write_trials(store: RunStore, search: str, ends: Sequence[tuple[float, str, float | None]]) -> None:
-    for trial, (alpha, status, accuracy) in enumerate(ends):
-        row = {"search": search, "trial": trial, "alpha": alpha, "scaling": "normalised", "seed": trial % 2}
-        row |= {"unit": f"alpha={alpha:g}", "scheduler": "asha", "status": status, "epochs": 10 + trial}
-        row |= {"supernet_accuracy": accuracy, "reason": "the loss became nan" if status == "failed" else None}
-        store.write_table("alpha_trials", f"{search},trial={trial}", [row])
-
-
-def test_the_sweep_names_those_that_are_not_compared(store: RunStore) -> None:
-    _write_sweep(store)
-    before = sweep_table(store)
-    _write_trials(store, "grid", [(0.0, "completed", 0.9), (2.0, "stopped", 0.8125), (8.0, "stopped", 0.5)])
-    _write_trials(store, "optuna", [(3.5, "stopped", 0.7)])
-    assert sweep_table(store).splitlines() == [
-        *before.splitlines(),
-        "not compared, stopped early: alpha=2, after epoch 11 (fixed configurations 81.25)",
-        "not compared, stopped early: alpha=8, after epoch 12 (fixed configurations 50.00)",
-    ]
-
-
-def test_the_trials_of_a_search_come_best_first(store: RunStore) -> None:
-    without = results(store)
-    _write_trials(store, "grid", [(4.0, "completed", 0.99)])
-    assert results(store) == without
-    ends = [(3.25, "completed", 0.5), (1.5, "failed", None), (0.5, "stopped", 0.25), (6.125, "completed", 0.8125)]
-    _write_trials(store, "optuna", ends)
-    assert _cells(trials_table(store, markdown=True)) == [
-        ["3", "6.125 normalised", "1", "13", "81.25", "completed"],
-        ["0", "3.25 normalised", "0", "10", "50.00", "completed"],
-        ["2", "0.5 normalised", "0", "12", "25.00", "stopped"],
-        ["1", "1.5 normalised", "1", "11", "-", "failed"],
-    ]
-    assert results(store) == f"{without}\n\n{trials_table(store)}"
 
 
 def test_what_is_missing_is_said(store: RunStore) -> None:

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from gross_ray.decomposition.layers import default_group_sizes
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search.batch_plan import SegmentMemory, default_memory_budget, plan_batches
-from gross_ray.search.evaluation_options import EvaluationOptions
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
+from gross_ray.search.options import EvaluationOptions
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.layers import default_group_sizes
 
 MIB = 2**20
 

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from test_evaluator import CASES, Residual, build
 from torch import nn
 
-from gross_ray import batch_norm
-from gross_ray.batch_norm import calibration_batches, recalibrate, recalibrated
-from gross_ray.decomposition.surgery import set_configuration
+from gross_ray.nn import batch_norm
+from gross_ray.nn.batch_norm import calibration_batches, recalibrate, recalibrated
 from gross_ray.search import evaluator
 from gross_ray.search.evaluator import Evaluator, NotTraceableWarning, evaluate_configurations
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.configure import set_configuration
 
 
 class UntraceableResidual(Residual):

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gross_ray.data.augment import Normalisation
-from gross_ray.decomposition.surgery import extract, get_configuration, series_layers, set_configuration
+from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search import evaluator
@@ -18,6 +17,7 @@ from gross_ray.search.latency import LatencyOptions, measure_latency
 from gross_ray.search.layer_forms import LayerForm, Siblings
 from gross_ray.search.prefix_walk import PrefixWalk
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.configure import extract, get_configuration, series_layers, set_configuration
 
 CLASSES = 5
 

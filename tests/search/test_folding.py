@@ -10,14 +10,16 @@ import torch
 from networks import Twice
 from torch import nn
 
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import decompose_model, extract, replace_modules
 from gross_ray.errors import InvalidValueError
+from gross_ray.nn.replace import replace_modules
 from gross_ray.search import timing
 from gross_ray.search.cost import count_macs, peak_activations
 from gross_ray.search.folding import bottlenecks, dense_convolution, fold
 from gross_ray.search.latency import LatencyOptions
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.build import decompose_model
+from gross_ray.supernet.configure import extract
+from gross_ray.supernet.series import SeriesConv2d
 
 
 def drawn(module: nn.Module) -> nn.Module:

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gross_ray.decomposition.surgery import series_layers
 from gross_ray.errors import InvalidValueError
 from gross_ray.search import layer_forms
 from gross_ray.search.layer_forms import LayerForm, Siblings, fastest_form
+from gross_ray.supernet.configure import series_layers
 
 SIZES = (1, 2, 4, 8)
 PLACES = {

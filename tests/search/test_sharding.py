@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gross_ray.decomposition.layers import decomposable_layers
-from gross_ray.decomposition.surgery import empty_supernet
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search.sharding import PrefixCosts, segment_macs
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.build import empty_supernet
+from gross_ray.supernet.layers import decomposable_layers
 
 
 @st.composite

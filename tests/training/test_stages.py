@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gross_ray.data.augment import Normalisation
+from gross_ray.btd.options import BTDOptions
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.decomposition.btd import BTDOptions
-from gross_ray.decomposition.series import SeriesConv2d
-from gross_ray.decomposition.surgery import decompose_model, extract, get_configuration, set_configuration
+from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Schedule
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.build import decompose_model
+from gross_ray.supernet.configure import extract, get_configuration, set_configuration
+from gross_ray.supernet.series import SeriesConv2d
 from gross_ray.training import stages
 from gross_ray.training.loop import accuracy
 from gross_ray.training.sampling import ConfigurationSampler

@@ -9,13 +9,14 @@ import torch
 from test_loop import Slot, timeless
 from torch import Tensor, nn
 
+from gross_ray.btd.options import BTDOptions
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.decomposition.btd import BTDOptions
-from gross_ray.decomposition.stacked import SupernetStack
-from gross_ray.decomposition.surgery import decompose_model, series_layers, set_configuration
 from gross_ray.errors import DivergedError, InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.build import decompose_model
+from gross_ray.supernet.configure import series_layers, set_configuration
+from gross_ray.supernet.stacked import SupernetStack
 from gross_ray.training import loop, together
 from gross_ray.training.loop import EpochRecord
 from gross_ray.training.sampling import ConfigurationSampler

@@ -1,0 +1,47 @@
+"""The options of a block term decomposition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gross_ray.errors import InvalidValueError
+
+PRECISIONS = ("auto", "float64", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BTDOptions:
+    """How a block term decomposition is computed."""
+
+    tolerance: float = 1e-6
+    """Stop when ten steps lower sqrt(J) / ||W|| by less each, on average (the relative error, where ridge is 0)."""
+    max_steps: int = 500_000
+    """Stop after so many steps."""
+    restarts: int = 0
+    """How many starts are tried, all in one pass; the lowest error wins. 0: four for a small weight, one for a large.
+
+    The local minima of a weight lie the closer together the larger it is (`default_restarts`). Where a start is given,
+    0 means that one alone.
+    """
+    ridge: float = 0.01
+    """Weight of the terms' squared norms in J, relative to the squared error; 0.0: unconstrained, often degenerate.
+
+    With any other value it is raised where needed to keep the cancellation at 1.5 or below.
+    """
+    init: str = "greedy"
+    """"greedy": each term fits what the earlier ones leave; "random": a random basis shared out among the terms."""
+    precision: str = "auto"
+    """"float64"; "float32": most steps in it, the last ones and all figures in float64; "auto": by the size."""
+
+    def __post_init__(self) -> None:
+        rules = (
+            (self.tolerance >= 0, "tolerance", "must be 0 or more"),
+            (self.max_steps >= 1, "max_steps", "must be 1 or more"),
+            (self.restarts >= 0, "restarts", "must be 0 (chosen by the weight's size) or more"),
+            (self.ridge >= 0, "ridge", "must be 0.0 (none) or more"),
+            (self.init in ("greedy", "random"), "init", "must be 'greedy' or 'random'"),
+            (self.precision in PRECISIONS, "precision", f"must be one of {', '.join(PRECISIONS)}"),
+        )
+        for holds, name, rule in rules:
+            if not holds:
+                raise InvalidValueError(f"{name} = {getattr(self, name)!r}: {rule}")

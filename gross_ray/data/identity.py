@@ -1,0 +1,118 @@
+"""The identity of a dataset: hashes of the decoded images and labels, which tell whether two loads are the same data.
+
+Where the images come from (a folder, a Parquet file, a function) is no part of it, nor how they lie in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gross_ray.data.image_set import ImageSet, Splits
+from gross_ray.errors import DatasetError, InvalidValueError
+
+SPLITS = ("train", "validation", "test")
+SHORT = 12
+"""Hexadecimal digits of a hash in a message."""
+ANOTHER_RUN = (
+    "restore the images (a data function must split with a seed, like torch.Generator().manual_seed(0)), "
+    "or start another run folder with --out"
+)
+"""The remedy where a run folder was made with other images."""
+_IMAGES_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class SplitIdentity:
+    """One split: the hash of its images and labels in their order, and their number."""
+
+    hash: str
+    """SHA-256 in hexadecimal digits."""
+    count: int
+    """How many images."""
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """The three splits and the names of the classes."""
+
+    train: SplitIdentity
+    validation: SplitIdentity
+    test: SplitIdentity
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of the labels."""
+
+    @property
+    def hash(self) -> str:
+        """The hash of everything together, SHA-256 in hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return dataclasses.asdict(self) | {"classes": list(self.classes)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DataIdentity:
+        """Read what `to_dict` wrote; raises InvalidValueError for anything else."""
+        try:
+            train, validation, test = (
+                SplitIdentity(str(values[split]["hash"]), int(values[split]["count"])) for split in SPLITS
+            )
+            return cls(train, validation, test, tuple(map(str, values["classes"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidValueError(
+                f"not the hashes of a dataset's splits: {error!r}; write what to_dict returns"
+            ) from None
+
+    def check(self, other: DataIdentity, where: str, remedy: str = ANOTHER_RUN) -> None:
+        """Raise DatasetError unless `other`, the images loaded now, equals this identity, which `where` stores.
+
+        The message names the first split that differs and both hashes, or the first class name that differs.
+        """
+        for split in SPLITS:
+            stored, loaded = getattr(self, split), getattr(other, split)
+            if stored != loaded:
+                raise DatasetError(
+                    f"the {split} split differs from the one that {where} was made with: its hash is {_text(loaded)}, "
+                    f"not {_text(stored)}; {remedy}"
+                )
+        if self.classes != other.classes:
+            raise DatasetError(
+                f"the class names differ from those that {where} was made with: {_difference(other, self)}; {remedy}"
+            )
+
+
+def identity_of(splits: Splits) -> DataIdentity:
+    """Return the identity of loaded images: equal for equal images, labels and class names in equal order.
+
+    It is the same on every machine, wherever the images come from and however their tensors are laid out.
+    """
+    train, validation, test = (_split_identity(getattr(splits, split)) for split in SPLITS)
+    return DataIdentity(train, validation, test, tuple(splits.classes))
+
+
+def _split_identity(images: ImageSet) -> SplitIdentity:
+    """Hash shape, dtype and values of images and labels; in slices, so that no second copy of a split is made."""
+    digest = hashlib.sha256()
+    for tensor, dtype in ((images.images, "u1"), (images.labels, "<i8")):
+        digest.update(json.dumps([dtype, list(tensor.shape)]).encode())
+        for part in tensor.split(_IMAGES_AT_A_TIME):
+            values = part.cpu().contiguous().numpy()
+            digest.update(values.astype(dtype, copy=False).data)
+    return SplitIdentity(digest.hexdigest(), len(images))
+
+
+def _text(split: SplitIdentity) -> str:
+    return f"{split.hash[:SHORT]} ({split.count} images)"
+
+
+def _difference(loaded: DataIdentity, stored: DataIdentity) -> str:
+    if len(loaded.classes) != len(stored.classes):
+        return f"{len(loaded.classes)} names, not {len(stored.classes)}"
+    pairs = enumerate(zip(loaded.classes, stored.classes, strict=True))
+    number, (now, then) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+    return f"class {number} is {now!r}, not {then!r}"

@@ -1,0 +1,34 @@
+"""The options of the data: which images, and how many of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gross_ray.data.names import check_dataset_name
+from gross_ray.data.normalisation import DEVIATION, MEAN, Normalisation
+from gross_ray.fields import require, settle
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which images, and how many of them."""
+
+    name: str = "sample"
+    """Dataset: sample, fashion-mnist, cifar10, folder:PATH, or package.module:function, which returns datasets."""
+    mean: tuple[float, ...] = (MEAN,)
+    """Mean that pixels, from 0 to 1, are normalised by: one for all channels, or one for each of three."""
+    std: tuple[float, ...] = (DEVIATION,)
+    """Standard deviation that they are normalised by, likewise."""
+    limit_train: int = 0
+    """Use only the first so many training images (0: all)."""
+    limit_validation: int = 0
+    """Use only the first so many validation images (0: all)."""
+    limit_test: int = 0
+    """Use only the first so many test images (0: all)."""
+
+    def __post_init__(self) -> None:
+        settle(self, "data.")
+        check_dataset_name(self.name)
+        Normalisation(self.mean, self.std)
+        for name in ("limit_train", "limit_validation", "limit_test"):
+            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "must be 0 (all images) or more")

@@ -1,1 +1,0 @@
-"""A convolution as a sum of block terms, the bottleneck that it equals, and the series over all group-sizes."""

@@ -1,0 +1,91 @@
+"""The layers that a network calls as it runs an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gross_ray.errors import InvalidValueError, first_line
+from gross_ray.nn.modes import evaluating
+from gross_ray.space import is_decomposed
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer in a forward pass of one image."""
+
+    module: nn.Module
+    """The layer."""
+    input_size: tuple[int, ...]
+    """Shape of its input, (N, C, H, W) or (N, ..., features); N is 1 unless the network folds places into it."""
+    output_size: tuple[int, ...]
+    """Shape of its output."""
+
+
+def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
+    """Return each call of a convolution, linear or decomposed layer as `model` runs one image of (C, H, W).
+
+    They are in the order in which they end. Raises InvalidValueError where `model` cannot run such an image.
+    """
+    calls: list[Call] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        images = given(args, kwargs)
+        calls.append(Call(module, tuple(images.shape), tuple(output.shape)))
+
+    counted = [module for module in model.modules() if _is_counted(module)]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
+    try:
+        output_of(model, input_shape)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _is_counted(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or is_decomposed(module)
+
+
+def given(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """Return what a layer was given, as a hook is told of it: by place, or by name as torch's own layers allow."""
+    return args[0] if args else kwargs["input"]
+
+
+def output_of(model: nn.Module, input_shape: Sequence[int]) -> Any:
+    """Return what `model` gives for one black image of (C, H, W), in evaluation mode.
+
+    Raises InvalidValueError where `model` cannot run such an image.
+    """
+    images = zero_images(model, 1, input_shape)
+    with told_where_it_cannot_run(input_shape), torch.no_grad(), evaluating(model):
+        return model(images)
+
+
+def zero_images(model: nn.Module, number: int, input_shape: Sequence[int]) -> Tensor:
+    """Return so many images of (C, H, W), zeros of the dtype and on the device of `model`'s first parameter.
+
+    Raises InvalidValueError for what is no shape.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    try:
+        return torch.zeros(number, *input_shape, dtype=like.dtype, device=like.device)
+    except (TypeError, RuntimeError):
+        raise InvalidValueError(f"input_shape = {input_shape!r}: must be (C, H, W), like (3, 32, 32)") from None
+
+
+@contextmanager
+def told_where_it_cannot_run(input_shape: Sequence[int]) -> Iterator[None]:
+    """Turn what a network raises for an image of (C, H, W) into InvalidValueError, whose cause it becomes."""
+    try:
+        yield
+    except Exception as error:  # whatever the user's own code raises
+        raise InvalidValueError(
+            f"the network cannot run an image of {'x'.join(map(str, input_shape))}: {first_line(error)}; "
+            "give images (or --image-size) that fit it, or another model"
+        ) from error

@@ -1,1 +1,0 @@
-"""What a run stores: the tables' schemas, and the run folder that holds tables and checkpoints."""

@@ -1,0 +1,164 @@
+"""One run, opened once: its experiment, its networks and its space, each read or built when first asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gross_ray.errors import MissingStageError
+from gross_ray.experiment import DecompositionOptions, Experiment
+from gross_ray.models import build_model
+from gross_ray.run.store import RunStore
+from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import empty_supernet
+from gross_ray.supernet.configure import extract
+from gross_ray.supernet.layers import LayerChoice, choice_of
+from gross_ray.supernet.options import parse_layer_group_sizes
+from gross_ray.weights import restore_state
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base network that is decomposed: the one of median validation accuracy."""
+
+    network: nn.Module
+    """On the CPU, as it was stored: nothing changes it."""
+    seed: int
+    input_shape: tuple[int, int, int]
+    choice: LayerChoice
+    """Which convolutions are decomposed, at which group-sizes, and why the others are not."""
+    classes: tuple[str, ...]
+    _copies: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The space of its configurations."""
+        return SearchSpace(self.choice.group_sizes)
+
+    def on(self, device: str) -> nn.Module:
+        """Return a copy of the network on `device`, for forward passes: the same one each time.
+
+        A training of a supernet sets its mode and its memory format; the sums in a decomposition depend on the latter.
+        """
+        if device not in self._copies:
+            self._copies[device] = copy.deepcopy(self.network).to(device)
+        return self._copies[device]
+
+
+class Run:
+    """A run folder with what was read from it: pickles to its store, so that each process reads for itself.
+
+    `once` keeps whatever a stage reads of the folder; `changed` drops what the results of a stage may have changed.
+    """
+
+    def __init__(self, store: RunStore) -> None:
+        """Read nothing yet."""
+        self.store = store
+        self._known: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[type[Run], tuple[RunStore]]:
+        return Run, (self.store,)
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment that the folder belongs to."""
+        return self.store.experiment
+
+    @property
+    def base(self) -> Base:
+        """The base network that is decomposed; raises MissingStageError before `train` is done."""
+        return self.once("base", lambda: _load_base(self.store))
+
+    @property
+    def space(self) -> SearchSpace:
+        """The space of the base network's configurations; raises MissingStageError before `train` is done."""
+        return self.base.space
+
+    def once(self, name: str, read: Callable[[], T]) -> T:
+        """Return what `read` returned when it was first called under this name; an error is raised and not kept."""
+        if name not in self._known:
+            self._known[name] = read()
+        known: T = self._known[name]
+        return known
+
+    def changed(self) -> None:
+        """Forget what units that were stored meanwhile may have changed: all but the base network."""
+        self._known = {name: value for name, value in self._known.items() if name == "base"}
+
+    def new_network(self, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
+        """Return a freshly initialised network of the experiment's kind."""
+        return build_model(self.experiment.model, num_classes=num_classes, image_size=image_size, generator=generator)
+
+    def supernet(self, stage: str, unit: str) -> nn.Module:
+        """Return the network that `stage` stored for `unit`, on the CPU, with a series in each decomposed layer."""
+        tensors, about = self.store.load_checkpoint(stage, unit)
+        supernet = empty_supernet(
+            self.base.network, {name: tuple(sizes) for name, sizes in about["group_sizes"].items()}
+        )
+        restore_state(supernet, tensors, f"{stage}, {unit} in {self.store.storage}")
+        return supernet
+
+    def validated(self, configuration: str, seed: int) -> nn.Module:
+        """Return a validated configuration as a plain network on the CPU.
+
+        Raises InvalidValueError outside the space, and MissingStageError, naming those that are validated, for one
+        that is not.
+        """
+        chosen = self.space.check(Configuration.parse(configuration))
+        unit = validation_unit(chosen, seed)
+        stored = set(self.store.units("validations"))
+        if unit not in stored or not self.store.has_checkpoint("validate", unit):
+            others = ", ".join(sorted(stored - {unit})) or "none"
+            raise MissingStageError(
+                f"{unit} is not validated in {self.store.storage}; validated are: {others}. Run `gross validate RUN "
+                f"--configuration {chosen}` on it first"
+            )
+        return extract(self.supernet("validate", unit), chosen)
+
+
+def validation_unit(configuration: Configuration, seed: int) -> str:
+    """Return the name under which a configuration trained on its own is stored."""
+    return f"{configuration},seed={seed}"
+
+
+def save_supernet(store: RunStore, stage: str, unit: str, supernet: nn.Module, about: dict[str, Any]) -> None:
+    """Store a network with a series in each decomposed layer, so that `Run.supernet` can build it again."""
+    sizes = {name: list(sizes) for name, sizes in SearchSpace.of(supernet).group_sizes.items()}
+    tensors: dict[str, Tensor] = supernet.state_dict()
+    store.save_checkpoint(stage, unit, tensors, {"group_sizes": sizes, **about})
+
+
+def layer_choice(network: nn.Module, options: DecompositionOptions, input_shape: Sequence[int]) -> LayerChoice:
+    """Return what becomes of each convolution under an experiment's options; raises as `choice_of` does."""
+    by_layer = parse_layer_group_sizes(options.layer_group_sizes)
+    return choice_of(network, options.layers, options.group_sizes, by_layer, input_shape=input_shape)
+
+
+def _load_base(store: RunStore) -> Base:
+    seed = _median_seed(store)
+    tensors, about = store.load_checkpoint("train", f"seed={seed}")
+    network = Run(store).new_network(about["num_classes"], about["image_size"], torch.Generator())
+    restore_state(network, tensors, f"train, seed={seed} in {store.storage}")
+    channels, height, width = about["input_shape"]
+    choice = layer_choice(network, store.experiment.decomposition, (channels, height, width))
+    return Base(network, seed, (channels, height, width), choice, tuple(about["classes"]))
+
+
+def _median_seed(store: RunStore) -> int:
+    """Return the seed of the base network of median validation accuracy (the lower one of an even number)."""
+    networks = store.read_table("networks")
+    wanted = store.experiment.training.seeds
+    if len(networks) < wanted:
+        raise MissingStageError(
+            f"{len(networks)} of {wanted} base networks are stored in {store.storage}: run `gross train` on it first"
+        )
+    ordered = networks.sort_values(["val_accuracy", "seed"], kind="stable")
+    return int(ordered["seed"].iloc[(len(ordered) - 1) // 2])

@@ -1,0 +1,414 @@
+"""Every table that a run stores: its columns with type, unit, range and meaning. docs/tables.md is made from here."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gross_ray.errors import InvalidValueError
+
+SCHEMA_VERSION = 3
+"""Rises when a column is added or removed; a column's name never changes its meaning."""
+VERSION_KEY = b"gross_ray.schema_version"
+"""Where a schema's metadata, and so each Parquet file, carries the version."""
+LAYER = "<layer>"
+"""Stands for a layer's name in the name of a column that exists once for each decomposed layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of a table."""
+
+    name: str
+    """Name; with `LAYER` in it, the column exists once for each decomposed layer."""
+    type: pa.DataType
+    """Arrow type."""
+    meaning: str
+    """One line for docs/tables.md and the field's metadata."""
+    unit: str = ""
+    """Unit of the values; empty where they have none."""
+    low: float = -math.inf
+    """Smallest value that may be stored."""
+    high: float = math.inf
+    """Largest value that may be stored."""
+    choices: tuple[str, ...] = ()
+    """The only texts that may be stored; empty: any."""
+    nullable: bool = False
+    """Whether a value may be missing."""
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the column exists once for each decomposed layer."""
+        return LAYER in self.name
+
+    def range_text(self) -> str:
+        """Return the range as docs/tables.md prints it, like ``[0, 1]`` or ``1 or more``; empty: any value."""
+        if self.choices:
+            return " or ".join(self.choices)
+        if self.low == -math.inf:
+            return ""
+        return f"{self.low:g} or more" if self.high == math.inf else f"[{self.low:g}, {self.high:g}]"
+
+    def field(self, name: str) -> pa.Field:
+        """Return the Arrow field, called `name`, with unit, range and meaning in its metadata."""
+        about = {"meaning": self.meaning, "unit": self.unit, "range": self.range_text()}
+        return pa.field(name, self.type, nullable=self.nullable, metadata=about)
+
+    def array(self, values: list[Any], name: str) -> pa.Array:
+        """Return `values` as Arrow holds them; raises ValueError naming the column and the rule that one breaks."""
+        try:  # Arrow refuses a bool in a column of integers by itself, but would silently cut 3.7 to 3
+            if pa.types.is_integer(self.type):
+                values = [
+                    value if value is None or isinstance(value, bool) else operator.index(value) for value in values
+                ]
+            array = pa.array(values, self.type)
+        except (pa.ArrowException, TypeError) as error:
+            raise ValueError(f"column {name!r}: values must be of type {self.type}: {error}") from None
+        if array.null_count and not self.nullable:
+            raise ValueError(f"column {name!r}: a value is missing (None); this column needs one in each row")
+        if self.low != -math.inf:
+            found = pc.min_max(array).as_py()
+            if found["min"] is not None and (found["min"] < self.low or found["max"] > self.high):
+                raise ValueError(f"column {name!r}: {found['min']} to {found['max']} is outside {self.range_text()}")
+        unknown = set(array.to_pylist()) - set(self.choices) if self.choices else ()
+        if unknown:
+            raise ValueError(f"column {name!r}: {sorted(unknown)} must be {self.range_text()}")
+        return array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table: a folder of Parquet files, one for each completed unit of work."""
+
+    name: str
+    """Name of the table and of its folder."""
+    meaning: str
+    """What a row is, in one line."""
+    columns: tuple[Column, ...]
+    """Columns, in the order they are stored."""
+
+    def expand(self, layers: Sequence[str] = ()) -> dict[str, Column]:
+        """Return each column by the name it is stored under: one for each of `layers` where the table has those."""
+        if layers and not any(column.per_layer for column in self.columns):
+            raise ValueError(f"table {self.name!r} has no columns for layers, got layers {list(layers)}")
+        expanded: dict[str, Column] = {}
+        for column in self.columns:
+            names = [column.name.replace(LAYER, layer) for layer in layers] if column.per_layer else [column.name]
+            expanded |= dict.fromkeys(names, column)
+        return expanded
+
+    def schema(self, layers: Sequence[str] = ()) -> pa.Schema:
+        """Return the Arrow schema, with the version in its metadata."""
+        fields = [column.field(name) for name, column in self.expand(layers).items()]
+        return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION)})
+
+    def to_arrow(self, rows: Sequence[Mapping[str, Any]], layers: Sequence[str] = ()) -> pa.Table:
+        """Return `rows` as an Arrow table.
+
+        Raises ValueError naming the column that is missing or unknown, or that holds a value of the wrong type or
+        out of its range. A nullable column must be there too, with None where there is no value.
+        """
+        columns = self.expand(layers)
+        for row in rows:
+            for name in row.keys() ^ columns.keys():
+                fault = "is unknown" if name in row else "is missing"
+                raise ValueError(f"table {self.name!r}: column {name!r} {fault}; its columns: {', '.join(columns)}")
+        arrays = [column.array([row[name] for row in rows], name) for name, column in columns.items()]
+        return pa.Table.from_arrays(arrays, schema=self.schema(layers))
+
+
+def _text(name: str, meaning: str, *, unit: str = "", choices: tuple[str, ...] = (), nullable: bool = False) -> Column:
+    return Column(name=name, type=pa.string(), meaning=meaning, unit=unit, choices=choices, nullable=nullable)
+
+
+def _count(name: str, meaning: str, unit: str = "", low: float = 0, *, nullable: bool = False) -> Column:
+    return Column(name=name, type=pa.int64(), meaning=meaning, unit=unit, low=low, nullable=nullable)
+
+
+def _real(name: str, meaning: str, unit: str = "", low: float = 0, *, nullable: bool = False) -> Column:
+    return Column(name=name, type=pa.float64(), meaning=meaning, unit=unit, low=low, nullable=nullable)
+
+
+def _accuracy(name: str, meaning: str, *, low: float = 0, nullable: bool = False) -> Column:
+    return Column(name=name, type=pa.float64(), meaning=meaning, unit="fraction", low=low, high=1, nullable=nullable)
+
+
+_CONFIGURATION = _text("configuration", "Group-sizes in layer order, like 2-32-64")
+_SCALING = _text("scaling", "How Eq. 8 is read: exp(-alpha i) or exp(-alpha i / N)", choices=("index", "normalised"))
+_ALPHA = _real("alpha", "Temperature of the sampling of group-sizes (Eq. 8); 0 is uniform")
+_MACS = _count("macs", "Multiply-accumulates of one image's forward pass, as the network runs", "MACs an image")
+_MACS_PAPER = _count(
+    "macs_paper", "The same, counted the paper's way: stride and padding on the first 1x1", "MACs an image"
+)
+_PARAMETERS = _count("parameters", "Trainable numbers of the network", "parameters")
+_VAL_CORRECT = _count("val_correct", "Images of the validation split classified correctly", "images")
+_VAL_TOTAL = _count("val_total", "Images of the validation split", "images", low=1)
+_VAL_ACCURACY = _accuracy("val_accuracy", "Accuracy on the validation split")
+_TEST_ACCURACY = _accuracy("test_accuracy", "Accuracy on the test split; it never chooses anything")
+_SECONDS = _real("seconds", "Wall-clock time of the row's work", "s")
+
+
+def _seed(meaning: str) -> Column:
+    return _count("seed", meaning)
+
+
+_WHERE_TIMED = (
+    _text("device", "What was timed: the processor's or the GPU's name"),
+    _text("host", "Name of the machine"),
+    _count("batch_size", "Images of a batch", "images", low=1),
+    _count("threads", "CPU threads", "threads", low=1),
+)
+
+_TABLES = (
+    Table(
+        name="runs",
+        meaning="One start of the command on this run folder.",
+        columns=(
+            _text("started", "When it started, in UTC", unit="ISO 8601"),
+            _text("gross_ray", "Version of gross_ray"),
+            _text("python", "Version of Python"),
+            _text("torch", "Version of torch"),
+            _text("torchvision", "Version of torchvision"),
+            _text("ray", "Version of Ray"),
+            _text("host", "Name of the machine that ran the driver"),
+            _text("device", "What the workers computed on, like cpu or the name of the GPU"),
+            _count("num_cpus", "CPU cores of the cluster", "cores", low=1),
+            _text("preset", "Preset that the experiment was made from"),
+            _text("experiment", "The whole experiment", unit="JSON"),
+            _text("fingerprint", "16 hexadecimal digits, equal for equal experiments"),
+        ),
+    ),
+    Table(
+        name="history",
+        meaning="One epoch of one training.",
+        columns=(
+            _text("stage", "Stage that the training belongs to"),
+            _text("unit", "Unit of work within the stage, like seed=0"),
+            _seed("Which repeat"),
+            _count("epoch", "Epoch, from 1", low=1),
+            _real("lr", "Learning rate of the epoch"),
+            _real(
+                "train_loss", "Mean training loss of the epoch: cross-entropy in nats, or the response error (Eq. 9)"
+            ),
+            _real("gradient_norm", "Mean over the epoch's steps of the L2 norm of all gradients together"),
+            _accuracy("val_accuracy", "Accuracy on the validation split; missing where not measured", nullable=True),
+            _SECONDS,
+            _real("images_per_second", "Training images a second", "images/s"),
+        ),
+    ),
+    Table(
+        name="networks",
+        meaning="One trained base network; the one of median validation accuracy is decomposed.",
+        columns=(
+            _seed("Which base network"),
+            _VAL_CORRECT,
+            _VAL_TOTAL,
+            _VAL_ACCURACY,
+            _TEST_ACCURACY,
+            _MACS,
+            _PARAMETERS,
+        ),
+    ),
+    Table(
+        name="decompositions",
+        meaning="One layer's block term decomposition at one group-size.",
+        columns=(
+            _text("layer", "Name of the convolution in the base network"),
+            _count("group_size", "Input channels of each group", "channels", low=1),
+            _count("groups", "Groups: the layer's input channels / group_size; the number of block terms", low=1),
+            _seed("Which repeat"),
+            Column(
+                name="nested",
+                type=pa.bool_(),
+                meaning="Whether it started from the next smaller group-size's expansion, not by itself",
+            ),
+            _real("relative_error", "||weight - reconstruction|| / ||weight||, Frobenius norms"),
+            _real("cancellation", "sqrt(sum of ||term||^2) / ||weight||: at most 1 if orthogonal, large if degenerate"),
+            _count("steps", "Steps of the solver, of the start that won", "steps"),
+            _text("status", "Why the solver stopped"),
+            _SECONDS,
+        ),
+    ),
+    Table(
+        name="configurations",
+        meaning="One configuration evaluated in one supernet.",
+        columns=(
+            _text("supernet", "Unit that trained the supernet"),
+            _ALPHA,
+            _SCALING,
+            _seed("Which supernet"),
+            _CONFIGURATION,
+            _count(
+                f"layer {LAYER}", "Group-size of this layer: one column for each decomposed layer", "channels", low=1
+            ),
+            _MACS,
+            _MACS_PAPER,
+            _PARAMETERS,
+            _VAL_CORRECT,
+            _VAL_TOTAL,
+            _VAL_ACCURACY,
+            _real("val_loss", "Mean cross-entropy on the validation split", "nats"),
+            _real(
+                "latency_ms",
+                "Predicted time of one batch's forward pass (see latency_models); missing where not measured",
+                "ms",
+                nullable=True,
+            ),
+        ),
+    ),
+    Table(
+        name="latencies",
+        meaning="One decomposed layer at one group-size, or everything else, timed by itself on one device.",
+        columns=(
+            *_WHERE_TIMED,
+            _text("part", "Name of the decomposed layer; `rest` for all other layers together"),
+            _count("group_size", "Group-size of the layer; missing for `rest`", "channels", 1, nullable=True),
+            _real("latency_ms", "Median time of one batch", "ms"),
+        ),
+    ),
+    Table(
+        name="latency_models",
+        meaning="How the sum of the parts' times predicts a whole configuration's: offset_ms + slope x sum.",
+        columns=(
+            *_WHERE_TIMED,
+            Column(name="offset_ms", type=pa.float64(), meaning="Fitted to whole configurations", unit="ms"),
+            _real("slope", "Fitted to whole configurations"),
+            _count("num_sampled", "Whole configurations that were timed", "configurations", low=2),
+            _real("median_error", "Median absolute error of each, predicted from all others", "fraction"),
+        ),
+    ),
+    Table(
+        name="alpha_sweep",
+        meaning="One configuration in one supernet of the sweep over alpha, beside the same one trained on its own.",
+        columns=(
+            _ALPHA,
+            _SCALING,
+            _seed("Which supernet"),
+            _CONFIGURATION,
+            _accuracy("supernet_accuracy", "Accuracy in the supernet, validation split"),
+            _accuracy("fixed_accuracy", "Accuracy when trained on its own, validation split"),
+            _accuracy("difference", "supernet_accuracy - fixed_accuracy", low=-1),
+        ),
+    ),
+    Table(
+        name="selections",
+        meaning="One configuration selected under one budget.",
+        columns=(
+            _text("budget", "Fixed configuration whose MACs are the budget, like 16-16-16"),
+            _count("budget_macs", "MACs of that configuration", "MACs an image"),
+            _count("rank", "Place among those selected under this budget, from 1 (the most accurate)", low=1),
+            _CONFIGURATION,
+            _MACS,
+            _accuracy("supernet_accuracy", "Median over the supernets of the accuracy on the validation split"),
+        ),
+    ),
+    Table(
+        name="validations",
+        meaning="One configuration decomposed, reconstructed and fine-tuned on its own.",
+        columns=(
+            _CONFIGURATION,
+            _text(
+                "kind",
+                "The same group-size in every layer, or any other: found by the search or named",
+                choices=("fixed", "selected"),
+            ),
+            _seed("Which repeat"),
+            _VAL_ACCURACY,
+            _TEST_ACCURACY,
+            _MACS,
+            _MACS_PAPER,
+            _PARAMETERS,
+        ),
+    ),
+)
+
+TABLES: dict[str, Table] = {table.name: table for table in _TABLES}
+"""Every table by its name, in the order of the stages."""
+
+
+def table(name: str) -> Table:
+    """Return the table called `name`; raises InvalidValueError, listing the names, if there is none."""
+    if name not in TABLES:
+        raise InvalidValueError(f"unknown table {name!r}; there are: {', '.join(TABLES)}")
+    return TABLES[name]
+
+
+def schema(name: str, layers: Sequence[str] = ()) -> pa.Schema:
+    """Return the Arrow schema of the table called `name`, for a network whose decomposed layers are `layers`."""
+    return table(name).schema(layers)
+
+
+_QUERIES = {
+    "One row a configuration, of the supernets of one alpha (those of the sweep are in the table too):": """
+import pandas as pd
+
+from gross_ray import read_table
+
+run = "runs/quickstart"
+configurations = read_table(run, "configurations").query("alpha == 0")
+layers = [name for name in configurations if name.startswith("layer ")]
+key = ["configuration", *layers, "macs", "parameters"]
+space = configurations.groupby(key, as_index=False)["val_accuracy"].median()
+""",
+    "1. The best within a budget that also keep a layer's groups small:": """
+small = space.query("`layer conv4` <= 16 and macs <= 2.66e6").nlargest(5, "val_accuracy")
+""",
+    "2. The best in each bracket of MACs:": """
+brackets = pd.cut(space["macs"] / 1e6, [0, 2, 2.5, 3, 4, 6])
+best = space.loc[space.groupby(brackets, observed=True)["val_accuracy"].idxmax()]
+""",
+    "3. How each group-size of a layer fares, over all choices for the other layers:": """
+fares = space.groupby("layer conv4")["val_accuracy"].agg(["mean", "max", "count"])
+""",
+    "4. Whether supernets of different seeds rank the configurations alike, and which they disagree on most:": """
+by_seed = configurations.pivot(index="configuration", columns="seed", values="val_accuracy")
+agreement = by_seed.corr(method="spearman")
+disputed = (by_seed.max(axis="columns") - by_seed.min(axis="columns")).nlargest(5)
+""",
+    "5. What validated configurations reach on their own, beside their place in the supernet:": """
+own = read_table(run, "validations").groupby(["configuration", "kind"], as_index=False)["val_accuracy"].mean()
+joined = own.merge(space, on="configuration", suffixes=("_own", "_supernet"))
+joined["gain"] = joined["val_accuracy_own"] - joined["val_accuracy_supernet"]
+""",
+    "6. The Pareto front of MACs and accuracy:": """
+ordered = space.sort_values(["macs", "val_accuracy"], ascending=[True, False])
+front = ordered[ordered["val_accuracy"] > ordered["val_accuracy"].cummax().shift(fill_value=-1)]
+""",
+}
+"""What to ask of the tables, and the code that does; each goes on from the first."""
+
+
+def describe() -> str:
+    """Return docs/tables.md: every table and column as Markdown, and queries to start from."""
+    lines = [
+        "# Tables",
+        "",
+        "Made from `gross_ray/run/tables.py` by `python scripts/make_tables_doc.py`: change it there.",
+        "",
+        "Each table is a folder of Parquet files, one for each completed unit of work:",
+        '`pandas.read_parquet("RUN/tables/NAME")` reads all of them, and `gross_ray.read_table("RUN", "NAME")` does so',
+        f"in the order of the units. Each file carries the schema version ({SCHEMA_VERSION}) in its metadata under",
+        f"`{VERSION_KEY.decode()}`. A column's name never changes its meaning.",
+    ]
+    for each in TABLES.values():
+        lines += ["", f"## {each.name}", "", each.meaning, ""]
+        lines += ["| column | type | unit | range | meaning |", "|---|---|---|---|---|"]
+        for column in each.columns:
+            kind = str(column.type).replace("double", "float64") + ", may be missing" * column.nullable
+            meaning = column.meaning.replace("|", "\\|")
+            lines.append(f"| `{column.name}` | {kind} | {column.unit} | {column.range_text()} | {meaning} |")
+    lines += [
+        "",
+        "## Queries",
+        "",
+        "`gross search RUN --budget macs=2.66M` answers the commonest question; pandas the others.",
+    ]
+    for question, code in _QUERIES.items():
+        lines += ["", question, "", f"```python{code}```"]
+    return "\n".join(lines) + "\n"

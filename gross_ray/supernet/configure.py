@@ -1,0 +1,47 @@
+"""Configurations of a supernet: make one active, and extract one as a plain network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from gross_ray.errors import InvalidValueError
+from gross_ray.nn.replace import replace_modules
+from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.series import SeriesConv2d
+
+
+def series_layers(supernet: nn.Module) -> dict[str, SeriesConv2d]:
+    """Return the SeriesConv2d of a supernet by name, in layer order; raises InvalidValueError if there are none."""
+    found = {name: module for name, module in supernet.named_modules() if isinstance(module, SeriesConv2d)}
+    if not found:
+        raise InvalidValueError("this network has no decomposed layer; make one with decompose_model")
+    return found
+
+
+def set_configuration(supernet: nn.Module, configuration: Sequence[int]) -> None:
+    """Make `configuration` the active one; raises InvalidValueError (and changes nothing) if it is not in the space."""
+    checked = SearchSpace.of(supernet).check(configuration)
+    for layer, group_size in zip(series_layers(supernet).values(), checked, strict=True):
+        layer.group_size = group_size
+
+
+def get_configuration(supernet: nn.Module) -> Configuration:
+    """Return the active configuration."""
+    return Configuration([layer.group_size for layer in series_layers(supernet).values()])
+
+
+def extract(supernet: nn.Module, configuration: Sequence[int]) -> nn.Module:
+    """Return the network of one configuration, made of plain torch.nn modules only (a copy)."""
+    checked = SearchSpace.of(supernet).check(configuration)
+    layers = series_layers(supernet)
+    return replace_modules(
+        supernet, {name: layers[name].to_modules(size) for name, size in zip(layers, checked, strict=True)}
+    )
+
+
+def check_plain(network: nn.Module, what: str) -> None:
+    """Raise InvalidValueError for a supernet, saying that `what` was asked for it."""
+    if any(isinstance(module, SeriesConv2d) for module in network.modules()):
+        raise InvalidValueError(f"{what} of a supernet: take one configuration out of it first, with extract")

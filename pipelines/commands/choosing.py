@@ -1,0 +1,36 @@
+"""`gross search` with --budget or --pareto: answers from a finished search, without a write lock or any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from gross_ray.errors import MissingStageError
+from gross_ray.report.terminal import budget_table, front_table
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import Budget
+from pipelines.stages import rounds, search
+
+
+def best_and_front(run: str, *, budgets: Sequence[Budget], top: int, pareto: bool, costs: Sequence[str] | None) -> None:
+    """Print the `top` most accurate configurations within `budgets` if there are any, and the front if `pareto`.
+
+    Raises MissingStageError, naming the command to run, unless the search is finished.
+    """
+    opened = Run(RunStore.open(run))
+    parts = []
+    try:
+        if search.by_strategy(opened) and not rounds.ended(opened) and not opened.store.units("selections"):
+            raise MissingStageError("its strategy still proposes configurations")
+        if budgets:
+            parts.append(budget_table(search.best(opened, budgets, top), budgets))
+        if pareto:
+            costs = costs or [budgets[0].cost if budgets else "macs"]
+            parts.append(front_table(search.front(opened, costs), costs))
+    except MissingStageError as error:
+        raise MissingStageError(
+            f"the search in {opened.store.storage} is not finished: run `gross search {run}` first"
+        ) from error
+    click.echo("\n\n".join(parts))

@@ -1,0 +1,30 @@
+"""The command `gross inspect`: what decomposing a network would give, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from gross_ray.models import model_of
+from gross_ray.report.inspection import inspection
+from gross_ray.report.terminal import inspection_page
+from gross_ray.supernet.layers import choice_of
+from gross_ray.supernet.options import parse_layer_group_sizes
+
+
+def inspect(
+    model: str,
+    *,
+    layers: Sequence[str],
+    group_sizes: Sequence[int],
+    layer_group_sizes: Sequence[str],
+    image_size: int,
+    num_classes: int,
+) -> None:
+    """Print the layers of a network, the space that they span, and its cheapest configuration."""
+    network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
+    shape = (3, image_size, image_size)
+    by_layer = parse_layer_group_sizes(layer_group_sizes)
+    choice = choice_of(network, layers, group_sizes, by_layer, input_shape=shape)
+    click.echo(inspection_page(inspection(network, choice, shape)))

@@ -1,0 +1,57 @@
+"""What a user's mistake ends with: one line on stderr and an exit status, never a traceback."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import click
+
+from gross_ray.errors import DivergedError, GrossRayError, StorageError, UnitsFailedError
+from pipelines.execution import signals
+
+
+class OneLineErrors(click.Group):
+    """A group of commands that exits with status 2 and one line for a user's mistake, with 1 where units failed."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run the command line, and exit with its status unless `standalone_mode` is off."""
+        run = functools.partial(super().main, *args, standalone_mode=False, **kwargs)
+        if not standalone_mode:
+            return run()
+        try:
+            with signals.orderly():
+                result: Any = run()
+            sys.exit(result if isinstance(result, int) else 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            sys.exit(0)
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            where = f" (see {context.command_path} --help)" if context else ""
+            click.echo(f"Error: {error.format_message()}{where}", err=True)
+            sys.exit(2)
+        except (click.Abort, KeyboardInterrupt):  # click's versions differ in which of the two it is
+            click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
+            signals.leave(signals.exit_status())
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; an error that the project raises for its users becomes a line and a status."""
+        try:
+            return super().invoke(ctx)
+        except (UnitsFailedError, DivergedError, StorageError) as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except GrossRayError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:  # of a file that the user named, outside any run folder
+            if error.filename is None:
+                raise
+            click.echo(f"Error: {error.filename}: {error.strerror}; name another file, or make room for it", err=True)
+            ctx.exit(1)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of the stages, as they are defined."""
+        return list(self.commands)

@@ -1,0 +1,132 @@
+"""What only a network and images can tell of an experiment, found out before a run folder is made."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+
+from gross_ray.data.image_set import Splits
+from gross_ray.errors import InvalidValueError, one_line
+from gross_ray.experiment import Experiment
+from gross_ray.models import build_model
+from gross_ray.nn.calls import told_where_it_cannot_run
+from gross_ray.nn.modes import evaluating
+from gross_ray.run.opened import layer_choice
+from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import LayerCosts, layer_costs
+from gross_ray.search.selection import uniform
+from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import running_supernet
+from gross_ray.training.together import check_stackable
+from gross_ray.weights import read_weights, set_weights
+from pipelines.stages import search
+from pipelines.stages.supernets import as_one_graph
+
+_LIMITS_ALONE = (
+    'no group-size of all layers is left; have search.limits, like ["macs=2M"], and search.budgets=[], '
+    "validation.fixed=[] and sweep.alphas=[]"
+)
+
+
+def check_experiment(experiment: Experiment, splits: Splits) -> None:
+    """Raise InvalidValueError for what a stage of `experiment` on `splits` would meet, the last ones too.
+
+    That is: weights of another network, images that the network cannot run, an output that is no logits, layers and
+    group-sizes that it does not have, fixed configurations and budgets outside the space, limits below its cheapest
+    configuration, supernets that cannot be stacked where the engine stacks them, a last batch too small, and a space
+    too large for the strategy. Limits on a latency are not looked at: it is measured after the training.
+    """
+    shape = splits.train.images.shape[1:]
+    network = build_model(
+        experiment.model, num_classes=len(splits.classes), image_size=shape[-1], generator=torch.Generator()
+    )
+    if experiment.weights:
+        set_weights(network, read_weights(experiment.weights), experiment.weights)
+    _check_logits(network, shape, experiment.model, len(splits.classes))
+    _check_training(network, shape, experiment.model)
+    _check_last_batch(network, shape, experiment, len(splits.train))
+    supernet = running_supernet(network, layer_choice(network, experiment.decomposition, shape).group_sizes, shape)
+    engine = experiment.engine
+    if engine.parallel_seeds > 1 or as_one_graph(engine, "cuda" if torch.cuda.is_available() else "cpu"):
+        check_stackable(supernet, shape, engine)
+    space = SearchSpace.of(supernet)
+    _check_fixed(experiment, space, layer_costs(supernet, shape, "macs"))
+    if experiment.search.strategy == "exhaustive":
+        search.check_size(space)
+    for text in experiment.search.limits:
+        budgets = [budget for budget in Budget.parse_all(text) if budget.cost != "latency_ms"]
+        BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
+
+
+def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts) -> None:
+    """Raise InvalidValueError for a fixed configuration that the space does not have, and a budget that leaves none."""
+    common = sorted(set.intersection(*map(set, space.group_sizes.values())))
+    budgets = [size for size in common if _leaves_some(space, uniform(space, size), macs)]
+    for name, sizes, lawful in (
+        ("search.budgets", experiment.search.budgets, budgets),
+        ("validation.fixed", experiment.validation.fixed, common),
+    ):
+        for size in sizes:
+            if size in lawful:
+                continue
+            try:
+                why = f"{uniform(space, size)} is the cheapest configuration, nothing else fits under it"
+            except InvalidValueError as error:
+                why = str(error)
+            remedy = f"name such as every layer has: {', '.join(map(str, lawful))}" if lawful else _LIMITS_ALONE
+            raise InvalidValueError(f"{name} = {sizes}: {why}; {remedy}")
+
+
+def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:
+    with told_where_it_cannot_run(shape), torch.no_grad(), evaluating(network):
+        logits = network(torch.zeros(1, *shape))
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not isinstance(found, tuple) or len(found) != 2 or found[1] < num_classes:
+        raise InvalidValueError(
+            f"model {model!r}: gives {found} for an image of {'x'.join(map(str, shape))}; must give logits "
+            f"(1, {num_classes}), one for each class; a factory is given num_classes where it names it"
+        )
+
+
+def _check_training(network: torch.nn.Module, shape: torch.Size, model: str) -> None:
+    """Raise InvalidValueError for a network that a stage could not train, copy or store."""
+    strange = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise InvalidValueError(f"model {model!r}: {strange[0]} of its state dict is no tensor; keep it elsewhere")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            copied = copy.deepcopy(network).train()
+            logits = copied(torch.zeros(2, *shape))
+            torch.nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()
+            copy.deepcopy(copied)
+    except Exception as error:  # whatever the user's own code raises
+        raise InvalidValueError(
+            f"model {model!r}: cannot be trained: {one_line(error)}; a step is made of float32 images, logits from the "
+            "network in training mode, their gradients, and copies of the network"
+        ) from None
+
+
+def _check_last_batch(network: torch.nn.Module, shape: torch.Size, experiment: Experiment, num_images: int) -> None:
+    """Raise InvalidValueError where an epoch ends with one image, and the network cannot be trained on a single one."""
+    options = experiment.training
+    count, size = options.images_of(num_images), options.batch_size
+    if experiment.weights or count % size != 1:
+        return
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copy.deepcopy(network).train()(torch.zeros(1, *shape))
+    except Exception as error:  # whatever the user's own code raises; batch-norm over one value does
+        raise InvalidValueError(
+            f"training.batch_size = {size}: the last of {count} images is a batch by itself, which model "
+            f"{experiment.model!r} cannot be trained on: {one_line(error)}; set another training.batch_size"
+        ) from None
+
+
+def _leaves_some(space: SearchSpace, fixed: Configuration, macs: LayerCosts) -> bool:
+    """Return whether another configuration than the fixed one has no more MACs than it."""
+    spare = macs.of_one(fixed) - macs.minimum
+    least_more = min((np.partition(parts, 1)[1] - parts.min() for parts in macs.parts if len(parts) > 1), default=1)
+    return bool(spare >= least_more)

@@ -1,0 +1,77 @@
+"""A run folder as a command gets it: opened, or made for a new experiment once that is known to work."""
+
+from __future__ import annotations
+
+import click
+
+from gross_ray.data.names import is_function_name
+from gross_ray.data.own import function_of
+from gross_ray.errors import InvalidValueError
+from gross_ray.experiment import Experiment
+from gross_ray.models import factory_of
+from gross_ray.presets import preset
+from gross_ray.run.pins import pin, pin_weights
+from gross_ray.run.store import RunStore
+from gross_ray.weights import read_weights
+from pipelines.commands.preflight import check_experiment
+from pipelines.driver import DataSource
+from pipelines.stages.reuse import check_reusable, check_same_images
+from pipelines.stages.train import check_given
+
+
+def run_folder(
+    run: str,
+    preset_name: str | None,
+    settings: tuple[str, ...],
+    source: DataSource,
+    reuse: RunStore | None = None,
+) -> RunStore:
+    """Open a run folder, or make it for a preset and its settings. Where both exist, they must agree.
+
+    A new experiment is first checked against the network, the images of `source` and the run folder `reuse`: a mistake
+    leaves nothing behind.
+    """
+    if preset_name is None:
+        if settings:
+            raise InvalidValueError(f"--set {settings[0]} without --preset: name the preset that it changes")
+        return RunStore.open(run)
+    experiment = _experiment_of(preset_name, settings)
+    if not RunStore.is_there(run):
+        return _new_run_folder(run, experiment, source, reuse)
+    store = RunStore.create(run, experiment)
+    if RunStore.open(run).experiment.data.name != experiment.data.name:  # another path: its images decide
+        pin(store, source.load(experiment.data))
+    if experiment.weights:
+        check_given(store)
+    return store
+
+
+def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse: RunStore | None) -> RunStore:
+    """Check a new experiment with its weights and images, make its run folder, and pin them there."""
+    weights = read_weights(experiment.weights) if experiment.weights else {}  # before the images, which take longer
+    if reuse is not None:
+        check_reusable(experiment, reuse)
+    splits = source.load(experiment.data)
+    if reuse is not None:
+        check_same_images(splits, reuse)
+    check_experiment(experiment, splits)
+    for line in (
+        *experiment.without_effect(),
+        *experiment.without_effect(num_images=len(splits.train)),
+        *source.without_effect(experiment.data.name),
+    ):
+        click.echo(f"without effect: {line}", err=True)
+    store = RunStore.create(run, experiment)
+    pin(store, splits)
+    if experiment.weights:
+        pin_weights(store, weights)
+    return store
+
+
+def _experiment_of(preset_name: str, settings: tuple[str, ...]) -> Experiment:
+    """Return the experiment; raises InvalidValueError also where a function that it names cannot be imported."""
+    experiment = preset(preset_name).override(list(settings))
+    factory_of(experiment.model)
+    if is_function_name(experiment.data.name):
+        function_of(experiment.data.name)
+    return experiment

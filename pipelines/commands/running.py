@@ -1,0 +1,84 @@
+"""The commands that do work: they open a session on a run folder, do one stage or all, and print the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from gross_ray.report.page import write_page
+from gross_ray.report.searched import Searched
+from gross_ray.report.terminal import results, stage_results
+from gross_ray.run.store import RunStore
+from gross_ray.space import Configuration
+from pipelines.commands.options import Place
+from pipelines.commands.run_folders import run_folder
+from pipelines.commands.terminal import Reporter
+from pipelines.driver import Session
+from pipelines.stages import validate
+from pipelines.stages.pipeline import STAGES, do_all
+from pipelines.stages.reuse import take_evaluations, take_over
+
+Settings = tuple[str, ...]
+
+
+def run(
+    out: str,
+    preset_name: str,
+    settings: Settings,
+    place: Place,
+    callbacks: Sequence[Any],
+    *,
+    reuse: str | None,
+    reuse_evaluations: bool,
+) -> None:
+    """Do every stage, then print the results and write the page; takes over from the run folder `reuse` first."""
+    other = None if reuse is None else RunStore.open(reuse)
+    store = run_folder(out, preset_name, settings, place.source(), other)
+
+    def do(session: Session) -> None:
+        if other is not None:
+            taken = ", ".join(f"{stage} {num}" for stage, num in take_over(store, other).items())
+            session.note(f"taken over from {other.storage}, units by stage: {taken}")
+            if reuse_evaluations:
+                num = take_evaluations(session.run, other)
+                session.note(f"taken over from {other.storage}: {num} evaluated configurations")
+        do_all(session)
+
+    work(store, place, do, callbacks)
+    searched = Searched.of(store)
+    click.echo(results(store, searched=searched))
+    click.echo(f"page: {write_page(store, searched=searched)}", err=True)
+
+
+def run_stage(
+    name: str, run: str, preset_name: str | None, settings: Settings, place: Place, callbacks: Sequence[Any] = ()
+) -> None:
+    """Do what one stage lacks, and print what it has stored."""
+    store = run_folder(run, preset_name, settings, place.source())
+    work(store, place, STAGES[name].do, callbacks)
+    click.echo(stage_results(store, name))
+
+
+def validate_named(
+    run: str,
+    configurations: Sequence[Configuration],
+    preset_name: str | None,
+    settings: Settings,
+    place: Place,
+    callbacks: Sequence[Any],
+) -> None:
+    """Train these configurations on their own, and print all that are trained."""
+    store = run_folder(run, preset_name, settings, place.source())
+    work(store, place, lambda session: validate.do_named(session, configurations), callbacks)
+    click.echo(stage_results(store, "validate"))
+
+
+def work(store: RunStore, place: Place, do: Callable[[Session], None], callbacks: Sequence[Any] = ()) -> None:
+    """Call `do` with a session on a run folder, which reports its progress on stderr."""
+    opened = Session.opened(
+        store, place.resources, place.source(), Reporter(), callbacks=callbacks, in_process=place.in_process
+    )
+    with opened as session:
+        do(session)

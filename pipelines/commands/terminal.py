@@ -1,0 +1,98 @@
+"""Progress: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipelines.watching import StageProgress
+
+SECONDS_BETWEEN_LINES = 5.0
+"""Where the output is no terminal: how often a stage in which no unit finishes prints the state of its units, if it
+has changed."""
+SECONDS_OF_SILENCE = 60.0
+"""Where the output is no terminal: after how long the same state is printed once more."""
+
+
+class _Lines(StageProgress):
+    def __init__(self, name: str, total: int, done: int, out: TextIO) -> None:
+        super().__init__(name, total, done)
+        self._out = out
+        self._last, self._told = time.monotonic(), ""
+        already = f", {done} done already" if done else ""
+        self._print(f"{name}: {total} units{already}")
+
+    def unit_done(self, unit: str, text: str) -> None:
+        super().unit_done(unit, text)
+        self._print(f"{self.name}: {self.done}/{self.total} {unit} {text}")
+
+    def under_way(self, states: dict[str, tuple[float, str]]) -> None:
+        told, silence = "; ".join(f"{unit} {text}" for unit, (_, text) in states.items()), time.monotonic() - self._last
+        if told and silence >= (SECONDS_OF_SILENCE if told == self._told else SECONDS_BETWEEN_LINES):
+            self._print(f"{self.name}: {told}")
+            self._told = told
+
+    def note(self, text: str) -> None:
+        self._print(f"{self.name}: {text}")
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+        self._last = time.monotonic()
+
+
+class _Bar(StageProgress):
+    def __init__(self, name: str, total: int, done: int, bar: Progress) -> None:
+        super().__init__(name, total, done)
+        self._bar = bar
+        self._task = bar.add_task(name, total=total, completed=done, state="")
+
+    def unit_done(self, unit: str, text: str) -> None:
+        super().unit_done(unit, text)
+        self._bar.update(self._task, completed=self.done, state=f"{unit} {text}")
+
+    def under_way(self, states: dict[str, tuple[float, str]]) -> None:
+        if states:
+            share = sum(share for share, _ in states.values())
+            state = "; ".join(f"{unit} {text}" for unit, (_, text) in states.items())
+            self._bar.update(self._task, completed=min(self.total, self.done + share), state=state)
+
+    def note(self, text: str) -> None:
+        self._bar.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+class Reporter:
+    """Shows the progress of stages on a stream."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = sys.stderr if out is None else out
+        self._terminal = self._out.isatty()
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int) -> Iterator[StageProgress]:
+        """Show a stage of `total` units, `done` of which were finished before."""
+        if not self._terminal:
+            progress: StageProgress = _Lines(name, total, done, self._out)
+            yield progress
+            if progress.done > done:
+                progress.note(f"finished after {time.monotonic() - progress.started:.1f} s")
+            return
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}", style="dim", markup=False),
+        )
+        with Progress(*columns, console=Console(file=self._out)) as bar:
+            yield _Bar(name, total, done, bar)
+
+    def note(self, text: str) -> None:
+        """Print an event outside any stage."""
+        print(text, file=self._out, flush=True)

@@ -1,0 +1,302 @@
+"""One driver's work on one run folder: an executor, made when the first unit is missing, does the jobs of stages."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import torch
+
+from gross_ray.data.image_set import Splits
+from gross_ray.data.images import load_dataset
+from gross_ray.data.names import WITH_FILES
+from gross_ray.errors import UnitsFailedError
+from gross_ray.experiment import DataOptions
+from gross_ray.run.opened import Run
+from gross_ray.run.pins import fingerprint, pin
+from gross_ray.run.store import RunStore
+from gross_ray.search.timing import timed_device
+from pipelines.capacity import Capacity, settled_threads
+from pipelines.execution import signals
+from pipelines.execution.base import Executor
+from pipelines.execution.in_process import InProcess
+from pipelines.nodes import NodeKind
+from pipelines.resources import Resources
+from pipelines.units import Group, Job, grouped, pack_splits
+from pipelines.watching import StageProgress
+
+_MEASURE = "measure again with `gross latency`"
+_AFTER_DAMAGE = {"runs": "that start is on record no more", "latencies": _MEASURE, "latency_models": _MEASURE}
+"""What follows from the loss of a unit of a table that no stage completes."""
+
+
+class Progress(Protocol):
+    """Shows the progress of stages; `pipelines.commands` has the one for a terminal."""
+
+    def stage(self, name: str, total: int, done: int) -> Any:
+        """Return a context that gives the StageProgress of `total` units, `done` of which were done before."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show one line outside of any stage."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Where the images are found on this machine."""
+
+    root: str | None = None
+    """Folder of the dataset's files; None: ~/.cache/gross_ray."""
+    download: bool = False
+    """Fetch what is missing."""
+
+    def load(self, options: DataOptions) -> Splits:
+        """Return the images; those that were loaded last are kept until `forget`. Raises as `load_dataset` does."""
+        return _loaded(options, self.root, self.download)
+
+    def without_effect(self, name: str) -> list[str]:
+        """Return a line for each option that has no effect on the dataset of this name."""
+        if name in WITH_FILES:
+            return []
+        set_ = {"--data-root": self.root, "--download": self.download}
+        files = "only " + " and ".join(WITH_FILES) + " have files there"
+        return [f"{option} for the dataset {name}: {files}" for option, value in set_.items() if value]
+
+    @staticmethod
+    def forget() -> None:
+        """Drop the images."""
+        _loaded.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _loaded(options: DataOptions, root: str | None, download: bool) -> Splits:
+    return load_dataset(options, root=root, download=download)
+
+
+def report_damage(store: RunStore, progress: Progress) -> None:
+    """Name the damaged files that were deleted since this was called last, and what follows."""
+    for file in store.damaged:
+        follows = _AFTER_DAMAGE.get(file.split("/")[1], "its stage, asked for as before, makes it anew")
+        progress.note(f"damaged file {file}: deleted; {follows}")
+    store.damaged.clear()
+
+
+@contextmanager
+def locked(store: RunStore, progress: Progress) -> Iterator[None]:
+    """Lock the run folder, delete leftovers of crashed runs, and report them."""
+    with store.lock():
+        store.remove_leftovers()
+        report_damage(store, progress)
+        yield
+
+
+class _Place(Protocol):
+    """Where units are done: what it has room for, and who does them."""
+
+    capacity: Capacity
+
+    def executor(self, job: Job) -> Executor:
+        """Return the executor for a job; one that holds processes of another kind gives them back first."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held."""
+        ...
+
+
+class _ThisProcess:
+    """Does everything in this process, without Ray."""
+
+    def __init__(self, run: Run, splits: Splits, resources: Resources) -> None:
+        cuda = resources.device == "cuda" or (resources.device == "auto" and torch.cuda.is_available())
+        device = str(timed_device("cuda" if cuda else "cpu"))
+        node = NodeKind(resources.num_cpus or os.cpu_count() or 1, float(cuda))
+        self.capacity = Capacity(nodes=(node,), device=device, gpus_per_unit=float(cuda), one_at_a_time=True)
+        self._executor = InProcess(run, splits, device)
+
+    def executor(self, _: Job) -> Executor:
+        return self._executor
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+class _OnRay:
+    """Does units on actors, and trials by Ray Tune; Ray is joined or started now, with the images laid out on it."""
+
+    def __init__(self, run: Run, splits: Splits, resources: Resources, callbacks: Sequence[Any]) -> None:
+        from pipelines.execution.actors import Actors
+        from pipelines.execution.cluster import connected, module_of, put
+
+        self._stack = ExitStack()
+        self._run, self._callbacks = run, callbacks
+        own = module_of(run.experiment.model)
+        self.capacity = self._stack.enter_context(connected(resources, [own] if own else []))
+        try:
+            self._packed = put(pack_splits(splits))
+        except BaseException:
+            self._stack.close()
+            raise
+        self._actors = Actors(self.capacity, self._packed, run)
+
+    def executor(self, job: Job) -> Executor:
+        if not job.trials:
+            return self._actors
+        from pipelines.execution.tune import Trials  # Ray Tune takes a second, for which other stages need not wait
+
+        self._actors.close()  # the trials need their cores
+        return Trials(self.capacity, self._packed, self._run, self._callbacks)
+
+    def close(self) -> None:
+        self._actors.close()
+        del self._packed
+        self._stack.close()
+
+
+class Session:
+    """Executes the jobs of stages (a `Driver`); loads the images and joins Ray when the first unit is missing."""
+
+    def __init__(
+        self,
+        run: Run,
+        resources: Resources,
+        source: DataSource,
+        progress: Progress,
+        callbacks: Sequence[Any] = (),
+        in_process: bool = False,
+    ) -> None:
+        """Use `opened`, which also closes the session."""
+        self.run = run
+        """The run that is worked on."""
+        self._progress, self._callbacks = progress, callbacks
+        self._resources, self._source, self._in_process = resources, source, in_process
+        self._joined: _Place | None = None
+
+    @classmethod
+    @contextmanager
+    def opened(
+        cls,
+        store: RunStore,
+        resources: Resources,
+        source: DataSource,
+        progress: Progress,
+        *,
+        callbacks: Sequence[Any] = (),
+        in_process: bool = False,
+    ) -> Iterator[Session]:
+        """Lock the run folder, and close everything at the end, after SIGINT and SIGTERM too.
+
+        `callbacks` are `ray.tune.Callback`s, which get the events of every trial. With `in_process`, units are done one
+        after another in this process, and Ray is never imported.
+        """
+        with signals.orderly(), signals.closed_in_peace(locked(store, progress)):
+            session = cls(Run(store), resources, source, progress, callbacks, in_process)
+            try:
+                yield session
+            finally:
+                with signals.ignored():
+                    session._close()
+
+    @property
+    def capacity(self) -> Capacity:
+        """What can run at the same time."""
+        return self._place().capacity
+
+    def note(self, text: str) -> None:
+        """Show one line."""
+        self._progress.note(text)
+
+    def threads(self, kind: str, num_equal: int) -> int:
+        """Return the CPU threads of units of a kind (`settled_threads`)."""
+        return settled_threads(self.run.store, kind, num_equal, self.capacity)
+
+    def do(self, job: Job) -> None:
+        """Do those units of a job that are not done.
+
+        Raises UnitsFailedError, naming them, unless every unit is done afterwards.
+        """
+        names = [unit.name for unit in job.units]
+        stored = job.done() & set(names)
+        report_damage(self.run.store, self._progress)
+        todo = [unit for unit in job.units if unit.name not in stored]
+        groups = todo if job.together is None else grouped(todo, job.together)
+        with self._progress.stage(job.stage, len(stored) + len(groups), len(stored)) as progress:
+            if not todo:
+                return
+            threads = self.threads(job.kind, job.num_equal)
+            failed = self._execute(job, groups, threads, progress)
+        self.run.changed()
+        stored = job.done()
+        missing = [name for name in names if name not in stored]
+        if missing:
+            first = failed.get(missing[0], "it was interrupted")
+            raise UnitsFailedError(
+                f"{job.stage}: {len(missing)} of {len(names)} units did not end: {', '.join(missing)} "
+                f"({missing[0]}: {first}). All others are stored; the same command again does only what is missing"
+            )
+
+    def _execute(self, job: Job, units: Sequence[Any], threads: int, progress: StageProgress) -> dict[str, str]:
+        executor = self._place().executor(job)
+        if not job.trials:
+            failed = executor.do(job, units, threads=threads, progress=progress)
+            reasons = [
+                (member.name, failed.get(unit.name))
+                for unit in units
+                for member in (unit.members if isinstance(unit, Group) else [unit])
+            ]
+            return {name: reason for name, reason in reasons if reason is not None}
+
+        def those_missing() -> dict[str, str]:
+            stored = job.done()
+            missing = [unit for unit in units if unit.name not in stored]
+            return executor.do(job, missing, threads=threads, progress=progress) if missing else {}
+
+        return self.run.store.storage.patiently("write", "tune", those_missing)
+
+    def _place(self) -> _Place:
+        """Return where units are done, with the images loaded now if they were not."""
+        if self._joined is None:
+            splits = self._source.load(self.run.experiment.data)
+            pin(self.run.store, splits)
+            if self._in_process:
+                self._joined = _ThisProcess(self.run, splits, self._resources)
+            else:
+                self._joined = _OnRay(self.run, splits, self._resources, self._callbacks)
+                self._source.forget()
+            device = self._joined.capacity.device
+            for line in (*self.run.experiment.without_effect(device=device), *self._resources.without_effect(device)):
+                self.note(f"without effect: {line}")
+            self._record_start(self._joined.capacity)
+        return self._joined
+
+    def _record_start(self, capacity: Capacity) -> None:
+        started, experiment = datetime.now(UTC), self.run.experiment
+        row = {
+            "started": started.isoformat(timespec="milliseconds"),
+            **{package: version(package) for package in ("torch", "torchvision")},
+            "ray": "none, in process" if self._in_process else version("ray"),
+            "gross_ray": version("gross-ray"),
+            "python": platform.python_version(),
+            "host": socket.gethostname(),
+            "device": capacity.device,
+            "num_cpus": capacity.num_cpus,
+            "preset": experiment.name,
+            "experiment": experiment.to_json(),
+            "fingerprint": fingerprint(self.run.store),
+        }
+        self.run.store.write_table("runs", started.strftime("%Y%m%dT%H%M%S.%f"), [row])
+
+    def _close(self) -> None:
+        report_damage(self.run.store, self._progress)  # found since the last stage began
+        if self._joined is not None:
+            self._joined.close()
+            self._joined = None

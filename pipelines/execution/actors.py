@@ -1,0 +1,308 @@
+"""Long-lived actors fed one unit at a time: retries, progress, each result stored as it comes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from gross_ray.errors import GrossRayError
+from gross_ray.run.opened import Run
+from pipelines.capacity import Capacity
+from pipelines.execution.base import told
+from pipelines.execution.versions import Versions
+from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
+from pipelines.watching import Furthest, Patience, StageProgress
+
+MAX_ATTEMPTS = 3
+"""How often a unit is tried whose worker dies before the unit has come any further."""
+START_ATTEMPTS = 3
+"""How many starts of workers may fail one after another before the stage goes on with the workers that it has."""
+SECONDS_TO_NEXT_START = 60.0
+"""How long the stage goes on with fewer workers than there is room for, before it starts another one."""
+IN_FLIGHT = 2
+"""Units that an actor has at most: one under way, and the next so that it never waits for the driver."""
+POLL_SECONDS = 1.0
+"""How often the units under way are asked for their state."""
+
+
+def gpu_share() -> float:
+    """Return the share of a GPU that Ray gave the process that this runs in."""
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0))
+
+
+class _Worker:
+    """One process that does units, one after the other; a second thread answers how far it is."""
+
+    def __init__(self, packed: dict[str, Any], device: str, versions: Versions, run: Run) -> None:
+        self._device, self._run = device, run
+        self._stage, self._state = "", ("", 0.0, "starting")
+        self._kept: dict[str, Any] = {}
+        self._refused: GrossRayError | None = None
+        try:
+            versions.check()
+            run.store.require_here()
+        except GrossRayError as error:  # raised in here, it would reach the driver as text alone
+            self._refused = error
+        else:
+            self._splits = unpack_splits(packed, device, room_for_images(device, gpu_share()))
+
+    def do(self, stage: str, work: Work, unit: Unit, threads: int, shared: Any) -> str:
+        torch.set_num_threads(threads)
+        self._state = (unit.name, 0.0, "started")
+        if stage != self._stage:  # since the last stage, other workers have stored what this one may have read
+            self._stage = stage
+            self._run.changed()
+        return work(Context(self._run, self._splits, self._device, self._report, shared, self._kept), unit)
+
+    @ray.method(concurrency_group="state")
+    def state(self) -> tuple[str, float, str]:
+        """Return the unit that it did last, the share of it that is done, and in words."""
+        if self._refused is not None:
+            raise self._refused
+        return self._state
+
+    def _report(self, share: float, text: str, **_: float) -> None:
+        self._state = (self._state[0], share, text)
+
+
+class Actors:
+    """The actors of one connection, which all stages that run on them share (an `Executor`)."""
+
+    starts_the_most_costly_first = True
+    survives_deaths = True
+
+    def __init__(self, capacity: Capacity, packed_splits: ray.ObjectRef, run: Run) -> None:
+        """Start nothing yet: actors are started as a stage needs them."""
+        self._capacity, self._packed, self._run = capacity, packed_splits, run
+        self._actors: list[Any] = []
+        self._reserved = 0
+        """CPU cores that each actor has reserved."""
+        self._were_up: set[Any] = set()
+        self._versions = Versions.here()
+        self._start_failures = 0
+        self._last_failure = ""
+        self._given_up_at = 0.0
+
+    def do(self, job: Job, units: Sequence[Unit], *, threads: int, progress: StageProgress) -> dict[str, str]:
+        """Do the units, the most costly first (see `Executor`).
+
+        What `job.shared` loads goes into Ray's object store once for each name, and out again after its last unit.
+
+        Raises VersionMismatchError as soon as a worker comes up that runs other versions than this driver, and
+        RunFolderError or StorageError for one that does not reach the run folder.
+        """
+        if threads != self._reserved:
+            self.close()
+            self._reserved = threads
+        wanted = min(self._capacity.slots(threads), len(units))
+        while len(self._actors) < wanted:
+            self._actors.append(self._start())
+        stage = _StageOnActors(job, units, threads, progress)
+        queues: dict[Any, deque[_Task]] = {}
+        # Units go only to actors that are up: one for which the cluster has no room any more would keep them for ever.
+        starting = {actor.state.remote(): actor for actor in self._actors[:wanted]}
+        self._start_failures, patience = 0, Patience(progress, autoscales=self._capacity.autoscales)
+        while stage.todo or any(queues.values()):
+            self._take_up(starting, queues)
+            stage.hand_out(queues, len(queues) + len(starting))
+            if not queues and not starting:
+                stage.give_up(
+                    f"no worker could be started in {self._start_failures} attempts ({self._last_failure}); "
+                    "look at the nodes' memory, and, on a cluster that was joined, at RAY_AUTH_MODE, which must be the "
+                    f"same there (here {os.environ.get('RAY_AUTH_MODE', 'unset')})"
+                )
+                break
+            if self._capacity.autoscales and not stage.todo:
+                self._give_back(starting, queues)
+            self._start_again(starting, len(queues), min(wanted, len(queues) + len(stage.todo)))
+            patience.look(under_way=bool(queues))
+            tasks = [task.reference for queue in queues.values() for task in queue]
+            ray.wait([*tasks, *starting], timeout=POLL_SECONDS)
+            for actor, queue in list(queues.items()):
+                death = stage.collect(queue)
+                if death is None:
+                    continue
+                stage.lost(queue, death)
+                del queues[actor]
+                self._replace(actor, starting)
+            stage.under_way(_states(queues))
+        return stage.failed
+
+    def _take_up(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]]) -> None:
+        """Move the actors that are up from `starting` to `queues`; try again those that failed to start."""
+        ready, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0) if starting else ([], [])
+        for reference in ready:
+            actor = starting.pop(reference)
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayError as error:
+                if actor in self._were_up:  # it died between two stages, with its node, say
+                    self._replace(actor, starting)
+                    continue
+                self._start_failures += 1
+                self._last_failure = str(error).strip().splitlines()[-1].strip()
+                if self._start_failures < START_ATTEMPTS:
+                    self._replace(actor, starting)
+                else:
+                    self._actors.remove(actor)
+                    self._given_up_at = time.monotonic()
+            else:
+                queues[actor] = deque()
+                self._were_up.add(actor)
+                self._start_failures = 0  # nodes of a cluster come and go: only failures in a row count
+
+    def _start_again(self, starting: dict[ray.ObjectRef, Any], num_up: int, wanted: int) -> None:
+        """Start one more actor if the stage has had fewer than `wanted` for a while."""
+        if num_up + len(starting) < wanted and time.monotonic() - self._given_up_at > SECONDS_TO_NEXT_START:
+            self._given_up_at = time.monotonic()
+            self._actors.append(self._start())
+            starting[self._actors[-1].state.remote()] = self._actors[-1]
+
+    def _replace(self, actor: Any, starting: dict[ray.ObjectRef, Any]) -> None:
+        """Start an actor in place of one that is dead."""
+        ray.kill(actor)  # one that Ray's memory monitor took a task from may live on
+        self._actors.remove(actor)
+        self._actors.append(self._start())
+        starting[self._actors[-1].state.remote()] = self._actors[-1]
+
+    def _give_back(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]]) -> None:
+        """End the actors for which no unit is left, so that the autoscaler takes their nodes back or starts none."""
+        for actor in [*starting.values(), *(actor for actor, queue in queues.items() if not queue)]:
+            ray.kill(actor)
+            self._actors.remove(actor)
+            queues.pop(actor, None)
+        starting.clear()
+
+    def close(self) -> None:
+        """End the actors, so that their cores are free."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors.clear()
+        self._were_up.clear()
+        self._reserved = 0
+
+    def _start(self) -> Any:
+        gpus = self._capacity.gpus_per_unit if self._capacity.device == "cuda" else 0
+        options: dict[str, Any] = {"num_cpus": self._reserved, "num_gpus": gpus, "concurrency_groups": {"state": 1}}
+        return ray.remote(**options)(_Worker).remote(self._packed, self._capacity.device, self._versions, self._run)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A unit handed to an actor."""
+
+    unit: Unit
+    reference: ray.ObjectRef
+
+
+class _StageOnActors:
+    """The units of one stage: what is still to do, who gets it, and what became of it."""
+
+    def __init__(self, job: Job, units: Sequence[Unit], threads: int, progress: StageProgress) -> None:
+        self.todo = deque(sorted(units, key=lambda unit: -unit.cost))
+        self.failed: dict[str, str] = {}
+        self._job, self._threads, self._progress = job, threads, progress
+        self._attempts: dict[str, int] = {}
+        self._furthest = Furthest()
+        self._shared: dict[str, ray.ObjectRef] = {}
+        self._users = Counter(unit.shared for unit in units)
+
+    def hand_out(self, queues: Mapping[Any, deque[_Task]], num_workers: int) -> None:
+        """Give each actor a unit, and the next one while there are enough for all workers, those still starting too."""
+        for length in range(IN_FLIGHT):
+            for actor, queue in queues.items():
+                enough = length == 0 or len(self.todo) >= num_workers
+                if len(queue) == length and self.todo and enough:
+                    unit = self.todo.popleft()
+                    shared = self._reference(unit.shared)
+                    task = actor.do.remote(self._job.stage, self._job.work, unit, self._threads, shared)
+                    queue.append(_Task(unit, task))
+
+    def under_way(self, states: dict[str, tuple[float, str]]) -> None:
+        """Tell how far the units under way are. One further than ever before has all its attempts again."""
+        for name, (share, _) in states.items():
+            if self._furthest.came_on(name, share):
+                self._attempts.pop(name, None)
+        self._progress.under_way(states)
+
+    def collect(self, queue: deque[_Task]) -> ray.exceptions.RayError | None:
+        """Take from the queue what has ended; return what is known of its actor's death, where it is found dead."""
+        while queue:
+            ready, _ = ray.wait([queue[0].reference], timeout=0)
+            if not ready:
+                return None
+            try:
+                text = ray.get(queue[0].reference)
+            except ray.exceptions.RayTaskError as error:
+                unit = self._ended(queue)
+                self.failed[unit.name] = told(error.cause)
+                expected = isinstance(error.cause, GrossRayError)
+                self._progress.note(f"{unit.name}: failed: {error.cause if expected else error}")
+            except ray.exceptions.RayError as error:  # it died, or its node did, or the memory monitor killed it
+                return error
+            else:
+                self._progress.unit_done(self._ended(queue).name, text)
+        return None
+
+    def lost(self, queue: deque[_Task], death: ray.exceptions.RayError) -> None:
+        """Take back the units of a dead actor: the first was under way, the others had not been started."""
+        unit, waiting = queue[0].unit, [task.unit for task in queue][1:]
+        lost_node = "node has died" in str(death)
+        if not getattr(death, "preempted", False):  # what takes a spot machine back does not mind the unit
+            self._attempts[unit.name] = self._attempts.get(unit.name, 0) + 1
+        if self._attempts.get(unit.name, 0) < MAX_ATTEMPTS:
+            self._progress.note(f"{unit.name}: its {'node was lost' if lost_node else 'worker died'}; trying again")
+            self.todo.append(unit)
+        else:
+            last = ", the last time with its node" if lost_node else ""
+            self.failed[unit.name] = (
+                f"its worker died {MAX_ATTEMPTS} times{last}; look for too little memory: give fewer workers with "
+                "--num-cpus, or machines with more"
+            )
+            self._release(unit)
+        self.todo.extendleft(reversed(waiting))
+
+    def give_up(self, reason: str) -> None:
+        """Fail what is still to do."""
+        self.failed |= dict.fromkeys((unit.name for unit in self.todo), reason)
+        self.todo.clear()
+
+    def _ended(self, queue: deque[_Task]) -> Unit:
+        unit = queue.popleft().unit
+        self._release(unit)
+        return unit
+
+    def _reference(self, name: str) -> ray.ObjectRef | None:
+        if not name or self._job.shared is None:
+            return None
+        if name not in self._shared:
+            self._shared[name] = ray.put(self._job.shared(name))
+        return self._shared[name]
+
+    def _release(self, unit: Unit) -> None:
+        self._users[unit.shared] -= 1
+        if not self._users[unit.shared]:
+            self._shared.pop(unit.shared, None)
+
+
+def _states(queues: Mapping[Any, deque[_Task]]) -> dict[str, tuple[float, str]]:
+    asked = {actor.state.remote(): queue for actor, queue in queues.items() if queue}
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_SECONDS) if asked else ([], [])
+    states = {}
+    for reference in ready:
+        try:
+            name, share, text = ray.get(reference)
+        except ray.exceptions.RayError:
+            continue  # its unit reports the death
+        if name in (task.unit.name for task in asked[reference]):  # else one that has just ended
+            states[name] = (share, text)
+    return states

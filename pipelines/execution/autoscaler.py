@@ -1,0 +1,82 @@
+"""What an autoscaler may add to the cluster: read on the head, for Ray itself does not tell.
+
+This runs on the head, which may have no torch: the standard library, Ray and PyYAML (Ray's own) only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.nodes import NodeKind
+
+
+def autoscaling_config(gcs_address: str, processes: Path = Path("/proc")) -> dict[str, Any] | None:
+    """Return the configuration of the autoscaler of the cluster at `gcs_address`, of which this machine is the head.
+
+    Its monitor is a process here, or under KubeRay a container of its own. None where there is none: a cluster of fixed
+    size. Raises OSError where Kubernetes does not answer.
+    """
+    if (config := kuberay_config()) is not None:
+        return config
+    for file in processes.glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_text(errors="replace").split("\0")
+        except OSError:  # the process has ended
+            continue
+        options = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        path = options.get("--autoscaling-config")
+        if path and options.get("--gcs-address") == gcs_address:
+            return yaml.safe_load(Path(path).expanduser().read_text())
+    return None
+
+
+def kuberay_config(account: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount")) -> dict[str, Any] | None:
+    """Return what KubeRay's autoscaler reads from the RayCluster that this pod belongs to; None for any other machine.
+
+    None too for a RayCluster without `enableInTreeAutoscaling`, and where the pod's account may not read it: KubeRay
+    gives that right to the head's account with the autoscaler. Raises OSError where Kubernetes does not answer.
+    """
+    name, namespace = os.environ.get("RAY_CLUSTER_NAME"), account / "namespace"  # KubeRay sets it in each pod
+    if not name or not namespace.exists():
+        return None
+    import requests
+    from ray.autoscaler._private.kuberay import autoscaling_config as reading
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
+    try:
+        cluster = KubernetesHttpApiClient(namespace.read_text().strip()).get(f"rayclusters/{name}")
+    except requests.HTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403, 404):
+            return None
+        raise
+    if not cluster["spec"].get("enableInTreeAutoscaling"):
+        return None
+    return reading._derive_autoscaling_config_from_ray_cr(cluster)
+
+
+def may_come(config: dict[str, Any], there: list[NodeKind]) -> list[NodeKind]:
+    """Return the nodes that an autoscaler with this configuration may add to those that are `there`, the head included.
+
+    Nodes with GPUs first, then the larger ones, as far as `max_workers` of the whole cluster goes.
+    """
+    most = config.get("max_workers", 0)
+    kinds = []
+    for name, kind in config["available_node_types"].items():
+        if name == config.get("head_node_type"):
+            continue
+        resources = kind.get("resources") or {}
+        num_cpus, num_gpus = int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+        up = sum(node.count for node in there if (node.num_cpus, node.num_gpus) == (num_cpus, num_gpus))
+        kinds.append(NodeKind(num_cpus, num_gpus, max(0, min(kind.get("max_workers", most), most) - up)))
+    room = max(0, most + 1 - sum(node.count for node in there))
+    added = []
+    for kind in sorted(kinds, key=lambda kind: (-kind.num_gpus, -kind.num_cpus)):
+        count = min(kind.count, room)
+        room -= count
+        if count:
+            added.append(NodeKind(kind.num_cpus, kind.num_gpus, count))
+    return added

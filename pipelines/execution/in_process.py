@@ -1,0 +1,73 @@
+"""Units one after another in this process, without Ray: for a debugger, a notebook, a machine with one GPU."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gross_ray.data.image_set import Splits
+from gross_ray.errors import GrossRayError
+from gross_ray.run.opened import Run
+from pipelines.execution.base import told
+from pipelines.units import Context, Job, Unit, pack_splits, room_for_images, unpack_splits
+from pipelines.watching import StageProgress
+
+
+class InProcess:
+    """Does units in the order in which they are given (an `Executor`)."""
+
+    starts_the_most_costly_first = False
+    survives_deaths = False
+
+    def __init__(self, run: Run, splits: Splits, device: str) -> None:
+        """Put the images on `device`, cpu or cuda; more than fit are streamed to it."""
+        self._run, self._device = run, device
+        self._splits = unpack_splits(pack_splits(splits), device, room_for_images(device))
+        self._kept: dict[str, Any] = {}
+
+    def do(self, job: Job, units: Sequence[Unit], *, threads: int, progress: StageProgress) -> dict[str, str]:
+        """Do the units (see `Executor`); progress is reported whenever a unit reports."""
+        failed: dict[str, str] = {}
+        loaded: dict[str, Any] = {}
+        users = Counter(unit.shared for unit in units)
+        with _threads(threads):
+            for unit in units:
+                try:
+                    if unit.shared and job.shared is not None and unit.shared not in loaded:
+                        loaded[unit.shared] = job.shared(unit.shared)
+                    text = job.work(self._context(unit, loaded.get(unit.shared), progress), unit)
+                except Exception as error:
+                    failed[unit.name] = told(error)
+                    ours = isinstance(error, GrossRayError)
+                    progress.note(f"{unit.name}: failed: {error if ours else traceback.format_exc()}")
+                else:
+                    progress.unit_done(unit.name, text)
+                users[unit.shared] -= 1
+                if not users[unit.shared]:
+                    loaded.pop(unit.shared, None)
+        self._kept.clear()
+        return failed
+
+    def close(self) -> None:
+        """Nothing is held besides the images."""
+
+    def _context(self, unit: Unit, shared: Any, progress: StageProgress) -> Context:
+        def report(share: float, text: str, **_: float) -> None:
+            progress.under_way({unit.name: (share, text)})
+
+        return Context(self._run, self._splits, self._device, report, shared, self._kept)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,243 @@
+"""Ray Tune: one trial a unit of work. Resuming is by units and their epoch checkpoints, never by Tune's pickles."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+from ray.tune.stopper import NoopStopper
+
+from gross_ray.errors import GrossRayError
+from gross_ray.run.opened import Run
+from pipelines.capacity import Capacity
+from pipelines.execution import signals
+from pipelines.execution.actors import gpu_share
+from pipelines.execution.base import told
+from pipelines.execution.versions import Versions
+from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
+from pipelines.watching import Furthest, Patience, StageProgress
+
+MAX_FAILURES = 2
+"""How often a trial is started again whose process died before the trial had come any further than it was before.
+
+It goes on from its last epoch. Tune does not count a machine that its owner took back.
+"""
+
+
+class Trials:
+    """Does each unit as a trial of one Tune experiment (an `Executor`)."""
+
+    starts_the_most_costly_first = True
+    survives_deaths = True
+
+    def __init__(
+        self, capacity: Capacity, packed_splits: ray.ObjectRef, run: Run, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        """Start nothing yet; `callbacks` are the user's, and get every event of the trials."""
+        self._capacity, self._packed, self._run, self._callbacks = capacity, packed_splits, run, callbacks
+
+    def do(self, job: Job, units: Sequence[Unit], *, threads: int, progress: StageProgress) -> dict[str, str]:
+        """Do the units (see `Executor`).
+
+        Tune's own files (results, TensorBoard events) are under RUN/tune; raises OSError if it cannot write them.
+        """
+        store, capacity = self._run.store, self._capacity
+        gpus = capacity.gpus_per_unit if capacity.device == "cuda" else 0
+        by_name = {unit.name: unit for unit in units}
+        setup = _Setup(job.work, by_name, self._run, capacity.device, threads, Versions.here())
+        trainable = tune.with_parameters(_trial, packed=_Reference(self._packed), setup=setup)
+        with _quiet(progress), signals.noted() as interrupted:
+            watch = _Watch(progress, Patience(progress, autoscales=capacity.autoscales))
+            tuner = tune.Tuner(
+                tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
+                param_space={"unit": tune.grid_search([_config(unit) for unit in _longest_first(units)])},
+                tune_config=tune.TuneConfig(
+                    reuse_actors=True, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
+                ),
+                run_config=tune.RunConfig(
+                    name=f"{job.stage}-{time.strftime('%Y%m%dT%H%M%S')}",
+                    storage_path=store.storage.path("tune"),
+                    storage_filesystem=store.storage.filesystem,
+                    failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+                    callbacks=[watch, *self._callbacks],
+                    stop=_Interruption(interrupted),
+                    verbose=0,
+                ),
+            )
+            results = tuner.fit()
+        failed = dict(watch.failed)
+        for result in (results[index] for index in range(len(results))):
+            if result.error is not None and result.config:
+                failed.setdefault(_name_of(result.config), str(result.error).strip().splitlines()[-1])
+        return failed
+
+    def close(self) -> None:
+        """Nothing is held: an experiment's processes end with it."""
+
+
+class _Reference:
+    """Hides an object reference from Tune, which would fetch it on the driver."""
+
+    def __init__(self, reference: ray.ObjectRef) -> None:
+        self.reference = reference
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What all trials of an experiment share."""
+
+    work: Work
+    units: dict[str, Unit]
+    run: Run
+    device: str
+    threads: int
+    versions: Versions
+
+
+def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
+    torch.set_num_threads(setup.threads)
+    last: dict[str, Any] = {"share": 0.0}
+
+    def report(share: float, text: str, **metrics: float) -> None:
+        last.update(share=share, **metrics)
+        tune.report({**last, "state": text})
+
+    try:
+        setup.versions.check()
+        setup.run.store.require_here()
+        splits = unpack_splits(ray.get(packed.reference), setup.device, room_for_images(setup.device, gpu_share()))
+        text = setup.work(Context(setup.run, splits, setup.device, report), setup.units[_name_of(config)])
+    except ray.exceptions.RayError:  # a node or process is gone, not an error of the work: tried again
+        raise
+    except Exception as error:  # a repetition would fail alike
+        failure = {"state": "failed", "failed": str(error) if isinstance(error, GrossRayError) else told(error)}
+        if not isinstance(error, GrossRayError):
+            failure["traceback"] = traceback.format_exc()
+        tune.report({**last, **failure})
+    else:
+        tune.report({**last, "share": 1.0, "state": text})
+
+
+def _config(unit: Unit) -> dict[str, Any]:
+    """Return a unit as Tune's configuration, which its files and callbacks show; `_Setup.units` has the unit itself."""
+    return {"name": unit.name, **unit.values()}
+
+
+def _name_of(config: dict[str, Any]) -> str:
+    return str(config["unit"]["name"])
+
+
+class _Interruption(tune.Stopper):
+    """Stops all trials once a signal came."""
+
+    def __init__(self, interrupted: Callable[[], bool]) -> None:
+        self._interrupted = interrupted
+
+    def __reduce__(self) -> tuple[type[tune.Stopper], tuple[()]]:
+        """Tune pickles it for a restoration that we never ask for."""
+        return NoopStopper, ()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._interrupted()
+
+
+class _Watch(Callback):
+    """Turns Tune's events into progress."""
+
+    def __init__(self, progress: StageProgress, patience: Patience) -> None:
+        self._progress, self._patience = progress, patience
+        self._states: dict[str, tuple[float, str]] = {}
+        self._furthest = Furthest()
+        self.failed: dict[str, str] = {}
+
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        """Tune pickles its callbacks for a restoration that we never ask for; a bar on a terminal cannot be pickled."""
+        return Callback, ()
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        name, share = _name_of(trial.config), float(result["share"])
+        self._states[name] = (share, str(result["state"]))
+        if self._furthest.came_on(name, share):
+            trial.run_metadata.num_failures = 0  # it comes further: what it died of before does not count
+        self._progress.under_way({unit: state for unit, state in self._states.items() if state[0] < 1})
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        self._patience.look(under_way=any(trial.status == Trial.RUNNING for trial in trials))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        name, result = _name_of(trial.config), trial.last_result
+        if "share" not in result:  # taken from the queue before it began
+            return
+        if result["share"] < 1 and "failed" not in result:  # interrupted
+            return
+        self._states.pop(name, None)
+        failed = result.get("failed")
+        if failed is None:
+            self._progress.unit_done(name, result["state"])
+        else:
+            self.failed[name] = failed
+            self._progress.note(f"{name}: failed: {result.get('traceback', failed)}")
+
+
+def _longest_first(units: Sequence[Unit]) -> list[Unit]:
+    return sorted(units, key=lambda unit: -unit.cost)
+
+
+def _trial_name(trial: Any) -> str:
+    return f"{_name_of(trial.config)}_{trial.trial_id}"
+
+
+class _Notes(logging.Handler):
+    """Turns Tune's log into notes: what the disk, the network or a lost process did is one line, shown once."""
+
+    def __init__(self, progress: StageProgress) -> None:
+        super().__init__(logging.ERROR)
+        self._progress = progress
+        self._before: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, ray.exceptions.RayError):
+            text = f"{record.getMessage().strip()}: {str(error).strip().splitlines()[0]}"
+        elif isinstance(error, OSError):
+            text = f"{record.getMessage().strip()} {' '.join(str(error).split())}"
+        else:
+            text = self.format(record)
+        if text not in self._before:
+            self._before.add(text)
+            self._progress.note(f"Ray Tune: {text}")
+
+
+@contextlib.contextmanager
+def _quiet(progress: StageProgress) -> Iterator[None]:
+    """Keep Tune's own advice off the terminal; the progress shows its errors and what happens to the trials."""
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    notes = _Notes(progress)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+        logger.propagate = False
+        logger.addHandler(notes)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(notes)
+            logger.propagate = propagate
+            logger.setLevel(level)

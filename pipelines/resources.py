@@ -1,0 +1,50 @@
+"""Where the work of a run is done, as the user asks for it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from gross_ray.errors import InvalidValueError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Where the work is done; nothing in here changes what an experiment means."""
+
+    address: str | None = None
+    """Address of a running cluster; None: RAY_ADDRESS, or start Ray on this machine."""
+    num_cpus: int | None = None
+    """CPU cores to use of this machine; None: all. Refused together with an address."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where the cluster has a GPU."""
+    gpus_per_unit: float = 0.25
+    """GPUs for each unit of work on cuda; below 1, units share one."""
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise InvalidValueError(f"device = {self.device!r}: must be one of {', '.join(DEVICES)}")
+        if self.num_cpus is not None and self.num_cpus < 1:
+            raise InvalidValueError(f"num_cpus = {self.num_cpus}: must be 1 or more")
+        if self.gpus_per_unit <= 0:
+            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0")
+        if self.gpus_per_unit > 1 and not float(self.gpus_per_unit).is_integer():
+            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be a whole number above 1")
+        if self.num_cpus is not None and self.joined_address is not None:
+            raise InvalidValueError(
+                f"num_cpus = {self.num_cpus} with the running cluster {self.joined_address}: "
+                "it has the cores it was started with; leave one of the two out"
+            )
+
+    def without_effect(self, device: str) -> list[str]:
+        """Return a line for each of these that has no effect where units are done on `device`."""
+        if device.startswith("cuda") or self.gpus_per_unit == Resources.gpus_per_unit:
+            return []
+        return [f"--gpus-per-unit {self.gpus_per_unit:g}: units are done on {device}"]
+
+    @property
+    def joined_address(self) -> str | None:
+        """The running cluster to join, if one is named."""
+        return self.address or os.environ.get("RAY_ADDRESS") or None

@@ -1,0 +1,68 @@
+"""The contract of a stage, and what a stage may ask of the driver that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from gross_ray.run.opened import Run
+from gross_ray.training.loop import EpochRecord
+from pipelines.capacity import Capacity
+from pipelines.units import Job, Unit
+
+
+class Driver(Protocol):
+    """Executes the jobs of stages, wherever that is; `pipelines.driver.Session` is the one that there is."""
+
+    @property
+    def run(self) -> Run:
+        """The run that is worked on."""
+        ...
+
+    def do(self, job: Job) -> None:
+        """Do the units of a job that are not done; raises UnitsFailedError, naming them, if any fails."""
+        ...
+
+    @property
+    def capacity(self) -> Capacity:
+        """What can run at the same time."""
+        ...
+
+    def threads(self, kind: str, num_equal: int) -> int:
+        """Return the CPU threads of each unit of a kind, of which the experiment has about `num_equal`."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Show one line to the user."""
+        ...
+
+
+class Stage(Protocol):
+    """A stage: each module of `pipelines.stages.pipeline.STAGES` is one."""
+
+    NAME: str
+    """Name of its command and of its checkpoints."""
+    DESCRIPTION: str
+    """One line for `gross --help`."""
+
+    def plan(self, run: Run) -> Sequence[Unit]:
+        """Return all of its units; raises MissingStageError where an earlier stage decides which they are."""
+        ...
+
+    def done(self, run: Run) -> set[str]:
+        """Return the names of its units that are stored."""
+        ...
+
+    def do(self, driver: Driver) -> None:
+        """Do what is missing of it."""
+        ...
+
+
+def metrics(record: EpochRecord) -> dict[str, float]:
+    """Return an epoch's numbers by name, without those that were not measured."""
+    return {name: value for name, value in vars(record).items() if value is not None}
+
+
+def history_rows(stage: str, unit: str, seed: int, records: Sequence[EpochRecord]) -> list[dict[str, Any]]:
+    """Return the rows of the `history` table for one training."""
+    return [{"stage": stage, "unit": unit, "seed": seed, **vars(record)} for record in records]

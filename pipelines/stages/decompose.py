@@ -1,0 +1,186 @@
+"""Stage `decompose`: layer x group-size x seed, each decomposed alone, or as a chain where nested (section 3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gross_ray.btd.block_terms import BlockTerms, BTDStatus
+from gross_ray.btd.solver import block_term_decomposition, default_restarts
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
+from gross_ray.seeds import derive_seed
+from gross_ray.supernet.layers import by_reason
+from pipelines.stages.base import Driver
+from pipelines.units import Context, Job, Unit, require
+
+NAME = "decompose"
+DESCRIPTION = "Decompose every layer at every group-size (BTD)."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decomposition(Unit):
+    """One layer at one group-size."""
+
+    layer: str
+    group_size: int
+    seed: int
+    nested: bool = False
+    """Whether it starts from the next smaller group-size's expansion."""
+
+    @property
+    def name(self) -> str:
+        """Like conv2,g=16,seed=0."""
+        return f"{self.layer},g={self.group_size},seed={self.seed}{',nested' * self.nested}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Unit):
+    """One layer at all of its group-sizes, each of which starts from the one before."""
+
+    layer: str
+    group_sizes: tuple[int, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Like conv2,seed=0,nested."""
+        return f"{self.layer},seed={self.seed},nested"
+
+    @property
+    def links(self) -> list[Decomposition]:
+        """The decompositions that the chain consists of, in their order."""
+        return [
+            Decomposition(layer=self.layer, group_size=size, seed=self.seed, nested=True) for size in self.group_sizes
+        ]
+
+
+def plan(run: Run) -> Sequence[Decomposition | Chain]:
+    """Return a unit for each layer, group-size and seed of the supernets; where nested, for each layer and seed."""
+    return run.once(f"{NAME} plan", lambda: _plan(run))
+
+
+def _plan(run: Run) -> Sequence[Decomposition | Chain]:
+    experiment = run.experiment
+    seeds = range(max(experiment.supernet.seeds, experiment.sweep.seeds if experiment.sweep.alphas else 0))
+    if not experiment.decomposition.nested:
+        sizes = run.space.group_sizes
+        return [unit(run, layer, size, seed) for layer in sizes for seed in seeds for size in sizes[layer]]
+    return [
+        Chain(layer=layer, group_sizes=sizes, seed=seed, cost=sum(_cost(run, layer, size) for size in sizes))
+        for layer, sizes in run.space.group_sizes.items()
+        for seed in seeds
+    ]
+
+
+def unit(run: Run, layer: str, group_size: int, seed: int) -> Decomposition:
+    """Return the unit of one decomposition that starts from no other."""
+    return Decomposition(layer=layer, group_size=group_size, seed=seed, cost=_cost(run, layer, group_size))
+
+
+def _cost(run: Run, layer: str, group_size: int) -> float:
+    """Estimate the work: a step costs alike at every group-size, larger ones take more; a single term takes none."""
+    weight = run.base.choice.convs[layer].weight
+    channels = weight.shape[1]
+    if group_size == channels:
+        return 1.0
+    step = weight.numel() * channels * (run.experiment.decomposition.restarts or default_restarts(weight))
+    return step * (1 + group_size / channels)
+
+
+def done(run: Run) -> set[str]:
+    """Return the names of the units that are stored."""
+    stored = run.store.finished_units("decompositions") & set(run.store.checkpoints(NAME))
+    if not run.experiment.decomposition.nested:
+        return stored
+    chains = {
+        unit.name for unit in plan(run) if isinstance(unit, Chain) and all(link.name in stored for link in unit.links)
+    }
+    return stored | chains
+
+
+def do(driver: Driver) -> None:
+    """Decompose what is missing, after reporting which convolutions are left alone."""
+    run = driver.run
+    units, choice = plan(run), run.base.choice
+    if not {unit.name for unit in units} <= done(run):
+        for what, reasons in (("left alone", choice.left_alone), ("not tried", choice.dropped)):
+            if reasons:
+                driver.note(f"{NAME}: {what}: {by_reason(reasons)}")
+    driver.do(job(run, units))
+
+
+def job(run: Run, units: Sequence[Decomposition | Chain]) -> Job:
+    """Return the job of doing some decompositions."""
+    return Job(stage=NAME, units=units, work=work, done=lambda: done(run), kind=NAME, num_equal=len(plan(run)))
+
+
+def require_all(run: Run) -> None:
+    """Raise MissingStageError unless every decomposition of the supernets is stored."""
+    require(run.store, NAME, [unit.name for unit in plan(run)], done(run))
+
+
+def work(context: Context, unit: Decomposition | Chain) -> str:
+    """Decompose one layer at one group-size, or at all of them where nested."""
+    terms: BlockTerms | None = None
+    for one in unit.links if isinstance(unit, Chain) else [unit]:
+        if isinstance(unit, Chain) and _is_stored(context.store, one):
+            terms = load_terms(context.store, one)
+        else:
+            terms = _decompose(context, one, start=terms)
+    assert terms is not None
+    return f"error {terms.relative_error:.4f}, {terms.steps} steps"
+
+
+def supernet_terms(run: Run, group_sizes: Mapping[str, Iterable[int]], seed: int) -> dict[str, list[BlockTerms]]:
+    """Return the stored decompositions of a supernet's layers, by layer, in the order of the group-sizes."""
+    nested = run.experiment.decomposition.nested
+    return {
+        layer: [
+            load_terms(run.store, Decomposition(layer=layer, group_size=size, seed=seed, nested=nested))
+            for size in sizes
+        ]
+        for layer, sizes in group_sizes.items()
+    }
+
+
+def load_terms(store: RunStore, unit: Decomposition) -> BlockTerms:
+    """Return a stored decomposition; raises MissingStageError if it is not stored."""
+    tensors, result = store.load_checkpoint(NAME, unit.name)
+    fields: dict[str, Any] = {**tensors, **result, "status": BTDStatus(result["status"])}
+    return BlockTerms(**fields)
+
+
+def _is_stored(store: RunStore, unit: Decomposition) -> bool:
+    return store.has_unit("decompositions", unit.name) and store.has_checkpoint(NAME, unit.name)
+
+
+def _decompose(context: Context, unit: Decomposition, start: BlockTerms | None) -> BlockTerms:
+    """Compute and store one decomposition."""
+    started = time.perf_counter()
+
+    def on_step(step: int, error: float) -> None:
+        if step % 50 == 0:
+            context.report(0.0, f"step {step}, error {error:.4f}")
+
+    terms = block_term_decomposition(
+        context.run.base.choice.convs[unit.layer].weight.to(context.device),
+        unit.group_size,
+        options=context.run.experiment.decomposition,
+        start=start,
+        seed=derive_seed(context.seed, NAME, unit.name),
+        on_step=on_step,
+    )
+    tensors = {"core": terms.core, "factor_in": terms.factor_in, "factor_out": terms.factor_out}
+    result = {
+        "relative_error": terms.relative_error,
+        "cancellation": terms.cancellation,
+        "steps": terms.steps,
+        "status": terms.status.value,
+    }
+    context.store.save_checkpoint(NAME, unit.name, tensors, result)
+    row = {**unit.values(), "groups": terms.groups, **result, "seconds": time.perf_counter() - started}
+    context.store.write_table("decompositions", unit.name, [row])
+    return terms

@@ -1,0 +1,71 @@
+"""Stage `reconstruct`: the supernets are trained to give the responses of the full network (Eq. 9, section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from gross_ray.run.opened import Run
+from gross_ray.supernet.build import build_supernet
+from gross_ray.training.stages import reconstruct
+from gross_ray.training.together import reconstruct_together
+from pipelines.stages import decompose, supernets
+from pipelines.stages.base import Driver
+from pipelines.stages.supernets import Measure, Supernet, Training
+from pipelines.units import Context, Group, Job
+
+NAME = "reconstruct"
+DESCRIPTION = "Reconstruct the responses of the full network in the supernet (Eq. 9)."
+
+
+def plan(run: Run) -> Sequence[Supernet]:
+    """Return one unit for each seed of the supernet that is searched."""
+    return supernets.searched(run)
+
+
+def done(run: Run) -> set[str]:
+    """Return the names of the supernets that are reconstructed."""
+    return supernets.trained(run, NAME)
+
+
+def do(driver: Driver) -> None:
+    """Reconstruct the responses of the supernets that are missing."""
+    run = driver.run
+    if not {unit.name for unit in plan(run)} <= done(run):
+        decompose.require_all(run)
+    driver.do(job(run, plan(run)))
+
+
+def job(run: Run, units: Sequence[Supernet], *, shown: str | None = None) -> Job:
+    """Return the job of reconstructing some supernets."""
+    return supernets.job(run, NAME, units, work, work_on_group, shown=shown)
+
+
+def work(
+    context: Context, unit: Supernet, share: tuple[float, float] = (0.0, 1.0), measure: Measure | None = None
+) -> str:
+    """Build one supernet from its decompositions and reconstruct the responses; `share` and `measure` as in `train`."""
+    supernet, original = _decomposed(context, unit), context.run.base.on(context.device)
+    training: Training = partial(reconstruct, supernet, original)
+    if supernets.as_one_graph(context.run.experiment.engine, context.device):
+        training = supernets.as_stack(supernet, partial(reconstruct_together, original=original))
+    schedule = context.run.experiment.reconstruction
+    last = supernets.train(context, unit, NAME, supernet, schedule, training, share, measure)
+    return f"response error {last.train_loss:.4f}"
+
+
+def work_on_group(context: Context, group: Group) -> str:
+    """Build several supernets and reconstruct their responses in one pass."""
+    built = {unit: _decomposed(context, unit) for unit in group.members if isinstance(unit, Supernet)}
+    together = partial(reconstruct_together, original=context.run.base.on(context.device))
+    return supernets.train_group(context, group, NAME, built, context.run.experiment.reconstruction, together)
+
+
+def _decomposed(context: Context, unit: Supernet) -> nn.Module:
+    """Return the supernet of a unit's decompositions, on the context's device."""
+    run = context.run
+    terms = decompose.supernet_terms(run, run.space.group_sizes, unit.seed)
+    bottlenecks = {name: [one.to_bottleneck() for one in terms[name]] for name in terms}
+    return build_supernet(run.base.network, bottlenecks).to(context.device)

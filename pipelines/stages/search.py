@@ -1,0 +1,407 @@
+"""Stage `search`: configurations of the supernets are evaluated; then the selection (section 5.1).
+
+All of them, in shards, or as many rounds as a strategy is given (`pipelines.stages.rounds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from gross_ray.errors import InvalidValueError, MissingStageError
+from gross_ray.nn.batch_norm import calibration_images
+from gross_ray.run.opened import Run
+from gross_ray.run.searched import evaluated_accuracies
+from gross_ray.run.store import RunStore
+from gross_ray.search.batch_plan import default_memory_budget
+from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import COUNTED, LayerCosts, layer_costs
+from gross_ray.search.evaluator import Evaluator
+from gross_ray.search.layer_forms import LayerForm
+from gross_ray.search.options import EvaluationOptions
+from gross_ray.search.selection import (
+    best_of_chunks,
+    front_of_chunks,
+    select,
+    uniform,
+)
+from gross_ray.search.sharding import PrefixCosts, segment_macs
+from gross_ray.space import Configuration, SearchSpace
+from gross_ray.supernet.build import empty_supernet
+from pipelines.stages import finetune, latencies, rounds, supernets
+from pipelines.stages.base import Driver
+from pipelines.stages.rounds import RoundPart
+from pipelines.stages.supernets import Supernet
+from pipelines.units import Context, Job, Unit, require, tensor_of
+
+NAME = "search"
+DESCRIPTION = "Evaluate every configuration and select under budgets."
+PLAN = "search-plan"
+SHARDS_A_WORKER = 4
+"""Shards of one supernet for each worker there is when the search is planned: what a lost worker costs, and how even
+the workers' shares are, against prefixes computed more than once."""
+MOST_CONFIGURATIONS = 20_000
+"""Configurations of one shard at most: what a worker holds in memory until they are stored."""
+MOST_EXHAUSTIVE = 5_000_000
+"""Configurations of a space that is searched whole at most."""
+LEAST_BUDGET = 4 * 2**20
+"""Bytes of live tensors that a worker's share of the cache is taken for at least: below, overhead decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard(Unit):
+    """Neighbouring configurations of the space, which share prefixes, in one supernet."""
+
+    supernet: Supernet
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """Like alpha=0,scaling=index,seed=0,start=0,stop=63."""
+        return f"{self.supernet.name},start={self.start},stop={self.stop}"
+
+    @property
+    def shared(self) -> str:
+        """The supernet's weights."""
+        return self.supernet.name
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """What it evaluates, whichever the supernet is."""
+        return self.start, self.stop
+
+    def configurations_of(self, space: SearchSpace) -> list[Configuration]:
+        """Return the configurations to evaluate."""
+        return space[self.start : self.stop]
+
+
+Part = Shard | RoundPart
+"""A unit of the search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning(Unit):
+    """The search's plan: layers are timed on a worker, with the threads that the shards will have."""
+
+    supernet: Supernet
+    workers: int
+    threads: int
+    units_on_a_device: int
+
+    @property
+    def name(self) -> str:
+        """Always plan."""
+        return "plan"
+
+    @property
+    def shared(self) -> str:
+        """The supernet's weights."""
+        return self.supernet.name
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How the space is cut and how layers run, decided once for a run folder: a run that is resumed keeps to it."""
+
+    shards: list[range]
+    forms: dict[str, LayerForm]
+    memory_budget: int
+    """Bytes of live tensors on each worker."""
+
+
+def load_plan(run: Run) -> SearchPlan:
+    """Return the stored plan; raises MissingStageError before the search has begun."""
+    return run.once(PLAN, lambda: _read_plan(run.store))
+
+
+def _read_plan(store: RunStore) -> SearchPlan:
+    _, about = store.load_checkpoint(PLAN, "plan")
+    return SearchPlan(
+        [range(start, stop) for start, stop in about["shards"]],
+        {
+            name: LayerForm({int(size): each for size, each in form["by_size"].items()}, form["stacked"])
+            for name, form in about["forms"].items()
+        },
+        about["memory_budget"],
+    )
+
+
+def parts(run: Run, units: Sequence[Supernet]) -> list[Part]:
+    """Return the units that evaluate the space in each supernet.
+
+    Of a search by a strategy, the rounds so far; of supernets that are not the search's, the first one.
+    """
+    planned = load_plan(run).shards
+    if not by_strategy(run):
+        return [
+            Shard(supernet=unit, start=shard.start, stop=shard.stop, cost=len(shard))
+            for unit in units
+            for shard in planned
+        ]
+    searched, found = set(supernets.searched(run)), rounds.stored(run)
+    return [
+        part
+        for unit in units
+        for number, some in enumerate(found if unit in searched else found[:1])
+        for part in rounds.units(unit, number, some)
+    ]
+
+
+def plan(run: Run) -> Sequence[Part]:
+    """Return the parts of the supernets that are searched; raises MissingStageError before the search has begun."""
+    return run.once(f"{NAME} plan", lambda: parts(run, supernets.searched(run)))
+
+
+def done(run: Run) -> set[str]:
+    """Return the names of the units that are stored."""
+    return run.store.finished_units("configurations")
+
+
+def do(driver: Driver) -> None:
+    """Evaluate what is missing of the space, or of a strategy's rounds, and select."""
+    run = driver.run
+    budgets(run)  # one that no configuration has is found now, not after the search
+    if by_strategy(run):
+        _propose(driver, rounds.Proposals(run))
+    else:
+        check_size(run.space)
+        evaluate(driver, NAME, supernets.searched(run))
+    if model := latencies.in_force(run):
+        latencies.fill(run, model)
+    choose(run)
+
+
+def check_size(space: SearchSpace) -> None:
+    """Raise InvalidValueError for a space that is too large to be searched whole."""
+    if space.size > MOST_EXHAUSTIVE:
+        raise InvalidValueError(
+            f"search.strategy = 'exhaustive': the space has {space.size:,} configurations; let a strategy choose some "
+            "of them, like search.strategy=surrogate with search.evaluations=2000"
+        )
+
+
+def by_strategy(run: Run) -> bool:
+    """Return whether a strategy proposes what is evaluated; else it is the whole space."""
+    return run.experiment.search.strategy != "exhaustive"
+
+
+def _propose(driver: Driver, proposals: rounds.Proposals) -> None:
+    """Evaluate round after round in the search's supernets."""
+    run, searched = driver.run, supernets.searched(driver.run)
+    _prepare(driver, searched)
+    number, (some, *_) = 0, rounds.stored(run)
+    while some:
+        units = [part for unit in searched for part in rounds.units(unit, number, some)]
+        _evaluate(driver, f"{NAME} round {number}", units)
+        proposals.learn(some, [unit.name for unit in units])
+        number, some = number + 1, proposals.next_round()
+    rounds.end(run)
+
+
+def evaluate(driver: Driver, shown: str, units: Sequence[Supernet]) -> None:
+    """Evaluate the space in each of the supernets; if a strategy searches, the rounds that `parts` returns."""
+    _prepare(driver, units)
+    _evaluate(driver, shown, parts(driver.run, units))
+
+
+def _prepare(driver: Driver, units: Sequence[Supernet]) -> None:
+    """Plan the search, unless it is planned."""
+    run = driver.run
+    if not run.store.has_checkpoint(PLAN, "plan"):
+        require(run.store, finetune.NAME, {units[0].name}, finetune.done(run))
+        _make_plan(driver, units[0])
+    if by_strategy(run):
+        rounds.begin(run)
+
+
+def _evaluate(driver: Driver, shown: str, units: Sequence[Part]) -> None:
+    run, stored = driver.run, done(driver.run)
+    require(run.store, finetune.NAME, {unit.shared for unit in units if unit.name not in stored}, finetune.done(run))
+    driver.do(_job(driver, shown, units, work))
+
+
+def _job(driver: Driver, shown: str, units: Sequence[Unit], work: Any) -> Job:
+    run = driver.run
+    return Job(
+        stage=shown,
+        units=units,
+        work=work,
+        done=lambda: {"plan"} & set(run.store.checkpoints(PLAN)) if work is plan_work else done(run),
+        kind=NAME,
+        num_equal=SHARDS_A_WORKER * driver.capacity.slots(),
+        shared=lambda name: load_shared(run.store, name),
+    )
+
+
+def _make_plan(driver: Driver, supernet: Supernet) -> None:
+    """Cut the space for the workers there are, and have one of them time the forms of the layers.
+
+    What was evaluated by a plan that is lost stays, as far as the new plan has the same shards: shards of an exhaustive
+    search that overlap the new ones go.
+    """
+    run, workers = driver.run, driver.capacity.slots()
+    threads = driver.threads(NAME, SHARDS_A_WORKER * workers)
+    unit = Planning(
+        supernet=supernet,
+        workers=workers,
+        threads=threads,
+        units_on_a_device=driver.capacity.units_on_a_device(threads),
+    )
+    driver.do(_job(driver, f"{NAME} plan", [unit], plan_work))
+    if not by_strategy(run):
+        known = {part.name for part in parts(run, [*supernets.searched(run), *supernets.swept(run)])}
+        for name in done(run) - known:
+            run.store.delete_unit("configurations", name)
+        run.changed()
+
+
+def load_shared(store: RunStore, supernet: str) -> dict[str, Any]:
+    """Return a supernet's weights as arrays, and its group-sizes."""
+    tensors, about = store.load_checkpoint(finetune.NAME, supernet)
+    return {"group_sizes": about["group_sizes"], "weights": {name: t.numpy() for name, t in tensors.items()}}
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """A supernet on a worker, and what the rows of its configurations are made from."""
+
+    evaluator: Evaluator
+    costs: dict[str, LayerCosts]
+
+    @classmethod
+    def of(cls, context: Context, forms: dict[str, LayerForm] | None, memory_budget: int) -> _Searched:
+        run = context.run
+        supernet = _empty(context)
+        weights = {name: tensor_of(array) for name, array in context.shared["weights"].items()}
+        supernet.load_state_dict(weights, assign=True)  # the node's one copy, not another one for each worker
+        supernet.eval()
+        costs = {name: layer_costs(supernet, run.base.input_shape, name) for name in COUNTED}
+        search = run.experiment.search
+        options = EvaluationOptions(memory_budget=memory_budget, form=search.form, precision=search.precision)
+        normalisation = context.splits.validation.normalisation
+        evaluator = Evaluator(supernet.to(context.device), options, forms=forms, normalisation=normalisation)
+        return cls(evaluator, costs)
+
+
+def _empty(context: Context) -> nn.Module:
+    return empty_supernet(context.run.base.network, context.shared["group_sizes"])
+
+
+def plan_work(context: Context, unit: Planning) -> str:
+    """Store the plan of the search."""
+    run = context.run
+    memory_budget = run.experiment.search.memory_budget
+    if not memory_budget:  # workers share a node's cache, or a GPU
+        whole = default_memory_budget(torch.device(context.device))
+        memory_budget = max(whole // unit.units_on_a_device, LEAST_BUDGET)
+    evaluator = _Searched.of(context, None, memory_budget).evaluator
+    space, validation = run.space, context.splits.validation
+    evaluator.evaluate(validation.images[:1], validation.labels[:1], space[:1])
+    num = max(SHARDS_A_WORKER * unit.workers, -(-space.size // MOST_CONFIGURATIONS))
+    cut = [] if by_strategy(run) else PrefixCosts(space, segment_macs(_empty(context), run.base.input_shape)).cut(num)
+    about = {
+        "shards": [[shard.start, shard.stop] for shard in cut],
+        "forms": {name: asdict(form) for name, form in evaluator.forms.items()},
+        "memory_budget": memory_budget,
+    }
+    context.store.save_checkpoint(PLAN, "plan", {}, about)
+    found = f"{space.size} configurations" + (f" in {len(cut)} shards" if cut else "")
+    if reason := evaluator.not_traceable:
+        return f"{found}, one by one: this network cannot be traced ({reason})"
+    if reason := evaluator.why_one_by_one(calibrated=run.experiment.engine.recalibrate):
+        return f"{found}, one by one: {reason}, and takes the statistics of both (engine.recalibrate)"
+    forms = [form for each in evaluator.forms.values() for form in each.by_size.values()]
+    return f"{found}; {forms.count('bottleneck')} of {len(forms)} layer forms as bottlenecks"
+
+
+def work(context: Context, unit: Part) -> str:
+    """Evaluate one part of the space in one supernet on the validation split."""
+    run, validation = context.run, context.splits.validation
+    if unit.shared not in context.kept:
+        context.kept.clear()  # one supernet at a time
+        planned = load_plan(run)
+        context.kept[unit.shared] = _Searched.of(context, planned.forms, planned.memory_budget)
+    searched: _Searched = context.kept[unit.shared]
+    configurations = unit.configurations_of(run.space)
+    calibration = calibration_images(context.splits.train) if run.experiment.engine.recalibrate else None
+    correct, loss = searched.evaluator.evaluate(validation.images, validation.labels, configurations, calibration)
+    total = len(validation.labels)
+    layers = [f"layer {layer}" for layer in run.space.layers]
+    rows = [
+        {
+            "supernet": unit.supernet.name,
+            **unit.supernet.values(),
+            "configuration": str(configuration),
+            **dict(zip(layers, configuration, strict=True)),
+            **dict(zip(COUNTED, costs, strict=True)),
+            "val_correct": count,
+            "val_total": total,
+            "val_accuracy": count / total,
+            "val_loss": loss_sum / total,
+            "latency_ms": None,
+        }
+        for configuration, count, loss_sum, *costs in zip(
+            configurations,
+            correct.tolist(),
+            loss.tolist(),
+            *(searched.costs[name].of(configurations).tolist() for name in COUNTED),
+            strict=True,
+        )
+    ]
+    context.store.write_table("configurations", unit.name, rows, layers=run.space.layers)
+    return f"{len(rows)} configurations, best {int(correct.max()) / total:.4f}"
+
+
+def budgets(run: Run) -> list[Configuration]:
+    """Return the fixed configurations whose MACs are the budgets."""
+    sizes = run.experiment.search.budgets
+    return [uniform(run.space, size) for size in sizes] if sizes else []
+
+
+def accuracies(run: Run) -> Iterator[pd.DataFrame]:
+    """Yield what `supernet_accuracies` gives for the supernets that are searched, one part of the space at a time.
+
+    Raises MissingStageError unless all are evaluated.
+    """
+    units, stored = plan(run), done(run)
+    missing = [unit.name for unit in units if unit.name not in stored]
+    if missing:
+        raise MissingStageError(
+            f"{len(missing)} of {len(units)} shards are not stored in {run.store.storage}: run `gross search "
+            f"{run.store.storage}` first"
+        )
+    rows = [{"unit": unit.name, **unit.supernet.values(), "first": unit.part} for unit in units]
+    yield from evaluated_accuracies(run.store, pd.DataFrame(rows))
+
+
+def best(run: Run, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
+    """Return the `top` most accurate configurations within all budgets (`best_under`)."""
+    return best_of_chunks(accuracies(run), budgets, top)
+
+
+def front(run: Run, costs: Sequence[str]) -> pd.DataFrame:
+    """Return the Pareto front of accuracy and one or more costs (`pareto_front`)."""
+    return front_of_chunks(accuracies(run), cost=costs)
+
+
+def choose(run: Run) -> None:
+    """Store the selected configurations of each budget that are not stored yet."""
+    units = {f"budget={budget}": str(budget) for budget in budgets(run)}
+    missing = units.keys() - run.store.finished_units("selections")
+    if not missing:
+        return
+    names = list(units.values())
+    fixed = pd.concat([part[part["configuration"].isin(names)] for part in accuracies(run)])
+    for unit in missing:
+        limit = fixed.loc[fixed["configuration"] == units[unit], "macs"]
+        top = run.experiment.search.top
+        within = best(run, [Budget("macs", float(limit.iloc[0]))], top + 1)  # the fixed one may be among them
+        candidates = pd.concat([within, fixed]).drop_duplicates("configuration")
+        run.store.write_table("selections", unit, select(candidates, units[unit], top).to_dict("records"))
+    run.changed()

@@ -1,0 +1,221 @@
+"""The supernets: their units, and how one or a stack of them is trained (sections 4.3 and 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gross_ray.data.image_set import Splits
+from gross_ray.errors import DivergedError
+from gross_ray.experiment import EngineOptions, Schedule
+from gross_ray.run.opened import Run, save_supernet
+from gross_ray.seeds import derive_seed
+from gross_ray.space import SearchSpace
+from gross_ray.training.capture import captures
+from gross_ray.training.loop import EpochRecord
+from gross_ray.training.sampling import ConfigurationSampler, settled_scaling
+from gross_ray.training.together import Member, Outcome
+from pipelines.stages.base import history_rows, metrics
+from pipelines.units import Context, EpochSlot, Group, Job, Unit, Work
+
+KIND = "supernets"
+"""Kind of all trainings of supernets, in whichever stage: one supernet is always computed with the same threads."""
+
+Training = Callable[..., list[EpochRecord]]
+Measure = Callable[[nn.Module, EpochRecord], dict[str, float]]
+"""Measures a supernet after an epoch, by name; it may leave any configuration active."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supernet(Unit):
+    """One supernet; `supernet_of` makes it."""
+
+    alpha: float
+    scaling: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Like alpha=4,scaling=normalised,seed=0; it gives alpha exactly."""
+        written = f"{self.alpha:g}"
+        exact = written if float(written) == self.alpha else repr(self.alpha)
+        return f"alpha={exact},scaling={self.scaling},seed={self.seed}"
+
+
+def supernet_of(alpha: float, scaling: str, seed: int) -> Supernet:
+    """Return the unit of one supernet. Without temperature both scalings are one."""
+    return Supernet(alpha=alpha, scaling=settled_scaling(alpha, scaling), seed=seed)
+
+
+def searched(run: Run) -> list[Supernet]:
+    """Return one unit for each seed of the supernet that is searched."""
+    options = run.experiment.supernet
+    return [supernet_of(options.alpha, options.scaling, seed) for seed in range(options.seeds)]
+
+
+def swept(run: Run) -> list[Supernet]:
+    """Return one unit for each alpha, scaling and seed of the sweep; searched ones may be among them."""
+    options = run.experiment.sweep
+    units = [
+        supernet_of(alpha, scaling, seed)
+        for alpha in options.alphas
+        for scaling in options.scalings
+        for seed in range(options.seeds)
+    ]
+    return list(dict.fromkeys(units))
+
+
+def trained(run: Run, stage: str) -> set[str]:
+    """Return the names of the supernets that `stage` has stored."""
+    stored = run.store.finished_units("history")
+    return {unit for unit in run.store.checkpoints(stage) if _history(stage, unit) in stored}
+
+
+def is_trained(run: Run, stage: str, unit: Supernet) -> bool:
+    """Return whether `stage` has stored one supernet."""
+    return run.store.has_checkpoint(stage, unit.name) and run.store.has_unit("history", _history(stage, unit.name))
+
+
+def _history(stage: str, unit: str) -> str:
+    return f"{stage},{unit}"
+
+
+def job(run: Run, stage: str, units: Sequence[Supernet], one: Work, several: Work, *, shown: str | None = None) -> Job:
+    """Return the job of one training of some supernets: by `one` each alone, by `several` as stacks."""
+    together = run.experiment.engine.parallel_seeds if in_groups(run) else None
+    return Job(
+        stage=shown or stage,
+        units=units,
+        work=one if together is None else several,
+        done=lambda: trained(run, stage),
+        kind=KIND,
+        num_equal=num_supernets(run),
+        together=together,
+    )
+
+
+def num_supernets(run: Run) -> int:
+    """Return how many supernets the whole experiment has, counted as units of work."""
+    return -(-len({*searched(run), *swept(run)}) // run.experiment.engine.parallel_seeds)
+
+
+def in_groups(run: Run) -> bool:
+    """Return whether supernets are trained in groups; if not, a unit may still be a stack of one (as_one_graph)."""
+    engine = run.experiment.engine
+    return engine.parallel_seeds > 1 or engine.compile
+
+
+def as_one_graph(engine: EngineOptions, device: str) -> bool:
+    """Return whether a supernet alone is trained as a stack of one."""
+    return engine.compile or captures(engine, torch.device(device))
+
+
+def train(
+    context: Context,
+    unit: Supernet,
+    stage: str,
+    supernet: nn.Module,
+    schedule: Schedule,
+    training: Training,
+    share: tuple[float, float] = (0.0, 1.0),
+    measure: Measure | None = None,
+) -> EpochRecord:
+    """Do one training of a supernet from its last epoch, store the result, and return the last epoch's record.
+
+    `share` is its part of the unit's progress; what `measure` returns is reported beside each epoch's metrics.
+    """
+
+    def report(record: EpochRecord) -> None:
+        done = share[0] + (share[1] - share[0]) * record.epoch / schedule.epochs
+        measured = {} if measure is None else measure(supernet, record)
+        text = f"{stage} epoch {record.epoch}, loss {record.train_loss:.4f}"
+        context.report(done, text, **metrics(record), **measured)
+
+    history = training(
+        context.splits,
+        schedule,
+        seed=derive_seed(context.seed, stage, unit.name),
+        sampler=_sampler(supernet, unit),
+        engine=context.run.experiment.engine,
+        checkpoint=EpochSlot(context.store, stage, unit.name),
+        on_epoch=report,
+    )
+    _store(context, unit, stage, supernet, history)
+    return history[-1]
+
+
+def as_stack(supernet: nn.Module, together: Callable[..., list[Outcome]]) -> Training:
+    """Return the training of one supernet as a stack of one: it is one graph for all configurations."""
+
+    def training(
+        splits: Splits,
+        schedule: Schedule,
+        *,
+        seed: int,
+        sampler: ConfigurationSampler,
+        engine: EngineOptions,
+        checkpoint: EpochSlot,
+        on_epoch: Callable[[EpochRecord], object],
+    ) -> list[EpochRecord]:
+        members = [Member(supernet, seed, sampler, checkpoint, on_epoch)]
+        (outcome,) = together(members, splits=splits, schedule=schedule, engine=engine)
+        if isinstance(outcome, DivergedError):
+            raise outcome
+        return outcome
+
+    return training
+
+
+def train_group(
+    context: Context,
+    group: Group,
+    stage: str,
+    supernets: Mapping[Supernet, nn.Module],
+    schedule: Schedule,
+    together: Callable[..., list[Outcome]],
+) -> str:
+    """Train several supernets in one pass and store those that did not diverge.
+
+    Raises DivergedError naming the others.
+    """
+
+    def report(record: EpochRecord) -> None:
+        text = f"{stage} epoch {record.epoch}, loss {record.train_loss:.4f}"
+        context.report(record.epoch / schedule.epochs, text, **metrics(record))
+
+    members = [
+        Member(
+            supernet,
+            derive_seed(context.seed, stage, unit.name),
+            _sampler(supernet, unit),
+            EpochSlot(context.store, stage, unit.name),
+            report,
+        )
+        for unit, supernet in supernets.items()
+    ]
+    outcomes = together(members, splits=context.splits, schedule=schedule, engine=context.run.experiment.engine)
+    diverged, losses = [], []
+    for (unit, supernet), outcome in zip(supernets.items(), outcomes, strict=True):
+        if isinstance(outcome, DivergedError):
+            diverged.append(f"{unit.name}: {outcome}")
+        else:
+            _store(context, unit, stage, supernet, outcome)
+            losses.append(outcome[-1].train_loss)
+    if diverged:
+        raise DivergedError("; ".join(diverged))
+    return f"loss {min(losses):.4f} to {max(losses):.4f}"
+
+
+def _sampler(supernet: nn.Module, unit: Supernet) -> ConfigurationSampler:
+    return ConfigurationSampler(SearchSpace.of(supernet), unit.alpha, scaling=unit.scaling)
+
+
+def _store(context: Context, unit: Supernet, stage: str, supernet: nn.Module, history: list[EpochRecord]) -> None:
+    """Store a trained supernet, in place of its state between epochs."""
+    save_supernet(context.store, stage, unit.name, supernet, unit.values())
+    rows = history_rows(stage, unit.name, unit.seed, history)
+    context.store.write_table("history", _history(stage, unit.name), rows)
+    EpochSlot(context.store, stage, unit.name).clear()

@@ -1,0 +1,147 @@
+"""Stage `train`: the base networks, one unit a seed (section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gross_ray.data.image_set import Splits
+from gross_ray.run.opened import Run
+from gross_ray.run.pins import pin_weights, stored_weights
+from gross_ray.run.store import RunStore
+from gross_ray.search.cost import count_macs, count_parameters
+from gross_ray.seeds import derive_seed, derived_generator
+from gross_ray.training.loop import EpochRecord, count_correct
+from gross_ray.training.stages import train_network
+from gross_ray.weights import read_weights, set_weights
+from pipelines.stages.base import Driver, history_rows, metrics
+from pipelines.units import Context, EpochSlot, Job, Unit
+
+NAME = "train"
+DESCRIPTION = "Train the base networks."
+GIVEN = "given"
+"""Stage under which the run folder keeps weights that the user brought."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseNetwork(Unit):
+    """One base network."""
+
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Like seed=0."""
+        return f"seed={self.seed}"
+
+
+def plan(run: Run) -> Sequence[BaseNetwork]:
+    """Return one unit for each seed of the base network."""
+    return [BaseNetwork(seed=seed) for seed in range(run.experiment.training.seeds)]
+
+
+def done(run: Run) -> set[str]:
+    """Return the names of the units that are stored."""
+    store = run.store
+    units = store.finished_units("networks") & set(store.checkpoints(NAME))
+    if run.experiment.weights:  # brought, not trained
+        return units
+    trained = store.finished_units("history")
+    return {unit for unit in units if f"{NAME},{unit}" in trained}
+
+
+def do(driver: Driver) -> None:
+    """Train the base networks that are missing, or take the weights that the user brought."""
+    run = driver.run
+    if run.experiment.weights:
+        kept = done(run) or run.store.has_checkpoint(GIVEN, "weights")
+        check_given(run.store) if kept else keep_given(run.store)
+    units = plan(run)
+    driver.do(Job(stage=NAME, units=units, work=work, done=lambda: done(run), kind=NAME, num_equal=len(units)))
+
+
+def keep_given(store: RunStore) -> None:
+    """Copy the weights that the user brought from their file into the run folder, so that all workers can read them.
+
+    Raises InvalidValueError if the file's tensors are not those that the run was created with.
+    """
+    tensors = read_weights(store.experiment.weights)
+    pin_weights(store, tensors)
+    store.save_checkpoint(GIVEN, "weights", tensors, {})
+
+
+def check_given(store: RunStore) -> None:
+    """Raise InvalidValueError, naming both hashes, if the file of the weights has other tensors than the run folder.
+
+    A file that was deleted meanwhile is no error.
+    """
+    path = store.experiment.weights
+    if not Path(path).is_file():
+        return
+    if stored_weights(store) is None and store.has_checkpoint(GIVEN, "weights"):
+        pin_weights(store, store.load_checkpoint(GIVEN, "weights")[0])
+    pin_weights(store, read_weights(path))
+
+
+def load_given(store: RunStore, network: nn.Module) -> None:
+    """Put the weights that the user brought into `network`."""
+    tensors, _ = store.load_checkpoint(GIVEN, "weights")
+    set_weights(network, tensors, store.experiment.weights)
+
+
+def work(context: Context, unit: BaseNetwork) -> str:
+    """Train one base network, or take the weights that the user brought."""
+    run, splits, store = context.run, context.splits, context.store
+    image_size = splits.train.images.shape[-1]
+    generator = derived_generator(context.seed, NAME, unit.name, "weights")
+    network = run.new_network(len(splits.classes), image_size, generator).to(context.device)
+    if run.experiment.weights:
+        load_given(store, network)
+        history: list[EpochRecord] = []
+    else:
+        history = _train(context, unit, network)
+    correct, total = count_correct(network, splits.validation), len(splits.validation)
+    row = {
+        "seed": unit.seed,
+        "val_correct": correct,
+        "val_total": total,
+        "val_accuracy": correct / total,
+        "test_accuracy": count_correct(network, splits.test) / len(splits.test),
+        "macs": count_macs(network, splits.train.images.shape[1:]),
+        "parameters": count_parameters(network),
+    }
+    store.save_checkpoint(NAME, unit.name, network.state_dict(), _description(splits))
+    if history:
+        store.write_table("history", f"{NAME},{unit.name}", history_rows(NAME, unit.name, unit.seed, history))
+    store.write_table("networks", unit.name, [row])
+    EpochSlot(store, NAME, unit.name).clear()
+    return f"validation accuracy {correct / total:.4f}"
+
+
+def _train(context: Context, unit: BaseNetwork, network: nn.Module) -> list[EpochRecord]:
+    experiment = context.run.experiment
+    return train_network(
+        network,
+        context.splits,
+        experiment.training,
+        seed=derive_seed(context.seed, NAME, unit.name, "epochs"),
+        engine=experiment.engine,
+        checkpoint=EpochSlot(context.store, NAME, unit.name),
+        on_epoch=lambda record: context.report(
+            record.epoch / experiment.training.epochs, f"epoch {record.epoch}", **metrics(record)
+        ),
+    )
+
+
+def _description(splits: Splits) -> dict[str, Any]:
+    """Return what is needed to build the network again."""
+    return {
+        "num_classes": len(splits.classes),
+        "image_size": splits.train.images.shape[-1],
+        "input_shape": list(splits.train.images.shape[1:]),
+        "classes": list(splits.classes),
+    }

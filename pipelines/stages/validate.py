@@ -1,0 +1,195 @@
+"""Stage `validate`: fixed and selected configurations decomposed and trained on their own (sections 4.5 and 5.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gross_ray.errors import MissingStageError
+from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
+from gross_ray.run.opened import Run, save_supernet, validation_unit
+from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import configuration_macs, count_parameters
+from gross_ray.search.selection import uniform
+from gross_ray.seeds import derive_seed
+from gross_ray.space import Configuration
+from gross_ray.supernet.build import build_supernet
+from gross_ray.training.loop import EpochRecord, accuracy
+from gross_ray.training.stages import finetune, reconstruct
+from pipelines.stages import decompose, rounds, search
+from pipelines.stages.base import Driver, history_rows, metrics
+from pipelines.units import Context, EpochSlot, Job, Unit
+
+NAME = "validate"
+DESCRIPTION = "Train fixed and selected configurations on their own."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation(Unit):
+    """One training of one configuration on its own."""
+
+    configuration: Configuration
+    kind: str
+    """fixed or selected."""
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Like 4-8-64,seed=0."""
+        return validation_unit(self.configuration, self.seed)
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields, the configuration as text."""
+        return {**super().values(), "configuration": str(self.configuration)}
+
+
+def fixed_configurations(run: Run) -> list[Configuration]:
+    """Return the fixed configurations: those the experiment names and those that set the budgets."""
+    named = [uniform(run.space, size) for size in run.experiment.validation.fixed]
+    return list(dict.fromkeys([*named, *search.budgets(run)]))
+
+
+def selected_configurations(run: Run) -> list[Configuration]:
+    """Return the selected configurations of every budget, and the best within every limit.
+
+    Raises MissingStageError before `search` is done.
+    """
+    selections = run.store.read_sound("selections")
+    budgets = {str(budget) for budget in search.budgets(run)}
+    unfinished = not budgets and search.by_strategy(run) and not rounds.ended(run)
+    if set(selections["budget"]) != budgets or unfinished:
+        raise MissingStageError(f"nothing is selected yet in {run.store.storage}: run `gross search` on it first")
+    options, chosen = run.experiment.search, selections["configuration"].tolist()
+    for text in options.limits:
+        chosen += search.best(run, Budget.parse_all(text), options.top)["configuration"].tolist()
+    return list(dict.fromkeys(map(Configuration.parse, chosen)))
+
+
+def units_of(run: Run, configurations: Iterable[Configuration]) -> list[Validation]:
+    """Return one unit for each configuration and seed."""
+    fixed = set(fixed_configurations(run))
+    return [
+        Validation(configuration=configuration, kind="fixed" if configuration in fixed else "selected", seed=seed)
+        for configuration in dict.fromkeys(configurations)
+        for seed in range(run.experiment.validation.seeds)
+    ]
+
+
+def plan(run: Run) -> Sequence[Validation]:
+    """Return the units of the fixed and the selected configurations."""
+    return run.once(f"{NAME} plan", lambda: units_of(run, [*fixed_configurations(run), *selected_configurations(run)]))
+
+
+def done(run: Run) -> set[str]:
+    """Return the names of the units that are stored."""
+    trained = run.store.finished_units("history")
+    units = run.store.finished_units("validations") & set(run.store.checkpoints(NAME))
+    return {unit for unit in units if f"{NAME},{unit}" in trained}
+
+
+def do(driver: Driver) -> None:
+    """Validate the fixed and the selected configurations that are missing."""
+    _do(driver, NAME, plan(driver.run))
+
+
+def do_fixed(driver: Driver) -> None:
+    """Validate the fixed configurations that are missing: the sweep over alpha is compared with them."""
+    _do(driver, f"{NAME} fixed", units_of(driver.run, fixed_configurations(driver.run)))
+
+
+def do_named(driver: Driver, configurations: Sequence[Configuration]) -> None:
+    """Validate these configurations, whichever the budgets select; raises InvalidValueError outside the space."""
+    space = driver.run.space
+    _do(driver, f"{NAME} by name", units_of(driver.run, [space.check(one) for one in configurations]))
+
+
+def _do(driver: Driver, shown: str, units: Sequence[Validation]) -> None:
+    """Decompose what the missing units need, then do them."""
+    run, options = driver.run, driver.run.experiment
+    stored = done(run)
+    terms = [term for unit in units if unit.name not in stored for term in _decompositions(run, unit)]
+    missing = {term: None for term in terms if term.name not in decompose.done(run)}
+    if missing:
+        driver.do(decompose.job(run, list(missing)))
+    num_selected = (len(options.search.budgets) + len(options.search.limits)) * options.search.top
+    driver.do(
+        Job(
+            stage=shown,
+            units=units,
+            work=work,
+            done=lambda: done(run),
+            kind=NAME,
+            num_equal=(len(fixed_configurations(run)) + num_selected) * options.validation.seeds,
+            trials=True,
+        )
+    )
+
+
+def _decompositions(run: Run, unit: Validation) -> list[decompose.Decomposition]:
+    """Return the decompositions that a configuration consists of, in the order of the layers."""
+    pairs = zip(run.space.layers, unit.configuration, strict=True)
+    return [decompose.unit(run, layer, size, unit.seed) for layer, size in pairs]
+
+
+def work(context: Context, unit: Validation) -> str:
+    """Reconstruct and fine-tune one configuration from its decompositions, and measure it."""
+    run, store, splits = context.run, context.store, context.splits
+    terms = {term.layer: decompose.load_terms(store, term) for term in _decompositions(run, unit)}
+    bottlenecks = {layer: [one.to_bottleneck()] for layer, one in terms.items()}
+    network = build_supernet(run.base.network, bottlenecks).to(context.device)
+    slots = {name: EpochSlot(store, f"{NAME}-{name}", unit.name) for name in ("reconstruct", "finetune")}
+    rows = _train(context, unit, network, slots)
+    if run.experiment.engine.recalibrate:
+        recalibrate(network, map(splits.train.as_inputs, calibration_batches(calibration_images(splits.train))))
+    test_accuracy = accuracy(network, splits.test)
+    val_accuracy = accuracy(network, splits.validation)
+    save_supernet(store, NAME, unit.name, network, unit.values())
+    store.write_table("history", f"{NAME},{unit.name}", rows)
+    row = {
+        **unit.values(),
+        "val_accuracy": val_accuracy,
+        "test_accuracy": test_accuracy,
+        "macs": configuration_macs(network, unit.configuration, run.base.input_shape),
+        "macs_paper": configuration_macs(network, unit.configuration, run.base.input_shape, convention="paper"),
+        "parameters": count_parameters(network),
+    }
+    store.write_table("validations", unit.name, [row])
+    for slot in slots.values():
+        slot.clear()
+    return f"validation {val_accuracy:.4f}, test {test_accuracy:.4f}"
+
+
+def _train(context: Context, unit: Validation, network: nn.Module, slots: dict[str, EpochSlot]) -> list[dict[str, Any]]:
+    """Reconstruct, then fine-tune a network of one configuration in place, and return the rows of its history."""
+    run, options = context.run, context.run.experiment.validation
+    epochs = options.reconstruction.epochs + options.finetuning.epochs
+
+    def report(before: int, what: str, record: EpochRecord) -> None:
+        context.report((before + record.epoch) / (epochs + 1), f"{what} epoch {record.epoch}", **metrics(record))
+
+    reconstructed = reconstruct(
+        network,
+        run.base.on(context.device),
+        context.splits,
+        options.reconstruction,
+        seed=derive_seed(context.seed, NAME, "reconstruct", unit.name),
+        engine=run.experiment.engine,
+        checkpoint=slots["reconstruct"],
+        on_epoch=lambda record: report(0, "reconstruct", record),
+    )
+    finetuned = finetune(
+        network,
+        context.splits,
+        options.finetuning,
+        seed=derive_seed(context.seed, NAME, "finetune", unit.name),
+        engine=run.experiment.engine,
+        checkpoint=slots["finetune"],
+        on_epoch=lambda record: report(options.reconstruction.epochs, "finetune", record),
+    )
+    return [
+        *history_rows(f"{NAME}-reconstruct", unit.name, unit.seed, reconstructed),
+        *history_rows(f"{NAME}-finetune", unit.name, unit.seed, finetuned),
+    ]
