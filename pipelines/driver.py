@@ -17,6 +17,7 @@ import torch
 
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
+from gross_ray.data.names import WITH_FILES
 from gross_ray.errors import DamagedFileError, UnitsFailedError
 from gross_ray.experiment import DataOptions
 from gross_ray.run.opened import Run
@@ -63,6 +64,14 @@ class DataSource:
     def load(self, options: DataOptions) -> Splits:
         """Return the images; those that were loaded last are kept until `forget`. Raises as `load_dataset` does."""
         return _loaded(options, self.root, self.download)
+
+    def without_effect(self, name: str) -> list[str]:
+        """Return a line for each option that has no effect on the dataset of this name."""
+        if name in WITH_FILES:
+            return []
+        set_ = {"--data-root": self.root, "--download": self.download}
+        files = "only " + " and ".join(WITH_FILES) + " have files there"
+        return [f"{option} for the dataset {name}: {files}" for option, value in set_.items() if value]
 
     @staticmethod
     def forget() -> None:
@@ -287,6 +296,9 @@ class Session:
             else:
                 self._joined = _OnRay(self.run, splits, self._resources, self._callbacks)
                 self._source.forget()
+            device = self._joined.capacity.device
+            for line in (*self.run.experiment.without_effect(device=device), *self._resources.without_effect(device)):
+                self.note(f"without effect: {line}")
             self._record_start(self._joined.capacity)
         return self._joined
 
