@@ -203,6 +203,29 @@ def test_each_call_of_a_layer_counts_in_the_response_error(
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_passes_between_two_steps_are_no_calls_of_a_step(splits: Splits, together: bool) -> None:
+    """As of a trial that measures its supernet, and whoever else uses the full network, after each epoch."""
+    losses = {}
+    for measured in (False, True):
+        network, supernet = (one.float() for one in a_network_that_calls_a_layer_twice())
+
+        def look(_: object, pair: tuple[nn.Module, ...] = (network, supernet), measured: bool = measured) -> None:
+            for one in pair if measured else ():
+                with torch.no_grad():
+                    one(splits.train.as_inputs(splits.train.images[:2]))
+
+        schedule = Schedule(epochs=2, lr=1e-3, augment=False)
+        sampler = uniform_sampler(supernet)
+        if together:
+            (history,) = reconstruct_together([Member(supernet, 0, sampler, None, look)], network, splits, schedule)
+            assert isinstance(history, list)
+        else:
+            history = reconstruct(supernet, network, splits, schedule, seed=0, sampler=sampler, on_epoch=look)
+        losses[measured] = [record.train_loss for record in history]
+    assert losses[True] == losses[False]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
 def test_networks_that_call_a_layer_different_numbers_of_times_are_refused(splits: Splits, together: bool) -> None:
     class Once(Twice):
         def calls(self, images: torch.Tensor) -> list[torch.Tensor]:
