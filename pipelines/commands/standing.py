@@ -1,4 +1,4 @@
-"""The command `gross status`: how far each stage of a run is."""
+"""The command `gross status`: print the finished and planned units of each stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.stages.pipeline import status as stages
 
 
 def status(run: str) -> None:
-    """Print how far each stage is."""
+    """Print the finished and planned units of each stage."""
     store = RunStore.open(run)
     click.echo(f"{store.storage}: {store.experiment.name}, experiment {fingerprint(store)}")
     for name, done, planned in stages(Run(store)):

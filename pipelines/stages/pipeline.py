@@ -1,4 +1,4 @@
-"""All stages in order, and how far each is."""
+"""All stages in order, and the status of each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ STAGES: dict[str, Stage] = {stage.NAME: stage for stage in _STAGES}
 
 
 def do_all(driver: Driver) -> None:
-    """Do every stage; what is stored is not done again.
+    """Do every stage; stored units are not done again.
 
-    If units fail, the stages that do not need them still run; UnitsFailedError, naming them, is raised at the end. A
-    limit on a latency that is not measured, or below the fastest configuration, is an error once the networks are
-    trained.
+    If units fail, the stages that do not need them still run, and UnitsFailedError, naming them, is raised at the end.
+    After the training of the base networks, a limit on a latency that is not measured, or below the fastest
+    configuration, is an error.
     """
     failures: list[str] = []
     for name, stage in STAGES.items():
@@ -30,13 +30,13 @@ def do_all(driver: Driver) -> None:
         except MissingStageError:
             if not failures:
                 raise
-            break  # it needs what failed
+            break  # this stage needs the failed units
     if failures:
         raise UnitsFailedError("\n".join(failures))
 
 
 def status(run: Run) -> list[tuple[str, int, int | None]]:
-    """Return (stage, units done, units planned) for each; None planned if an earlier stage has to decide how many."""
+    """Return (stage, units done, units planned) for each; planned is None if it depends on an unfinished stage."""
     rows: list[tuple[str, int, int | None]] = []
     for name, stage in STAGES.items():
         try:
