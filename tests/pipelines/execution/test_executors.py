@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import ray
 import torch
+from recorded import Recorded
 
-from gross_ray.data.image_set import ImageSet, Splits
+from gross_ray.data.image_set import Splits
 from gross_ray.errors import DivergedError
-from gross_ray.presets import preset
 from gross_ray.run.opened import Run
-from gross_ray.run.store import RunStore
+from pipelines import execution
 from pipelines.capacity import Capacity
 from pipelines.execution import signals
 from pipelines.execution.actors import Actors
@@ -28,9 +28,6 @@ from pipelines.execution.base import Executor
 from pipelines.execution.in_process import InProcess
 from pipelines.execution.tune import Trials
 from pipelines.units import Context, Job, Unit, pack_splits
-from pipelines.watching import StageProgress
-
-THREADS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,30 +47,12 @@ class Sum(Unit):
         return self.reads
 
 
-class Recorded(StageProgress):
-    def __init__(self) -> None:
-        super().__init__("test", 0, 0)
-        self.texts: dict[str, str] = {}
-        self.states: dict[str, set[str]] = {}
-        self.notes: list[str] = []
-
-    def unit_done(self, unit: str, text: str) -> None:
-        super().unit_done(unit, text)
-        self.texts[unit] = text
-
-    def under_way(self, states: dict[str, tuple[float, str]]) -> None:
-        for unit, (_, text) in states.items():
-            self.states.setdefault(unit, set()).add(text)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def work(context: Context, unit: Sum) -> str:
     marks = context.store.path / "attempts" / unit.name
     marks.parent.mkdir(exist_ok=True)
-    with marks.open("a") as file:
+    with marks.open("a") as file, (context.store.path / "order").open("a") as order:
         file.write("x")
+        order.write(f"{unit.number}\n")
     context.report(0.5, "half", loss=1.0)
     if unit.fate == "diverges":
         raise DivergedError("the loss is not finite in epoch 3: try a lower learning rate")
@@ -97,7 +76,7 @@ class Case(NamedTuple):
     run: Run
     splits: Splits
 
-    def do(self, units: list[Sum], threads: int = THREADS, **more: Any) -> tuple[dict[str, str], Recorded]:
+    def do(self, units: list[Sum], threads: int = 1, **more: Any) -> tuple[dict[str, str], Recorded]:
         progress = Recorded()
         job = Job(stage="test", units=units, work=work, done=self.done, kind="test", num_equal=len(units), **more)
         return self.executor.do(job, units, threads=threads, progress=progress), progress
@@ -107,13 +86,6 @@ class Case(NamedTuple):
 
     def attempts(self) -> dict[str, int]:
         return {file.name: file.stat().st_size for file in (self.run.store.path / "attempts").iterdir()}
-
-
-@pytest.fixture(scope="module")
-def splits() -> Splits:
-    images = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    part = ImageSet(images, torch.arange(6) % 2)
-    return Splits("tiny", part, part, part, ("one", "other"))
 
 
 def _in_process(run: Run, splits: Splits, capacity: Capacity) -> Executor:
@@ -136,20 +108,20 @@ MEMBERS: dict[str, Callable[[Run, Splits, Capacity], Executor]] = {
 
 
 @pytest.fixture(params=MEMBERS)
-def case(request: pytest.FixtureRequest, cluster: Capacity, splits: Splits, tmp_path: Path) -> Iterator[Case]:
-    run = Run(RunStore.create(tmp_path / "run", preset("quickstart")))
+def case(request: pytest.FixtureRequest, cluster: Capacity, splits: Splits, run: Run) -> Iterator[Case]:
     made = MEMBERS[request.param](run, splits, cluster)
     yield Case(made, run, splits)
     made.close()
 
 
-def test_every_unit_is_stored_and_reported(case: Case) -> None:
-    failed, progress = case.do([Sum(number=number) for number in range(5)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_unit_is_stored_and_reported(case: Case, threads: int) -> None:
+    failed, progress = case.do([Sum(number=number) for number in range(5)], threads=threads)
     assert failed == {}
     assert case.done() == {f"number={number}" for number in range(5)}
     total = int(case.splits.train.images.sum())
     assert progress.texts == {
-        f"number={number}": f"{total + number} by {THREADS} threads on cpu" for number in range(5)
+        f"number={number}": f"{total + number} by {threads} threads on cpu" for number in range(5)
     }
     assert progress.done == 5
     assert set(case.attempts().values()) == {1}
@@ -187,9 +159,7 @@ def test_a_unit_whose_process_dies_is_done_again_where_the_executor_says_so(case
 def test_the_most_costly_unit_starts_first_where_the_executor_says_so(case: Case, cluster: Capacity) -> None:
     units = [Sum(number=number, cost=cost) for number, cost in enumerate([2.0, 5.0, 1.0, 4.0, 3.0])]
     case.do(units, threads=cluster.num_cpus)  # one at a time
-    files = [case.run.store.path / "attempts" / unit.name for unit in units]
-    started = sorted(units, key=lambda unit: files[unit.number].stat().st_mtime_ns)
-    costs = [unit.cost for unit in started]
+    costs = [units[int(number)].cost for number in (case.run.store.path / "order").read_text().split()]
     assert costs == ([5.0, 4.0, 3.0, 2.0, 1.0] if case.executor.starts_the_most_costly_first else [2, 5, 1, 4, 3])
 
 
@@ -203,9 +173,8 @@ def test_an_interruption_reaches_the_caller_and_leaves_what_is_stored(case: Case
 
 @pytest.mark.parametrize("kind", ["in_process", "actors"])
 def test_what_units_share_is_loaded_once_for_each_name(
-    kind: str, cluster: Capacity, splits: Splits, tmp_path: Path
+    kind: str, cluster: Capacity, splits: Splits, run: Run
 ) -> None:
-    run = Run(RunStore.create(tmp_path / "run", preset("quickstart")))
     case = Case(MEMBERS[kind](run, splits, cluster), run, splits)
     loaded: list[str] = []
 
@@ -222,17 +191,18 @@ def test_what_units_share_is_loaded_once_for_each_name(
     assert [progress.texts[unit.name] for unit in units] == expected
 
 
-def test_in_process_restores_the_threads(splits: Splits, tmp_path: Path) -> None:
-    run = Run(RunStore.create(tmp_path / "run", preset("quickstart")))
+def test_in_process_restores_the_threads(splits: Splits, run: Run) -> None:
     before = torch.get_num_threads()
-    Case(InProcess(run, splits, "cpu"), run, splits).do([Sum(number=0)])
+    _, progress = Case(InProcess(run, splits, "cpu"), run, splits).do([Sum(number=0)], threads=before + 1)
+    assert f"by {before + 1} threads" in progress.texts["number=0"]
     assert torch.get_num_threads() == before
 
 
 def test_the_suite_covers_every_executor() -> None:
     """So that a new member is tested: each class of pipelines.execution with `do` is made by one of MEMBERS."""
     members = {InProcess, Actors, Trials}
-    modules = [module for name, module in sys.modules.items() if name.startswith("pipelines.execution.")]
+    names = [module.name for module in pkgutil.iter_modules(execution.__path__)]
+    modules = [importlib.import_module(f"pipelines.execution.{name}") for name in names]
     found = {
         each
         for module in modules
