@@ -172,9 +172,7 @@ def test_an_interruption_reaches_the_caller_and_leaves_what_is_stored(case: Case
 
 
 @pytest.mark.parametrize("kind", ["in_process", "actors"])
-def test_what_units_share_is_loaded_once_for_each_name(
-    kind: str, cluster: Capacity, splits: Splits, run: Run
-) -> None:
+def test_what_units_share_is_loaded_once_for_each_name(kind: str, cluster: Capacity, splits: Splits, run: Run) -> None:
     case = Case(MEMBERS[kind](run, splits, cluster), run, splits)
     loaded: list[str] = []
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
-from pipelines.trials import run_trials
+import ray
+from recorded import Recorded
 
-from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.presets import preset
-from gross_ray.run.store import RunStore
-from pipelines.execution.cluster import Cluster, ray
-from pipelines.units import Context, Unit, pack_splits
-from pipelines.watching import StageProgress
-
-PATIENCE = 60.0
+from gross_ray.data.image_set import Splits
+from gross_ray.run.opened import Run
+from pipelines.capacity import Capacity
+from pipelines.execution.tune import Trials
+from pipelines.nodes import NodeKind
+from pipelines.units import Context, Job, Unit, pack_splits
 
 
 class DeclaredGPU(str):
@@ -33,22 +31,36 @@ class DeclaredGPU(str):
     __hash__ = str.__hash__
 
 
-def work(context: Context, unit: Unit) -> str:
-    """Tell when it runs, wait for another one that does, and return the GPUs it sees."""
-    mark = context.store.path / "running" / unit.name
-    mark.parent.mkdir(exist_ok=True)
+@dataclass(frozen=True, kw_only=True)
+class Trial(Unit):
+    seed: int
+    shares: bool
+
+    @property
+    def name(self) -> str:
+        return f"seed={self.seed}"
+
+
+def work(context: Context, unit: Trial) -> str:
+    """Return the GPUs that the trial sees, and how many trials were under way beside it.
+
+    One that shares the GPU is under way until the other one is, too: there, or at the deadline, the two have met.
+    """
+    under_way = context.store.path / "under-way"
+    under_way.mkdir(exist_ok=True)
+    mark = under_way / unit.name
     mark.touch()
-    deadline = time.monotonic() + unit.arguments["patience"]
-    while len(list(mark.parent.iterdir())) < 2 and time.monotonic() < deadline:
+    deadline = time.monotonic() + (600 if unit.shares else 1)
+    while len(list(under_way.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    beside = len(list(mark.parent.iterdir())) - 1
-    time.sleep(0.5)
-    mark.unlink()
+    beside = len(list(under_way.iterdir())) - 1
+    if not unit.shares:
+        mark.unlink()
     return f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}, {beside} beside it"
 
 
 @pytest.fixture(scope="module")
-def one_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+def one_gpu(request: pytest.FixtureRequest, no_ray: None) -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(request.module)
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init(address="local", num_cpus=2, num_gpus=1, **quiet)
@@ -57,26 +69,12 @@ def one_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     ray.cloudpickle.unregister_pickle_by_value(request.module)
 
 
-@pytest.mark.parametrize(("gpus_per_unit", "patience", "beside"), [(0.5, PATIENCE, 1), (1.0, 1.0, 0)])
+@pytest.mark.parametrize(("gpus_per_unit", "beside"), [(0.5, 1), (1.0, 0)])
 def test_trials_get_their_share_of_a_gpu(
-    one_gpu: None, tmp_path: Path, gpus_per_unit: float, patience: float, beside: int
+    one_gpu: None, splits: Splits, run: Run, gpus_per_unit: float, beside: int
 ) -> None:
-    texts: dict[str, str] = {}
-
-    class Kept(StageProgress):
-        def unit_done(self, unit: str, text: str) -> None:
-            texts[unit] = text
-
-    part = ImageSet(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2))
-    failed = run_trials(
-        "validate",
-        work,
-        RunStore.create(tmp_path / "run", preset("quickstart")),
-        [Unit(f"seed={seed}", {"patience": patience}) for seed in range(2)],
-        cluster=Cluster(2, 1.0, DeclaredGPU("cpu"), gpus_per_unit, 2),
-        packed_splits=ray.put(pack_splits(Splits("tiny", part, part, part, ("one", "other")))),
-        threads=1,
-        progress=Kept("test", 2, 0),
-    )
-    assert failed == {}
-    assert texts == {f"seed={seed}": f"GPU 0, {beside} beside it" for seed in range(2)}
+    units, progress = [Trial(seed=seed, shares=beside == 1) for seed in range(2)], Recorded()
+    capacity = Capacity(nodes=(NodeKind(2, 1.0),), device=DeclaredGPU("cpu"), gpus_per_unit=gpus_per_unit)
+    job = Job(stage="validate", units=units, work=work, done=set, kind="test", num_equal=2, trials=True)
+    assert Trials(capacity, ray.put(pack_splits(splits)), run).do(job, units, threads=1, progress=progress) == {}
+    assert progress.texts == {unit.name: f"GPU 0, {beside} beside it" for unit in units}

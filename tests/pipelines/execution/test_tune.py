@@ -6,80 +6,74 @@ import json
 import os
 import struct
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import ray
 import torch
-from pipelines.trials import MAX_FAILURES, run_trials
-from pipelines.tuning import Ended, Tuning
 from ray.tune import Callback
+from recorded import Recorded
 from tensorboardX.proto import event_pb2
 
-from gross_ray.data.image_set import ImageSet, Splits
+from gross_ray.data.image_set import Splits
 from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from pipelines import progress as progress_module
-from pipelines.execution.cluster import Cluster
-from pipelines.units import Context, Unit, pack_splits
-from pipelines.watching import StageProgress
+from pipelines import watching
+from pipelines.capacity import Capacity
+from pipelines.execution.tune import MAX_FAILURES, Trials
+from pipelines.units import Context, Job, Unit, pack_splits
 
 
-class Recorded(StageProgress):
+@dataclass(frozen=True, kw_only=True)
+class Trial(Unit):
+    """A unit that reports two epochs, and fails in the way that it is told."""
+
+    seed: int
+    fate: str = "ends"
+    loss: float = 8.0
+
+    @property
+    def name(self) -> str:
+        return f"seed={self.seed}"
+
+
+class Locked(Recorded):
+    """Progress with a lock, as a bar on a terminal has one: it cannot be pickled."""
+
     def __init__(self) -> None:
-        super().__init__("test", 0, 0)
-        self.texts: dict[str, str] = {}
-        self.states: dict[str, set[tuple[float, str]]] = {}
-        self.notes: list[str] = []
-        self.lock = threading.RLock()  # as a bar on a terminal has one: it cannot be pickled
-
-    def unit_done(self, unit: str, text: str) -> None:
-        super().unit_done(unit, text)
-        self.texts[unit] = text
-
-    def under_way(self, states: dict[str, tuple[float, str]]) -> None:
-        for unit, state in states.items():
-            self.states.setdefault(unit, set()).add(state)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+        super().__init__()
+        self.lock = threading.RLock()
 
 
-def work(context: Context, unit: Unit) -> str:
+def work(context: Context, unit: Trial) -> str:
     marks = context.store.path / "attempts" / unit.name
     marks.parent.mkdir(exist_ok=True)
     with marks.open("a") as file:
         file.write("x")
-    if unit.arguments["fate"] == "comes further":
+    if unit.fate == "comes further":
         for epoch in range(1, marks.stat().st_size + 2):
             context.report(epoch / 8, f"epoch {epoch}", loss=1.0)
         if epoch < DEATHS + 2:
             os._exit(1)
     for epoch in (1, 2):
-        context.report(epoch / 3, f"epoch {epoch}", loss=unit.arguments["loss"] / epoch)
-    if unit.arguments["fate"] == "dies once" and marks.stat().st_size == 1:
+        context.report(epoch / 3, f"epoch {epoch}", loss=unit.loss / epoch)
+    if unit.fate == "dies once" and marks.stat().st_size == 1:
         os._exit(1)
-    if unit.arguments["fate"] == "diverges":
+    if unit.fate == "diverges":
         raise DivergedError("the loss is not finite in epoch 3: try a lower learning rate")
-    if unit.arguments["fate"] == "is a bug":
+    if unit.fate == "is a bug":
         raise KeyError("conv7")
-    if unit.arguments["fate"] == "always dies":
+    if unit.fate == "always dies":
         os._exit(1)
     return f"{torch.get_num_threads()} threads, {int(context.splits.train.images.sum())}"
 
 
-FATES = {
-    "seed=0": "ends",
-    "seed=1": "dies once",
-    "seed=2": "diverges",
-    "seed=3": "ends",
-    "seed=4": "is a bug",
-    "seed=5": "always dies",
-    "seed=6": "comes further",
-}
-DEATHS = MAX_FAILURES + 2
+FATES = ("ends", "dies once", "diverges", "ends", "is a bug", "always dies", "comes further")
+DEATHS = MAX_FAILURES + 1
 """Of a trial that comes one epoch further each time."""
 
 
@@ -97,39 +91,27 @@ class Seen(Callback):
         self.ended.append(trial.config["unit"]["name"])
 
 
-@pytest.fixture(scope="module")
-def splits() -> Splits:
-    images = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    part = ImageSet(images, torch.arange(6) % 2)
-    return Splits("tiny", part, part, part, ("one", "other"))
-
-
 class Outcome(NamedTuple):
     store: RunStore
     failed: dict[str, str]
     progress: Recorded
-    told: dict[str, Ended]
     seen: Seen
 
 
+def _do(
+    cluster: Capacity, splits: Splits, run: Run, units: list[Trial], progress: Recorded, *callbacks: Callback
+) -> dict[str, str]:
+    job = Job(stage="validate", units=units, work=work, done=set, kind="test", num_equal=len(units), trials=True)
+    executor = Trials(cluster, ray.put(pack_splits(splits)), run, callbacks)
+    return executor.do(job, units, threads=1, progress=progress)
+
+
 @pytest.fixture(scope="module")
-def ended(cluster: Cluster, splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    store, progress = RunStore.create(tmp_path_factory.mktemp("trials") / "run", preset("quickstart")), Recorded()
-    told: dict[str, Ended] = {}
-    seen = Seen()
-    failed = run_trials(
-        "validate",
-        work,
-        store,
-        [Unit(name, {"fate": fate, "loss": 8.0}) for name, fate in FATES.items()],
-        cluster=cluster,
-        packed_splits=ray.put(pack_splits(splits)),
-        threads=1,
-        progress=progress,
-        tuning=Tuning(on_end=lambda ended: told.update({ended.name: ended})),
-        callbacks=[seen],
-    )
-    return Outcome(store, failed, progress, told, seen)
+def ended(cluster: Capacity, splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    run = Run(RunStore.create(tmp_path_factory.mktemp("trials") / "run", preset("quickstart")))
+    progress, seen = Locked(), Seen()
+    units = [Trial(seed=seed, fate=fate) for seed, fate in enumerate(FATES)]
+    return Outcome(run.store, _do(cluster, splits, run, units, progress, seen), progress, seen)
 
 
 def test_every_sound_unit_is_done(ended: Outcome, splits: Splits) -> None:
@@ -166,26 +148,16 @@ def test_the_failures_are_named(ended: Outcome) -> None:
     assert 'raise KeyError("conv7")' in notes["seed=4"]  # a bug is told with its place
 
 
-def test_each_end_is_told_to_the_stage_but_not_a_death(ended: Outcome) -> None:
-    found = {name: (one.failed, one.diverged, one.stopped) for name, one in ended.told.items()}
-    assert found == {name: (None, False, False) for name in ("seed=0", "seed=1", "seed=3", "seed=6")} | {
-        "seed=2": ("the loss is not finite in epoch 3: try a lower learning rate", True, False),
-        "seed=4": ("KeyError: 'conv7'", False, False),
-    }
-    assert {one.unit.arguments["fate"] for one in ended.told.values()} == {*FATES.values()} - {"always dies"}
-    assert ended.told["seed=0"].metrics["loss"] == 4.0
-
-
-def test_a_callback_of_the_user_is_told_all_that_tune_tells(ended: Outcome) -> None:
+def test_a_callback_of_the_user_gets_all_that_tune_reports(ended: Outcome) -> None:
     assert ended.seen.losses["seed=0"] == [8.0, 4.0, 4.0]
     assert ended.seen.losses["seed=1"] == [8.0, 4.0, 8.0, 4.0, 4.0]
-    assert sorted(ended.seen.ended) == [name for name in FATES if name != "seed=5"]
+    assert sorted(ended.seen.ended) == [f"seed={seed}" for seed, fate in enumerate(FATES) if fate != "always dies"]
 
 
 class Crowd(Recorded):
     """All cores, taken until someone says that he waits for one."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Capacity) -> None:
         super().__init__()
         self._taken = ray.util.placement_group([{"CPU": cluster.num_cpus}])
         ray.get(self._taken.ready())
@@ -197,16 +169,11 @@ class Crowd(Recorded):
 
 
 def test_a_stage_that_waits_for_a_core_says_so(
-    cluster: Cluster, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Capacity, splits: Splits, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watching, "PATIENCE_SECONDS", 1.0)
-    store, crowd = RunStore.create(tmp_path / "run", preset("quickstart")), Crowd(cluster)
-    units = [Unit("seed=0", {"fate": "ends", "loss": 8.0})]
-    packed = ray.put(pack_splits(splits))
-    failed = run_trials(
-        "validate", work, store, units, cluster=cluster, packed_splits=packed, threads=1, progress=crowd
-    )
-    assert failed == {}
+    crowd = Crowd(cluster)
+    assert _do(cluster, splits, run, [Trial(seed=0)], crowd) == {}
     assert set(crowd.notes) == {"waiting for a worker: no core or GPU is free, or it is still starting"}
     assert list(crowd.texts) == ["seed=0"]
 
