@@ -19,17 +19,19 @@ from pathlib import Path
 
 import pandas as pd
 from miniature import CLOCKS, ROOT, command
-from pipelines.run import status
 
 from gross_ray import read_table
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+from pipelines.stages.pipeline import status
 
 MARK = "GROSS_RAY_TEST_RUN"
 """Environment variable by which all processes of one driver are known: children inherit it."""
 REPEATS = int(os.environ.get("GROSS_RAY_FAULT_REPEATS", "1"))
 SEED = int(os.environ.get("GROSS_RAY_FAULT_SEED", "0"))
 """What decides the moments of faults."""
-
+PATIENCE = 600.0
+"""Seconds after which a test gives up what it waits for; where all is well, and the machine busy, it takes a part."""
 
 _STARTING = re.compile(r"ray::(DashboardAgent|RuntimeEnvAgent|IDLE)\b")
 """Ray's agents, and workers that have done nothing yet: they try for a minute to reach a Ray that is gone."""
@@ -70,7 +72,6 @@ STAGES = {
             *_training("finetune", _SWEPT).own,
             f"tables/configurations/{_SWEPT}*",
             "tables/alpha_sweep/*",
-            "tables/alpha_trials/*",
         ),
         _training("finetune", _SWEPT).sign,
     ),
@@ -110,7 +111,7 @@ class Driver(subprocess.Popen[bytes]):
             return self.wait(seconds)
         except subprocess.TimeoutExpired:
             self.send_signal(signal.SIGABRT)  # Python's fault handler writes the stacks
-            self.wait(20)
+            self.wait(60)
             raise AssertionError(f"not ended after {seconds:g} s:\n{self.log.read_text()}") from None
 
 
@@ -134,13 +135,13 @@ def resume(run: Path | str, stage: str, log: Path, *more: str) -> str:
     """Run the same command to its end; return what it printed."""
     place = log.stat().st_size if log.exists() else 0
     with driver(run, stage, log, *more) as process:
-        assert process.ended(300) == 0, log.read_text()
+        assert process.ended(PATIENCE) == 0, log.read_text()
     return log.read_bytes()[place:].decode()
 
 
 def at_a_moment(process: Driver, run: Path, stage: str, log: Path, moment: float) -> None:
     """Wait until the stage is under way, and so many seconds more, or until the driver has ended."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while not any(run.glob(STAGES[stage].sign)):
         assert process.poll() is None, f"{stage}: ended before:\n{log.read_text()}"
         assert time.monotonic() < deadline, f"{stage}: no sign of it:\n{log.read_text()}"
@@ -150,7 +151,7 @@ def at_a_moment(process: Driver, run: Path, stage: str, log: Path, moment: float
 
 def at_a_moment_before(process: Driver, run: Path, stage: str, log: Path, moment: float) -> None:
     """Wait until Ray starts, and so many seconds more, but not beyond the first thing that the stage stores."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not any("gcs_server" in title.split(" ")[0] for _, title in marked(process.mark)):
         assert process.poll() is None and time.monotonic() < deadline, f"{stage}: no Ray:\n{log.read_text()}"
         time.sleep(0.02)
@@ -164,7 +165,7 @@ def workers(mark: str) -> list[int]:
     return [pid for pid, title in marked(mark) if re.match(r"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)", title)]
 
 
-def assert_nothing_left(mark: str, seconds: float = 30.0, *, but_starting: bool = False) -> None:
+def assert_nothing_left(mark: str, seconds: float = 180.0, *, but_starting: bool = False) -> None:
     deadline = time.monotonic() + seconds
     while left := [each for each in marked(mark) if not (but_starting and _STARTING.match(each[1]))]:
         assert time.monotonic() < deadline, f"still there: {left}"
@@ -174,7 +175,7 @@ def assert_nothing_left(mark: str, seconds: float = 30.0, *, but_starting: bool 
 def assert_starting_have_ended() -> None:
     """What was starting as its driver was killed ends by itself, a minute later."""
     while _killed:
-        assert_nothing_left(_killed.pop(), 120.0)
+        assert_nothing_left(_killed.pop())
 
 
 def marked(mark: str) -> list[tuple[int, str]]:
@@ -219,7 +220,7 @@ def assert_epochs_kept(run: Path, before: dict[str, list[float]]) -> None:
 def assert_as_undisturbed(run: Path | str, undisturbed: Path, stage: str) -> None:
     """Every unit of the stage is finished, and all that is stored equals what the undisturbed run stored."""
     store, other = RunStore.open(run), RunStore.open(undisturbed)
-    done = {name: (finished, planned) for name, finished, planned in status(store)}
+    done = {name: (finished, planned) for name, finished, planned in status(Run(store))}
     assert done[stage][0] == done[stage][1], done
     assert_stored_as_undisturbed(store, other)
 
@@ -234,7 +235,6 @@ def assert_stored_as_undisturbed(store: RunStore, other: RunStore) -> None:
         "selections",
         "validations",
         "alpha_sweep",
-        "alpha_trials",
     ):
         units = sorted(store.finished_units(table))
         assert units == sorted(store.units(table)), f"damaged files are left in {table}"
@@ -250,18 +250,18 @@ def assert_stored_as_undisturbed(store: RunStore, other: RunStore) -> None:
 
 def kill_driver(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
     process.kill()
-    return process.ended(20)
+    return process.ended(PATIENCE)
 
 
 def terminate_driver(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
     process.terminate()
-    return process.ended(60)
+    return process.ended(PATIENCE)
 
 
 def interrupt_all(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
     """As Ctrl-C on a terminal does: the whole process group gets it."""
     os.killpg(process.pid, signal.SIGINT)
-    return process.ended(60)
+    return process.ended(PATIENCE)
 
 
 def kill_worker(process: Driver, run: Path, stage: str, choices: random.Random) -> int:
@@ -269,7 +269,7 @@ def kill_worker(process: Driver, run: Path, stage: str, choices: random.Random) 
         time.sleep(0.02)
     if victims:
         os.kill(choices.choice(sorted(victims)), signal.SIGKILL)
-    status = process.ended(300)
+    status = process.ended(PATIENCE)
     assert victims or "finished after" in process.log.read_text(), "there was no worker to kill"
     return status
 

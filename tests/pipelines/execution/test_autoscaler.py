@@ -10,12 +10,14 @@ import pytest
 import requests
 import yaml
 from miniature import ROOT
-from pipelines.autoscaler import NodeKind, autoscaling_config, kuberay_config, may_come
 from ray.autoscaler._private.kuberay import node_provider
 
 from gross_ray.errors import ResourcesError
+from pipelines.capacity import Capacity
 from pipelines.execution import cluster
-from pipelines.execution.cluster import Cluster, Resources
+from pipelines.execution.autoscaler import autoscaling_config, kuberay_config, may_come
+from pipelines.nodes import NodeKind
+from pipelines.resources import Resources
 
 HEAD, SMALL, LARGE = NodeKind(0, 0.0), NodeKind(4, 0.0), NodeKind(8, 1.0)
 
@@ -122,7 +124,7 @@ def test_no_autoscaler_of_kuberays(kubernetes: Kubernetes, tmp_path: Path, monke
 
 def _described(
     monkeypatch: pytest.MonkeyPatch, there: list[NodeKind], config: dict[str, Any] | None, **asked: Any
-) -> Cluster:
+) -> Capacity:
     nodes = [
         {"Alive": True, "Resources": {"CPU": kind.num_cpus, "GPU": kind.num_gpus}}
         for kind in there
@@ -133,15 +135,24 @@ def _described(
     return cluster._describe(Resources(**asked), config)
 
 
+def _counted(found: Capacity) -> tuple[int, float, str, float, int, bool]:
+    assert not found.one_at_a_time
+    cores = (found.num_cpus, found.num_gpus, found.device)
+    return (*cores, found.gpus_per_unit, found.cores_per_node, found.autoscales)
+
+
 def test_only_nodes_that_a_unit_fits_on_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     there = [HEAD, NodeKind(64, 0.0, 3), NodeKind(8, 1.0, 2)]
-    assert _described(monkeypatch, there, None) == Cluster(16, 2.0, "cuda", 0.25, 8)
-    assert _described(monkeypatch, there, None, device="cpu") == Cluster(208, 2.0, "cpu", 0.25, 8)
+    assert _counted(_described(monkeypatch, there, None)) == (16, 2.0, "cuda", 0.25, 8, False)
+    on_cpus = _described(monkeypatch, there, None, device="cpu")
+    assert _counted(on_cpus) == (208, 2.0, "cpu", 0.0, 8, False)
+    assert on_cpus.slots(5) == 3 * 12 + 2 * 1
 
 
 def test_what_may_come_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _described(monkeypatch, [HEAD], TWO_KINDS) == Cluster(16, 2.0, "cuda", 0.25, 8, autoscales=True)
-    assert _described(monkeypatch, [HEAD], TWO_KINDS, device="cpu") == Cluster(28, 2.0, "cpu", 0.25, 4, autoscales=True)
+    assert _counted(_described(monkeypatch, [HEAD], TWO_KINDS)) == (16, 2.0, "cuda", 0.25, 8, True)
+    on_cpus = _described(monkeypatch, [HEAD], TWO_KINDS, device="cpu")
+    assert _counted(on_cpus) == (28, 2.0, "cpu", 0.0, 4, True)
     assert _described(monkeypatch, [HEAD], TWO_KINDS).slots() == 8
 
 
@@ -168,7 +179,7 @@ def test_what_may_come_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         ([HEAD], _config(0), {}, "an autoscaler that may add no node more: start a node with cores"),
     ],
 )
-def test_what_never_fits_is_told_at_once(
+def test_what_never_fits_is_refused_at_once(
     there: list[NodeKind],
     config: dict[str, Any] | None,
     asked: dict[str, Any],

@@ -14,8 +14,8 @@ from cli import main
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
-from pipelines.callbacks import load_callbacks
-from pipelines.execution.cluster import ray
+from pipelines.execution import cluster
+from pipelines.execution.callbacks import load_callbacks
 
 MODULE = """
 from ray.tune import Callback
@@ -97,7 +97,7 @@ def test_the_command_refuses_it_in_one_line_before_anything_starts(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(cluster, "connected", refuse)
     run = Path("run").resolve()
     if command == "run":
         arguments = ["--preset", "quickstart", "--out", str(run)]

@@ -18,11 +18,12 @@ import pytest
 from faults import MARK, assert_nothing_left, marked
 
 from gross_ray.errors import InvalidValueError, ResourcesError
-from pipelines import signals
-from pipelines.execution import cluster
-from pipelines.execution.cluster import Cluster, Resources, connected
+from pipelines.execution import cluster, signals
+from pipelines.execution.cluster import connected
+from pipelines.resources import Resources
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.usefixtures("no_ray")
 
 
 @pytest.fixture(autouse=True)
@@ -54,52 +55,6 @@ def test_cores_are_refused_with_the_cluster_of_the_environment(monkeypatch: pyte
         Resources(num_cpus=3)
 
 
-def _cluster(num_cpus: int, *, gpus: float = 0, per_unit: float = 0.25, cores_per_node: int = 0) -> Cluster:
-    return Cluster(num_cpus, gpus, "cuda" if gpus else "cpu", per_unit, cores_per_node or num_cpus)
-
-
-@pytest.mark.parametrize(
-    ("there", "slots"),
-    [
-        (_cluster(1), 1),
-        (_cluster(8), 8),
-        (_cluster(8, gpus=1), 4),
-        (_cluster(2, gpus=1), 2),  # the cores run out first
-        (_cluster(8, gpus=2, per_unit=1.0), 2),
-        (_cluster(8, gpus=2, per_unit=0.3), 6),
-        (_cluster(8, gpus=1, per_unit=0.1), 8),
-        (_cluster(8, gpus=2, per_unit=0.6), 2),  # what is left of two GPUs is no third share
-        (_cluster(8, gpus=5, per_unit=2), 2),
-    ],
-)
-def test_slots(there: Cluster, slots: int) -> None:
-    assert there.slots() == slots
-
-
-@pytest.mark.parametrize(
-    ("there", "threads"),
-    [
-        (_cluster(8), {1: 8, 2: 4, 8: 1, 100: 1}),
-        (_cluster(8, cores_per_node=2), {1: 2, 4: 2, 8: 1}),  # a unit is on one node
-        (_cluster(8, gpus=1), {1: 8, 2: 4, 4: 2}),
-        (_cluster(1), {1: 1, 5: 1}),
-        (_cluster(2), {1: 2, 3: 2, 5: 1, 20: 1}),  # two threads do less than twice the work of one
-    ],
-)
-def test_threads_share_the_cores_among_the_units(there: Cluster, threads: dict[int, int]) -> None:
-    assert {num_units: there.threads(num_units) for num_units in threads} == threads
-
-
-@pytest.mark.parametrize("num_cpus", [1, 2, 6, 16])
-@pytest.mark.parametrize("num_units", [1, 2, 3, 5, 7, 40])
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_units_never_need_more_cores_than_there_are(num_cpus: int, num_units: int, gpus: int) -> None:
-    there = _cluster(num_cpus, gpus=gpus)
-    threads = there.threads(num_units)
-    assert 1 <= threads <= num_cpus
-    assert there.slots(threads) * threads <= num_cpus
-
-
 def test_ray_is_joined_or_started_and_left_as_it_was_found() -> None:
     import ray
 
@@ -123,17 +78,20 @@ def test_ray_is_joined_or_started_and_left_as_it_was_found() -> None:
 
 
 def test_ray_starts_where_it_was_imported_before() -> None:
-    program = "import ray; from pipelines.execution.cluster import *\nwith connected(Resources(num_cpus=1)) as there: print(there)"
+    program = (
+        "import ray\nfrom pipelines.execution.cluster import *\n"
+        "with connected(Resources(num_cpus=1)) as there: print(there.num_cpus)"
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ended = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert ended.returncode == 0, ended.stderr
-    assert "num_cpus=1" in ended.stdout
+    assert ended.stdout == "1\n"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
-def test_an_address_where_nothing_listens_is_told_in_one_line(address: str) -> None:
+def test_an_address_where_nothing_listens_is_one_line(address: str) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # bound and not listening: nobody else takes it meanwhile
         address = address.format(port=bound.getsockname()[1])
@@ -145,7 +103,7 @@ def test_an_address_where_nothing_listens_is_told_in_one_line(address: str) -> N
     assert "\n" not in message
 
 
-def test_other_versions_of_ray_or_python_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_versions_of_ray_or_python_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._private.utils import check_version_info
 
     def refused(**_: object) -> None:
@@ -160,13 +118,6 @@ def test_other_versions_of_ray_or_python_are_told_in_one_line(monkeypatch: pytes
     assert str(error.value) == (
         f"the cluster at auto runs Ray 2.1.0 with Python 3.8.1, this process {ours}: use the same versions of both"
     )
-
-
-def test_more_threads_than_a_node_has_cores_are_refused() -> None:
-    there = _cluster(8, cores_per_node=2)
-    there.require_threads(2)
-    with pytest.raises(ResourcesError, match="3 CPU threads are asked for, the smallest node has 2 CPU cores: ask"):
-        there.require_threads(3)
 
 
 LISTENS = """
@@ -185,7 +136,7 @@ with connected(Resources(num_cpus=1)):
 
 def _listening(pids: list[int]) -> set[str]:
     """Return the addresses, in the kernel's hexadecimal, on which processes wait for connections."""
-    addresses = {}
+    addresses: dict[str, str] = {}
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             words = line.split()
@@ -218,20 +169,20 @@ def test_nothing_listens_beyond_loopback() -> None:
         loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
         assert addresses <= loopback
     finally:
-        process.communicate("\n", timeout=60)
+        process.communicate("\n", timeout=600)
     assert_nothing_left(mark)
 
 
 def test_what_an_orphan_starts_while_it_is_ended_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def sleeping(mark: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(["sleep", "60"], env=os.environ | {"GROSS_RAY_STARTED": mark})
+        return subprocess.Popen(["sleep", "600"], env=os.environ | {"GROSS_RAY_STARTED": mark})
 
     first, late, another = sleeping("mine"), sleeping("mine"), sleeping("another's")
     try:
         seen = iter([[first.pid, another.pid], [], [late.pid, another.pid]])
         monkeypatch.setattr(cluster, "_processes", lambda: list(map(str, next(seen, [another.pid]))))
         cluster._end_orphans("mine", None)
-        assert first.wait(10) == late.wait(10) == -signal.SIGKILL
+        assert first.wait(300) == late.wait(300) == -signal.SIGKILL
         assert another.poll() is None
     finally:
         for one in (first, late, another):
@@ -244,7 +195,7 @@ def test_an_agent_that_has_written_its_title_over_the_mark_is_ended(tmp_path: Pa
         logs = tmp_path / session / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / "agent.out").open("w") as out:
-            return subprocess.Popen([title, "60"], executable=shutil.which("sleep"), stdout=out)
+            return subprocess.Popen([title, "600"], executable=shutil.which("sleep"), stdout=out)
 
     ours, other, earlier = (
         f"session_2026-11-28_10-56-{second}_333465_{process}"
@@ -257,7 +208,7 @@ def test_an_agent_that_has_written_its_title_over_the_mark_is_ended(tmp_path: Pa
         cluster._end_orphans("no such mark", None)
         assert orphan.poll() is None, "of a cluster that was joined"
         cluster._end_orphans("no such mark", datetime(2026, 11, 28, 10, 56, 51))
-        assert orphan.wait(10) == -signal.SIGKILL
+        assert orphan.wait(300) == -signal.SIGKILL
         assert [one.poll() for one in others] == [None] * 3
     finally:
         for one in (orphan, *others):

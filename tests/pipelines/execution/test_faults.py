@@ -22,6 +22,7 @@ import pytest
 import test_nodes
 from faults import (
     FAULTS,
+    PATIENCE,
     REPEATS,
     SEED,
     STAGES,
@@ -42,12 +43,20 @@ from faults import (
     stored,
 )
 from miniature import ROOT
-from pipelines.run import STAGES as PLANS
 
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from pipelines import supernet
+from pipelines.stages import finetune
+from pipelines.stages.pipeline import STAGES as PLANS
 
-QUICK = [("finetune", "driver terminated"), ("search", "worker killed"), ("validate", "interrupted")]
+QUICK = [
+    ("train", "driver killed"),
+    ("train", "driver terminated"),
+    ("search", "worker killed"),
+    ("validate", "driver killed"),
+    ("validate", "interrupted"),
+]
+"""On actors and on Tune each, a driver that is killed and one that is signalled, in the stages that take longest."""
 FULL_DISK_QUICK, DIVERGED_QUICK = "decompose", "validate"
 KEEPS_ALL = {"driver killed", "driver terminated", "interrupted", "worker killed", "damaged Tune files"}
 """Faults that spoil nothing stored: no finished unit and no stored epoch may be done again."""
@@ -100,8 +109,9 @@ def _inject(
     assert list(run.rglob(".*.tmp")) == []
 
 
+@pytest.mark.quick_fault
 @pytest.mark.parametrize(("stage", "fault"), QUICK)
-def test_quick(whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: str) -> None:
+def test_as_soon_as_the_stage_is_under_way(whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: str) -> None:
     _inject(whole_run[0], tmp_path, stage, fault, random.Random(SEED), 0.0)
 
 
@@ -116,17 +126,17 @@ def test_matrix(whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: 
     _inject(whole_run[0], tmp_path, stage, fault, choices, latest, moment)
 
 
-@pytest.mark.quick_fault
+@pytest.mark.faults
 @pytest.mark.parametrize("server", ["gcs_server", "raylet"])
 def test_terminated_while_ray_starts(whole_run: tuple[Path, str], tmp_path: Path, server: str) -> None:
     run, log = before_stage(whole_run[0], "train", tmp_path / "run"), tmp_path / "log"
     with driver(run, "train", log) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not any(server in title.split(" ")[0] for _, title in marked(process.mark)):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         process.terminate()
-        assert process.ended(60) == 143, log.read_text()
+        assert process.ended(PATIENCE) == 143, log.read_text()
     assert log.read_text().strip().splitlines()[-1].startswith("Interrupted: what is finished is stored")
 
 
@@ -154,7 +164,7 @@ def test_a_full_disk(whole_run: tuple[Path, str], tmp_path: Path, stage: str, re
             else:
                 at_a_moment(process, run, stage, log, choices.uniform(0.0, 1.0))
             fill(process, disk / "filler")
-            status, told = process.ended(300), log.read_text()
+            status, told = process.ended(PATIENCE), log.read_text()
         if status or repeat is None:  # after the last file a full disk hurts nobody
             assert status == 1 and "No space left on device" in told, told
         assert "Traceback" not in told
@@ -170,6 +180,10 @@ def test_a_full_disk(whole_run: tuple[Path, str], tmp_path: Path, stage: str, re
         subprocess.run(["umount", "-l", disk], check=True)
 
 
+def _opened(run: Path) -> Run:
+    return Run(RunStore.open(run))
+
+
 LEARNING_RATES = {
     "train": "training",
     "reconstruct": "reconstruction",
@@ -183,7 +197,7 @@ LEARNING_RATES = {
 def test_a_loss_that_is_not_finite(whole_run: tuple[Path, str], tmp_path: Path, stage: str, repeat: int | None) -> None:
     """Each unit that diverges is named with step and learning rate; with the old rate the run ends as undisturbed."""
     run, log = before_stage(whole_run[0], stage, tmp_path / "run"), tmp_path / "log"
-    units = {unit.name for unit in PLANS[stage].plan(RunStore.open(run))}
+    units = {unit.name for unit in PLANS[stage].plan(_opened(run))}
     if repeat is not None and repeat % 2:  # in the middle: up to a kill the learning rate was right
         choices = random.Random(f"{SEED} {stage} diverged {repeat}")
         latest = choices.uniform(0.0, 0.3)
@@ -191,9 +205,8 @@ def test_a_loss_that_is_not_finite(whole_run: tuple[Path, str], tmp_path: Path, 
             with driver(run, stage, log) as process:
                 at_a_moment(process, run, stage, log, moment)
                 kill_driver(process, run, stage, choices)
-            store = RunStore.open(run)
-            swept = stage == "sweep-alpha"  # what comes after its trainings cannot diverge
-            if not units <= (supernet.finished(store, supernet.FINETUNE) if swept else PLANS[stage].finished(store)):
+            trainings = finetune if stage == "sweep-alpha" else PLANS[stage]  # what comes after them cannot diverge
+            if not units <= trainings.done(_opened(run)):
                 break
             shutil.rmtree(run)  # all had ended by then: workers outlive their driver by a moment, short units with them
             before_stage(whole_run[0], stage, run)
@@ -207,15 +220,13 @@ def test_a_loss_that_is_not_finite(whole_run: tuple[Path, str], tmp_path: Path, 
     place["lr"] = 1e9
     file.write_text(json.dumps(wrong))
     with driver(run, stage, log) as process:
-        assert process.ended(300) == 1, log.read_text()
+        assert process.ended(PATIENCE) == 1, log.read_text()
     told = log.read_text()
     assert "Traceback" not in told
     missing = {unit for unit in units if f"{unit}: failed: the loss became" in told}
-    assert missing and missing == units - PLANS[stage].finished(RunStore.open(run))
+    assert missing and missing == units - PLANS[stage].done(_opened(run))
     assert re.search(r"the loss became (nan|inf) at step \d+ of epoch \d+ with learning rate 1e\+0[89]; lower", told)
     file.write_text(sound)
-    for file in set(run.glob("tables/alpha_trials/*")) - set(kept):  # one that diverged is not tried again by itself
-        file.unlink()
     resume(run, stage, log)
     assert_as_undisturbed(run, whole_run[0], stage)
     assert stored(run).items() >= kept.items()

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,21 @@ from typing import Any
 import pytest
 import ray
 from miniature import SETTINGS, assert_equal_tables, command
-from pipelines.trials import run_trials
-from pipelines.workers import WorkerPool
 
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from pipelines import workers
-from pipelines.execution.cluster import Resources, connected
-from pipelines.units import Context, Unit, pack_splits
+from pipelines.execution import actors
+from pipelines.execution.actors import Actors
+from pipelines.execution.cluster import connected
+from pipelines.execution.tune import Trials
+from pipelines.resources import Resources
+from pipelines.units import Context, Job, Unit, pack_splits
 from pipelines.watching import StageProgress
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_ray")]
 
 RAY = str(Path(sys.executable).with_name("ray"))
 MACHINE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -180,8 +182,18 @@ class Recorded(StageProgress):
         self.nodes[unit] = text
 
 
-def sleep(context: Context, unit: Unit) -> str:
-    time.sleep(unit.arguments["seconds"])
+@dataclass(frozen=True, kw_only=True)
+class Nap(Unit):
+    label: str
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+
+def sleep(context: Context, unit: Nap) -> str:
+    time.sleep(unit.seconds)
     return ray.get_runtime_context().get_node_id()
 
 
@@ -242,6 +254,10 @@ def autoscaled(request: pytest.FixtureRequest) -> Iterator[str]:
     ray.cloudpickle.unregister_pickle_by_value(request.module)
 
 
+def _job(units: list[Nap]) -> Job:
+    return Job(stage="naps", units=units, work=sleep, done=set, kind="naps", num_equal=len(units))
+
+
 def _gpu_nodes() -> int:
     return sum(node["Alive"] and "GPU" in node["Resources"] for node in ray.nodes())
 
@@ -249,12 +265,12 @@ def _gpu_nodes() -> int:
 def test_gpu_nodes_come_with_the_work_and_go_with_it(
     autoscaled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_gpu(pool: WorkerPool, store: RunStore) -> Any:
+    def with_gpu(pool: Actors) -> Any:
         """Ask for a GPU, as on cuda, and work without."""
-        actor = ray.remote(num_cpus=1, num_gpus=1, concurrency_groups={"state": 1})(workers._Worker)
-        return actor.remote(pool._packed, "cpu", pool._versions, store)
+        actor = ray.remote(num_cpus=1, num_gpus=1, concurrency_groups={"state": 1})(actors._Worker)
+        return actor.remote(pool._packed, "cpu", pool._versions, pool._run)
 
-    monkeypatch.setattr(WorkerPool, "_start", with_gpu)
+    monkeypatch.setattr(Actors, "_start", with_gpu)
     counts: list[int] = []
     over = threading.Event()
 
@@ -268,24 +284,20 @@ def test_gpu_nodes_come_with_the_work_and_go_with_it(
         counter = threading.Thread(target=count)
         counter.start()
         try:
-            store = RunStore.create(tmp_path / "run", preset("quickstart"))
+            run = Run(RunStore.create(tmp_path / "run", preset("quickstart")))
             packed = ray.put(pack_splits(load_dataset(DataOptions(name="sample", limit_train=2))))
-            pool, progress = WorkerPool(cluster, packed), Recorded()
-            units = [Unit("long", {"seconds": 40}, cost=9), *(Unit(f"unit={n}", {"seconds": 1}) for n in range(4))]
-            assert pool.run(sleep, store, units, threads=1, progress=progress) == {}
+            pool, progress = Actors(cluster, packed, run), Recorded()
+            units = [Nap(label="long", seconds=40, cost=9), *(Nap(label=f"unit={n}", seconds=1) for n in range(4))]
+            assert pool.do(_job(units), units, threads=1, progress=progress) == {}
             assert set(progress.nodes) == {unit.name for unit in units}
             assert len(set(progress.nodes.values())) == 2
             assert counts[-1] == 1  # the other one was given back while the long unit went on
             pool.close()
             _wait_for(lambda: _gpu_nodes() == 0, "node given back", 60, [])
 
-            trials = Recorded()
-            few = [Unit(f"trial={n}", {"seconds": 1}) for n in range(2)]
-            on_cores = replace(cluster, device="cpu")
-            failed = run_trials(
-                "trials", sleep, store, few, cluster=on_cores, packed_splits=packed, threads=1, progress=trials
-            )
-            assert failed == {}
+            few, trials = [Nap(label=f"trial={n}", seconds=1) for n in range(2)], Recorded()
+            on_cores = Trials(replace(cluster, device="cpu"), packed, run)
+            assert on_cores.do(_job(few), few, threads=1, progress=trials) == {}
             assert set(trials.nodes) == {"trial=0", "trial=1"}
             _wait_for(lambda: _gpu_nodes() == 0, "node given back after the trials", 60, [])
             counts.append(_gpu_nodes())

@@ -25,6 +25,7 @@ import ray
 from faults import (
     FAULTS,
     MARK,
+    PATIENCE,
     REPEATS,
     SEED,
     STAGES,
@@ -40,24 +41,27 @@ from faults import (
     workers,
 )
 from miniature import ROOT, tables
-from pipelines.run import STAGES as PLANS
 
 from gross_ray.errors import ResourcesError
 from gross_ray.presets import preset
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from pipelines import decompose, search, supernet, sweep, train, validate
 from pipelines.commands.terminal import Reporter
 from pipelines.driver import DataSource, Session
-from pipelines.execution.cluster import Resources, connected
-from pipelines.units import Context, Unit, Work
+from pipelines.execution.cluster import connected
+from pipelines.resources import Resources
+from pipelines.stages import decompose, finetune, reconstruct, search, sweep, train, validate
+from pipelines.stages.pipeline import STAGES as PLANS
+from pipelines.units import Context, Unit
 from pipelines.watching import StageProgress
 
 FAST_FAILOVER = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
-    "health_check_timeout_ms": 500,
-    "health_check_failure_threshold": 2,
+    "health_check_timeout_ms": 20_000,
+    "health_check_failure_threshold": 3,
 }
+"""A node that is gone refuses each check at once, and is missed soon; one on a busy machine has a minute to answer."""
 SETTINGS = [
     "data.limit_train=128",
     "data.limit_validation=40",
@@ -117,7 +121,7 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes(request: pytest.FixtureRequest) -> Iterator[Nodes]:
+def nodes(request: pytest.FixtureRequest, no_ray: None) -> Iterator[Nodes]:
     modules = (request.module, faults)
     for module in modules:
         ray.cloudpickle.register_pickle_by_value(module)
@@ -141,26 +145,34 @@ def _work_on(store: RunStore, nodes: Nodes, *stages: Callable[[Session], None]) 
             stage(session)
 
 
+def _work_alone(store: RunStore, *stages: Callable[[Session], None]) -> None:
+    """Do stages in this process, with the one thread that a node's core gives."""
+    resources = Resources(num_cpus=1, device="cpu")
+    with Session.opened(store, resources, DataSource(), Quiet(), in_process=True) as session:
+        for stage in stages:
+            stage(session)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run as it stands before its search, and the same at its end."""
+    """A run as it is before its search, and the same at its end.
+
+    How the search cuts the space depends on how many workers there are: what comes before it is done in this process.
+    """
     store = RunStore.create(tmp_path_factory.mktemp("nodes") / "run", preset("quickstart").override(SETTINGS))
     before = store.path.with_name("before")
-
-    def copy(_: Session) -> None:
-        shutil.copytree(store.path, before)
-
-    first = (train.run, decompose.run, supernet.run_reconstruct, supernet.run_finetune, validate.run_fixed)
-    _work_on(store, nodes, *first, copy, search.run, sweep.run)
+    _work_alone(store, train.do, decompose.do, reconstruct.do, finetune.do, validate.do_fixed)
+    shutil.copytree(store.path, before, ignore=shutil.ignore_patterns(".lock"))
+    _work_on(store, nodes, search.do, sweep.do)
     return before, store.path
 
 
 @pytest.fixture(scope="module")
-def validated(nodes: Nodes, undisturbed: tuple[Path, Path]) -> Path:
+def validated(undisturbed: tuple[Path, Path]) -> Path:
     """The same with all that the stage `validate` trains, not the fixed configurations alone."""
     run = undisturbed[1].with_name("validated")
     shutil.copytree(undisturbed[1], run, ignore=shutil.ignore_patterns(".lock"))
-    _work_on(RunStore.open(run), nodes, validate.run)
+    _work_alone(RunStore.open(run), validate.do)
     return run
 
 
@@ -191,13 +203,13 @@ def held_work(stage: str, epochs: str, after: int, context: Context, unit: Unit)
             _hold(context, unit, stage)
     else:
         context.report = held_report
-    return held.work(context, unit)
+    return held.module.work(context, unit)
 
 
 def _hold(context: Context, unit: Unit, stage: str) -> None:
     folder = context.store.path.parent
     (folder / f"held-in-{stage}" / f"{unit.name} {os.getpid()}").touch()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (folder / f"lost-in-{stage}").exists():
         assert time.monotonic() < deadline, "no node was lost"
         time.sleep(0.01)
@@ -205,28 +217,27 @@ def _hold(context: Context, unit: Unit, stage: str) -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """A stage, its work, and when that is held: after 1 to `most` epochs of a unit, or units of a table."""
+    """A stage, and when its work is held: after 1 to `most` epochs of a unit, or units of a table."""
 
     module: ModuleType
-    name: str
-    stage: Callable[[Session], None]
-    work: Work
     most: int
     epochs: tuple[str, ...] = ("",)
     """Trainings, the epochs of one of which count."""
     table: str = ""
 
+    def do(self, session: Session) -> None:
+        """Do the stage; of `validate`, what does not wait for the search."""
+        (validate.do_fixed if self.module is validate else self.module.do)(session)
+
 
 HELD = {
-    "train": Held(train, "work", train.run, train.work, 2, epochs=("train",)),
-    "decompose": Held(decompose, "work", decompose.run, decompose.work, 5, table="decompositions"),
-    "reconstruct": Held(
-        supernet, "reconstruct_work", supernet.run_reconstruct, supernet.reconstruct_work, 1, epochs=("reconstruct",)
-    ),
-    "finetune": Held(supernet, "finetune_work", supernet.run_finetune, supernet.finetune_work, 2, epochs=("finetune",)),
-    "search": Held(search, "work", search.run, search.work, 3, table="configurations"),
-    "validate": Held(validate, "work", validate.run_fixed, validate.work, 2, epochs=("validate-*",)),
-    "sweep-alpha": Held(sweep, "work", sweep.run, sweep.work, 1, epochs=("reconstruct", "finetune")),
+    "train": Held(train, 2, epochs=("train",)),
+    "decompose": Held(decompose, 5, table="decompositions"),
+    "reconstruct": Held(reconstruct, 1, epochs=("reconstruct",)),
+    "finetune": Held(finetune, 2, epochs=("finetune",)),
+    "search": Held(search, 3, table="configurations"),
+    "validate": Held(validate, 2, epochs=("validate-*",)),
+    "sweep-alpha": Held(sweep, 1, epochs=("reconstruct", "finetune")),
 }
 QUICK = ("search", "sweep-alpha")
 """The stages in which a node is lost in `make test` too."""
@@ -245,7 +256,7 @@ class Loss(threading.Thread):
         """What was stored of the units under way."""
 
     def run(self) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and not self.lost:
             for file in self._held.iterdir():
                 self.unit, _, pid = file.name.rpartition(" ")
@@ -273,7 +284,7 @@ def _hold_back(monkeypatch: pytest.MonkeyPatch, stage: str, choices: random.Rand
     """Have the work of a stage held at a moment of `choices`, or as soon as its last training has stored anything."""
     held = HELD[stage]
     epochs, after = (choices.choice(held.epochs), choices.randint(1, held.most)) if choices else (held.epochs[-1], 1)
-    monkeypatch.setattr(held.module, held.name, partial(held_work, stage, epochs, after))
+    monkeypatch.setattr(held.module, "work", partial(held_work, stage, epochs, after))
 
 
 @pytest.mark.faults
@@ -292,14 +303,14 @@ def test_a_node_lost_in_mid_stage_changes_no_table(
     _hold_back(monkeypatch, stage, random.Random(f"{SEED} {stage} {repeat}"))
     nodes.restore()
     with _loss(nodes, run, stage) as loss:
-        _work_on(RunStore.open(run), nodes, held.stage)
+        _work_on(RunStore.open(run), nodes, held.do)
     starts = _starts(run)
     assert [unit for unit, where in starts.items() if len(where) > 1] == [loss.unit]  # no other is done again
     assert starts[loss.unit][0] == loss.lost != starts[loss.unit][1]
     assert loss.epochs or held.table
     assert_epochs_kept(run, loss.epochs)
     store = RunStore.open(run)
-    assert set(starts) <= PLANS[stage].finished(store)
+    assert set(starts) <= PLANS[stage].done(Run(store))
     assert_stored_as_undisturbed(store, RunStore.open(expected))
 
 
@@ -314,7 +325,7 @@ def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
     _hold_back(monkeypatch, "search")
     _hold_back(monkeypatch, "sweep-alpha")
     with _loss(nodes, run, "search") as first:
-        _work_on(RunStore.open(run), nodes, search.run)
+        _work_on(RunStore.open(run), nodes, search.do)
     starts = _starts(run)
     assert len(starts) == len(RunStore.open(run).finished_units("configurations")) >= 4
     assert [unit for unit, where in starts.items() if len(where) > 1] == [first.unit]  # no other is done again
@@ -322,7 +333,7 @@ def test_nodes_lost_in_mid_search_and_in_mid_sweep_change_no_table(
 
     nodes.restore()
     with _loss(nodes, run, "sweep-alpha") as second:
-        _work_on(RunStore.open(run), nodes, sweep.run)
+        _work_on(RunStore.open(run), nodes, sweep.do)
     where = _starts(run)[second.unit]
     assert len(where) == 2
     assert where[0] == second.lost != where[1]
@@ -351,7 +362,7 @@ def test_a_driver_that_joined_ends_its_work_on_the_nodes(
         ended = inject(process, run, stage, choices)
         finished = ended in (0, -signal.SIGTERM, -signal.SIGINT) and "finished after" in log.read_text()
         assert ended == status or finished, log.read_text()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while there := workers(nodes.mark):
         assert time.monotonic() < deadline, f"still at work: {there}"
         time.sleep(0.1)
@@ -372,14 +383,20 @@ def _assert_as(expected: Path, run: Path) -> None:
 DRIVER = """
 import sys
 import ray
-from pipelines.execution.cluster import Resources, connected
+from pipelines.execution.cluster import connected
+from pipelines.execution.actors import Actors
+from pipelines.resources import Resources
 from pipelines.watching import StageProgress
-from pipelines.units import Unit, pack_splits
-from pipelines.workers import WorkerPool
+from pipelines.units import Job, Unit, pack_splits
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+
+
+class One(Unit):
+    name = "one"
 
 
 def work(context, unit):
@@ -393,13 +410,14 @@ class Printed(StageProgress):
         print("done", text)
 
 
-address, run, travels = sys.argv[1:]
+address, folder, travels = sys.argv[1:]
 if travels == "no":
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-with connected(Resources(address=address, device="cpu")) as cluster:
-    store = RunStore.create(run, preset("quickstart"))
+with connected(Resources(address=address, device="cpu")) as capacity:
+    run = Run(RunStore.create(folder, preset("quickstart")))
     packed = ray.put(pack_splits(load_dataset(DataOptions(name="sample", limit_train=2))))
-    WorkerPool(cluster, packed).run(work, store, [Unit("one")], threads=1, progress=Printed("one", 1, 0))
+    job = Job(stage="one", units=[One()], work=work, done=set, kind="one", num_equal=1)
+    Actors(capacity, packed, run).do(job, job.units, threads=1, progress=Printed("one", 1, 0))
 """
 
 
@@ -420,7 +438,7 @@ def test_the_code_travels_to_the_nodes_and_where_it_does_not_another_one_is_refu
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         words = [sys.executable, str(driver), nodes.address, str(run), travels]
         return subprocess.run(
-            words, cwd=driver.parent, env=environment, capture_output=True, text=True, check=False, timeout=100
+            words, cwd=driver.parent, env=environment, capture_output=True, text=True, check=False, timeout=600
         )
 
     without = ended("no")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipelines.versions import Versions
 
 import gross_ray
 from gross_ray.errors import VersionMismatchError
-from pipelines import versions
+from pipelines.execution import versions
+from pipelines.execution.versions import Versions
 
 
 def test_a_worker_like_the_driver_is_taken() -> None:
@@ -52,7 +52,7 @@ def test_a_change_of_the_sources_is_a_difference(change: str, tmp_path: Path, mo
     for package in versions.PACKAGES:
         copies.append(tmp_path / package.name)
         shutil.copytree(package, copies[-1], ignore=shutil.ignore_patterns("*.parquet", "__pycache__"))
-    file = copies[1] / "workers.py"
+    file = copies[1] / "execution" / "actors.py"
     if change == "edited":
         file.write_text(file.read_text() + "# edited\n")
     elif change == "added":
@@ -60,7 +60,7 @@ def test_a_change_of_the_sources_is_a_difference(change: str, tmp_path: Path, mo
     elif change == "removed":
         file.unlink()
     elif change == "renamed":
-        file.rename(file.with_name("actors.py"))
+        file.rename(file.with_name("workers.py"))
     elif change == "not source":
         (copies[0] / "notes.txt").write_text("notes")
     monkeypatch.setattr(versions, "PACKAGES", tuple(copies))
