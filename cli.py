@@ -290,6 +290,22 @@ def status(run: str) -> None:
 
 @main.command()
 @click.argument("run", metavar="RUN")
+def check(run: str) -> None:
+    """Read every table and checkpoint of RUN whole, and delete the damaged ones: their stages make them anew.
+
+    A command checks what it uses itself; this one is for what nothing has used yet.
+
+    \b
+    Example:
+      gross check runs/quickstart
+    """
+    from pipelines.commands import checking
+
+    checking.check(run)
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
 @click.argument("table", metavar="TABLE")
 @click.option("--rows", type=click.IntRange(min=0), default=20, show_default=True, help="Rows to print; 0: all.")
 @click.option("--csv", is_flag=True, help="Print all rows as CSV.")
@@ -303,9 +319,9 @@ def show(run: str, table: str, rows: int, csv: bool) -> None:
     """
     if csv:
         refuse_beside("--csv, which prints all rows", "rows")
-    from pipelines.commands import reading
+    from pipelines.commands import showing
 
-    reading.show(run, table, rows=rows, csv=csv)
+    showing.show(run, table, rows=rows, csv=csv)
 
 
 @main.command()
@@ -333,9 +349,9 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
     """
     if markdown:
         refuse_beside("--markdown, which writes no page", "target")
-    from pipelines.commands import reading
+    from pipelines.commands import reporting
 
-    reading.report(run, markdown=markdown, target=target)
+    reporting.report(run, markdown=markdown, target=target)
 
 
 @main.command()

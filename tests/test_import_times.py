@@ -11,6 +11,7 @@ import pytest
 
 import gross_ray
 from gross_ray.presets import preset
+from gross_ray.run.progress import STORED, store_plans
 from gross_ray.run.store import RunStore
 
 ROOT = Path(gross_ray.__file__).parents[1]
@@ -47,7 +48,9 @@ def test_help_and_presets_load_no_large_package(arguments: list[str]) -> None:
     assert loaded_by(*arguments) == set()
 
 
-def test_status_loads_no_large_package(new_run: str) -> None:
+def test_status_counts_files_and_loads_no_large_package(new_run: str) -> None:
+    assert "torch" in loaded_by("status", new_run)  # nothing has planned this run yet
+    store_plans(RunStore.open(new_run), dict.fromkeys(STORED) | {"train": [["seed=0"], ["seed=1"]]})
     assert loaded_by("status", new_run) == set()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from pipelines.callbacks import load_callbacks
 from ray.tune import Callback
 
 from cli import main
