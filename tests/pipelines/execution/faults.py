@@ -22,8 +22,9 @@ from miniature import CLOCKS, ROOT, command
 
 from gross_ray import read_table
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import progress
 from gross_ray.run.store import RunStore
-from pipelines.stages.pipeline import status
+from pipelines.stages.pipeline import plans
 
 MARK = "GROSS_RAY_TEST_RUN"
 """Environment variable by which all processes of one driver are known: children inherit it."""
@@ -227,7 +228,7 @@ def assert_epochs_kept(run: Path, before: dict[str, list[float]]) -> None:
 def assert_as_undisturbed(run: Path | str, undisturbed: Path, stage: str) -> None:
     """Every unit of the stage is finished, and all that is stored equals what the undisturbed run stored."""
     store, other = RunStore.open(run), RunStore.open(undisturbed)
-    done = {name: (finished, planned) for name, finished, planned in status(Run(store))}
+    done = {name: (finished, planned) for name, finished, planned in progress(store, plans(Run(store)))}
     assert done[stage][0] == done[stage][1], done
     assert_stored_as_undisturbed(store, other)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from pipelines.callbacks import load_callbacks
 from ray.tune import Callback
 
 from cli import main
