@@ -208,6 +208,22 @@ class RunStore:
             return table(name).schema().empty_table().to_pandas().reindex(columns=columns)
         return pa.concat_tables(parts).to_pandas()
 
+    def first_rows(self, name: str, units: Sequence[str], columns: Sequence[str]) -> pandas.DataFrame:
+        """Return the first row of each of some units that are stored, in the order given.
+
+        Raises RunFolderError naming a file that is damaged, missing or without rows, and InvalidValueError for an
+        unknown table.
+        """
+        rows = []
+        for unit in units:
+            file = _table_file(name, unit)
+            rows.append(self._read_sound_unit(file, columns).slice(0, 1))
+            if not rows[-1].num_rows:
+                raise RunFolderError(f"damaged file {self.storage.shown(file)}: it has no rows; {_AGAIN}")
+        if not rows:
+            return table(name).schema().empty_table().to_pandas().reindex(columns=list(columns))
+        return pa.concat_tables(rows).to_pandas()
+
     def set_column(self, name: str, unit: str, column: str, values: Sequence[Any]) -> None:
         """Put `values`, one for each row, in place of a column of a stored unit; nothing else of it changes.
 
