@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,10 @@ TIMED_MACS = 5e8
 
 class NotTraceableWarning(UserWarning):
     """A network cannot be traced, so that configurations are evaluated one by one."""
+
+
+class RowsApartWarning(NotTraceableWarning):
+    """A network mixes the rows of a batch, so that configurations cannot share one behind a decomposed layer."""
 
 
 class NotTraceableError(Exception):
@@ -270,6 +275,8 @@ class Evaluator:
         try:
             traced = trace(self._supernet)
         except Exception as error:  # torch.fx raises whatever the model's own code meets on symbolic values
+            if _is_of_the_machine(error):
+                raise
             raise NotTraceableError(f"{type(error).__name__}: {error}") from None
         names = {layer: name for name, layer in series_layers(self._supernet).items()}
         forms: dict[SeriesConv2d, LayerForm] = {}
@@ -346,9 +353,18 @@ class Evaluator:
                 return str(error)
             return f"its graph gives other logits, by {worst:.1e}" if worst > TOLERANCE[self._dtype] else ""
 
-        self._joined = not fault(apart=False)
-        if not self._joined and (reason := fault(apart=True)):
+        mixed = fault(apart=False)
+        self._joined = not mixed
+        if self._joined:
+            return
+        if reason := fault(apart=True):
             raise NotTraceableError(reason)
+        warnings.warn(
+            f"this network mixes the rows of a batch ({mixed}); configurations are evaluated apart behind each "
+            "decomposed layer, which is slower",
+            RowsApartWarning,
+            stacklevel=5,
+        )
 
     def _batch(self, images: Tensor) -> Tensor:
         batch = images.to(self._device)
@@ -413,14 +429,32 @@ def _typical_rows(layer: SeriesConv2d, inputs: Tensor, memory_budget: int) -> Te
     return inputs[:1].repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
 
 
+_MACHINE = re.compile(
+    r"CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|cuSOLVER|cuFFT|NVRTC|NCCL|HIP error|MPS backend|Triton|out of memory|"
+    r"not enough memory|can't allocate memory|cannot allocate memory|bad_alloc|CPUAllocator|"
+    r"device-side assert|could not create a primitive|could not execute a primitive",
+    re.IGNORECASE,
+)
+"""What torch says where memory, a device or one of its libraries fails; most of these are plain RuntimeErrors."""
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Return whether an error is about memory or a device, not about the network's code."""
+    types = (MemoryError, OSError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    return isinstance(error, types) or (isinstance(error, RuntimeError) and bool(_MACHINE.search(str(error))))
+
+
 @contextmanager
 def _graph_faults() -> Iterator[None]:
-    """Raise NotTraceableError for what a graph may fail with and the network itself would not."""
+    """Raise NotTraceableError for the errors of a graph that the network itself does not raise.
+
+    Errors of the machine (`_is_of_the_machine`) are raised unchanged: one configuration at a time would hide them.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, TypeError, AttributeError, LookupError) as error:
+        if _is_of_the_machine(error):
+            raise
         raise NotTraceableError(f"its graph fails: {type(error).__name__}: {error}") from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, is_whole
 from gross_ray.space import Configuration, SearchSpace
 
 
@@ -16,7 +16,7 @@ def sampling_probabilities(num_group_sizes: int, alpha: float, *, scaling: str =
     sizes, which does not fit Figure 1; "normalised" is proportional to exp(-alpha i / N). `alpha` = 0 is uniform in
     both. Raises InvalidValueError for a negative alpha, no group-size or another scaling.
     """
-    if num_group_sizes < 1:
+    if not is_whole(num_group_sizes, 1):
         raise InvalidValueError(f"num_group_sizes = {num_group_sizes}: must be 1 or more")
     if not 0 <= alpha < float("inf"):
         raise InvalidValueError(f"alpha = {alpha}: must be 0 (uniform) or more")

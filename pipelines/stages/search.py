@@ -232,7 +232,7 @@ def _job(driver: Driver, shown: str, units: Sequence[Unit], work: Any) -> Job:
         stage=shown,
         units=units,
         work=work,
-        done=lambda: {"plan"} & set(run.store.checkpoints(PLAN)) if work is plan_work else done(run),
+        done=lambda: {"plan"} & run.store.finished_checkpoints(PLAN) if work is plan_work else done(run),
         kind=NAME,
         num_equal=SHARDS_A_WORKER * driver.capacity.slots(),
         shared=lambda name: load_shared(run.store, name),

@@ -10,7 +10,7 @@ import pytest
 from miniature import gross
 from pipelines.predictions import put, stored_model
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import DamagedFileError, InvalidValueError
 from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
@@ -90,6 +90,8 @@ def test_of_several_measurements_the_last_one_counts(run: Path) -> None:
     assert rows["latency_ms"].tolist() == pytest.approx(expected)
     (damaged,) = (store.path / "tables/latencies").glob("*batch=1*")
     damaged.write_bytes(b"")
+    with store.lock(), pytest.raises(DamagedFileError):
+        stored_model(store)
     assert stored_model(store) is None, "the other one takes its place without a word"
 
 

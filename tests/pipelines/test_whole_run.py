@@ -212,7 +212,9 @@ def test_damage_in_tables_that_no_stage_completes_is_found_by_the_next_command(
     early = gross("validate", str(run), "--num-cpus", "2")
     assert early.returncode == 2
     assert early.stderr.strip().endswith("run `gross search` on it first")
-    told = dict(re.findall(r"damaged file tables/(\w+)/[^:]*: deleted; (.*)", early.stderr))
+    found = gross("check", str(run))
+    assert (found.returncode, found.stdout) == (0, f"{run}: 2 damaged files\n"), found.stderr
+    told = dict(re.findall(r"damaged file tables/(\w+)/[^:]*: deleted; (.*)", early.stderr + found.stderr))
     assert told == {
         "runs": "that start is on record no more",
         "latencies": "measure again with `gross latency` or `gross search --latency`",
