@@ -4,8 +4,8 @@ r"""Keep the tables of a finished run under results/, and write what README.md s
         --time "1 h 10 min" --commit 0fa06ed
     python scripts/results.py write
 
-`keep` takes each table as one Parquet file, without checkpoints: results/NAME is a run folder, which `gross report`
-and `gross show` take. `write` draws the figures of each (in Chromium, by playwright), writes
+`keep` takes each table as one Parquet file, and the hashes of the run's images and weights, without checkpoints:
+results/NAME is a run folder, which `gross report` and `gross show` take. `write` draws the figures of each (in Chromium, by playwright), writes
 results/NAME/README.md, and the parts of README.md between their marks.
 """
 
@@ -62,6 +62,10 @@ def keep(run: Path, name: str, **about: str) -> None:
             files = [run / "tables" / table / f"{unit}.parquet" for unit in units]
             whole = pq.ParquetDataset(files, partitioning=None).read()
             kept.write_arrow(table, "all", whole)
+    for pin in ("data", "weights"):
+        hashes = store.read_pin(pin, dict)
+        if hashes is not None:
+            kept.write_pin(pin, hashes)
     (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 2**20:.2f} MiB")
 

@@ -75,6 +75,7 @@ def test_keeping_changes_no_row(script: ModuleType, tmp_path: Path, monkeypatch:
     for seed in (2, 10):
         network = {"seed": seed, "val_correct": 3, "val_total": 4, "val_accuracy": 0.75, "test_accuracy": 0.7}
         run.write_table("networks", f"seed={seed}", [network | {"macs": 5, "parameters": 6}])
+    run.write_pin("weights", {"hash": "0123"})
     told = ["--command", "gross run", "--machine", "a machine", "--time", "1 min", "--commit", "abc"]
     for _ in range(2):  # the second time in place of the first
         outcome = CliRunner().invoke(script.main, ["keep", str(run.path), "kept", *told])
@@ -84,3 +85,5 @@ def test_keeping_changes_no_row(script: ModuleType, tmp_path: Path, monkeypatch:
     assert kept.units("networks") == ["all"]
     assert kept.read_table("validations").empty
     assert kept.experiment == run.experiment
+    assert kept.read_pin("weights", dict) == {"hash": "0123"}
+    assert kept.read_pin("data", dict) is None
