@@ -17,10 +17,12 @@ import torch
 
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
+from gross_ray.data.names import WITH_FILES
 from gross_ray.errors import DamagedFileError, UnitsFailedError
 from gross_ray.experiment import DataOptions
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import fingerprint, pin
+from gross_ray.run.progress import store_plans
 from gross_ray.run.store import RunStore
 from gross_ray.search.timing import timed_device
 from pipelines.capacity import Capacity, settled_threads
@@ -29,6 +31,7 @@ from pipelines.execution.base import Executor
 from pipelines.execution.in_process import InProcess
 from pipelines.nodes import NodeKind
 from pipelines.resources import Resources
+from pipelines.stages.pipeline import plans
 from pipelines.units import Group, Job, grouped, pack_splits
 from pipelines.watching import StageProgress
 
@@ -63,6 +66,14 @@ class DataSource:
     def load(self, options: DataOptions) -> Splits:
         """Return the images; those that were loaded last are kept until `forget`. Raises as `load_dataset` does."""
         return _loaded(options, self.root, self.download)
+
+    def without_effect(self, name: str) -> list[str]:
+        """Return a line for each option that has no effect on the dataset of this name."""
+        if name in WITH_FILES:
+            return []
+        set_ = {"--data-root": self.root, "--download": self.download}
+        files = "only " + " and ".join(WITH_FILES) + " have files there"
+        return [f"{option} for the dataset {name}: {files}" for option, value in set_.items() if value]
 
     @staticmethod
     def forget() -> None:
@@ -213,6 +224,7 @@ class Session:
             session = cls(Run(store), resources, source, progress, callbacks, in_process)
             try:
                 yield session
+                store_plans(store, plans(session.run))
             finally:
                 with signals.ignored():
                     session._close()
@@ -248,6 +260,7 @@ class Session:
             if not todo:
                 return
             threads = self.threads(job.kind, job.num_equal)
+            store_plans(self.run.store, plans(self.run))
             failed = self._execute(job, groups, threads, progress)
         self.run.changed()
         stored = job.done()
@@ -287,6 +300,9 @@ class Session:
             else:
                 self._joined = _OnRay(self.run, splits, self._resources, self._callbacks)
                 self._source.forget()
+            device = self._joined.capacity.device
+            for line in (*self.run.experiment.without_effect(device=device), *self._resources.without_effect(device)):
+                self.note(f"without effect: {line}")
             self._record_start(self._joined.capacity)
         return self._joined
 

@@ -39,6 +39,12 @@ class Resources:
                 "it has the cores it was started with; leave one of the two out"
             )
 
+    def without_effect(self, device: str) -> list[str]:
+        """Return a line for each of these that has no effect where units are done on `device`."""
+        if device.startswith("cuda") or self.gpus_per_unit == Resources.gpus_per_unit:
+            return []
+        return [f"--gpus-per-unit {self.gpus_per_unit:g}: units are done on {device}"]
+
     @property
     def joined_address(self) -> str | None:
         """The running cluster to join, if one is named."""

@@ -24,7 +24,7 @@ except InvalidValueError as error:
 """
 
 
-def found(folder: Path, name: str, imported: str = "train", cwd: Path = ROOT) -> str:
+def found(folder: Path, name: str, imported: str = "units", cwd: Path = ROOT) -> str:
     program = PROGRAM.format(imported=imported)
     command = [sys.executable, "-c", program, str(folder), name]
     ended = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=100)
@@ -39,17 +39,17 @@ def test_a_folder_called_pipelines_is_found_behind_ours(tmp_path: Path, package:
     if package:
         (tmp_path / "pipelines" / "__init__.py").write_text("")
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.path.append({str(tmp_path)!r})\n"
-    program += PROGRAM.format(imported="train").replace("sys.path.append(sys.argv[1])", "")
+    program += PROGRAM.format(imported="units").replace("sys.path.append(sys.argv[1])", "")
     command = [sys.executable, "-c", program, "", "pipelines.nets:net"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == ["Conv2d", str(tmp_path / "pipelines")], ended.stderr
 
 
-@pytest.mark.parametrize("name", ["pipelines.train:net", "pipelines.train.deeper:net"])
+@pytest.mark.parametrize("name", ["pipelines.units:net", "pipelines.units.deeper:net"])
 def test_a_module_that_ours_hides_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "pipelines").mkdir()
-    (tmp_path / "pipelines" / "train.py").write_text(NET)
+    (tmp_path / "pipelines" / "units.py").write_text(NET)
     told = found(tmp_path, name)
     assert told.startswith(f"refused: model '{name}': {name.partition(':')[0]} is a module of gross_ray itself, which")
     assert str(tmp_path) in told and len(told.splitlines()) == 1

@@ -51,7 +51,7 @@ def checkpoint_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any
 
 
 def read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return a stored unit's table; raises FileNotFoundError, DamagedContentError or, of another schema, RunFolderError."""
+    """Return a unit's table; raises FileNotFoundError, DamagedContentError or, of another schema, RunFolderError."""
     # ParquetFile, for pyarrow's other readers make columns of folders like seed=0 on the way to the file.
     # From memory: an error of the disk or the network is none of the file's content.
     content = storage.read(file)

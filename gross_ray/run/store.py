@@ -18,7 +18,6 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,9 +27,10 @@ import pyarrow.parquet as pq
 from gross_ray.errors import DamagedFileError, InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import PATH_FIELDS, Experiment
 from gross_ray.run import lock
+from gross_ray.run.experiment_file import EXPERIMENT, experiment_content, read_experiment
 from gross_ray.run.file_format import DamagedContentError, checkpoint_file, read_checkpoint, read_unit, unit_file
 from gross_ray.run.storage import Storage
-from gross_ray.run.tables import SCHEMA_VERSION, TABLES, table
+from gross_ray.run.tables import TABLES, table
 
 if TYPE_CHECKING:  # pyarrow imports pandas itself where it makes a frame; tensors come from `file_format`
     import pandas
@@ -44,9 +44,6 @@ SEARCH_ENDED = ("search-rounds", "ended")
 """Stage and unit of the checkpoint that tells that a search by a strategy has ended."""
 _DELETED = "deleted: the same command again makes it anew, or names the stage that does"
 _KEPT = "`gross check RUN` deletes it, and its stage, run again, makes it anew"
-_EXPERIMENT = "experiment.json"
-_WRITTEN_BY = "gross_ray"
-"""In experiment.json, what wrote the run folder: {"version": gross_ray's, "schema": SCHEMA_VERSION}."""
 Pin = TypeVar("Pin")
 _REPORT = "report.html"
 
@@ -93,14 +90,14 @@ class RunStore:
         storage = store.storage
         try:
             storage.make()
-            if not storage.exists(_EXPERIMENT):
+            if not storage.exists(EXPERIMENT):
                 foreign = [name for name in storage.entries() if not _is_ours(name)]
                 if foreign:
                     raise RunFolderError(
                         f"{storage} is not a run folder and not empty (it holds {min(foreign)!r}): "
                         "give a new or empty folder with --out"
                     )
-                storage.write(_EXPERIMENT, _experiment_file(experiment))
+                storage.write(EXPERIMENT, experiment_content(experiment))
         except StorageError as error:
             raise RunFolderError(
                 f"cannot make the run folder {storage}: {error}; give another one with --out"
@@ -111,13 +108,13 @@ class RunStore:
     @staticmethod
     def is_there(address: str | Path) -> bool:
         """Return whether there is a run folder at a path or URI; raises as `Storage` does."""
-        return Storage(address).exists(_EXPERIMENT)
+        return Storage(address).exists(EXPERIMENT)
 
     @classmethod
     def open(cls, address: str | Path) -> RunStore:
         """Open an existing run folder; raises RunFolderError if it is missing or its experiment.json is damaged."""
         storage = Storage(address)
-        return cls(storage, _read_experiment(storage))
+        return cls(storage, read_experiment(storage))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -136,7 +133,7 @@ class RunStore:
 
     def require_here(self) -> None:
         """Raise RunFolderError unless this machine reaches the folder, as each one that does its work has to."""
-        if not self.storage.exists(_EXPERIMENT):
+        if not self.storage.exists(EXPERIMENT):
             raise RunFolderError(
                 f"the run folder {self.storage} is not there on {socket.gethostname()}: give --out a folder that all "
                 "machines of the cluster see under this path, or a bucket (s3://bucket/folder)"
@@ -226,8 +223,8 @@ class RunStore:
     def first_rows(self, name: str, units: Sequence[str], columns: Sequence[str]) -> pandas.DataFrame:
         """Return the first row of each of some units that are stored, in the order given.
 
-        Raises RunFolderError naming a file that is missing, DamagedFileError for one that is damaged or has no rows, and InvalidValueError for an
-        unknown table.
+        Raises RunFolderError naming a file that is missing, DamagedFileError for one that is damaged or has no rows,
+        and InvalidValueError for an unknown table.
         """
         rows = []
         for unit in units:
@@ -386,7 +383,7 @@ class RunStore:
         return True
 
     def _check_experiment(self) -> None:
-        stored = _read_experiment(self.storage)
+        stored = read_experiment(self.storage)
         if stored == self.experiment:
             return
         if difference := self.experiment.first_difference(stored, paths=self.unpinned()):
@@ -408,44 +405,6 @@ def read_table(run: str | Path, name: str, columns: Sequence[str] | None = None)
     return RunStore.open(run).read_table(name, columns)
 
 
-def _experiment_file(experiment: Experiment) -> bytes:
-    """Return the content of experiment.json: the version that writes the run folder, then the experiment's fields."""
-    written_by = {"version": version("gross-ray"), "schema": SCHEMA_VERSION}
-    return json.dumps({_WRITTEN_BY: written_by, **experiment.to_dict()}, indent=2).encode()
-
-
-def _read_experiment(storage: Storage) -> Experiment:
-    """Return the experiment of a run folder.
-
-    Fields that a version before did not know have their defaults, which mean what it did: a change of meaning raises
-    SCHEMA_VERSION. Raises RunFolderError where there is no experiment, and, naming both versions, where the folder has
-    another schema or fields that are unknown here.
-    """
-    written_by: dict[str, Any] = {}
-    try:
-        values = json.loads(storage.read(_EXPERIMENT).decode())
-        written_by = values.pop(_WRITTEN_BY, None) or {}
-        if written_by.get("schema", SCHEMA_VERSION) == SCHEMA_VERSION:
-            return Experiment.from_json(json.dumps(values))
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunFolderError(
-            f"{storage} is not a run folder (it has no {_EXPERIMENT}): give the --out of a run"
-        ) from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RunFolderError(
-            f"{storage.shown(_EXPERIMENT)} is damaged or of another gross_ray: {error}; {_versions(written_by)}; "
-            "restore it, or give another folder"
-        ) from None
-    raise RunFolderError(f"{storage}: {_versions(written_by)}: use the gross_ray that wrote it, or give another folder")
-
-
-def _versions(written_by: Any) -> str:
-    """Return in words which gross_ray wrote a run folder and which one this is."""
-    known = written_by if isinstance(written_by, dict) else {}
-    by = f"gross_ray {known.get('version', 'of before 0.1.0')} (schema {known.get('schema', 'not stored')})"
-    return f"it was written by {by}, and this is gross_ray {version('gross-ray')} (schema {SCHEMA_VERSION})"
-
-
 def _table_file(name: str, unit: str) -> str:
     return f"tables/{table(name).name}/{_checked(unit, 'unit')}.parquet"
 
@@ -455,7 +414,7 @@ def _checkpoint_file(stage: str, unit: str) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name == lock.LOCK or (name.startswith(f".{_EXPERIMENT}.") and name.endswith(".tmp"))
+    return name == lock.LOCK or (name.startswith(f".{EXPERIMENT}.") and name.endswith(".tmp"))
 
 
 def _beside(file: str) -> str:

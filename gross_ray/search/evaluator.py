@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,13 @@ from gross_ray.search.graph import modules_out_of_place, trace
 from gross_ray.search.layer_forms import LayerForm, Siblings, fastest_form
 from gross_ray.search.options import FORMS, EvaluationOptions
 from gross_ray.search.prefix_walk import Prefix, PrefixWalk, Statistics, logits_of
+from gross_ray.search.traceability import (
+    NotTraceableError,
+    NotTraceableWarning,
+    RowsApartWarning,
+    graph_faults,
+    is_of_the_machine,
+)
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.configure import get_configuration, series_layers, set_configuration
 from gross_ray.supernet.series import SeriesConv2d
@@ -42,18 +48,6 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 """How far the logits of the traced network may be from its own, relative to the largest: float rounding."""
 TIMED_MACS = 5e8
 """About how much of a layer's work is done each time that a form is timed."""
-
-
-class NotTraceableWarning(UserWarning):
-    """A network cannot be traced, so that configurations are evaluated one by one."""
-
-
-class RowsApartWarning(NotTraceableWarning):
-    """A network mixes the rows of a batch, so that configurations cannot share one behind a decomposed layer."""
-
-
-class NotTraceableError(Exception):
-    """A network cannot be traced, or its graph does something else than the network."""
 
 
 def evaluate_configurations(
@@ -191,7 +185,7 @@ class Evaluator:
         """Prepare the walk, the first time, and return what runs together."""
         if self._walk is None and self.not_traceable is None:
             try:
-                with _graph_faults():
+                with graph_faults():
                     with at_precision(self._options.precision, self._device):
                         self._walk = self._new_walk(images)
                     plan = self._plan(self._walk, images)
@@ -275,7 +269,7 @@ class Evaluator:
         try:
             traced = trace(self._supernet)
         except Exception as error:  # torch.fx raises whatever the model's own code meets on symbolic values
-            if _is_of_the_machine(error):
+            if is_of_the_machine(error):
                 raise
             raise NotTraceableError(f"{type(error).__name__}: {error}") from None
         names = {layer: name for name, layer in series_layers(self._supernet).items()}
@@ -330,7 +324,8 @@ class Evaluator:
         self, walk: PrefixWalk, plan: BatchPlan, images: Tensor, configurations: Sequence[Configuration]
     ) -> None:
         """Compare a few configurations with forward passes of their own, and see whether rows may share a batch."""
-        few = list(dict.fromkeys([*configurations[:3], *configurations[-3:]]))
+        # Of one configuration alone no two share a batch: those of the space show whether later ones may.
+        few = list(dict.fromkeys([*configurations[:3], *configurations[-3:], self._space[0], self._space[-1]]))
         batch = self._batch(images[: min(2, plan.num_images)])
         alone = {}
         for one in few:
@@ -347,7 +342,7 @@ class Evaluator:
                     worst = max(worst, _difference(part, expected))
 
             try:
-                with modules_out_of_place(self._supernet), _graph_faults():
+                with modules_out_of_place(self._supernet), graph_faults():
                     walk.run(batch, walk.tree(few), compare, limits=plan.limits, apart=apart)
             except (NotTraceableError, InvalidValueError) as error:
                 return str(error)
@@ -427,35 +422,6 @@ def _typical_rows(layer: SeriesConv2d, inputs: Tensor, memory_budget: int) -> Te
     needed = channels * inputs.shape[2] * inputs.shape[3] * inputs.element_size()
     rows = int(min(max(TIMED_MACS / macs / sizes, 8), 128, max(memory_budget // needed, 1)))
     return inputs[:1].repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
-
-
-_MACHINE = re.compile(
-    r"CUDA|cuDNN|CUDNN|cuBLAS|CUBLAS|cuSOLVER|cuFFT|NVRTC|NCCL|HIP error|MPS backend|Triton|out of memory|"
-    r"not enough memory|can't allocate memory|cannot allocate memory|bad_alloc|CPUAllocator|"
-    r"device-side assert|could not create a primitive|could not execute a primitive",
-    re.IGNORECASE,
-)
-"""What torch says where memory, a device or one of its libraries fails; most of these are plain RuntimeErrors."""
-
-
-def _is_of_the_machine(error: BaseException) -> bool:
-    """Return whether an error is about memory or a device, not about the network's code."""
-    types = (MemoryError, OSError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-    return isinstance(error, types) or (isinstance(error, RuntimeError) and bool(_MACHINE.search(str(error))))
-
-
-@contextmanager
-def _graph_faults() -> Iterator[None]:
-    """Raise NotTraceableError for the errors of a graph that the network itself does not raise.
-
-    Errors of the machine (`_is_of_the_machine`) are raised unchanged: one configuration at a time would hide them.
-    """
-    try:
-        yield
-    except (RuntimeError, TypeError, AttributeError, LookupError) as error:
-        if _is_of_the_machine(error):
-            raise
-        raise NotTraceableError(f"its graph fails: {type(error).__name__}: {error}") from None
 
 
 @contextmanager

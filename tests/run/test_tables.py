@@ -171,7 +171,7 @@ def test_importing_the_store_leaves_the_pipeline_s_libraries_out():
         "print([name for name in ('ray', 'click', 'rich') if name in sys.modules], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] True"
+    assert done.stdout.strip() == "[] False"
 
 
 def test_types_are_only_those_that_pandas_reads_without_loss():
