@@ -10,9 +10,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from pipelines.command_line import run_folder
-from pipelines.networks import load_base
-from pipelines.reuse import check_reusable, take_over
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,11 +17,14 @@ from cli import main
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DatasetError, InvalidValueError
 from gross_ray.models import four_conv
+from gross_ray.run.opened import Run
 from gross_ray.run.pins import pin, stored_data, stored_weights
 from gross_ray.run.store import RunStore
-from pipelines import train
+from pipelines import driver
+from pipelines.commands.run_folders import run_folder
 from pipelines.driver import DataSource
-from pipelines.execution.cluster import ray
+from pipelines.stages import train
+from pipelines.stages.reuse import check_reusable, take_over
 from pipelines.units import Context
 
 OWN = """
