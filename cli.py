@@ -303,9 +303,9 @@ def show(run: str, table: str, rows: int, csv: bool) -> None:
     """
     if csv:
         refuse_beside("--csv, which prints all rows", "rows")
-    from pipelines.commands import reading
+    from pipelines.commands import showing
 
-    reading.show(run, table, rows=rows, csv=csv)
+    showing.show(run, table, rows=rows, csv=csv)
 
 
 @main.command()
@@ -333,9 +333,9 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
     """
     if markdown:
         refuse_beside("--markdown, which writes no page", "target")
-    from pipelines.commands import reading
+    from pipelines.commands import reporting
 
-    reading.report(run, markdown=markdown, target=target)
+    reporting.report(run, markdown=markdown, target=target)
 
 
 @main.command()

@@ -32,15 +32,15 @@ from pipelines.session import DataSource, Session
 from pipelines.workers import WorkerPool
 from torch import nn
 
-from gross_ray import BTDOptions, decompose_model, models, read_table
+from gross_ray import BTDOptions, decompose_model, model_names, models, read_table
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions, Experiment, SearchOptions, SupernetOptions, SweepOptions, TrainingOptions
 from gross_ray.models import build_model
 from gross_ray.presets import quickstart
 from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import count_macs, count_parameters
-from gross_ray.search.selection import Budget
 from gross_ray.supernet.build import empty_supernet
 from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.layers import decomposable_layers
@@ -128,7 +128,7 @@ def _workers(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _million(folder: Path, options: argparse.Namespace) -> None:
-    models.MODELS["cheap"] = _cheap  # by its module: a pickled function takes copies of its globals along
+    _register()
     data = DataOptions(name="sample", limit_train=20, limit_validation=20, limit_test=20)
     store = RunStore.create(folder / "run", _experiment(data, "cheap"))
     network = _cheap(10, 32)
@@ -183,9 +183,15 @@ class _CheapWork:
 
 
 def _in_worker(name: str) -> Work:
-    models.MODELS["cheap"] = _cheap  # by its module: a pickled function takes copies of its globals along
+    _register()
     work: Work = getattr(search, name)
     return work
+
+
+def _register() -> None:
+    """Add the network "cheap" to this process's."""
+    models.MODELS["cheap"] = _cheap  # through its module: a pickled function takes copies of its globals along
+    model_names.NAMES.append("cheap")
 
 
 def _timed_work(context: Context, unit: Unit) -> str:

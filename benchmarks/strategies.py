@@ -25,9 +25,10 @@ import torch
 
 from gross_ray.models import build_model
 from gross_ray.run.store import read_table
-from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
-from gross_ray.search.cost import CostTable
-from gross_ray.search.selection import Budget, supernet_accuracies
+from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.cost import LayerCosts, layer_costs
+from gross_ray.search.budgets import Budget
+from gross_ray.search.selection import supernet_accuracies
 from gross_ray.search.strategies import STRATEGIES, strategy
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
@@ -54,13 +55,11 @@ def main() -> None:
     large(options)
 
 
-def space_and_cost(model: str, group_sizes: tuple[int, ...]) -> tuple[SearchSpace, AdditiveCost]:
+def space_and_cost(model: str, group_sizes: tuple[int, ...]) -> tuple[SearchSpace, LayerCosts]:
     """Return the space of a network, and its MACs."""
     network = build_model(model, num_classes=10, generator=torch.Generator().manual_seed(0))
     supernet = empty_supernet(network, choice_of(network, sizes=group_sizes).group_sizes)
-    shared, by_layer = CostTable.of(supernet, (3, 32, 32)).parts("macs")
-    parts = tuple(np.array([costs[size] for size in sorted(costs)], dtype=float) for costs in by_layer)
-    return SearchSpace.of(supernet), AdditiveCost("macs", float(shared), parts)
+    return SearchSpace.of(supernet), layer_costs(supernet, (3, 32, 32), "macs")
 
 
 def four_conv(options: argparse.Namespace) -> None:
@@ -75,7 +74,7 @@ def four_conv(options: argparse.Namespace) -> None:
         f"four-conv, {options.run.name}: median (worst) evaluations of {len(space)} to the best, {options.seeds} seeds"
     )
     for size in options.budgets:
-        limit = float(macs.of(BudgetedSpace(space, [macs]).places([[size] * len(space.layers)]))[0])
+        limit = macs.of_one([size] * len(space.layers))
         within = BudgetedSpace(space, [macs], [Budget("macs", limit)])
         best = max(accuracies[one] for one in within)
         found = {}
@@ -128,14 +127,14 @@ def large(options: argparse.Namespace) -> None:
 
 
 def hypervolumes(
-    name: str, space: SearchSpace, macs: AdditiveCost, seed: int, numbers: list[int], batch: int
+    name: str, space: SearchSpace, macs: LayerCosts, seed: int, numbers: list[int], batch: int
 ) -> list[float]:
     """Return the hypervolume after each of so many evaluations; budgets from loose to tight take turns."""
     generator = np.random.default_rng(seed)
     parts = [np.sort(generator.gamma(1.0, 0.01, len(sizes)))[::-1] for sizes in space.group_sizes.values()]
     pairs = generator.gamma(1.0, 0.004, len(parts))
     whole = BudgetedSpace(space, [macs])
-    low, high = (float(macs.shared + sum(pick(each) for each in macs.by_layer)) for pick in (np.min, np.max))
+    low, high = macs.minimum, macs.maximum
     budgets = [low + share * (high - low) for share in (0.2, 0.4, 0.6, 0.8)]
     searches = [strategy(name, BudgetedSpace(space, [macs], [Budget("macs", one)]), seed) for one in budgets]
 
@@ -155,7 +154,7 @@ def hypervolumes(
         places = whole.places(proposed)
         true = accuracy(places)
         seen = true + NOISE * generator.standard_normal(len(true))
-        known |= dict(zip(proposed, zip(macs.of(places), true, strict=True), strict=True))
+        known |= dict(zip(proposed, zip(macs.of_places(places), true, strict=True), strict=True))
         for search in searches:  # they share what is known
             search.learn(dict(zip(proposed, seen.tolist(), strict=True)))
         if len(known) == numbers[len(volumes)]:

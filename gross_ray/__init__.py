@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` im
     from gross_ray.btd.expansion import expand_grouped_weight
     from gross_ray.btd.options import BTDOptions
     from gross_ray.btd.solver import block_term_decomposition
+    from gross_ray.data.images import load_dataset
+    from gross_ray.data.options import DataOptions
     from gross_ray.errors import GrossRayError
     from gross_ray.experiment import Experiment
     from gross_ray.export import export_onnx
@@ -25,8 +27,10 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` im
     from gross_ray.supernet.configure import extract, set_configuration
     from gross_ray.supernet.layers import LayerChoice, choice_of
     from gross_ray.supernet.series import SeriesConv2d
+    from gross_ray.training.options import Schedule
     from gross_ray.training.sampling import sampling_probabilities
     from gross_ray.training.stages import response_error
+    from gross_ray.weights import load_weights
 
 __version__ = "0.1.0"
 
@@ -36,9 +40,11 @@ __all__ = [
     "BlockTerms",
     "Bottleneck",
     "Configuration",
+    "DataOptions",
     "Experiment",
     "GrossRayError",
     "LayerChoice",
+    "Schedule",
     "SearchSpace",
     "SeriesConv2d",
     "block_term_decomposition",
@@ -51,6 +57,8 @@ __all__ = [
     "export_onnx",
     "extract",
     "fold",
+    "load_dataset",
+    "load_weights",
     "preset",
     "read_table",
     "response_error",
@@ -59,14 +67,16 @@ __all__ = [
 ]
 
 _MODULES = {
-    "BTDOptions": "gross_ray.btd.solver",
-    "BTDStatus": "gross_ray.btd.solver",
-    "BlockTerms": "gross_ray.btd.solver",
+    "BTDOptions": "gross_ray.btd.options",
+    "BTDStatus": "gross_ray.btd.block_terms",
+    "BlockTerms": "gross_ray.btd.block_terms",
     "Bottleneck": "gross_ray.btd.bottleneck",
     "Configuration": "gross_ray.space",
+    "DataOptions": "gross_ray.data.options",
     "Experiment": "gross_ray.experiment",
     "GrossRayError": "gross_ray.errors",
     "LayerChoice": "gross_ray.supernet.layers",
+    "Schedule": "gross_ray.training.options",
     "SearchSpace": "gross_ray.space",
     "SeriesConv2d": "gross_ray.supernet.series",
     "block_term_decomposition": "gross_ray.btd.solver",
@@ -77,13 +87,15 @@ _MODULES = {
     "evaluate_configurations": "gross_ray.search.evaluator",
     "expand_grouped_weight": "gross_ray.btd.expansion",
     "export_onnx": "gross_ray.export",
-    "extract": "gross_ray.supernet.build",
+    "extract": "gross_ray.supernet.configure",
     "fold": "gross_ray.search.folding",
+    "load_dataset": "gross_ray.data.images",
+    "load_weights": "gross_ray.weights",
     "preset": "gross_ray.presets",
     "read_table": "gross_ray.run.store",
     "response_error": "gross_ray.training.stages",
     "sampling_probabilities": "gross_ray.training.sampling",
-    "set_configuration": "gross_ray.supernet.build",
+    "set_configuration": "gross_ray.supernet.configure",
 }
 """The module that defines each public name; the same as the imports above (tested)."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from gross_ray.data.options import DataOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.fields import build, require, settle
-from gross_ray.models import check_model_name
+from gross_ray.model_names import check_model_name
 from gross_ray.search.options import SearchOptions
 from gross_ray.supernet.options import DecompositionOptions
 from gross_ray.training.options import (

@@ -13,10 +13,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gross_ray.errors import InvalidValueError, one_line
+from gross_ray.model_names import FORM, check_model_name
 from gross_ray.own_code import own_function
 
-FORM = "package.module:factory"
-"""How a network of the user's own is named."""
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
 """Networks by name: a function of (number of classes, image size in pixels) that returns an nn.Module."""
 
@@ -78,22 +77,6 @@ def factory_of(name: str) -> Callable[..., nn.Module]:
     if ":" not in name:
         return MODELS[name]
     return own_function(name, FORM, lambda told: InvalidValueError(f"model {name!r}: {told}"))
-
-
-def check_model_name(name: str) -> None:
-    """Raise InvalidValueError for an unknown network, listing those there are, and for no package.module:factory.
-
-    A factory of one's own is not looked for: what is stored is read where it is not installed, too.
-    """
-    if ":" in name:
-        module_name, _, attribute = name.partition(":")
-        if not (all(part.isidentifier() for part in module_name.split(".")) and attribute.isidentifier()):
-            raise InvalidValueError(f"model {name!r}: write {FORM}")
-    elif name not in MODELS:
-        raise InvalidValueError(
-            f"unknown model {name!r}; there are: {', '.join(MODELS)}; others by {FORM}, like "
-            "torchvision.models:resnet50"
-        )
 
 
 def four_conv(num_classes: int = 10, image_size: int = 32) -> nn.Sequential:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import SPLITS
+from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import MissingStageError
 from gross_ray.run.opened import Run
 from gross_ray.run.store import UNDER_WAY, RunStore

@@ -13,7 +13,7 @@ import gross_ray
 from gross_ray.models import build_model
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
-from gross_ray.search.cost import CostTable
+from gross_ray.search.cost import layer_costs
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
 from gross_ray.supernet.layers import choose_layers, default_group_sizes
@@ -103,10 +103,10 @@ def evaluated() -> dict[str, Evaluated]:
     network = build_model("four-conv", num_classes=10, generator=generator)
     convs = choose_layers(network, ())
     supernet = empty_supernet(network, {name: default_group_sizes(conv.in_channels) for name, conv in convs.items()})
-    space, costs = SearchSpace.of(supernet), CostTable.of(supernet, (3, 32, 32))
+    space, costs = SearchSpace.of(supernet), layer_costs(supernet, (3, 32, 32), "macs")
     found = {}
     for sizes in space:
-        macs, noise = costs.macs(sizes), torch.randint(0, 200, (3,), generator=generator).tolist()
+        macs, noise = costs.of_one(sizes), torch.randint(0, 200, (3,), generator=generator).tolist()
         found[str(sizes)] = Evaluated(sizes, macs, tuple(min(400 + macs // 10_000 + one, 999) / 1000 for one in noise))
     return found
 

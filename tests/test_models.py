@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from gross_ray import model_names
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import (
     MODELS,
@@ -284,3 +285,7 @@ def test_a_model_that_is_not_there_is_refused(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InvalidValueError, match=line):
         model_of(name, num_classes=2, image_size=32)
+
+
+def test_the_names_that_are_checked_without_torch_are_those_of_the_networks() -> None:
+    assert list(MODELS) == model_names.NAMES

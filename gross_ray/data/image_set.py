@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gross_ray.data.augment import THE_PAPERS, Normalisation
+from gross_ray.data.normalisation import THE_PAPERS, Normalisation
 from gross_ray.errors import InvalidValueError
 
 T = TypeVar("T")

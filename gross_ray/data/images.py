@@ -24,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.names import check_dataset_name
+from gross_ray.data.normalisation import Normalisation
 from gross_ray.data.options import DataOptions
 from gross_ray.data.own import read_own
 from gross_ray.errors import DatasetError, InvalidValueError, one_line

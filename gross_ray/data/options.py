@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gross_ray.data.augment import DEVIATION, MEAN, Normalisation
 from gross_ray.data.names import check_dataset_name
+from gross_ray.data.normalisation import DEVIATION, MEAN, Normalisation
 from gross_ray.fields import require, settle
 
 

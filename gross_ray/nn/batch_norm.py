@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gross_ray.nn.modes import evaluating
 from gross_ray.nn.precision import products_at
 
 CALIBRATION_IMAGES = 512
@@ -56,23 +57,19 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and has_statistics(module)]
     if not norms:
         return
-    modes = {module: module.training for module in network.modules()}
     momenta = [norm.momentum for norm in norms]
-    network.eval()
     try:
-        for norm in norms:
-            for name, buffer in norm.named_buffers(recurse=False):
-                setattr(norm, name, torch.zeros_like(buffer))  # not in place: weights may be shared, and read-only
-            norm.momentum = None  # the plain mean over batches
-            norm.train()
-        with torch.no_grad(), products_at("float32", next(norms[0].buffers()).device):
+        with evaluating(network), torch.no_grad(), products_at("float32", next(norms[0].buffers()).device):
+            for norm in norms:
+                for name, buffer in norm.named_buffers(recurse=False):
+                    setattr(norm, name, torch.zeros_like(buffer))  # not in place: weights may be shared, and read-only
+                norm.momentum = None  # the plain mean over batches
+                norm.train()
             for batch in batches:
                 network(batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
 
 
 def statistics_of(network: nn.Module) -> list[dict[str, Tensor]]:

@@ -10,7 +10,10 @@ from torch import nn
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Set evaluation mode while it is open; at the end each module has the mode that it had."""
+    """Set evaluation mode, and at the end give each module back the mode that it had: a frozen batch-norm stays frozen.
+
+    Modes that are changed inside it are put back too.
+    """
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-
-import torch
+from typing import TYPE_CHECKING
 
 from gross_ray.errors import InvalidValueError
+
+if TYPE_CHECKING:  # imported where it is used: options are checked against PRECISIONS without it
+    import torch
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 """float32 (the network's own dtype), tf32 (CUDA's faster products), bfloat16 (autocast)."""
@@ -25,6 +27,8 @@ def products_at(precision: str, device: torch.device) -> Iterator[None]:
     """Multiply float32 numbers as `precision` says, forwards and backwards; raises InvalidValueError as above."""
     if precision == "tf32" and device.type != "cuda":
         raise InvalidValueError(f"precision = 'tf32' on {device.type}: only CUDA has it; use float32 or bfloat16")
+    import torch
+
     with ExitStack() as stack:
         if device.type == "cuda":
             wanted = "tf32" if precision == "tf32" else "ieee"  # by default torch gives convolutions tf32
@@ -36,4 +40,6 @@ def products_at(precision: str, device: torch.device) -> Iterator[None]:
 
 def forward_at(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return autocast for a forward pass in bfloat16; the backward pass follows by itself, outside of it."""
+    import torch
+
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gross_ray.nn.calls import network_calls
 from gross_ray.report.results import ResultTable, millions
 from gross_ray.search.cost import (
-    CostTable,
     count_parameters,
+    layer_costs,
     most_held,
     peak_activations,
     plain_macs,
+    uncounted_modules,
 )
+from gross_ray.search.operations import count_operations
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
 from gross_ray.supernet.layers import LayerChoice, by_reason
@@ -28,14 +29,15 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     shape = "x".join(map(str, input_shape))
     dense: dict[int, int] = {}
     outputs: dict[int, str] = {}
-    calls = network_calls(network, input_shape)
-    for call in calls:
+    counted = count_operations(network, input_shape)
+    for call in counted.calls:
         dense[id(call.module)] = dense.get(id(call.module), 0) + plain_macs(call)
         outputs[id(call.module)] = "x".join(map(str, call.output_size[1:]))
     supernet = running_supernet(network, choice.group_sizes, input_shape)
-    space, costs = SearchSpace.of(supernet), CostTable.of(supernet, input_shape)
+    space = SearchSpace.of(supernet)
+    macs, parameters = (layer_costs(supernet, input_shape, cost) for cost in ("macs", "parameters"))
     rows = []
-    for (name, conv), by_size in zip(choice.convs.items(), costs.parts("macs")[1], strict=True):
+    for (name, conv), by_size in zip(choice.convs.items(), macs.by_layer.values(), strict=True):
         smallest, largest = (millions(by_size[size]) for size in (min(by_size), max(by_size)))
         sizes = " ".join(map(str, choice.group_sizes[name]))
         costs_of_it = [millions(dense.get(id(conv), 0)), f"{smallest} to {largest}"]
@@ -44,12 +46,13 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     notes = [f"not tried: {by_reason(choice.dropped)}"] if choice.dropped else []
     layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows, notes)
     extremes = [Configuration([pick(sizes) for sizes in space.group_sizes.values()]) for pick in (min, max)]
-    macs, held = sum(dense.values()), f"{most_held(calls):,}"
-    total = [["the network itself", millions(macs), f"{count_parameters(network):,}", held]]
+    held = f"{most_held(counted.calls):,}"
+    total = [["the network itself", millions(counted.macs), f"{count_parameters(network):,}", held]]
     held = f"{peak_activations(supernet, input_shape):,}"
-    total += [[str(one), millions(costs.macs(one)), f"{costs.parameters(one):,}", held] for one in extremes]
+    total += [[str(one), millions(macs.of_one(one)), f"{parameters.of_one(one):,}", held] for one in extremes]
     heads = ["", "M MACs", "parameters", "activations at once"]
-    whole = ResultTable(f"The space: {space.size:,} configurations", heads, total)
+    notes = [uncounted_modules(counted)] if counted.uncounted else []
+    whole = ResultTable(f"The space: {space.size:,} configurations", heads, total, notes)
     if not choice.left_alone:
         return [layers, whole]
     rest = [[name, reason] for name, reason in choice.left_alone.items()]

@@ -10,8 +10,9 @@ import pandas as pd
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.searched import Searched
 from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import Budget
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
-from gross_ray.search.selection import Budget, best_under
+from gross_ray.search.selection import best_under
 from gross_ray.seeds import derived_generator
 from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling

@@ -1,17 +1,17 @@
-"""What was evaluated, one row a configuration: read a shard at a time, so that a million of them fit in memory."""
+"""What the search has evaluated, one row a configuration."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 import pandas as pd
 
+from gross_ray.run.searched import evaluated_parts, evaluated_units
 from gross_ray.run.store import SEARCH_ENDED, RunStore
-from gross_ray.search.selection import COSTS, supernet_accuracies
+from gross_ray.search.budgets import COSTS
+from gross_ray.search.selection import supernet_accuracies
 from gross_ray.training.sampling import settled_scaling
 
 _LAYER = "layer "
@@ -35,16 +35,17 @@ class Searched:
         """Read the configurations of the experiment's own supernets."""
         options = store.experiment.supernet
         scaling = settled_scaling(options.alpha, options.scaling)
-        parts, seeds, rows = [], set(), 0
-        for chunk in chunks(store, ("alpha", "scaling", "seed", "configuration", *COSTS, "val_accuracy")):
-            ours = (chunk["alpha"] == options.alpha) & (chunk["scaling"] == scaling) & (chunk["seed"] < options.seeds)
-            if ours.any():
-                parts.append(supernet_accuracies(chunk[ours]))
-                seeds |= set(chunk.loc[ours, "seed"])
-                rows += int(ours.sum())
-        if not parts:
+        units = evaluated_units(store)
+        of_search = (units["alpha"] == options.alpha) & (units["scaling"] == scaling) & (units["seed"] < options.seeds)
+        ours = units[of_search]
+        if ours.empty:
             return cls(pd.DataFrame(columns=["configuration", *COSTS, "supernet_accuracy"]), (), 0, 0)
-        return cls(pd.concat(parts, ignore_index=True), _layers(store), len(seeds), rows)
+        parts, num_rows = [], 0
+        for part in evaluated_parts(store, ("configuration", *COSTS, "val_accuracy"), ours):
+            parts.append(supernet_accuracies(part))
+            num_rows += len(part)
+        layers = _layers(store, ours["unit"].iloc[0])
+        return cls(pd.concat(parts, ignore_index=True), layers, ours["seed"].nunique(), num_rows)
 
     def space_size(self, store: RunStore) -> int:
         """Return how many configurations there are, as far as the layers are decomposed."""
@@ -74,18 +75,6 @@ class Searched:
         return tuple(cost for cost in COSTS if len(self.accuracies) and self.accuracies[cost].notna().all())
 
 
-def chunks(store: RunStore, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
-    """Yield the `configurations` table in parts, each with all supernets' rows of its configurations at one alpha.
-
-    A supernet's shards are the same for every seed, and so are their units' names but for it.
-    """
-    by_shard: dict[str, list[str]] = {}
-    for unit in store.units("configurations"):
-        by_shard.setdefault(re.sub(r"(?<![^,])seed=\d+", "", unit), []).append(unit)
-    for units in by_shard.values():
-        yield store.read_units("configurations", units, columns)
-
-
-def _layers(store: RunStore) -> tuple[str, ...]:
-    first = store.read_units("configurations", store.units("configurations")[:1])
+def _layers(store: RunStore, unit: str) -> tuple[str, ...]:
+    first = store.read_units("configurations", [unit])
     return tuple(name.removeprefix(_LAYER) for name in first.columns if name.startswith(_LAYER))

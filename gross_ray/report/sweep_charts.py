@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from gross_ray.report.charts import COLOURS, DASHES, SYMBOLS, Chart, layout, shown
 from gross_ray.report.results import ResultTable, millions, temperature
-from gross_ray.report.searched import chunks
+from gross_ray.run.searched import evaluated_parts
 from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 
@@ -97,8 +97,8 @@ def _profiles(store: RunStore, sweep: pd.DataFrame) -> pd.DataFrame:
     compared = sweep[_KEY].drop_duplicates()
     parts: list[pd.DataFrame] = []
     rows = 0
-    for chunk in chunks(store, [*_KEY, "configuration", "macs", "val_accuracy"]):
-        ours = chunk.merge(compared, on=_KEY)
+    for part in evaluated_parts(store, [*_KEY, "configuration", "macs", "val_accuracy"]):
+        ours = part.merge(compared, on=_KEY)
         if len(ours):
             grouped = ours.groupby(["alpha", "scaling", "configuration"], sort=False)
             parts.append(grouped.agg(macs=("macs", "first"), accuracy=("val_accuracy", "mean")).reset_index())

@@ -10,7 +10,7 @@ from gross_ray.report import results as stored
 from gross_ray.report.results import ResultTable
 from gross_ray.report.searched import Searched
 from gross_ray.run.store import RunStore
-from gross_ray.search.selection import Budget
+from gross_ray.search.budgets import Budget
 
 Row = Sequence[str]
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from gross_ray.errors import RunFolderError
 from gross_ray.run.storage import Storage
 from gross_ray.run.tables import SCHEMA_VERSION, VERSION_KEY
+
+if TYPE_CHECKING:  # imported where tensors are read or written: tables are read without torch
+    from torch import Tensor
 
 _DESCRIPTION = "gross_ray.description"
 _CHECKSUM = "gross_ray.crc32"
@@ -38,6 +38,9 @@ def unit_file(arrow: pa.Table) -> memoryview:
 
 def checkpoint_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> memoryview:
     """Return a safetensors file: tensors of any device, stride and sharing, and a description of plain JSON values."""
+    import torch
+    from safetensors.torch import save
+
     copies = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -74,6 +77,8 @@ def read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None)
 
 def read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a checkpoint's tensors and description. Raises FileNotFoundError and DamagedFileError."""
+    from safetensors.torch import load
+
     content = storage.read(file)
     summed = _check_sum(content)
     try:
@@ -109,6 +114,8 @@ def _check_sum(content: bytes) -> bool:
 
 def _checksum(tensors: Mapping[str, Tensor], description: str) -> str:
     """Return what earlier versions wrote: the CRC-32 of the tensors, in the order of their names, and of the text."""
+    import torch
+
     value = zlib.crc32(description.encode())
     for name in sorted(tensors):
         value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)

@@ -18,7 +18,8 @@ from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
 from gross_ray.supernet.configure import extract
-from gross_ray.supernet.layers import LayerChoice, choice_of, parse_layer_group_sizes
+from gross_ray.supernet.layers import LayerChoice, choice_of
+from gross_ray.supernet.options import parse_layer_group_sizes
 from gross_ray.weights import restore_state
 
 T = TypeVar("T")

@@ -18,12 +18,10 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import PATH_FIELDS, Experiment
@@ -31,6 +29,10 @@ from gross_ray.run import lock
 from gross_ray.run.file_format import DamagedFileError, checkpoint_file, read_checkpoint, read_unit, unit_file
 from gross_ray.run.storage import Storage
 from gross_ray.run.tables import TABLES, table
+
+if TYPE_CHECKING:  # pyarrow imports pandas itself where it makes a frame; tensors come from `file_format`
+    import pandas
+    from torch import Tensor
 
 # pyarrow leaves out of a folder what begins with a dot or an underscore: such a unit would silently be missing.
 _NAME = re.compile(r"[A-Za-z0-9=,+-][A-Za-z0-9=,._+-]{0,149}")
@@ -205,6 +207,22 @@ class RunStore:
         if not parts:
             return table(name).schema().empty_table().to_pandas().reindex(columns=columns)
         return pa.concat_tables(parts).to_pandas()
+
+    def first_rows(self, name: str, units: Sequence[str], columns: Sequence[str]) -> pandas.DataFrame:
+        """Return the first row of each of some units that are stored, in the order given.
+
+        Raises RunFolderError naming a file that is damaged, missing or without rows, and InvalidValueError for an
+        unknown table.
+        """
+        rows = []
+        for unit in units:
+            file = _table_file(name, unit)
+            rows.append(self._read_sound_unit(file, columns).slice(0, 1))
+            if not rows[-1].num_rows:
+                raise RunFolderError(f"damaged file {self.storage.shown(file)}: it has no rows; {_AGAIN}")
+        if not rows:
+            return table(name).schema().empty_table().to_pandas().reindex(columns=list(columns))
+        return pa.concat_tables(rows).to_pandas()
 
     def set_column(self, name: str, unit: str, column: str, values: Sequence[Any]) -> None:
         """Put `values`, one for each row, in place of a column of a stored unit; nothing else of it changes.

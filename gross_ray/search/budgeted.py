@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.selection import Budget, written
+from gross_ray.search.budgets import Budget, written
+from gross_ray.search.cost import LayerCosts, group_size_places
 from gross_ray.space import Configuration, SearchSpace
 
 STEPS = 2000
@@ -20,57 +21,32 @@ MOST_DRAWS = 2**22
 # Shapes: N configurations, L layers, S group-sizes of a layer.
 
 
-@dataclass(frozen=True)
-class AdditiveCost:
-    """A cost that is a sum over the layers, as MACs, parameters and predicted latency are."""
-
-    name: str
-    """One of `COSTS`."""
-    shared: float
-    """What all configurations cost, whatever their group-sizes."""
-    by_layer: tuple[np.ndarray, ...]
-    """For each layer its part at each group-size, in ascending order of these, (S,) float64."""
-
-    @classmethod
-    def of_parts(cls, name: str, shared: float, by_layer: Sequence[Mapping[int, float]]) -> AdditiveCost:
-        """Return the cost of these parts, each layer's by group-size."""
-        return cls(name, float(shared), tuple(np.array([one[s] for s in sorted(one)], float) for one in by_layer))
-
-    def of(self, places: np.ndarray) -> np.ndarray:
-        """Return the cost of each configuration, (N,); `places` (N, L) are the places of the group-sizes in theirs."""
-        parts = (costs[places[:, layer]] for layer, costs in enumerate(self.by_layer))
-        return sum(parts, start=np.full(len(places), float(self.shared)))
-
-
 class BudgetedSpace:
     """The configurations of a space that keep to all budgets."""
 
-    def __init__(self, space: SearchSpace, costs: Sequence[AdditiveCost], budgets: Sequence[Budget] = ()) -> None:
+    def __init__(self, space: SearchSpace, costs: Sequence[LayerCosts], budgets: Sequence[Budget] = ()) -> None:
         """Take the space, and costs that every budget names one of.
 
         Raises InvalidValueError for a budget on another cost, and for one below the cheapest configuration.
         """
-        self.space, self.costs, self.budgets = space, tuple(costs), tuple(budgets)
-        self._by_name = {cost.name: cost for cost in costs}
+        self.space, self.budgets = space, tuple(budgets)
+        self.costs = tuple(
+            replace(cost, by_layer={layer: cost.by_layer[layer] for layer in space.layers}) for cost in costs
+        )
+        self._by_name = {cost.name: cost for cost in self.costs}
         self._sizes = [np.array(sizes) for sizes in space.group_sizes.values()]
-        self._place_of = [{size: place for place, size in enumerate(sizes)} for sizes in space.group_sizes.values()]
         for budget in budgets:
             if budget.cost not in self._by_name:
                 there = ", ".join(self._by_name) or "none"
                 raise InvalidValueError(f"budget {budget}: {budget.cost} is not known here; known costs: {there}")
             cost = self._by_name[budget.cost]
-            cheapest = np.array([[parts.argmin() for parts in cost.by_layer]])
-            least = cost.of(cheapest)[0]
-            if least > budget.limit:
-                name = self.configurations(cheapest)[0]
-                raise InvalidValueError(
-                    f"budget {budget}: nothing fits; the smallest is {budget.cost}={written(least)} at {name}"
-                )
+            if cost.minimum > budget.limit:
+                smallest = f"{budget.cost}={written(cost.minimum)} at {cost.cheapest}"
+                raise InvalidValueError(f"budget {budget}: nothing fits; the smallest is {smallest}")
 
     def places(self, configurations: Sequence[Sequence[int]]) -> np.ndarray:
         """Return the places of members' group-sizes among those of their layers, (N, L) int64."""
-        rows = [[place[size] for place, size in zip(self._place_of, one, strict=True)] for one in configurations]
-        return np.array(rows, dtype=np.int64).reshape(len(rows), len(self._place_of))
+        return group_size_places(self.space, configurations)
 
     def configurations(self, places: np.ndarray) -> list[Configuration]:
         """Return the members whose group-sizes have these places, (N, L)."""
@@ -81,7 +57,7 @@ class BudgetedSpace:
         """Return which of the configurations keep to all budgets, (N,) bool."""
         fitting = np.ones(len(places), dtype=bool)
         for budget in self.budgets:
-            fitting &= self._by_name[budget.cost].of(places) <= budget.limit
+            fitting &= self._by_name[budget.cost].of_places(places) <= budget.limit
         return fitting
 
     def neighbours(self, configuration: Sequence[int]) -> np.ndarray:
@@ -99,9 +75,7 @@ class BudgetedSpace:
     def __iter__(self) -> Iterator[Configuration]:
         """Walk all that fit, in the order of the space; what cannot fit any more is not gone into."""
         limited = [(self._by_name[budget.cost], budget.limit) for budget in self.budgets]
-        least_rest = [
-            np.cumsum([0.0, *(parts.min() for parts in reversed(cost.by_layer))])[::-1] for cost, _ in limited
-        ]
+        least_rest = [np.cumsum([0.0, *(parts.min() for parts in reversed(cost.parts))])[::-1] for cost, _ in limited]
         layers = len(self._sizes)
         chosen: list[int] = []
 
@@ -113,7 +87,7 @@ class BudgetedSpace:
                     yield self.configurations(one)[0]
                 return
             for place in range(len(self._sizes[depth])):
-                now = [total + cost.by_layer[depth][place] for total, (cost, _) in zip(spent, limited, strict=True)]
+                now = [total + cost.parts[depth][place] for total, (cost, _) in zip(spent, limited, strict=True)]
                 slack = 1 + 1e-12
                 if all(
                     total + rest[depth + 1] <= limit * slack
@@ -171,8 +145,7 @@ class BudgetedSpace:
 
         def share(budget: Budget) -> float:
             cost = self._by_name[budget.cost]
-            least, most = (sum(pick(parts) for parts in cost.by_layer) for pick in (np.min, np.max))
-            return (budget.limit - cost.shared - least) / max(most - least, 1e-300)
+            return (budget.limit - cost.minimum) / max(cost.maximum - cost.minimum, 1e-300)
 
         return int(np.argmin([share(budget) for budget in self.budgets]))
 
@@ -181,11 +154,11 @@ class BudgetedSpace:
         """For each layer the steps of the tightest budget that each group-size takes, (S,), rounded down."""
         budget = self.budgets[self._tightest]
         cost = self._by_name[budget.cost]
-        least = [parts.min() for parts in cost.by_layer]
+        least = [parts.min() for parts in cost.parts]
         left = max(budget.limit - cost.shared - sum(least), 1e-200)
         return [
             np.minimum(np.floor((parts - low) / left * STEPS * (1 - 1e-9)), STEPS + 1).astype(np.int64)
-            for parts, low in zip(cost.by_layer, least, strict=True)
+            for parts, low in zip(cost.parts, least, strict=True)
         ]
 
     @cached_property

@@ -1,30 +1,46 @@
-"""What a configuration costs: multiply-accumulates (MACs) and parameters, in closed form from per-layer tables."""
+"""What networks and configurations cost: multiply-accumulates (MACs), parameters, and any other sum over the layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 from torch import nn
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.calls import Call, network_calls
+from gross_ray.search.operations import OperationCount, count_operations
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.series import SeriesConv2d
 
 CONVENTIONS = ("actual", "paper")
+COUNTED = ("macs", "macs_paper", "parameters")
+"""The costs that `layer_costs` finds from a supernet alone."""
+
+# Shapes: N configurations, L layers, S group-sizes of a layer.
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """Return the MACs of every convolution and linear layer as `model` runs one image of `input_shape` (C, H, W).
+    """Return the MACs of all convolutions and matrix products as `model` runs one image of `input_shape` (C, H, W).
 
-    A SeriesConv2d counts as the bottleneck of its active group-size. Raises InvalidValueError where `model` cannot run
-    such an image.
+    Functional operations and attention count too; a supernet counts as its active configuration. Warns, naming them,
+    of modules that have a weight matrix and for which torch's FlopCounterMode counts nothing. Raises InvalidValueError
+    if `model` cannot run such an image.
     """
-    return sum(
-        _series_macs(call, call.module.group_size) if isinstance(call.module, SeriesConv2d) else plain_macs(call)
-        for call in network_calls(model, input_shape)
-    )
+    counted = count_operations(model, input_shape)
+    if counted.uncounted:
+        warnings.warn(uncounted_modules(counted), stacklevel=2)
+    return counted.macs
+
+
+def uncounted_modules(counted: OperationCount) -> str:
+    """Return one line that names the modules whose MACs are missing from a count."""
+    listed = ", ".join(f"{name or 'the network'} ({kind})" for name, kind in counted.uncounted.items())
+    return f"the MACs leave out {listed}: torch's FlopCounterMode counts nothing for them"
 
 
 def configuration_macs(
@@ -36,76 +52,127 @@ def configuration_macs(
 ) -> int:
     """Return the MACs of one configuration for one image of `input_shape` (C, H, W).
 
-    "actual" counts every convolution and linear layer of the extracted network. "paper" counts as the paper's tables
-    do: the bottlenecks of the decomposed layers only, with stride and padding on the first 1x1 (its Table 1). Raises
-    InvalidValueError where `supernet` cannot run such an image, or has no such configuration.
+    "actual" counts all convolutions and matrix products of the extracted network, as `count_macs` does. "paper" counts
+    as the paper's tables do: the bottlenecks of the decomposed layers only, with stride and padding on the first 1x1
+    (its Table 1). Raises InvalidValueError if `supernet` cannot run such an image or has no such configuration.
     """
-    return CostTable.of(supernet, input_shape, convention=convention).macs(configuration)
+    if convention not in CONVENTIONS:
+        raise InvalidValueError(f"convention = {convention!r}: must be one of {', '.join(CONVENTIONS)}")
+    cost = "macs" if convention == "actual" else "macs_paper"
+    return int(layer_costs(supernet, input_shape, cost).of_one(configuration))
 
 
-class CostTable:
-    """MACs and parameters of every layer at every group-size, so that a configuration's cost is a sum."""
+@dataclass(frozen=True)
+class LayerCosts:
+    """A cost that is a sum over the decomposed layers, as MACs, parameters and predicted latency are."""
 
-    def __init__(
-        self, space: SearchSpace, macs: tuple[int, list[dict[int, int]]], parameters: tuple[int, list[dict[int, int]]]
-    ) -> None:
-        """Take, for each cost, what all configurations share and each layer's part by group-size."""
-        self._space, self._macs, self._parameters = space, macs, parameters
+    name: str
+    """The cost: a column of the table `configurations`."""
+    shared: float
+    """What every configuration costs, whatever its group-sizes. A whole number for MACs and parameters."""
+    by_layer: Mapping[str, Mapping[int, float]]
+    """The cost of each decomposed layer, in layer order, at each group-size. Whole numbers for MACs and parameters."""
 
-    @classmethod
-    def of(cls, supernet: nn.Module, input_shape: Sequence[int], *, convention: str = "actual") -> CostTable:
-        """Measure `supernet` with one forward pass of an image of `input_shape` (C, H, W)."""
-        if convention not in CONVENTIONS:
-            raise InvalidValueError(f"convention = {convention!r}: must be one of {', '.join(CONVENTIONS)}")
-        layers = series_layers(supernet)
-        count = _series_macs if convention == "actual" else _series_macs_paper
-        shared_macs = 0
-        layer_macs: dict[int, dict[int, int]] = {
-            id(layer): dict.fromkeys(layer.group_sizes, 0) for layer in layers.values()
-        }
-        for call in network_calls(supernet, input_shape):
-            if isinstance(call.module, SeriesConv2d):
-                for size in call.module.group_sizes:
-                    layer_macs[id(call.module)][size] += count(call, size)
-            elif convention == "actual":
-                shared_macs += plain_macs(call)
+    def of(self, configurations: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+        """Return the cost of each configuration, (N,): int64 if all parts are whole numbers, else float64.
+
+        `configurations` is (N, L): one row of group-sizes for each. Raises InvalidValueError for an unknown group-size.
+        """
+        return self.of_places(group_size_places(self.space, configurations))
+
+    def of_places(self, places: np.ndarray) -> np.ndarray:
+        """Return what `of` does; `places` (N, L) are the indices of the group-sizes among those of their layers."""
+        total: np.ndarray = np.full(len(places), self.shared, dtype=self._dtype)
+        for layer, costs in enumerate(self.parts):
+            total += costs[places[:, layer]]
+        return total
+
+    def of_one(self, configuration: Sequence[int]) -> float:
+        """Return the cost of one configuration; raises InvalidValueError if it is not in the space."""
+        return self.of([self.space.check(configuration)])[0].item()
+
+    @property
+    def minimum(self) -> float:
+        """The cost of the cheapest configuration."""
+        return self.of([self.cheapest])[0].item()
+
+    @property
+    def maximum(self) -> float:
+        """The cost of the dearest configuration."""
+        return self.of([[max(costs, key=costs.__getitem__) for costs in self.by_layer.values()]])[0].item()
+
+    @property
+    def cheapest(self) -> Configuration:
+        """The configuration that costs least, of several the one of the smallest group-sizes."""
+        return Configuration([min(sorted(costs), key=costs.__getitem__) for costs in self.by_layer.values()])
+
+    @cached_property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        """The cost of each layer at each group-size, in ascending order of the group-sizes: (S,)."""
+        return tuple(np.array([costs[size] for size in sorted(costs)], self._dtype) for costs in self.by_layer.values())
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The configurations that have a cost."""
+        return SearchSpace({layer: tuple(costs) for layer, costs in self.by_layer.items()})
+
+    @cached_property
+    def _dtype(self) -> type:
+        every = [self.shared, *(cost for costs in self.by_layer.values() for cost in costs.values())]
+        return np.int64 if all(isinstance(cost, int) for cost in every) else np.float64
+
+
+def group_size_places(space: SearchSpace, configurations: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+    """Return the index of each group-size among those of its layer, (N, L) int64; `configurations` is (N, L) too.
+
+    Raises InvalidValueError for a group-size that the layer does not have.
+    """
+    chosen = np.asarray(configurations, dtype=np.int64).reshape(-1, len(space.layers))
+    places = np.empty_like(chosen)
+    for column, (layer, group_sizes) in enumerate(space.group_sizes.items()):
+        sizes = np.array(group_sizes)
+        places[:, column] = np.searchsorted(sizes, chosen[:, column]).clip(max=len(sizes) - 1)
+        unknown = chosen[sizes[places[:, column]] != chosen[:, column], column]
+        if len(unknown):
+            listed = ", ".join(map(str, group_sizes))
+            raise InvalidValueError(f"group-size {unknown[0]} of layer {layer!r}: must be one of {listed}")
+    return places
+
+
+def layer_costs(supernet: nn.Module, input_shape: Sequence[int], cost_name: str) -> LayerCosts:
+    """Return one cost of every configuration of `supernet` for an image of `input_shape` (C, H, W).
+
+    `cost_name` is one of `COUNTED`. "macs" and "macs_paper" are the two conventions of `configuration_macs`;
+    "parameters" counts biases and all other layers too. The layers' parts are closed forms, and what all configurations
+    share is the rest of the network's total. Raises InvalidValueError for another name, and if `supernet` cannot run
+    such an image.
+    """
+    layers = series_layers(supernet)
+    if cost_name not in COUNTED:
+        raise InvalidValueError(f"cost_name = {cost_name!r}: must be one of {', '.join(COUNTED)}")
+    if cost_name == "parameters":
         series = {id(p) for layer in layers.values() for p in layer.series_parameters()}
-        shared_parameters = sum(p.numel() for p in supernet.parameters() if id(p) not in series)
-        return cls(
-            SearchSpace.of(supernet),
-            (shared_macs, list(layer_macs.values())),
-            (
-                shared_parameters,
-                [{s: _series_parameters(layer, s) for s in layer.group_sizes} for layer in layers.values()],
-            ),
+        shared = sum(p.numel() for p in supernet.parameters() if id(p) not in series)
+        by_layer = {name: {s: _series_parameters(one, s) for s in one.group_sizes} for name, one in layers.items()}
+        return LayerCosts(cost_name, shared, by_layer)
+    if cost_name == "macs_paper":
+        return LayerCosts(
+            cost_name, 0, _macs_by_layer(layers, network_calls(supernet, input_shape), _series_macs_paper)
         )
-
-    def macs(self, configuration: Sequence[int]) -> int:
-        """Return the MACs of `configuration` for one image."""
-        return self.macs_of_all([self._space.check(configuration)])[0]
-
-    def parameters(self, configuration: Sequence[int]) -> int:
-        """Return the number of parameters of `configuration`, biases and all other layers included."""
-        return self.parameters_of_all([self._space.check(configuration)])[0]
-
-    def parts(self, cost: str) -> tuple[int, list[dict[int, int]]]:
-        """Return of "macs" or "parameters" what all configurations share, and each layer's part by group-size."""
-        return {"macs": self._macs, "parameters": self._parameters}[cost]
-
-    def macs_of_all(self, configurations: Sequence[Configuration]) -> list[int]:
-        """Return the MACs of each of many members of the space, which are not checked again."""
-        return _sums(configurations, *self._macs)
-
-    def parameters_of_all(self, configurations: Sequence[Configuration]) -> list[int]:
-        """Return the parameters of each of many members of the space, which are not checked again."""
-        return _sums(configurations, *self._parameters)
+    counted = count_operations(supernet, input_shape)
+    by_layer = _macs_by_layer(layers, counted.calls, _series_macs)
+    active = sum(by_layer[name][layer.group_size] for name, layer in layers.items())
+    return LayerCosts(cost_name, counted.macs - active, by_layer)
 
 
-def _sums(configurations: Sequence[Configuration], shared: int, by_layer: list[dict[int, int]]) -> list[int]:
-    sums = [shared] * len(configurations)
-    for place, costs in enumerate(by_layer):
-        sums = [total + costs[one[place]] for total, one in zip(sums, configurations, strict=True)]
-    return sums
+def _macs_by_layer(
+    layers: Mapping[str, SeriesConv2d], calls: Sequence[Call], macs_of: Callable[[Call, int], int]
+) -> dict[str, dict[int, int]]:
+    """Return the MACs of each layer at each group-size, those of all its calls together."""
+    return {
+        name: {size: sum(macs_of(call, size) for call in calls if call.module is layer) for size in layer.group_sizes}
+        for name, layer in layers.items()
+    }
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gross_ray.data.augment import THE_PAPERS, Normalisation
+from gross_ray.data.normalisation import THE_PAPERS, Normalisation
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.batch_norm import calibration_batches, recalibrated, statistics_of, with_statistics
 from gross_ray.nn.calls import output_of
+from gross_ray.nn.modes import evaluating
 from gross_ray.nn.precision import at_precision, products_at
 from gross_ray.search.batch_plan import (
     BatchPlan,
@@ -28,8 +29,8 @@ from gross_ray.search.batch_plan import (
     plan_batches,
 )
 from gross_ray.search.graph import modules_out_of_place, trace
-from gross_ray.search.layer_forms import FORMS, LayerForm, Siblings, fastest_form
-from gross_ray.search.options import EvaluationOptions
+from gross_ray.search.layer_forms import LayerForm, Siblings, fastest_form
+from gross_ray.search.options import FORMS, EvaluationOptions
 from gross_ray.search.prefix_walk import Prefix, PrefixWalk, Statistics, logits_of
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.configure import get_configuration, series_layers, set_configuration
@@ -426,16 +427,14 @@ def _graph_faults() -> Iterator[None]:
 @contextmanager
 def evaluation_mode(supernet: nn.Module) -> Iterator[None]:
     """Set evaluation mode, and weights as channels_last needs them; put all back at the end, the configuration too."""
-    active, modes = get_configuration(supernet), {module: module.training for module in supernet.modules()}
-    weights = {module: module.weight.data for module in modes if isinstance(module, nn.Conv2d)}
-    supernet.eval()
+    active = get_configuration(supernet)
+    weights = {module: module.weight.data for module in supernet.modules() if isinstance(module, nn.Conv2d)}
     try:
-        for conv, weight in weights.items():  # else each call would make that copy
-            conv.weight.data = weight.contiguous(memory_format=torch.channels_last)
-        yield
+        with evaluating(supernet):
+            for conv, weight in weights.items():  # else each call would make that copy
+                conv.weight.data = weight.contiguous(memory_format=torch.channels_last)
+            yield
     finally:
         for conv, weight in weights.items():
             conv.weight.data = weight
-        for module, training in modes.items():  # one by one: a frozen batch-norm stays frozen
-            module.training = training
         set_configuration(supernet, active)

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.nn.calls import given, output_of, told_where_it_cannot_run, zero_images
 from gross_ray.nn.replace import replace_modules
+from gross_ray.search.cost import LayerCosts
 from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.configure import extract, series_layers
@@ -82,9 +84,13 @@ class LatencyModel:
 
     def predict(self, configuration: Sequence[int]) -> float:
         """Return the time of one batch in ms, 0 or more; raises InvalidValueError outside the space."""
-        checked = SearchSpace({name: tuple(times) for name, times in self.layer_ms.items()}).check(configuration)
-        columns = {name: np.array([size]) for name, size in zip(self.layer_ms, checked, strict=True)}
-        return float(self.predict_many(columns)[0])
+        return max(self.costs.of_one(configuration), 0.0)
+
+    @cached_property
+    def costs(self) -> LayerCosts:
+        """The prediction as a sum over the layers, in ms; below 0 it means 0."""
+        layers = {name: {size: self.slope * ms for size, ms in times.items()} for name, times in self.layer_ms.items()}
+        return LayerCosts("latency_ms", self.offset_ms + self.slope * self.rest_ms, layers)
 
     def predict_many(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the time of one batch in ms, 0 or more, of many configurations: float64 (N,).
@@ -95,7 +101,7 @@ class LatencyModel:
         if wrong := columns.keys() ^ self.layer_ms.keys():
             timed = ", ".join(self.layer_ms)
             raise InvalidValueError(f"layers {', '.join(columns)}: {', '.join(wrong)} is missing or not of {timed}")
-        return np.maximum(self.offset_ms + self.slope * _sums(self.rest_ms, self.layer_ms, columns), 0.0)
+        return np.maximum(self.costs.of(np.column_stack([columns[name] for name in self.layer_ms])), 0.0)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the table `latencies`."""
@@ -181,8 +187,8 @@ def measure_latency(
         works = _works(supernet, sampled, images.to(place, parameter.dtype))
         times = typical_ms(works, options.repeats, place, on_part)
     layer_ms = {name: {size: times[name, size] for size in sizes} for name, sizes in space.group_sizes.items()}
-    columns = dict(zip(space.layers, np.array(sampled).T, strict=True))
-    sums, measured = _sums(times[REST], layer_ms, columns), np.array([times[one] for one in sampled])
+    sums = LayerCosts("latency_ms", times[REST], layer_ms).of(sampled)
+    measured = np.array([times[one] for one in sampled])
     offset_ms, slope = _fit(sums, measured)
     return LatencyModel(
         device=device_name(place),
@@ -299,21 +305,6 @@ def _sample(space: SearchSpace, num_sampled: int, generator: torch.Generator) ->
         places = [int(torch.randint(len(s), (), generator=generator, device=generator.device)) for s in sizes]
         chosen[Configuration([s[place] for s, place in zip(sizes, places, strict=True)])] = None
     return list(chosen)
-
-
-def _sums(rest_ms: float, layer_ms: Mapping[str, Mapping[int, float]], columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return rest + one time for each layer, (N,), at the group-sizes in `columns`, (N,) for each layer."""
-    total = np.array(rest_ms)
-    for name, times in layer_ms.items():
-        sizes, column = np.array(sorted(times)), np.asarray(columns[name])
-        places = np.searchsorted(sizes, column).clip(max=len(sizes) - 1)
-        unknown = column[sizes[places] != column]
-        if len(unknown):
-            raise InvalidValueError(
-                f"group-size {unknown[0]} of layer {name!r} was not timed; there are: {', '.join(map(str, sizes))}"
-            )
-        total = total + np.array([times[size] for size in sizes.tolist()])[places]
-    return total
 
 
 def _fit(sums: np.ndarray, measured: np.ndarray) -> tuple[float, float]:

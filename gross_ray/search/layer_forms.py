@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
+from gross_ray.search.options import FORMS
 from gross_ray.supernet.series import SeriesConv2d
 
-FORMS = ("dense", "bottleneck")
 REPEATS = 3
 """How often each form is timed; the fastest counts."""
 CLEARLY = 0.8
@@ -71,7 +71,8 @@ class Siblings:
             if run[0] in self._place:
                 outputs.append(self._run_dense(images, run))
             else:
-                outputs.append(self._run_bottleneck(images, run[0]))
+                terms = self._bottlenecks[run[0]]
+                outputs.append(self._layer.convolve(images, terms.pointwise_in, terms.grouped, terms.pointwise_out))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _runs(self, sizes: Sequence[int]) -> list[list[int]]:
@@ -88,7 +89,7 @@ class Siblings:
     def _run_dense(self, images: Tensor, sizes: list[int]) -> Tensor:
         layer, channels = self._layer, self._layer.out_channels
         assert self._kernels is not None
-        images, padding = self._padded(images)
+        images, padding = layer.padded(images)
         first = self._place[sizes[0]] * channels
         kernels = self._kernels[first : first + len(sizes) * channels]
         bias = None if layer.bias is None else layer.bias.repeat(len(sizes))
@@ -98,19 +99,6 @@ class Siblings:
         num, _, height, width = stacked.shape
         apart = stacked.permute(0, 2, 3, 1).unflatten(3, (len(sizes), channels)).permute(3, 0, 1, 2, 4)
         return apart.reshape(len(sizes) * num, height, width, channels).permute(0, 3, 1, 2)
-
-    def _run_bottleneck(self, images: Tensor, size: int) -> Tensor:
-        layer, weights = self._layer, self._bottlenecks[size]
-        hidden, padding = self._padded(F.conv2d(images, weights.pointwise_in))
-        groups = layer.in_channels // size
-        hidden = F.conv2d(hidden, weights.grouped, None, layer.stride, padding, layer.dilation, groups)
-        return F.conv2d(hidden, weights.pointwise_out, layer.bias)
-
-    def _padded(self, images: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
-        layer = self._layer
-        if layer.padding_mode == "zeros":
-            return images, layer.padding
-        return F.pad(images, layer._padding_both_sides, mode=layer.padding_mode), (0, 0)
 
 
 def fastest_form(layer: SeriesConv2d, images: Tensor) -> LayerForm:

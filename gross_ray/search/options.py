@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from gross_ray.errors import InvalidValueError
 from gross_ray.fields import require, require_group_sizes, settle
 from gross_ray.nn.precision import PRECISIONS
-from gross_ray.search.layer_forms import FORMS
-from gross_ray.search.selection import Budget
+from gross_ray.search.budgets import Budget
 
+FORMS = ("dense", "bottleneck")
+"""How a decomposed layer may run."""
 FORM_CHOICES = ("auto", *FORMS)
 STRATEGY_NAMES = ("exhaustive", "surrogate", "breadth-first", "evolution", "random")
 """The strategies of `gross_ray.search.strategies`, whose import takes what an experiment does not need."""

@@ -217,7 +217,7 @@ class Evolution(Strategy):
         super().learn(accuracies)
         for one, accuracy in accuracies.items():
             places = self.space.places([one])
-            values = [accuracy, *(float(cost.of(places)[0]) for cost in self._costs)]
+            values = [accuracy, *(float(cost.of_places(places)[0]) for cost in self._costs)]
             for trial in self._pending.pop(one, []):
                 self._study.tell(trial, values)
                 break
@@ -244,7 +244,7 @@ class Evolution(Strategy):
                 continue
             accuracy = self._known.get(one)
             if accuracy is not None:
-                self._study.tell(trial, [accuracy, *(float(cost.of(places)[0]) for cost in self._costs)])
+                self._study.tell(trial, [accuracy, *(float(cost.of_places(places)[0]) for cost in self._costs)])
                 continue
             if one not in self._known and one not in self._pending:
                 in_vain = 0
@@ -289,5 +289,5 @@ def _starts(space: BudgetedSpace) -> list[Configuration]:
     fitting = [one for one, fits in zip(uniform, space.fits(space.places(uniform)), strict=True) if fits]
     if fitting:
         return fitting
-    cheapest = np.array([[parts.argmin() for parts in space.costs[0].by_layer]])
-    return space.configurations(cheapest[space.fits(cheapest)])
+    cheapest = space.costs[0].cheapest
+    return [cheapest] if space.fits(space.places([cheapest])).all() else []

@@ -145,22 +145,6 @@ def default_group_sizes(in_channels: int) -> tuple[int, ...]:
     return tuple(2**power for power in range(in_channels.bit_length()) if in_channels % 2**power == 0)
 
 
-def parse_layer_group_sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Read texts like ``layer4.*=16,32``, a layer's name or glob and its group-sizes; InvalidValueError for others."""
-    found: dict[str, tuple[int, ...]] = {}
-    for text in texts:
-        name, _, listed = text.rpartition("=")
-        sizes = [part.strip() for part in listed.split(",")]
-        lawful = all(part.isascii() and part.isdigit() and int(part) for part in sizes) and len(set(sizes)) == len(
-            sizes
-        )
-        if not name.strip() or not lawful or name.strip() in found:
-            rule = "write GLOB=SIZES, like layer4.*=16,32, each glob once and whole numbers above 0"
-            raise InvalidValueError(f"group-sizes {text!r}: {rule}")
-        found[name.strip()] = tuple(map(int, sizes))
-    return found
-
-
 def _whole_numbers(sizes: Sequence[int]) -> tuple[int, ...]:
     """Return group-sizes, NumPy's too, as ints; raises InvalidValueError for what is none."""
     try:

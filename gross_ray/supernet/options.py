@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gross_ray.btd.options import BTDOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.fields import require, require_group_sizes, settle
-from gross_ray.supernet.layers import parse_layer_group_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +33,19 @@ class DecompositionOptions(BTDOptions):
             parse_layer_group_sizes(self.layer_group_sizes)
         except InvalidValueError as error:
             raise InvalidValueError(f"decomposition.layer_group_sizes: {error}") from None
+
+
+def parse_layer_group_sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Read texts like ``layer4.*=16,32``, a layer's name or glob and its group-sizes; InvalidValueError for others."""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, listed = text.rpartition("=")
+        sizes = [part.strip() for part in listed.split(",")]
+        lawful = all(part.isascii() and part.isdigit() and int(part) for part in sizes) and len(set(sizes)) == len(
+            sizes
+        )
+        if not name.strip() or not lawful or name.strip() in found:
+            rule = "write GLOB=SIZES, like layer4.*=16,32, each glob once and whole numbers above 0"
+            raise InvalidValueError(f"group-sizes {text!r}: {rule}")
+        found[name.strip()] = tuple(map(int, sizes))
+    return found

@@ -94,14 +94,16 @@ class SeriesConv2d(nn.Module):
 
     def convolve(self, images: Tensor, pointwise_in: Tensor, grouped: Tensor, pointwise_out: Tensor) -> Tensor:
         """Run a bottleneck of any group-size in place of the active one, with this layer's stride, padding and bias."""
-        hidden = F.conv2d(images, pointwise_in)
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            hidden = F.pad(hidden, self._padding_both_sides, mode=self.padding_mode)
-            padding = (0, 0)
+        hidden, padding = self.padded(F.conv2d(images, pointwise_in))
         groups = self.in_channels // grouped.shape[1]
         hidden = F.conv2d(hidden, grouped, None, self.stride, padding, self.dilation, groups)
         return F.conv2d(hidden, pointwise_out, self.bias)
+
+    def padded(self, images: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
+        """Return the input of the spatial convolution, padded unless with zeros, and the padding left to F.conv2d."""
+        if self.padding_mode == "zeros":
+            return images, self.padding
+        return F.pad(images, self._padding_both_sides, mode=self.padding_mode), (0, 0)
 
     def to_modules(self, group_size: int) -> nn.Sequential:
         """Return the bottleneck at `group_size` as three plain torch.nn.Conv2d."""

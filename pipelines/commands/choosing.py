@@ -10,7 +10,7 @@ from gross_ray.errors import MissingStageError
 from gross_ray.report.terminal import budget_table, front_table
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from gross_ray.search.selection import Budget
+from gross_ray.search.budgets import Budget
 from pipelines.stages import rounds, search
 
 

@@ -9,7 +9,8 @@ import click
 from gross_ray.models import model_of
 from gross_ray.report.inspection import inspection
 from gross_ray.report.terminal import inspection_page
-from gross_ray.supernet.layers import choice_of, parse_layer_group_sizes
+from gross_ray.supernet.layers import choice_of
+from gross_ray.supernet.options import parse_layer_group_sizes
 
 
 def inspect(

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from gross_ray.search.budgets import COSTS, Budget
+from gross_ray.space import Configuration
 from pipelines.resources import DEVICES, Resources
 
-if TYPE_CHECKING:  # loaded only by the commands that need them: they bring torch, pandas and Ray
-    from gross_ray.search.selection import Budget
-    from gross_ray.space import Configuration
+if TYPE_CHECKING:  # loaded by the commands that do work: it brings torch
     from pipelines.driver import DataSource
 
 PRESET_HELP = "Named experiment (see `gross presets`)."
@@ -162,10 +162,6 @@ def refuse_beside(owner: str, *names: str) -> None:
 
 def budgets_of(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Budget, ...]:
     """Read budgets like macs=2.66M (a click callback)."""
-    if not values:
-        return ()
-    from gross_ray.search.selection import Budget
-
     return tuple(Budget.parse(value) for value in values)
 
 
@@ -173,8 +169,6 @@ def costs_of(_context: click.Context, _parameter: click.Parameter, value: str | 
     """Read costs like macs,latency_ms (a click callback)."""
     if value is None:
         return None
-    from gross_ray.search.selection import COSTS
-
     costs = list(dict.fromkeys(part.strip() for part in value.split(",")))
     for cost in costs:
         if cost not in COSTS:
@@ -186,10 +180,6 @@ def configurations_of(
     _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[Configuration, ...]:
     """Read configurations like 8-16-64 (a click callback)."""
-    if not values:
-        return ()
-    from gross_ray.space import Configuration
-
     return tuple(Configuration.parse(value) for value in values)
 
 

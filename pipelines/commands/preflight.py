@@ -14,9 +14,10 @@ from gross_ray.models import build_model
 from gross_ray.nn.calls import told_where_it_cannot_run
 from gross_ray.nn.modes import evaluating
 from gross_ray.run.opened import layer_choice
-from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
-from gross_ray.search.cost import CostTable
-from gross_ray.search.selection import Budget, uniform
+from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import LayerCosts, layer_costs
+from gross_ray.search.selection import uniform
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
 from gross_ray.training.together import check_stackable
@@ -52,15 +53,15 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     if engine.parallel_seeds > 1 or as_one_graph(engine, "cuda" if torch.cuda.is_available() else "cpu"):
         check_stackable(supernet, shape, engine)
     space = SearchSpace.of(supernet)
-    _check_fixed(experiment, space, _cost(supernet, shape, "macs"))
+    _check_fixed(experiment, space, layer_costs(supernet, shape, "macs"))
     if experiment.search.strategy == "exhaustive":
         search.check_size(space)
     for text in experiment.search.limits:
         budgets = [budget for budget in Budget.parse_all(text) if budget.cost != "latency_ms"]
-        BudgetedSpace(space, [_cost(supernet, shape, budget.cost) for budget in budgets], budgets)
+        BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
 
 
-def _check_fixed(experiment: Experiment, space: SearchSpace, macs: AdditiveCost) -> None:
+def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts) -> None:
     """Raise InvalidValueError for a fixed configuration that the space does not have, and a budget that leaves none."""
     common = sorted(set.intersection(*map(set, space.group_sizes.values())))
     budgets = [size for size in common if _leaves_some(space, uniform(space, size), macs)]
@@ -124,14 +125,8 @@ def _check_last_batch(network: torch.nn.Module, shape: torch.Size, experiment: E
         ) from None
 
 
-def _leaves_some(space: SearchSpace, fixed: Configuration, macs: AdditiveCost) -> bool:
+def _leaves_some(space: SearchSpace, fixed: Configuration, macs: LayerCosts) -> bool:
     """Return whether another configuration than the fixed one has no more MACs than it."""
-    spare = macs.of(BudgetedSpace(space, [macs]).places([fixed]))[0] - macs.shared
-    spare -= sum(parts.min() for parts in macs.by_layer)
-    least_more = min((np.partition(parts, 1)[1] - parts.min() for parts in macs.by_layer if len(parts) > 1), default=1)
+    spare = macs.of_one(fixed) - macs.minimum
+    least_more = min((np.partition(parts, 1)[1] - parts.min() for parts in macs.parts if len(parts) > 1), default=1)
     return bool(spare >= least_more)
-
-
-def _cost(supernet: torch.nn.Module, shape: torch.Size, cost: str) -> AdditiveCost:
-    name, convention = ("macs", "paper") if cost == "macs_paper" else (cost, "actual")
-    return AdditiveCost.of_parts(cost, *CostTable.of(supernet, shape, convention=convention).parts(name))

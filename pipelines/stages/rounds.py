@@ -15,9 +15,10 @@ from math import ceil
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.run.opened import Run
 from gross_ray.run.store import SEARCH_ENDED
-from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
-from gross_ray.search.cost import CostTable
-from gross_ray.search.selection import Budget, supernet_accuracies, uniform
+from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import LayerCosts, layer_costs
+from gross_ray.search.selection import supernet_accuracies, uniform
 from gross_ray.search.strategies import Strategy, strategy
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration, SearchSpace
@@ -120,7 +121,7 @@ class Proposals:
         self._strategies: list[Strategy] = []
         for size in options.budgets:
             fixed = uniform(run.space, size)
-            limit = float(macs.of(BudgetedSpace(run.space, [macs]).places([fixed]))[0])
+            limit = macs.of_one(fixed)
             within = BudgetedSpace(run.space, [macs], [Budget("macs", limit)])
             self._strategies.append(strategy(options.strategy, within, _seed(run, f"budget={size}")))
         for text in options.limits:
@@ -159,7 +160,7 @@ class Proposals:
         return proposed
 
 
-def additive_cost(run: Run, cost: str) -> AdditiveCost:
+def additive_cost(run: Run, cost: str) -> LayerCosts:
     """Return a cost of the run's configurations, layer by layer.
 
     Raises MissingStageError for a latency that is not measured.
@@ -171,12 +172,8 @@ def additive_cost(run: Run, cost: str) -> AdditiveCost:
                 f"search.limits has latency_ms, and {run.store.storage} no measurement of it that counts: "
                 "run `gross latency` on it before the search; of several the one that is measured or read last counts"
             )
-        shared = model.offset_ms + model.slope * model.rest_ms
-        times = ({size: model.slope * ms for size, ms in one.items()} for one in model.layer_ms.values())
-        return AdditiveCost.of_parts(cost, shared, list(times))
-    supernet = empty_supernet(run.base.network, run.space.group_sizes)
-    name, convention = ("macs", "paper") if cost == "macs_paper" else (cost, "actual")
-    return AdditiveCost.of_parts(cost, *CostTable.of(supernet, run.base.input_shape, convention=convention).parts(name))
+        return model.costs
+    return layer_costs(empty_supernet(run.base.network, run.space.group_sizes), run.base.input_shape, cost)
 
 
 def check_limits(run: Run) -> None:

@@ -16,19 +16,18 @@ from torch import nn
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.nn.batch_norm import calibration_images
 from gross_ray.run.opened import Run
+from gross_ray.run.searched import evaluated_accuracies
 from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
-from gross_ray.search.cost import CostTable
+from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import COUNTED, LayerCosts, layer_costs
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
 from gross_ray.search.options import EvaluationOptions
 from gross_ray.search.selection import (
-    COSTS,
-    Budget,
     best_of_chunks,
     front_of_chunks,
     select,
-    supernet_accuracies,
     uniform,
 )
 from gross_ray.search.sharding import PrefixCosts, segment_macs
@@ -273,8 +272,7 @@ class _Searched:
     """A supernet on a worker, and what the rows of its configurations are made from."""
 
     evaluator: Evaluator
-    actual: CostTable
-    paper: CostTable
+    costs: dict[str, LayerCosts]
 
     @classmethod
     def of(cls, context: Context, forms: dict[str, LayerForm] | None, memory_budget: int) -> _Searched:
@@ -283,12 +281,12 @@ class _Searched:
         weights = {name: tensor_of(array) for name, array in context.shared["weights"].items()}
         supernet.load_state_dict(weights, assign=True)  # the node's one copy, not another one for each worker
         supernet.eval()
-        actual, paper = (CostTable.of(supernet, run.base.input_shape, convention=one) for one in ("actual", "paper"))
+        costs = {name: layer_costs(supernet, run.base.input_shape, name) for name in COUNTED}
         search = run.experiment.search
         options = EvaluationOptions(memory_budget=memory_budget, form=search.form, precision=search.precision)
         normalisation = context.splits.validation.normalisation
         evaluator = Evaluator(supernet.to(context.device), options, forms=forms, normalisation=normalisation)
-        return cls(evaluator, actual, paper)
+        return cls(evaluator, costs)
 
 
 def _empty(context: Context) -> nn.Module:
@@ -341,22 +339,18 @@ def work(context: Context, unit: Part) -> str:
             **unit.supernet.values(),
             "configuration": str(configuration),
             **dict(zip(layers, configuration, strict=True)),
-            "macs": macs,
-            "macs_paper": macs_paper,
-            "parameters": parameters,
+            **dict(zip(COUNTED, costs, strict=True)),
             "val_correct": count,
             "val_total": total,
             "val_accuracy": count / total,
             "val_loss": loss_sum / total,
             "latency_ms": None,
         }
-        for configuration, count, loss_sum, macs, macs_paper, parameters in zip(
+        for configuration, count, loss_sum, *costs in zip(
             configurations,
             correct.tolist(),
             loss.tolist(),
-            searched.actual.macs_of_all(configurations),
-            searched.paper.macs_of_all(configurations),
-            searched.actual.parameters_of_all(configurations),
+            *(searched.costs[name].of(configurations).tolist() for name in COUNTED),
             strict=True,
         )
     ]
@@ -382,12 +376,8 @@ def accuracies(run: Run) -> Iterator[pd.DataFrame]:
             f"{len(missing)} of {len(units)} shards are not stored in {run.store.storage}: run `gross search "
             f"{run.store.storage}` first"
         )
-    by_part: dict[tuple[int, int], list[str]] = {}
-    for unit in units:
-        by_part.setdefault(unit.part, []).append(unit.name)
-    columns = ["configuration", *COSTS, "val_accuracy"]
-    for names in by_part.values():
-        yield supernet_accuracies(run.store.read_units("configurations", names, columns))
+    rows = [{"unit": unit.name, **unit.supernet.values(), "first": unit.part} for unit in units]
+    yield from evaluated_accuracies(run.store, pd.DataFrame(rows))
 
 
 def best(run: Run, budgets: Sequence[Budget], top: int) -> pd.DataFrame:

@@ -11,8 +11,9 @@ from torch import nn
 from gross_ray.errors import MissingStageError
 from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
 from gross_ray.run.opened import Run, save_supernet, validation_unit
+from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import configuration_macs, count_parameters
-from gross_ray.search.selection import Budget, uniform
+from gross_ray.search.selection import uniform
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration
 from gross_ray.supernet.build import build_supernet

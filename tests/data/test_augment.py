@@ -6,7 +6,8 @@ from scipy import stats
 from torchvision.transforms import functional as oracle
 from torchvision.transforms import v2
 
-from gross_ray.data.augment import Normalisation, augment
+from gross_ray.data.augment import augment
+from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import InvalidValueError
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from pipelines.callbacks import load_callbacks
 from ray.tune import Callback
 
 from cli import main
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
-from pipelines.callbacks import load_callbacks
 from pipelines.execution.cluster import ray
 
 MODULE = """

@@ -21,7 +21,7 @@ from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
-from pipelines import progress as progress_module
+from pipelines import watching
 from pipelines.execution.cluster import Cluster
 from pipelines.units import Context, Unit, pack_splits
 from pipelines.watching import StageProgress

@@ -43,7 +43,7 @@ from gross_ray.report.space_chart import COST_TITLES, MAX_POINTS
 from gross_ray.report.sweep_charts import MAX_PROFILE_POINTS
 from gross_ray.report.terminal import results
 from gross_ray.run.store import RunStore
-from gross_ray.search.selection import COSTS
+from gross_ray.search.budgets import COSTS
 
 ROOT = Path(gross_ray.__file__).parents[1]
 TABLE_2 = "Full network and fixed configurations (test split, Table 2)"

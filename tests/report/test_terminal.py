@@ -23,7 +23,7 @@ from gross_ray.report.terminal import (
     sweep_table,
 )
 from gross_ray.run.store import RunStore
-from gross_ray.search.selection import Budget
+from gross_ray.search.budgets import Budget
 
 NETWORKS = [0.9012, 0.8877, 0.9101]
 MACS = {"16-16": 2_000_000, "4-4": 900_000, "1-2": 400_000, "2-32": 1_900_000, "4-1": 850_000, "1-4": 800_000}

@@ -12,24 +12,25 @@ from scipy.stats import chisquare
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.search import budgeted
-from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
-from gross_ray.search.selection import Budget
+from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import LayerCosts
 from gross_ray.space import Configuration, SearchSpace
 
 SPACE = SearchSpace({"a": (1, 2, 4), "b": (1, 8, 16, 32), "c": (2, 4, 64)})
 
 
-def cost_of(name: str, shared: float, *by_layer: list[float]) -> AdditiveCost:
-    return AdditiveCost(name, shared, tuple(np.array(parts, dtype=float) for parts in by_layer))
+def cost_of(space: SearchSpace, name: str, shared: float, *by_layer: list[float]) -> LayerCosts:
+    layers = zip(space.group_sizes.items(), by_layer, strict=True)
+    return LayerCosts(name, shared, {layer: dict(zip(sizes, parts, strict=True)) for (layer, sizes), parts in layers})
 
 
-MACS = cost_of("macs", 100, [1, 2, 4], [3, 24, 48, 96], [10, 20, 320])
-LATENCY = cost_of("latency_ms", 0.5, [0.3, 0.1, 0.2], [0.1, 0.1, 0.05, 0.2], [0.4, 0.5, 0.3])
+MACS = cost_of(SPACE, "macs", 100, [1, 2, 4], [3, 24, 48, 96], [10, 20, 320])
+LATENCY = cost_of(SPACE, "latency_ms", 0.5, [0.3, 0.1, 0.2], [0.1, 0.1, 0.05, 0.2], [0.4, 0.5, 0.3])
 
 
-def total(cost: AdditiveCost, configuration: Configuration) -> float:
-    places = [sizes.index(size) for sizes, size in zip(SPACE.group_sizes.values(), configuration, strict=True)]
-    return cost.shared + sum(parts[place] for parts, place in zip(cost.by_layer, places, strict=True))
+def total(cost: LayerCosts, configuration: Configuration) -> float:
+    return cost.shared + sum(parts[size] for parts, size in zip(cost.by_layer.values(), configuration, strict=True))
 
 
 def listed(*budgets: Budget) -> list[Configuration]:
@@ -68,9 +69,8 @@ def test_what_fits_a_random_budget(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     space = SearchSpace({f"layer{place}": [2**power for power in range(num)] for place, num in enumerate(sizes)})
     parts = [data.draw(st.lists(st.floats(0, 10), min_size=num, max_size=num)) for num in sizes]
-    cost = cost_of("macs", data.draw(st.floats(0, 10)), *parts)
-    plain = BudgetedSpace(space, [cost])
-    sums = cost.of(plain.places(list(space)))
+    cost = cost_of(space, "macs", data.draw(st.floats(0, 10)), *parts)
+    sums = cost.of(list(space))
     limit = float(data.draw(st.sampled_from(sorted({*sums.tolist(), *(sums * 1.01).tolist()}))))
     if limit <= 0:
         return
@@ -91,7 +91,7 @@ def test_the_neighbours_differ_in_one_layer_and_fit() -> None:
 
 def test_a_huge_space_is_drawn_from_at_once() -> None:
     space = SearchSpace({f"layer{place}": (1, 4, 16, 32) for place in range(16)})  # 4.3e9 configurations
-    cost = cost_of("macs", 0, *([1.0, 4.0, 16.0, 32.0] for _ in range(16)))
+    cost = cost_of(space, "macs", 0, *([1.0, 4.0, 16.0, 32.0] for _ in range(16)))
     within = BudgetedSpace(space, [cost], [Budget("macs", 20)])  # all 1 but for one 4: 17 of them
     drawn = within.configurations(within.draw(2000, np.random.default_rng(0)))
     assert set(drawn) == set(within)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
-from gross_ray.search.cost import CostTable, configuration_macs, count_macs, count_parameters
+from gross_ray.search.cost import configuration_macs, count_macs, count_parameters, layer_costs
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.configure import extract, set_configuration
 
@@ -94,21 +94,22 @@ def test_the_full_network_of_the_paper():
 
 def test_a_configuration_costs_what_its_extracted_network_costs(case):
     supernet, image = case
-    table = CostTable.of(supernet, image)
+    all_macs, parameters = (layer_costs(supernet, image, name) for name in ("macs", "parameters"))
     for configuration in some_configurations(supernet, 8):
         plain = extract(supernet, configuration)
         macs = configuration_macs(supernet, configuration, image)
-        assert macs == macs_by_torch(plain, image) == count_macs(plain, image) == table.macs(configuration)
+        assert macs == macs_by_torch(plain, image) == count_macs(plain, image) == all_macs.of_one(configuration)
         set_configuration(supernet, configuration)
         assert count_macs(supernet, image) == macs
-        assert table.parameters(configuration) == sum(p.numel() for p in plain.parameters()) == count_parameters(plain)
+        assert parameters.of_one(configuration) == sum(p.numel() for p in plain.parameters()) == count_parameters(plain)
 
 
 def test_the_count_of_the_paper_is_its_closed_form(paper_supernet):
-    table = CostTable.of(paper_supernet, IMAGE, convention="paper")
-    for g2, g3, g4 in product(*PAPER_SIZES.values()):
-        assert table.macs((g2, g3, g4)) == 1_040_384 + 73_728 * g2 + 18_432 * g3 + 9_216 * g4
-    assert configuration_macs(paper_supernet, (2, 32, 64), IMAGE, convention="paper") == table.macs((2, 32, 64))
+    costs = layer_costs(paper_supernet, IMAGE, "macs_paper")
+    every = list(product(*PAPER_SIZES.values()))
+    expected = [1_040_384 + 73_728 * g2 + 18_432 * g3 + 9_216 * g4 for g2, g3, g4 in every]
+    assert costs.of(every).tolist() == [costs.of_one(one) for one in every] == expected
+    assert configuration_macs(paper_supernet, (2, 32, 64), IMAGE, convention="paper") == costs.of_one((2, 32, 64))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,11 @@ def test_counting_leaves_the_network_as_it_was(case):
     frozen = list(supernet.children())[0].eval()
     before = {name: (module.training, len(module._forward_hooks)) for name, module in supernet.named_modules()}
     buffers = {name: buffer.clone() for name, buffer in supernet.named_buffers()}
-    CostTable.of(supernet, image)
+    random_state = torch.get_rng_state()
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    layer_costs(supernet, image, "macs")
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert torch.backends.mha.get_fastpath_enabled() == fast_attention
     assert before == {name: (module.training, len(module._forward_hooks)) for name, module in supernet.named_modules()}
     assert not frozen.training
     for name, buffer in supernet.named_buffers():
@@ -160,8 +165,12 @@ def test_counting_leaves_the_network_as_it_was(case):
 def test_bad_values_are_refused(paper_supernet, random_supernet):
     with pytest.raises(InvalidValueError, match="convention = 'papers': .*actual, paper"):
         configuration_macs(paper_supernet, (1, 1, 1), IMAGE, convention="papers")
+    with pytest.raises(InvalidValueError, match="cost_name = 'latency_ms': .*macs, macs_paper, parameters"):
+        layer_costs(paper_supernet, IMAGE, "latency_ms")
     with pytest.raises(InvalidValueError, match="group-size 3 .*conv3: 1, 2, 4, 8, 16, 32"):
         configuration_macs(paper_supernet, (1, 3, 1), IMAGE)
+    with pytest.raises(InvalidValueError, match="group-size 3 of layer 'conv3': must be one of 1, 2, 4, 8, 16, 32"):
+        layer_costs(paper_supernet, IMAGE, "macs").of([(1, 3, 1)])
     with pytest.raises(InvalidValueError, match="decompose_model"):
         configuration_macs(four_conv(), (1, 1, 1), IMAGE)
     strided = random_supernet(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, stride=3)), {"1": (1,)})

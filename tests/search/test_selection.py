@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gross_ray.errors import InvalidValueError
+from gross_ray.search.budgets import COSTS, Budget
 from gross_ray.search.selection import (
-    COSTS,
-    Budget,
     _undominated,
     best_of_chunks,
     best_under,

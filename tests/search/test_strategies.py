@@ -9,14 +9,17 @@ import pytest
 
 from gross_ray.errors import GrossRayError, InvalidValueError
 from gross_ray.search import strategies
-from gross_ray.search.budgeted import AdditiveCost, BudgetedSpace
-from gross_ray.search.selection import Budget
+from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import LayerCosts
 from gross_ray.search.strategies import STRATEGIES, BreadthFirst, Random, Strategy, Surrogated, strategy
 from gross_ray.space import Configuration, SearchSpace
 
 SIZES = (1, 2, 4, 8, 16)
-COST = AdditiveCost("macs", 10.0, tuple(np.array(SIZES) * factor for factor in (4.0, 2.0, 1.0)))
 SPACE = SearchSpace({"conv2": SIZES, "conv3": SIZES, "conv4": SIZES})
+COST = LayerCosts(
+    "macs", 10.0, {f"conv{number}": {size: size * 2.0 ** (4 - number) for size in SIZES} for number in (2, 3, 4)}
+)
 
 
 def within(limit: float | None) -> BudgetedSpace:
@@ -84,7 +87,7 @@ def test_the_seed_decides(name: str) -> None:
 
 def huge(limit: float) -> BudgetedSpace:
     space = SearchSpace({f"layer{place}": (1, 4, 16, 32) for place in range(16)})
-    cost = AdditiveCost("macs", 0.0, tuple(np.array([1.0, 4.0, 16.0, 32.0]) for _ in range(16)))
+    cost = LayerCosts("macs", 0, {layer: {size: size for size in sizes} for layer, sizes in space.group_sizes.items()})
     return BudgetedSpace(space, [cost], [Budget("macs", limit)])
 
 
@@ -116,7 +119,7 @@ def test_breadth_first_exchanges_one_group_size_of_the_best() -> None:
 
 def test_a_budget_that_no_uniform_configuration_keeps_to_starts_from_the_cheapest() -> None:
     space = SearchSpace({"a": (1, 2), "b": (4, 8)})
-    cost = AdditiveCost("macs", 0.0, (np.array([1.0, 2.0]), np.array([4.0, 8.0])))
+    cost = LayerCosts("macs", 0, {"a": {1: 1, 2: 2}, "b": {4: 4, 8: 8}})
     assert BreadthFirst(BudgetedSpace(space, [cost], [Budget("macs", 9)]), 0).propose(1) == [Configuration((1, 4))]
 
 

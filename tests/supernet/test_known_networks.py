@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gross_ray.models import model_of
-from gross_ray.search.cost import CostTable, configuration_macs, count_macs
+from gross_ray.search.cost import configuration_macs, count_macs, layer_costs
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
 from gross_ray.supernet.configure import extract, series_layers, set_configuration
@@ -66,7 +66,7 @@ def test_configurations_equal_the_network_with_dense_kernels(named: tuple[str, n
     space, shape = SearchSpace.of(supernet), (3, 64, 64)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(2, *shape, generator=generator)
-    costs = CostTable.of(supernet, shape)
+    macs, parameters = (layer_costs(supernet, shape, name) for name in ("macs", "parameters"))
     mixed = Configuration([SIZES[int(torch.randint(4, (), generator=generator))] for _ in space.layers])
     for configuration in (mixed, Configuration([32] * len(space.layers))):
         plain = extract(supernet, configuration)
@@ -81,10 +81,9 @@ def test_configurations_equal_the_network_with_dense_kernels(named: tuple[str, n
                     set_configuration(compressed, configuration)
                 outputs = compressed(images.to(next(compressed.parameters()).dtype))
                 torch.testing.assert_close(outputs.double(), expected, rtol=0, atol=tolerance * scale)
-        assert (
-            count_macs(plain, shape) == configuration_macs(supernet, configuration, shape) == costs.macs(configuration)
-        )
-        assert sum(parameter.numel() for parameter in plain.parameters()) == costs.parameters(configuration)
+        counted = count_macs(plain, shape)
+        assert counted == configuration_macs(supernet, configuration, shape) == macs.of_one(configuration)
+        assert sum(parameter.numel() for parameter in plain.parameters()) == parameters.of_one(configuration)
 
 
 def dense_kernels(network: nn.Module, plain: nn.Module, space: SearchSpace) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ import pytest
 from torch import nn
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.supernet.layers import choice_of, choose_layers, decomposable_layers, parse_layer_group_sizes
+from gross_ray.supernet.layers import choice_of, choose_layers, decomposable_layers
+from gross_ray.supernet.options import parse_layer_group_sizes
 
 
 def network() -> nn.Module:

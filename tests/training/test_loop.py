@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gross_ray.data.augment import Normalisation, augment
+from gross_ray.data.augment import augment
 from gross_ray.data.image_set import ImageSet
+from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import DivergedError, InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.seeds import derive_seed

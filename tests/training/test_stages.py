@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gross_ray.btd.options import BTDOptions
-from gross_ray.data.augment import Normalisation
 from gross_ray.data.image_set import ImageSet, Splits
+from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Schedule
 from gross_ray.space import SearchSpace

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,18 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from pipelines.networks import new_network
-from pipelines.run import STAGES as PIPELINE
 
 from cli import main
 from gross_ray.presets import PRESETS, preset
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.run.tables import TABLES
-from gross_ray.search.selection import Budget, best_under, pareto_front
-from pipelines import latency, rounds, search, sweep
-from pipelines import supernet as supernets
+from gross_ray.search.budgets import Budget
+from gross_ray.search.selection import best_under, pareto_front
 from pipelines.driver import Session
 from pipelines.execution.cluster import ray
+from pipelines.stages import rounds, search, supernets
+from pipelines.stages.pipeline import STAGES as PIPELINE
 
 STAGES = ["train", "decompose", "reconstruct", "finetune", "search", "validate", "sweep-alpha"]
 
@@ -68,10 +67,10 @@ def run(tmp_path: Path) -> Path:
 def trained(run: Path) -> Path:
     """A run folder in which the base networks are stored."""
     store = RunStore.open(run)
-    network = new_network(store, 10, 32, torch.Generator().manual_seed(0))
+    network = Run(store).new_network(10, 32, torch.Generator().manual_seed(0))
     for seed in range(2):
         row = {"seed": seed, "val_correct": 9, "val_total": 10, "val_accuracy": 0.9, "test_accuracy": 0.9}
-        about = {"num_classes": 10, "image_size": 32, "classes": list("abcdefghij")}
+        about = {"num_classes": 10, "image_size": 32, "input_shape": [3, 32, 32], "classes": list("abcdefghij")}
         store.save_checkpoint("train", f"seed={seed}", network.state_dict(), about)
         store.write_table("networks", f"seed={seed}", [{**row, "macs": 1, "parameters": 1}])
         store.write_table("history", f"train,seed={seed}", [])
@@ -317,16 +316,15 @@ def did(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         }
     )
 
-    def best(store: RunStore, budgets: tuple[Budget, ...], top: int) -> pd.DataFrame:
-        done.append(("best", store.path, budgets, top))
+    def best(run: Run, budgets: tuple[Budget, ...], top: int) -> pd.DataFrame:
+        done.append(("best", run.store.path, budgets, top))
         return best_under(accuracies, budgets, top)
 
-    def front(store: RunStore, costs: list[str]) -> pd.DataFrame:
-        done.append(("front", store.path, *costs))
+    def front(run: Run, costs: list[str]) -> pd.DataFrame:
+        done.append(("front", run.store.path, *costs))
         return pareto_front(accuracies, cost=costs)
 
-    stage = replace(PIPELINE["search"], run=lambda session: done.append(("search", session.store.path)))
-    monkeypatch.setitem(PIPELINE, "search", stage)
+    monkeypatch.setattr(search, "do", lambda driver: done.append(("search", driver.run.store.path)))
     for function in (best, front):
         monkeypatch.setattr(search, function.__name__, function)
     return done
@@ -420,8 +418,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         yield None
 
     monkeypatch.setattr(Session, "opened", record)
-    for name, stage in PIPELINE.items():
-        monkeypatch.setitem(PIPELINE, name, replace(stage, run=lambda session: None))
+    for stage in PIPELINE.values():
+        monkeypatch.setattr(stage, "do", lambda driver: None)
     return asked
 
 
@@ -431,7 +429,7 @@ def test_every_stage_is_done_in_this_process_if_that_is_asked_for(
 ) -> None:
     assert gross(stage, run, "--in-process").exit_code == 0
     assert gross(stage, run).exit_code == 0
-    assert [how.get("in_process", False) for how in opened] == [True, False]
+    assert [how["in_process"] for how in opened] == [True, False]
 
 
 @pytest.mark.parametrize("command", [["run", "--preset", "quickstart", "--out"], *([stage] for stage in STAGES)])
@@ -463,7 +461,7 @@ def test_a_question_about_an_unfinished_search_names_the_search(run: Path, train
 def test_a_search_is_finished_when_all_its_shards_are_stored(tmp_path: Path, strategy: str) -> None:
     settings = [f"search.strategy={strategy}", f"search.evaluations={4 if strategy == 'random' else 0}"]
     store = RunStore.create(tmp_path / "run", preset("quickstart").override(settings))
-    supernet = supernets.plan(store)[0].name
+    supernet = supernets.searched(Run(store))[0].name
     if strategy == "exhaustive":
         store.save_checkpoint("search-plan", "plan", {}, {"shards": [[0, 1], [1, 2]], "forms": {}, "memory_budget": 1})
         units = [f"{supernet},start=0,stop=1", f"{supernet},start=1,stop=2"]
@@ -486,7 +484,7 @@ def test_a_search_is_finished_when_all_its_shards_are_stored(tmp_path: Path, str
         )
     if strategy == "random":
         assert "is not finished" in mistake("search", store.path, "--pareto")  # its strategy may go on
-        rounds.end(store)
+        rounds.end(Run(store))
     before = listing(store.path)
     assert [line[0] for line in printed("search", store.path, "--pareto")[2:]] == ["1-1-1", "2-2-2"]
     assert printed("search", store.path, "--budget", "macs=1k")[2][:2] == ["1", "1-1-1"]

@@ -20,7 +20,7 @@ from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
-from gross_ray.search.cost import CostTable
+from gross_ray.search.cost import layer_costs
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
 from gross_ray.supernet.build import empty_supernet
@@ -131,7 +131,8 @@ def test_images_that_are_not_square_cost_what_they_cost(tmp_path: Path) -> None:
     macs = 12 * 20 * 9 * (3 * 4 + 4 * 6) + 6 * 2
     assert store.read_table("networks")["macs"].tolist() == [macs]
     largest = empty_supernet(base.network, base.space.group_sizes)
-    assert CostTable.of(largest, base.input_shape).macs(Configuration([1])) == 12 * 20 * (9 * 12 + 16 + 9 * 4 + 24) + 12
+    costs = layer_costs(largest, base.input_shape, "macs")
+    assert costs.of_one(Configuration([1])) == 12 * 20 * (9 * 12 + 16 + 9 * 4 + 24) + 12
 
 
 def test_a_limit_on_a_latency_is_told_once_the_networks_are_trained(tmp_path: Path) -> None:

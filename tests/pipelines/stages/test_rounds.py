@@ -14,9 +14,10 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.report.terminal import results
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import Budget
 from gross_ray.search.latency import LatencyModel
 from gross_ray.search.options import STRATEGY_NAMES
-from gross_ray.search.selection import Budget, best_under, supernet_accuracies
+from gross_ray.search.selection import best_under, supernet_accuracies
 from gross_ray.search.strategies import STRATEGIES
 from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling
