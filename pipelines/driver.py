@@ -206,7 +206,7 @@ class Session:
         """Show one line."""
         self._progress.note(text)
 
-    def threads(self, kind: str, num_equal: int) -> int:
+    def threads(self, kind: str, num_equal: int | None) -> int:
         """Return the CPU threads of units of a kind (`settled_threads`)."""
         return settled_threads(self.run.store, kind, num_equal, self.capacity)
 
