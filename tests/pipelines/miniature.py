@@ -29,8 +29,11 @@ SETTINGS = [
     "validation.seeds=1",
     "validation.finetuning.epochs=2",
 ]
-"""With the form of the layers and the memory of the search fixed, no number in the tables depends on a timing. Each kind
-of units gets 1 thread on up to 2 cores, in this process as on Ray, so that both sum in the same order."""
+"""The form of the layers and the memory of the search are fixed, so that no number in the tables depends on a timing.
+
+Every kind has at least 2 units, or several for each worker, so that each unit gets 1 thread: in this process with
+`--num-cpus 1`, and on Ray with 1 or 2 cores. With the same threads sums round alike: all these runs have equal tables.
+"""
 CLOCKS = ["seconds", "images_per_second"]
 """The only columns in which two runs of one experiment may differ."""
 

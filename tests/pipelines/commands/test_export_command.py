@@ -44,7 +44,7 @@ def test_a_validated_configuration_is_exported_with_its_card(whole_run: tuple[Pa
     elsewhere = subprocess.run(
         [sys.executable, "-c", WITHOUT_US], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert elsewhere.exit_code == 0, elsewhere.stderr
+    assert elsewhere.returncode == 0, elsewhere.stderr
     assert load_file(tmp_path / "network.safetensors").keys() == network.state_dict().keys()
 
 

@@ -18,13 +18,11 @@ from gross_ray.space import Configuration
 from pipelines.stages import latencies
 
 
-def test_latency_is_measured_on_request_and_can_be_a_budget(
-    whole_run: tuple[Path, str], run: Path
-) -> None:
+def test_latency_is_measured_on_request_and_can_be_a_budget(whole_run: tuple[Path, str], run: Path) -> None:
     early = invoke("search", str(run), "--budget", "latency_ms=5")
     assert early.exit_code == 2
     assert "gross latency RUN" in early.stderr
-    first = invoke("latency", str(run), "--device", "cpu", "--batch", "2")
+    first = invoke("latency", run, "--device", "cpu", "--batch", "2", "--repeats", "2")
     assert first.exit_code == 0, first.stderr
     configurations, model = read_table(run, "configurations"), read_table(run, "latency_models")
     assert len(model) == 1

@@ -1,4 +1,4 @@
-"""A driver on Ray, killed in each stage: the same command ends the run with the tables of one that nothing disturbed."""
+"""A driver on Ray, killed in each stage: the same command ends the run with the tables of an undisturbed one."""
 
 from __future__ import annotations
 

@@ -121,6 +121,15 @@ def test_interrupted_in_a_round_it_goes_on_as_it_would_have(
     assert {name: (tables / name).stat().st_mtime_ns for name in done} == done  # nothing is done again
 
 
+def test_without_its_plan_no_evaluation_is_lost(by_surrogate: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(by_surrogate, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    shutil.rmtree(run / "checkpoints/search-plan")
+    tables = run / "tables/configurations"
+    before = {file: file.stat().st_mtime_ns for file in tables.iterdir()}
+    do("search", run)
+    assert {file: file.stat().st_mtime_ns for file in tables.iterdir()} == before
+
+
 @pytest.mark.parametrize("strategy", ["random", "breadth-first", "evolution"])
 def test_the_other_strategies_search_too(whole_run: tuple[Path, str], tmp_path: Path, strategy: str) -> None:
     run = part_of(whole_run[0], tmp_path / "run", strategy, 16)

@@ -1,38 +1,33 @@
-"""The sweep over alpha as trials of the real Ray Tune: stopped early, proposed by Optuna, interrupted and continued."""
+"""The sweep over alpha: its metric, its comparison with the fixed configurations, failed, interrupted and continued."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import shutil
-import signal
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import pytest
 import torch
-from pipelines.alpha_trials import OptunaOptions
-from ray.tune import Callback
 from torch import nn
 
 from gross_ray.btd.options import BTDOptions
 from gross_ray.data.image_set import ImageSet
 from gross_ray.data.images import load_dataset
-from gross_ray.errors import InvalidValueError, UnitsFailedError
+from gross_ray.errors import DivergedError, UnitsFailedError
 from gross_ray.presets import preset
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.evaluator import evaluate_configurations
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.build import decompose_model
-from pipelines import decompose, sweep, train, validate
 from pipelines.commands.terminal import Reporter
 from pipelines.driver import DataSource, Session
-from pipelines.execution.cluster import Cluster, Resources
-from pipelines.units import Context, Unit
+from pipelines.resources import Resources
+from pipelines.stages import decompose, sweep, train, validate
+from pipelines.stages.supernets import Supernet
+from pipelines.units import Context
 
 SETTINGS = [
     "data.limit_train=300",
@@ -58,16 +53,15 @@ NUM_EPOCHS = 5
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
-    """A run folder in which all is done that the sweep needs, in this process."""
+    """A run folder in which all is done that the sweep needs."""
     store = RunStore.create(tmp_path_factory.mktemp("prepared") / "run", preset("quickstart").override(SETTINGS))
-    context = Context(store, load_dataset(store.experiment.data), "cpu", lambda *_, **__: None)
-    threads = torch.get_num_threads()
+    run = Run(store)
+    context = Context(run, load_dataset(store.experiment.data), "cpu", lambda *_, **__: None)
     for stage in (train, decompose):
-        for unit in stage.plan(store):
+        for unit in stage.plan(run):
             stage.work(context, unit)
-    for unit in validate.units_of(store, validate.fixed_configurations(store), "fixed"):
-        validate.work(context, unit)
-    torch.set_num_threads(threads)
+    for one in validate.units_of(run, validate.fixed_configurations(run)):
+        validate.work(context, one)
     return store
 
 
@@ -76,22 +70,33 @@ def copy_of(store: RunStore, folder: Path) -> RunStore:
     return RunStore.open(folder)
 
 
-def do(store: RunStore, callbacks: Sequence[Callback] = (), **how: Any) -> str:
-    """Do the stage as the command does it, and return what it told."""
-    told = io.StringIO()
-    with Session.opened(
-        store, Resources(num_cpus=2, device="cpu"), DataSource(), Reporter(told), callbacks=callbacks
-    ) as session:
-        sweep.run(session, **how)
-    return told.getvalue()
+def do(store: RunStore) -> str:
+    """Do the stage as the command does it, and return what it reported."""
+    reported, resources = io.StringIO(), Resources(num_cpus=1, device="cpu", in_process=True)
+    with Session.opened(store, resources, DataSource(), Reporter(reported), in_process=True) as session:
+        sweep.do(session)
+    return reported.getvalue()
 
 
-def results(store: RunStore) -> dict[str, list[dict[str, Any]]]:
-    """What the trials of the latest Tune experiment reported, by unit."""
-    experiments = [path for path in (store.path / "tune").iterdir() if path.is_dir()]
-    latest = max(experiments, key=lambda path: path.stat().st_mtime)
-    reported = [[json.loads(line) for line in file.open()] for file in latest.glob("*/result.json")]
-    return {rows[0]["config"]["unit"]["name"]: rows for rows in reported}
+Metrics = dict[str, float]
+Hook = Callable[[Supernet, Metrics], None]
+
+
+def record(monkeypatch: pytest.MonkeyPatch, hook: Hook = lambda unit, metrics: None) -> dict[str, list[Metrics]]:
+    """Return the metrics that each unit reports from now on, which `hook` gets before."""
+    reported: dict[str, list[Metrics]] = {}
+    work = sweep.work
+
+    def recorded(context: Context, unit: Supernet) -> str:
+        def report(share: float, text: str, **metrics: float) -> None:
+            reported.setdefault(unit.name, []).append(metrics)
+            context.report(share, text, **metrics)
+            hook(unit, metrics)
+
+        return work(replace(context, report=report), unit)
+
+    monkeypatch.setattr(sweep, "work", recorded)
+    return reported
 
 
 def mean_over_fixed(store: RunStore, unit: str) -> float:
@@ -133,105 +138,84 @@ def files(store: RunStore) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in store.path.rglob("*") if file.is_file() and file.name != ".lock"}
 
 
-def work_with_played_accuracies(context: Context, unit: Unit) -> str:
-    """The real work, that reports a lower accuracy the higher alpha is."""
-
-    def report(share: float, text: str, **metrics: float) -> None:
-        context.report(share, text, **{**metrics, "supernet_accuracy": 1 - unit.arguments["alpha"] / 10})
-
-    return real_work(replace(context, report=report), unit)
-
-
-real_work = sweep.work
-
-
-def test_asha_stops_the_worst_and_a_plain_sweep_continues_them(
-    prepared: RunStore, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_metric_of_a_unit_is_what_the_search_finds(
+    prepared: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = copy_of(prepared, tmp_path / "run")
-    names = [unit.name for unit in sweep.plan(store)]  # alpha 0, 2 and 8, one after the other: each has two cores
-    monkeypatch.setattr(sweep, "work", work_with_played_accuracies)
-    told = do(store, scheduler="asha")
-    trials = store.read_table("alpha_trials")
-    assert trials["unit"].tolist() == names
-    assert trials["status"].tolist() == ["completed", "stopped", "stopped"]
-    assert trials["epochs"].tolist() == [NUM_EPOCHS, 2, 2]  # none within the reconstruction
-    assert trials["supernet_accuracy"].tolist() == pytest.approx([1.0, 0.8, 0.2])
-    assert [[row["trial_epoch"] for row in results(store)[name]][:5] for name in names] == [
-        [1, 2, 3, 4, 5],
-        [1, 2],
-        [1, 2],
-    ]
-    assert sweep.finished(store) == {names[0]}
-    assert "2 of 3 stopped early, and not compared" in told
+    reported = record(monkeypatch)
+    do(store)
+    names = [unit.name for unit in sweep.plan(Run(store))]
+    assert list(reported) == names and len(names) == 3
+    table = store.read_table("alpha_sweep")
+    validations = store.read_table("validations").set_index("configuration")
+    for name, alpha in zip(names, (0.0, 2.0, 8.0), strict=True):
+        assert [metrics["trial_epoch"] for metrics in reported[name]] == [1, 2, 3, 4, 5]
+        assert reported[name][-1]["supernet_accuracy"] == pytest.approx(mean_over_fixed(store, name), abs=1 / 120)
+        rows = table[table["alpha"] == alpha].set_index("configuration")
+        assert set(rows.index) == {"1", "16"}
+        assert rows["supernet_accuracy"].mean() == pytest.approx(mean_over_fixed(store, name))
+        for configuration, row in rows.iterrows():
+            assert row["fixed_accuracy"] == validations.loc[configuration, "val_accuracy"]
+            assert row["difference"] == pytest.approx(row["supernet_accuracy"] - row["fixed_accuracy"])
 
     before = files(store)
-    again = do(store, scheduler="asha")
-    assert "sweep-alpha: 3 units, 3 done already" in again
+    assert "sweep-alpha: 3 units, 3 done already" in do(store)
     assert files(store) == before
+
+
+def test_a_supernet_that_fails_is_named_the_others_are_compared_and_it_goes_on_from_its_epoch(
+    prepared: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copy_of(prepared, tmp_path / "run")
+    names = [unit.name for unit in sweep.plan(Run(store))]
+
+    def diverge(unit: Supernet, metrics: Metrics) -> None:
+        if unit.alpha == 2.0 and metrics["trial_epoch"] == 2:
+            raise DivergedError("the loss is not finite")
+
+    record(monkeypatch, diverge)
+    failure = rf"sweep-alpha: 1 of 3 units did not end: {names[1]} .*the loss is not finite"
+    with pytest.raises(UnitsFailedError, match=failure):
+        do(store)
+    assert sweep.done(Run(store)) == {names[0], names[2]}
+    assert sorted(store.read_table("alpha_sweep")["alpha"].unique()) == [0.0, 8.0]
+    compared = files(store)
 
     monkeypatch.undo()
+    reported = record(monkeypatch)
     do(store)
-    assert sweep.finished(store) == set(names)
-    trials = store.read_table("alpha_trials").set_index("unit")
-    assert trials["status"].tolist() == ["completed"] * 3
-    continued = results(store)
-    assert set(continued) == set(names[1:])
-    for name in names[1:]:
-        assert [row["trial_epoch"] for row in continued[name]] == [3, 4, 5, 5]  # from the epoch at which it was stopped
-        assert trials.loc[name, "supernet_accuracy"] == pytest.approx(mean_over_fixed(store, name), abs=1 / 120)
+    assert sweep.done(Run(store)) == set(names)
+    assert list(reported) == [names[1]]
+    assert [metrics["trial_epoch"] for metrics in reported[names[1]]] == [3, 4, 5]  # from the epoch that was stored
+    assert reported[names[1]][-1]["supernet_accuracy"] == pytest.approx(mean_over_fixed(store, names[1]), abs=1 / 120)
+    tables = {file: written for file, written in compared.items() if file.parent.name in ("alpha_sweep", "history")}
+    assert files(store).items() >= tables.items()
 
 
-class Interrupts(Callback):
-    """Sends Ctrl-C to this process, as Tune catches it, once so many trials ended and another one has reported."""
-
-    def __init__(self, after: int) -> None:
-        self._after, self._ended = after, 0
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._ended += 1
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if self._ended == self._after and result["share"] < 1:
-            self._ended = -100
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_a_search_that_tune_ends_early_names_what_is_missing_and_goes_on_with_it(
-    prepared: RunStore, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_the_sweep_goes_on_with_what_is_missing(
+    prepared: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TUNE_DISABLE_SIGINT_HANDLER", "0")  # its own makes `fit` return as if all were done
-    store = copy_of(prepared, tmp_path / "run")
-    optuna = OptunaOptions(trials=3, alpha_low=0.5, alpha_high=6.0)
-    with pytest.raises(UnitsFailedError) as found:
-        do(store, [Interrupts(after=1)], optuna=optuna, scheduler="asha")
-    first = store.read_table("alpha_trials").set_index("trial")
-    ended = first[first["status"] != "proposed"]
-    missing = [number for number in range(3) if number not in ended.index]
-    assert missing  # Tune itself returned without an error
-    names = ", ".join(f"trial={number}" for number in missing)
-    assert f"{len(missing)} of 3 units did not end: {names} " in str(found.value)
-    assert "interrupted" in str(found.value)
-    assert set(first["status"]) <= {"proposed", "completed"}  # what Ctrl-C ended was not stopped by the scheduler
+    store, whole = copy_of(prepared, tmp_path / "run"), copy_of(prepared, tmp_path / "whole")
+    do(whole)
+    names = [unit.name for unit in sweep.plan(Run(store))]
 
-    do(store, optuna=optuna)
-    trials = store.read_table("alpha_trials").set_index("trial")
-    assert trials.index.tolist() == [0, 1, 2]
-    assert trials["status"].tolist() == ["completed"] * 3
-    proposed = ["unit", "alpha", "scaling", "seed"]
-    assert trials.loc[first.index, proposed].equals(first[proposed])
-    pd.testing.assert_frame_equal(trials.loc[ended.index], ended)
-    assert set(results(store)) == set(trials.loc[missing, "unit"])
-    assert trials["alpha"].between(0.5, 6).all()
+    def interrupt(unit: Supernet, metrics: Metrics) -> None:
+        if unit.alpha == 2.0 and metrics["trial_epoch"] == 4:
+            raise KeyboardInterrupt
 
-    before = files(store)
-    assert "3 units, 3 done already" in do(store, optuna=optuna)
-    assert files(store) == before
+    record(monkeypatch, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        do(store)
+    monkeypatch.undo()
+    reported = record(monkeypatch)
+    do(store)
+    epochs = {name: [metrics["trial_epoch"] for metrics in each] for name, each in reported.items()}
+    assert epochs == {names[1]: [5], names[2]: list(range(1, NUM_EPOCHS + 1))}
+    for table in ("alpha_sweep", "configurations"):
+        assert store.read_table(table).equals(whole.read_table(table))
 
 
-def test_a_wrong_scheduler_or_one_without_epochs_to_spare_is_refused(prepared: RunStore, tmp_path: Path) -> None:
-    with pytest.raises(InvalidValueError, match="'hyperband': must be one of none, asha"):
-        do(prepared, scheduler="hyperband")
-    short = RunStore.create(tmp_path / "run", prepared.experiment.override(["finetuning.epochs=1"]))
-    with pytest.raises(InvalidValueError, match="finetuning.epochs = 1"):
-        do(short, scheduler="asha")
+def test_a_sweep_over_nothing_says_so(prepared: RunStore, tmp_path: Path) -> None:
+    store = RunStore.create(tmp_path / "run", prepared.experiment.override(["sweep.alphas=[]"]))
+    assert "sweep-alpha: the experiment sweeps over nothing (sweep.alphas and sweep.scalings)" in do(store)
+    assert store.read_table("runs").empty

@@ -123,7 +123,7 @@ def test_damage_in_tables_that_no_stage_completes_is_found_by_the_next_command(
 
 
 class Stopped(StageProgress):
-    """Interrupts its stage, as Ctrl-C does, when a unit reports for the `number`-th time, or is the `number`-th done."""
+    """Interrupts its stage, as Ctrl-C does, at the `number`-th report of a unit, or when so many units are done."""
 
     def __init__(self, name: str, total: int, done: int, event: str, number: int) -> None:
         super().__init__(name, total, done)
@@ -151,9 +151,7 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int, done: int) -> Iterator[StageProgress]:
         stopped = name == self._stopped
-        yield (
-            Stopped(name, total, done, self._event, self._number) if stopped else StageProgress(name, total, done)
-        )
+        yield (Stopped(name, total, done, self._event, self._number) if stopped else StageProgress(name, total, done))
 
     def note(self, text: str) -> None:
         pass
