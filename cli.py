@@ -290,6 +290,22 @@ def status(run: str) -> None:
 
 @main.command()
 @click.argument("run", metavar="RUN")
+def check(run: str) -> None:
+    """Read every table and checkpoint of RUN whole, and delete the damaged ones: their stages make them anew.
+
+    A command checks what it uses itself; this one is for what nothing has used yet.
+
+    \b
+    Example:
+      gross check runs/quickstart
+    """
+    from pipelines.commands import checking
+
+    checking.check(run)
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
 @click.argument("table", metavar="TABLE")
 @click.option("--rows", type=click.IntRange(min=0), default=20, show_default=True, help="Rows to print; 0: all.")
 @click.option("--csv", is_flag=True, help="Print all rows as CSV.")

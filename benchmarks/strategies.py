@@ -26,8 +26,8 @@ import torch
 from gross_ray.models import build_model
 from gross_ray.run.store import read_table
 from gross_ray.search.budgeted import BudgetedSpace
-from gross_ray.search.cost import LayerCosts, layer_costs
 from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import LayerCosts, layer_costs
 from gross_ray.search.selection import supernet_accuracies
 from gross_ray.search.strategies import STRATEGIES, strategy
 from gross_ray.space import Configuration, SearchSpace

@@ -3,6 +3,8 @@
 Each kind takes one message and nothing else, so that it survives pickling on its way back from a worker.
 """
 
+import operator
+
 
 class GrossRayError(Exception):
     """Base of all errors that gross_ray raises on purpose."""
@@ -18,6 +20,10 @@ class DatasetError(GrossRayError):
 
 class RunFolderError(GrossRayError):
     """A run folder belongs to another experiment, is in use, or holds a damaged file."""
+
+
+class DamagedFileError(RunFolderError):
+    """A file of a run folder is damaged; where this process may repair the folder, the file was deleted."""
 
 
 class StorageError(GrossRayError):
@@ -42,6 +48,14 @@ class VersionMismatchError(GrossRayError):
 
 class UnitsFailedError(GrossRayError):
     """Some units of work did not end; all others are stored."""
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Return whether a value is a whole number of `least` or more; True, 2.0 and nan are none."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= least  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 def first_line(error: BaseException) -> str:

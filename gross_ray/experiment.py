@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,17 +110,18 @@ class Experiment:
         """Return every field by its dotted name, as `--set` writes it: ``training.epochs`` -> 100."""
         return dict(_flatten(self.to_dict(), ""))
 
-    def without_effect(self) -> list[str]:
-        """Return a line for each setting that changes nothing: milestones at which a training has ended."""
-        fields, lines = self.fields(), []
-        for name, milestones in fields.items():
-            place, _, last = name.rpartition(".")
-            if last != "milestones":
-                continue
-            epochs = fields[f"{place}.epochs"]
-            if late := [milestone for milestone in milestones if milestone >= epochs]:
-                lines.append(f"{name} = {milestones}: {epochs} epochs do not reach {', '.join(map(str, late))}")
-        return lines
+    def without_effect(self, *, device: str | None = None, num_images: int | None = None) -> list[str]:
+        """Return a line for each setting that changes nothing beside the other settings.
+
+        With `device` or `num_images`, instead for each that changes nothing on this device, or with so many training
+        images.
+        """
+        fields = self.fields()
+        if device is None and num_images is None:
+            return _without_effect(fields, Experiment().fields())
+        on_device = [] if device is None else _without_effect_on_device(fields, device)
+        on_images = [] if num_images is None else _without_effect_on_images(fields, num_images)
+        return on_device + on_images
 
     def fingerprint(self, *, weights: str = "", data: str = "") -> str:
         """Return 16 hexadecimal digits that are equal for equal experiments.
@@ -202,3 +204,94 @@ def _flatten(value: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, A
             yield from _flatten(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", inner
+
+
+_Fields = Mapping[str, Any]
+"""Every field of an experiment by its dotted name."""
+
+
+def _without_effect(fields: _Fields, defaults: _Fields) -> list[str]:
+    """Return a line for each setting that has no effect beside the others, whatever the images and the device.
+
+    A value that is the default of its field counts as not set, but for milestones.
+    """
+    changed = {name: value for name, value in fields.items() if value != defaults[name]}
+    return [
+        *_of_schedules(fields, changed),
+        *_of_base_network(fields, changed),
+        *_of_supernets(fields, changed),
+        *_of_decompositions(fields, changed),
+    ]
+
+
+def _without_effect_on_images(fields: _Fields, num_images: int) -> list[str]:
+    """Return a line for each setting that has no effect with so many training images."""
+    return [
+        f"{name} = {value}: the training split has {num_images} images, an epoch takes them all"
+        for name, value in fields.items()
+        if name.endswith(".images") and value > num_images
+    ]
+
+
+def _without_effect_on_device(fields: _Fields, device: str) -> list[str]:
+    """Return a line for each setting that has no effect on `device`, like cpu or cuda:0."""
+    if fields["engine.capture"] and not device.startswith("cuda"):
+        return [f"engine.capture = True: trainings are on {device}, and only a GPU has CUDA graphs"]
+    return []
+
+
+def _of_schedules(fields: _Fields, changed: _Fields) -> list[str]:
+    found = []
+    for place in (name.removesuffix(".milestones") for name in fields if name.endswith(".milestones")):
+        if place == "training" and fields["weights"]:
+            continue  # nothing of it has an effect
+        name, milestones, epochs = f"{place}.milestones", fields[f"{place}.milestones"], fields[f"{place}.epochs"]
+        gamma = f"{place}.gamma"
+        if late := [milestone for milestone in milestones if milestone >= epochs]:
+            found.append(f"{name} = {milestones}: {epochs} epochs do not reach {', '.join(map(str, late))}")
+        if fields[gamma] == 1 and len(late) < len(milestones):
+            found.append(f"{name} = {milestones}: {gamma} = 1 leaves the learning rate as it is")
+        if gamma in changed and len(late) == len(milestones):
+            found.append(f"{gamma} = {fields[gamma]}: no milestone is reached ({name})")
+    return found
+
+
+def _of_base_network(fields: _Fields, changed: _Fields) -> list[str]:
+    names = [name for name in changed if name.startswith("training.") and name != "training.seeds"]
+    if not fields["weights"] or not names:
+        return []
+    return [f"{', '.join(names)}: the base network has the weights {fields['weights']} and is not trained"]
+
+
+def _of_supernets(fields: _Fields, changed: _Fields) -> list[str]:
+    found = []
+    alphas, scalings = fields["sweep.alphas"], fields["sweep.scalings"]
+    one = "with alpha = 0 group-sizes are drawn uniformly in either scaling"
+    if "supernet.scaling" in changed and fields["supernet.alpha"] == 0:
+        found.append(f"supernet.scaling = {fields['supernet.scaling']!r}: {one}")
+    if not alphas or not scalings:
+        empty = "sweep.scalings" if alphas else "sweep.alphas"
+        ours = [name for name in changed if name.startswith("sweep.") and changed[name]]
+        found += [f"{name} = {changed[name]}: {empty} = [] means that there is no sweep" for name in ours]
+    elif "sweep.scalings" in changed and set(alphas) == {0}:
+        found.append(f"sweep.scalings = {scalings}: {one} (sweep.alphas = {alphas})")
+    together = fields["engine.parallel_seeds"]
+    if together > (most := _num_supernets(fields)):
+        found.append(f"engine.parallel_seeds = {together}: no stage trains more than {most} supernets")
+    return found
+
+
+def _num_supernets(fields: _Fields) -> int:
+    """Return how many supernets the stage that trains the most of them trains."""
+    kinds = {
+        (alpha, scaling if alpha else "") for alpha in fields["sweep.alphas"] for scaling in fields["sweep.scalings"]
+    }
+    return max(fields["supernet.seeds"], len(kinds) * fields["sweep.seeds"])
+
+
+def _of_decompositions(fields: _Fields, changed: _Fields) -> list[str]:
+    sizes, by_layer = fields["decomposition.group_sizes"], fields["decomposition.layer_group_sizes"]
+    single = len(sizes) == 1 and all("," not in text for text in by_layer)
+    if "decomposition.nested" in changed and single:
+        return [f"decomposition.nested = True: decomposition.group_sizes = {sizes} has no smaller size to start from"]
+    return []

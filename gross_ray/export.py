@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.errors import GrossRayError, InvalidValueError, first_line
 from gross_ray.nn.calls import output_of, zero_images
 from gross_ray.nn.modes import evaluating
@@ -131,15 +131,3 @@ FORMATS: dict[str, Callable[[nn.Module, str | Path, Sequence[int]], None]] = {
     ".safetensors": export_weights,
 }
 """What writes each format, by the file's ending."""
-
-
-@contextmanager
-def whole_or_not_at_all(path: str | Path) -> Iterator[Path]:
-    """Give a file to write beside `path`, of the same ending, which takes its place at the end."""
-    final = Path(path)
-    partial = final.with_name(f".partial-{final.name}")
-    try:
-        yield partial
-        os.replace(partial, final)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ class Configuration(tuple[int, ...]):
         return "-".join(str(size) for size in self)
 
     def __repr__(self) -> str:
-        return f"Configuration('{self}')"
+        return f"Configuration({tuple(self)!r})"
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
@@ -88,6 +88,9 @@ class SearchSpace(Sequence[Configuration]):
             raise InvalidValueError(
                 f"search space {dict(group_sizes)}: needs a layer, and positive whole group-sizes for each layer"
             )
+
+    def __repr__(self) -> str:
+        return f"SearchSpace({self.group_sizes!r})"
 
     @classmethod
     def of(cls, supernet: nn.Module) -> SearchSpace:

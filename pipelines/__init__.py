@@ -1,1 +1,14 @@
-"""The stages on Ray: the only place that knows it."""
+"""What is done, and by whom: stages, executors, commands."""
+
+import os
+import sys
+from pathlib import Path
+
+# A project of one's own may have a folder `pipelines` too: its modules are found behind ours (gross_ray.own_code).
+# Another checkout of this package is no such folder.
+for _place in (*sys.path, os.getcwd()):
+    _folder = Path(_place, "pipelines").absolute()
+    if str(_folder) not in __path__ and _folder.is_dir():
+        _first = _folder / "__init__.py"
+        if not _first.is_file() or not _first.read_text(encoding="utf-8").startswith(f'"""{__doc__}"""'):
+            __path__.append(str(_folder))

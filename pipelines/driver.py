@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
-from gross_ray.errors import UnitsFailedError
+from gross_ray.data.names import WITH_FILES
+from gross_ray.errors import DamagedFileError, UnitsFailedError
 from gross_ray.experiment import DataOptions
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import fingerprint, pin
@@ -31,6 +32,8 @@ from pipelines.nodes import NodeKind
 from pipelines.resources import Resources
 from pipelines.units import Group, Job, grouped, pack_splits
 from pipelines.watching import StageProgress
+
+Result = TypeVar("Result")
 
 _MEASURE = "measure again with `gross latency`"
 _AFTER_DAMAGE = {"runs": "that start is on record no more", "latencies": _MEASURE, "latency_models": _MEASURE}
@@ -62,6 +65,14 @@ class DataSource:
         """Return the images; those that were loaded last are kept until `forget`. Raises as `load_dataset` does."""
         return _loaded(options, self.root, self.download)
 
+    def without_effect(self, name: str) -> list[str]:
+        """Return a line for each option that has no effect on the dataset of this name."""
+        if name in WITH_FILES:
+            return []
+        set_ = {"--data-root": self.root, "--download": self.download}
+        files = "only " + " and ".join(WITH_FILES) + " have files there"
+        return [f"{option} for the dataset {name}: {files}" for option, value in set_.items() if value]
+
     @staticmethod
     def forget() -> None:
         """Drop the images."""
@@ -88,6 +99,24 @@ def locked(store: RunStore, progress: Progress) -> Iterator[None]:
         store.remove_leftovers()
         report_damage(store, progress)
         yield
+
+
+def redone_after_damage(session: Session, work: Callable[[], Result]) -> Result:
+    """Do work, and again each time that it finds damaged files, which are deleted then; return what it returns.
+
+    Raises DamagedFileError for a file that is damaged again, and for one of another run folder.
+    """
+    store, before = session.run.store, set[str]()
+    while True:
+        try:
+            return work()
+        except DamagedFileError:
+            found = set(store.damaged)
+            if not found - before:
+                raise
+            before |= found
+            session.report_damage()
+            session.run.changed()
 
 
 class _Place(Protocol):
@@ -206,6 +235,10 @@ class Session:
         """Show one line."""
         self._progress.note(text)
 
+    def report_damage(self) -> None:
+        """Name the damaged files that were deleted since this was called last, and what follows."""
+        report_damage(self.run.store, self._progress)
+
     def threads(self, kind: str, num_equal: int | None) -> int:
         """Return the CPU threads of units of a kind (`settled_threads`)."""
         return settled_threads(self.run.store, kind, num_equal, self.capacity)
@@ -217,7 +250,7 @@ class Session:
         """
         names = [unit.name for unit in job.units]
         stored = job.done() & set(names)
-        report_damage(self.run.store, self._progress)
+        self.report_damage()
         todo = [unit for unit in job.units if unit.name not in stored]
         groups = todo if job.together is None else grouped(todo, job.together)
         with self._progress.stage(job.stage, len(stored) + len(groups), len(stored)) as progress:
@@ -263,6 +296,9 @@ class Session:
             else:
                 self._joined = _OnRay(self.run, splits, self._resources, self._callbacks)
                 self._source.forget()
+            device = self._joined.capacity.device
+            for line in (*self.run.experiment.without_effect(device=device), *self._resources.without_effect(device)):
+                self.note(f"without effect: {line}")
             self._record_start(self._joined.capacity)
         return self._joined
 
@@ -284,7 +320,7 @@ class Session:
         self.run.store.write_table("runs", started.strftime("%Y%m%dT%H%M%S.%f"), [row])
 
     def _close(self) -> None:
-        report_damage(self.run.store, self._progress)  # found since the last stage began
+        self.report_damage()  # found since the last stage began
         if self._joined is not None:
             self._joined.close()
             self._joined = None

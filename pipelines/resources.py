@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, is_whole
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -28,10 +29,10 @@ class Resources:
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise InvalidValueError(f"device = {self.device!r}: must be one of {', '.join(DEVICES)}")
-        if self.num_cpus is not None and self.num_cpus < 1:
+        if self.num_cpus is not None and not is_whole(self.num_cpus, 1):
             raise InvalidValueError(f"num_cpus = {self.num_cpus}: must be 1 or more")
-        if self.gpus_per_unit <= 0:
-            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0")
+        if not 0 < self.gpus_per_unit < math.inf:  # this refuses nan too
+            raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0, and finite")
         if self.gpus_per_unit > 1 and not float(self.gpus_per_unit).is_integer():
             raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be a whole number above 1")
         if self.num_cpus is not None and self.joined_address is not None:
@@ -39,6 +40,12 @@ class Resources:
                 f"num_cpus = {self.num_cpus} with the running cluster {self.joined_address}: "
                 "it has the cores it was started with; leave one of the two out"
             )
+
+    def without_effect(self, device: str) -> list[str]:
+        """Return a line for each of these that has no effect where units are done on `device`."""
+        if device.startswith("cuda") or self.gpus_per_unit == Resources.gpus_per_unit:
+            return []
+        return [f"--gpus-per-unit {self.gpus_per_unit:g}: units are done on {device}"]
 
     @property
     def joined_address(self) -> str | None:

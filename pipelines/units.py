@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import SPLITS
 from gross_ray.data.normalisation import Normalisation
-from gross_ray.errors import MissingStageError
+from gross_ray.errors import DamagedFileError, MissingStageError
 from gross_ray.run.opened import Run
 from gross_ray.run.store import UNDER_WAY, RunStore
 
@@ -147,9 +148,10 @@ class EpochSlot:
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return what was saved last, or None."""
-        if not self.store.has_checkpoint(self._stage, self.unit):
-            return None
-        return self.store.load_checkpoint(self._stage, self.unit)
+        if self.store.has_checkpoint(self._stage, self.unit):
+            with suppress(DamagedFileError):  # deleted by now: the training starts from its beginning
+                return self.store.load_checkpoint(self._stage, self.unit)
+        return None
 
     def save(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         """Replace what was saved, atomically."""

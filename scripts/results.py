@@ -59,10 +59,9 @@ def keep(run: Path, name: str, **about: str) -> None:
     for table in TABLES:
         units = store.units(table)
         if units:
-            (kept.path / "tables" / table).mkdir(parents=True)
             files = [run / "tables" / table / f"{unit}.parquet" for unit in units]
             whole = pq.ParquetDataset(files, partitioning=None).read()
-            pq.write_table(whole, kept.path / "tables" / table / "all.parquet", write_page_checksum=True)
+            kept.write_arrow(table, "all", whole)
     (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 2**20:.2f} MiB")
 

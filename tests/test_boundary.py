@@ -17,7 +17,7 @@ ROOT = Path(gross_ray.__file__).parents[1]
 
 LAYERS = (
     ("gross_ray.errors",),
-    ("gross_ray.fields", "gross_ray.model_names", "gross_ray.own_code", "gross_ray.seeds"),
+    ("gross_ray.atomic", "gross_ray.fields", "gross_ray.model_names", "gross_ray.own_code", "gross_ray.seeds"),
     ("gross_ray.space", "gross_ray.data", "gross_ray.models", "gross_ray.weights"),
     ("gross_ray.nn", "gross_ray.btd"),
     ("gross_ray.supernet",),

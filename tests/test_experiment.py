@@ -22,6 +22,7 @@ from gross_ray.experiment import (
     ValidationOptions,
 )
 from gross_ray.presets import PRESETS, preset
+from gross_ray.training.sampling import sampling_probabilities
 
 FIELDS = Experiment().fields()
 # Another lawful value for every kind of field. 0.0 and -0.0, 1 and 1.0 are equal: their fingerprints must be so too.
@@ -130,11 +131,16 @@ def test_values_out_of_range_are_refused_by_name_and_rule(name: str, text: str, 
     assert rule in message
 
 
-@pytest.mark.parametrize("stacked", ["engine.parallel_seeds=2", "engine.compile=true"])
+@pytest.mark.parametrize("stacked", ["engine.parallel_seeds=2", "engine.compile=true", "engine.capture=true"])
 def test_stacks_in_bfloat16_are_refused(stacked: str) -> None:
     with pytest.raises(InvalidValueError) as refused_:
         preset("quickstart").override([stacked, "engine.precision=bfloat16"])
-    assert str(refused_.value).startswith("engine.precision = 'bfloat16': must be float32 or tf32 with engine.")
+    message, name = str(refused_.value), stacked.partition("=")[0]
+    assert message.startswith(f"engine.precision = 'bfloat16': must be float32 or tf32 with {name} = ")
+    assert f"set {name}=" in message
+    assert "\n" not in message
+    remedy = message.partition("set ")[2].partition(",")[0]
+    assert preset("quickstart").override([stacked, "engine.precision=bfloat16", remedy]).engine.precision == "bfloat16"
 
 
 def test_unknown_model_lists_those_there_are() -> None:
@@ -321,6 +327,67 @@ def test_milestones_that_no_epoch_reaches_are_without_effect() -> None:
     ]
     schedule = preset("paper").override(settings).finetuning
     assert schedule.lr_at(28) > schedule.lr_at(29)
+
+
+@pytest.mark.parametrize(
+    ("settings", "started", "but_not"),
+    [
+        (["finetuning.gamma=0.5", "finetuning.milestones=[]"], ["finetuning.gamma = 0.5"], "finetuning.milestones=[9]"),
+        (["training.gamma=1"], ["training.milestones = [50, 75]"], "training.gamma=0.5"),
+        (["supernet.scaling=index"], ["supernet.scaling = 'index'"], "supernet.alpha=1"),
+        (["sweep.scalings=index", "sweep.alphas=0"], ["sweep.scalings = ['index']"], "sweep.alphas=[0, 1]"),
+        (
+            ["sweep.alphas=[]", "sweep.seeds=3", "sweep.scalings=index"],
+            ["sweep.scalings = ['index']", "sweep.seeds = 3"],
+            "sweep.alphas=[0, 1]",
+        ),
+        (
+            ["sweep.scalings=[]", "sweep.alphas=[1]"],
+            ["sweep.alphas = [1.0]"],
+            "sweep.scalings=index",
+        ),
+        (
+            ["engine.parallel_seeds=6", "supernet.seeds=5", "sweep.alphas=[0]", "sweep.seeds=2"],
+            ["engine.parallel_seeds = 6"],
+            "sweep.seeds=6",
+        ),
+        (
+            ["weights=a.pt", "training.seeds=1", "training.epochs=3", "training.lr=0.5", "training.milestones=[9]"],
+            ["training.epochs, training.lr, training.milestones: the base network has the weights a.pt"],
+            "weights=",
+        ),
+        (
+            ["decomposition.nested=true", "decomposition.group_sizes=4"],
+            ["decomposition.nested = True"],
+            "decomposition.group_sizes=[4, 8]",
+        ),
+    ],
+)
+def test_a_setting_that_others_cancel_is_without_effect(settings: list[str], started: list[str], but_not: str) -> None:
+    found = Experiment().override(settings).without_effect()
+    assert len(found) == len(started)
+    for line, start in zip(found, started, strict=True):
+        assert line.startswith(start)
+        assert "\n" not in line
+    other = Experiment().override([*settings, but_not]).without_effect()
+    assert not set(other) & set(found)
+
+
+def test_both_scalings_draw_alike_where_one_is_said_to_have_no_effect() -> None:
+    for line_expected, alpha in ((True, 0.0), (False, 1.0)):
+        experiment = Experiment().override(["supernet.scaling=index", f"supernet.alpha={alpha}"])
+        index, other = (sampling_probabilities(4, alpha, scaling=scaling) for scaling in ("index", "normalised"))
+        assert bool(experiment.without_effect()) == line_expected == bool(index.equal(other))
+
+
+def test_what_has_no_effect_on_a_device_or_with_so_many_images_is_told() -> None:
+    experiment = Experiment().override(["engine.capture=true", "finetuning.images=100"])
+    assert experiment.without_effect() == []
+    assert experiment.without_effect(device="cuda:0", num_images=100) == []
+    (line,) = experiment.without_effect(device="cpu")
+    assert line.startswith("engine.capture = True: trainings are on cpu")
+    (line,) = experiment.without_effect(num_images=99)
+    assert line.startswith("finetuning.images = 100: the training split has 99 images")
 
 
 @pytest.mark.parametrize("name", PRESETS)

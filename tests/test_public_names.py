@@ -116,7 +116,7 @@ def test_the_check_of_signatures_can_fail() -> None:
 
 def test_sampling_scales_in_one_of_the_two_ways() -> None:
     default = inspect.signature(gross_ray.sampling_probabilities).parameters["scaling"].default
-    assert default in ("index", "normalised")
+    assert default == "normalised"
 
 
 def imports_for_type_checkers() -> dict[str, str]:

@@ -104,7 +104,9 @@ def test_text_and_pickle_give_the_configuration_back(sizes: list[int]) -> None:
     configuration = Configuration(sizes)
     assert Configuration.parse(str(configuration)) == configuration
     assert str(configuration).split("-") == [str(size) for size in sizes]
-    assert str(configuration) in repr(configuration)
+    assert eval(repr(configuration)) == configuration  # noqa: S307
+    space = SearchSpace({"a": sizes, "b": [1]})
+    assert eval(repr(space)).group_sizes == space.group_sizes
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         loaded = pickle.loads(pickle.dumps(configuration, protocol))
         assert type(loaded) is Configuration

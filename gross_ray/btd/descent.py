@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gross_ray.btd.block_terms import BTDStatus
-from gross_ray.btd.term_fit import Factors, Point, TermFit
+from gross_ray.btd.term_fit import Factors, Point, TermFit, member_product
 
 RIDGE_STAGES = (0.3, 0.1, 0.03, 0.01)
 """Ridges of the first stages."""
@@ -60,36 +60,37 @@ def descend(
     *,
     ridge: float,
     tolerance: float,
-    max_steps: int,
+    max_steps: int | Sequence[int],
     warm: Sequence[bool] | None = None,
     on_step: OnStep | None = None,
 ) -> list[Outcome]:
     """Lower J for every member of `fit`, and return one outcome for each.
 
     The ridge of the last stage is `ridge` times the squared error at its begin. A member has converged when `WINDOW`
-    steps of it lowered sqrt(J) by less than `tolerance` each, on average. `warm` members are in the last stage from
-    their first step. `on_step` is called with each step's number and the lowest sqrt(J) so far, at the ridge of its
-    step: it never rises.
+    steps of it lowered sqrt(J) by less than `tolerance` each, on average. `max_steps` (1 or more) limits every member,
+    or has a limit for each. `warm` members are in the last stage from their first step. `on_step` is called with each
+    step's number and the lowest sqrt(J) so far, at the ridge of its step: it never rises.
     """
-    descent = _Descent(fit, factors, ridge, warm or [False] * len(factors.core))
+    members = len(factors.core)
+    most = torch.tensor([max_steps] * members if isinstance(max_steps, int) else list(max_steps))
+    descent = _Descent(fit, factors, ridge, warm or [False] * members)
     outcomes: dict[int, Outcome] = {}
     lowest = float("inf")
-    for step in range(1, max_steps + 1):
+    while len(outcomes) < members:
         descent.step()
         if on_step is not None:
             lowest = min(lowest, float(descent.objective.min().sqrt()))
-            on_step(step, lowest)
+            on_step(descent.steps, lowest)
         settled = descent.settled(tolerance)
-        ended = settled & descent.in_last_stage()
+        converged = settled & descent.in_last_stage()
         descent.next_stage(settled)
-        outcomes |= descent.outcomes(ended, BTDStatus.CONVERGED)
-        if ended.all():
-            break
-        if ended.any():
+        ended = converged | (most <= descent.steps)
+        outcomes |= descent.outcomes(converged, BTDStatus.CONVERGED)
+        outcomes |= descent.outcomes(ended & ~converged, BTDStatus.MAX_STEPS)
+        if ended.any() and not ended.all():
             descent.keep(~ended)
-    else:
-        outcomes |= descent.outcomes(torch.ones(len(descent.objective), dtype=torch.bool), BTDStatus.MAX_STEPS)
-    return [outcomes[number] for number in range(len(factors.core))]
+            most = most[~ended]
+    return [outcomes[number] for number in range(members)]
 
 
 class _Descent:
@@ -199,11 +200,12 @@ def _search(
 ) -> tuple[Point, Tensor, Tensor]:
     """Return the first point along each direction that lowers J enough, its J and its length: 0 where there is none."""
     length = torch.ones_like(slope)
+    enough = torch.zeros_like(slope, dtype=torch.bool)
     noise = 4 * torch.finfo(slope.dtype).eps * objective
     after = fit.move(point, direction)
     for _ in range(HALVINGS):
         reached = after.objective(ridge)
-        enough = reached <= objective + 2 * SUFFICIENT * length * slope + noise
+        enough |= reached <= objective + 2 * SUFFICIENT * length * slope + noise
         if enough.all():
             return after, reached, length
         # The lowest point of the parabola through what is known, if it is a sensible shortening.
@@ -211,7 +213,7 @@ def _search(
         shorter = torch.maximum(torch.minimum(promised.nan_to_num(0.0), 0.5 * length), 0.1 * length)
         length = torch.where(enough, length, shorter)
         after = fit.move(point, direction, length)
-    length = torch.where(after.objective(ridge) <= objective, length, torch.zeros_like(length))
+    length = torch.where(enough | (after.objective(ridge) <= objective), length, torch.zeros_like(length))
     after = fit.move(point, direction, length)
     return after, after.objective(ridge), length
 
@@ -233,7 +235,8 @@ class _Memory:
         """Return minus the inverse Hessian's estimate times the gradient."""
         if not self._count:
             return -gradient
-        with_gradient = torch.cat([self._vectors @ gradient[:, :, None], gradient.square().sum(1)[:, None, None]], 1)
+        products = member_product(self._vectors, gradient[:, :, None])
+        with_gradient = torch.cat([products, gradient.square().sum(1)[:, None, None]], 1)
         self._products[:, -1] = self._products[:, :, -1] = with_gradient[..., 0].cpu().numpy()
         coefficients = np.zeros(self._products.shape[:2])
         coefficients[:, -1] = 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, is_whole
 
 PRECISIONS = ("auto", "float64", "float32")
 
@@ -35,10 +36,10 @@ class BTDOptions:
 
     def __post_init__(self) -> None:
         rules = (
-            (self.tolerance >= 0, "tolerance", "must be 0 or more"),
-            (self.max_steps >= 1, "max_steps", "must be 1 or more"),
-            (self.restarts >= 0, "restarts", "must be 0 (chosen by the weight's size) or more"),
-            (self.ridge >= 0, "ridge", "must be 0.0 (none) or more"),
+            (0 <= self.tolerance < math.inf, "tolerance", "must be 0 or more, and finite"),
+            (is_whole(self.max_steps, 1), "max_steps", "must be 1 or more, a whole number"),
+            (is_whole(self.restarts, 0), "restarts", "must be 0 (chosen by the weight's size) or more"),
+            (0 <= self.ridge < math.inf, "ridge", "must be 0.0 (none) or more, and finite"),
             (self.init in ("greedy", "random"), "init", "must be 'greedy' or 'random'"),
             (self.precision in PRECISIONS, "precision", f"must be one of {', '.join(PRECISIONS)}"),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
@@ -80,7 +81,9 @@ def block_term_decompositions(
     """Decompose several weights of one shape in one pass: the results of `block_term_decomposition`, to rounding.
 
     `starts` and `seeds` have one entry for each weight (default: no start, seed 0). Faster than one by one where the
-    weights are small or the device is a GPU. Raises InvalidValueError also where the weights' shapes differ.
+    weights are small or the device is a GPU. The result for a weight does not depend on the other weights: `max_steps`
+    limits each start of each weight on its own. `on_step` counts the steps of the whole pass. Raises InvalidValueError
+    also where the weights' shapes differ.
     """
     starts = starts or [None] * len(weights)
     seeds = seeds or [0] * len(weights)
@@ -148,25 +151,24 @@ def _solve(
             single.terms(single.single_term(), norm, 0, BTDStatus.CONVERGED, kernel)
             for single, norm in zip(singles, norms, strict=True)
         ]
-    given = any(start is not None for start in starts)
-    restarts = options.restarts or (1 if given else default_restarts(weights[0]))
-    weight_of = [place for place in range(len(weights)) for _ in range(restarts)]
-    generators = [
-        generator for seed in seeds for generator in [torch.Generator().manual_seed(seed)] for _ in range(restarts)
-    ]
+    restarts = [options.restarts or (default_restarts(weights[0]) if start is None else 1) for start in starts]
+    first = [0, *accumulate(restarts)]  # the place of each weight's first start; those of the last weight end the list
+    weight_of = [place for place, count in enumerate(restarts) for _ in range(count)]
+    own = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [own[place] for place in weight_of]
     fit = TermFit(weights, group_size, weight_of)
     factors = fit.greedy_start(generators) if options.init == "greedy" else fit.random_start(generators)
     expanded = [None if start is None else start.expand(group_size) for start in starts]
     warm = [False] * len(weight_of)
     for place, terms in enumerate(expanded):
         if terms is not None:
-            warm[place * restarts] = True
+            warm[first[place]] = True
             for part, ours in zip(factors, singles[place].from_terms(terms, norms[place]), strict=True):
-                part[place * restarts] = ours[0]
+                part[first[place]] = ours[0]
     outcomes = _descend(weights, group_size, weight_of, factors, warm, options, on_step)
     results = []
     for place, (single, norm) in enumerate(zip(singles, norms, strict=True)):
-        tried = outcomes[place * restarts : (place + 1) * restarts]
+        tried = outcomes[first[place] : first[place + 1]]
         best = min(tried, key=lambda outcome: outcome.squared_error)
         terms = single.terms(best.factors, norm, best.steps, best.status, kernel)
         before = expanded[place]
@@ -187,61 +189,66 @@ def _descend(
     options: BTDOptions,
     on_step: OnStep | None,
 ) -> list[Outcome]:
-    """Run all descents, in the chosen precision, and again from where they ended with a higher ridge if degenerate."""
-    outcomes: list[Outcome] = []
+    """Run all descents in the chosen precision, then descend again with a higher ridge from those that are degenerate.
+
+    Each descent may take `max_steps` in all, whatever the others take.
+    """
+    outcomes = [
+        Outcome(factors.select(slice(i, i + 1)), float("inf"), options.ridge, 0, BTDStatus.MAX_STEPS)
+        for i in range(len(weight_of))
+    ]
+    on_step = None if on_step is None else _numbered(on_step)
     precision = default_precision(weights[0]) if options.precision == "auto" else options.precision
     if precision == "float32":
-        rough = Factors(*(part.float() for part in factors))
-        outcomes = _continue(weights.float(), group_size, weight_of, rough, warm, options, on_step, 0)
-        found = Factors(*(torch.cat(parts).double() for parts in zip(*(one.factors for one in outcomes), strict=True)))
-        factors, warm = orthonormalised(found), [True] * len(weight_of)
-        if _taken(outcomes) == options.max_steps:
-            return [replace(one, factors=factors.select(slice(i, i + 1))) for i, one in enumerate(outcomes)]
-    outcomes = _continue(weights, group_size, weight_of, factors, warm, options, on_step, _taken(outcomes))
+        rough = [replace(one, factors=Factors(*(part.float() for part in one.factors))) for one in outcomes]
+        rough = _continue(weights.float(), group_size, weight_of, rough, warm, options, on_step)
+        outcomes = [
+            replace(one, factors=orthonormalised(Factors(*(part.double() for part in one.factors)))) for one in rough
+        ]
+        warm = [True] * len(weight_of)
+    chosen: Sequence[int] = range(len(weight_of))
     ridge = options.ridge
-    while ridge > 0:
-        ridge *= RIDGE_RAISE
-        places = [place for place, one in enumerate(outcomes) if float(one.factors.core.norm()) > MAX_CANCELLATION]
-        taken = _taken([outcomes[place] for place in places])
-        if not places or taken >= options.max_steps:
-            break
+    while chosen := [place for place in chosen if outcomes[place].steps < options.max_steps]:
         again = _continue(
             weights,
             group_size,
-            [weight_of[place] for place in places],
-            Factors(*(torch.cat(parts) for parts in zip(*(outcomes[place].factors for place in places), strict=True))),
-            [True] * len(places),
+            [weight_of[place] for place in chosen],
+            [outcomes[place] for place in chosen],
+            [warm[place] for place in chosen],
             replace(options, ridge=ridge),
             on_step,
-            taken,
         )
-        for place, outcome in zip(places, again, strict=True):
+        for place, outcome in zip(chosen, again, strict=True):
             outcomes[place] = outcome
+        ridge, warm = ridge * RIDGE_RAISE, [True] * len(weight_of)
+        degenerate = [place for place in chosen if float(outcomes[place].factors.core.norm()) > MAX_CANCELLATION]
+        chosen = degenerate if ridge > 0 else []
     return outcomes
 
 
-def _taken(outcomes: Sequence[Outcome]) -> int:
-    return max((outcome.steps for outcome in outcomes), default=0)
+def _numbered(on_step: OnStep) -> OnStep:
+    """Return a callback that numbers the steps of several descents, one after the other, from 1."""
+    numbers = count(1)
+    return lambda _, value: on_step(next(numbers), value)
 
 
 def _continue(
     weights: Tensor,
     group_size: int,
     weight_of: Sequence[int],
-    factors: Factors,
+    outcomes: Sequence[Outcome],
     warm: Sequence[bool],
     options: BTDOptions,
     on_step: OnStep | None,
-    taken: int,
 ) -> list[Outcome]:
-    """Descend with the steps that are left; the outcomes' steps and those of `on_step` count all."""
-    outcomes = descend(
+    """Descend from where each outcome ended, with the steps that it has left; the new outcomes' steps count all."""
+    again = descend(
         TermFit(weights, group_size, weight_of),
-        factors,
+        Factors(*(torch.cat(parts) for parts in zip(*(one.factors for one in outcomes), strict=True))),
         ridge=options.ridge,
         tolerance=options.tolerance,
-        max_steps=options.max_steps - taken,
+        max_steps=[options.max_steps - one.steps for one in outcomes],
         warm=warm,
-        on_step=None if on_step is None else lambda step, value: on_step(taken + step, value),
+        on_step=on_step,
     )
-    return [replace(outcome, steps=outcome.steps + taken) for outcome in outcomes]
+    return [replace(new, steps=old.steps + new.steps) for old, new in zip(outcomes, again, strict=True)]

@@ -184,11 +184,12 @@ class TermFit:
         for term in range(self.groups):
             into, out = factor_in[:, term].mT, factor_out[:, term].mT
             for _ in range(GREEDY_ITERATIONS):
-                seen_out = (rest.view(members, -1, self.out_channels) @ out).view(members, self.in_channels, -1)
-                into = torch.linalg.qr(seen_out @ (seen_out.mT @ into))[0]
-                seen_in = (into.mT @ rest).view(members, -1, self.out_channels)
-                out = torch.linalg.qr(seen_in.mT @ (seen_in @ out))[0]
-            core[:, term] = (into.mT @ rest).view(members, -1, self.out_channels) @ out
+                seen_out = member_product(rest.view(members, -1, self.out_channels), out)
+                seen_out = seen_out.view(members, self.in_channels, -1)
+                into = torch.linalg.qr(member_product(seen_out, member_product(seen_out.mT, into)))[0]
+                seen_in = member_product(into.mT, rest).view(members, -1, self.out_channels)
+                out = torch.linalg.qr(member_product(seen_in.mT, member_product(seen_in, out)))[0]
+            core[:, term] = member_product(member_product(into.mT, rest).view(members, -1, self.out_channels), out)
             factor_in[:, term], factor_out[:, term] = into.mT, out.mT
             rest = torch.baddbmm(rest, into, (core[:, term] @ out.mT).view(members, self.rank_in, -1), alpha=-1)
         return Factors(factor_in, factor_out, core)
@@ -241,9 +242,11 @@ class TermFit:
         return factor_in.view(len(factor_in), self.in_channels, self.in_channels)
 
     def _parts(self, vector: Tensor) -> list[Tensor]:
+        """Return a vector's parts, contiguous: a product's bits depend on how its factors lie in memory."""
         sizes = [math.prod(shape) for shape in self._shapes]
         return [
-            part.view(len(vector), *shape) for part, shape in zip(vector.split(sizes, 1), self._shapes, strict=True)
+            part.contiguous().view(len(vector), *shape)
+            for part, shape in zip(vector.split(sizes, 1), self._shapes, strict=True)
         ]
 
     def _vector(self, along_in: Tensor, along_out: Tensor, along_core: Tensor) -> Tensor:
@@ -266,6 +269,19 @@ def orthonormalised(factors: Factors) -> Factors:
     core = factors.core.unflatten(2, (factor_in.shape[-1], -1))
     core = torch.einsum("nrxa,nrakb,nryb->nrxky", upper_in, core, upper_out)
     return Factors(factor_in.mT.contiguous(), factor_out.mT.contiguous(), core.flatten(2, 3))
+
+
+def member_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right for each member, (n, p, q) and (n, q, s), with the same bits for any number of members.
+
+    torch multiplies a matrix by a single row or column with another routine if there is one member only, and rounds
+    differently: here a single row or column is doubled first.
+    """
+    row, column = left.shape[1] == 1, right.shape[2] == 1
+    left = left.expand(-1, 2, -1) if row else left
+    right = right.expand(-1, -1, 2) if column else right
+    product = torch.bmm(left, right)
+    return product[:, : 1 if row else None, : 1 if column else None]
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

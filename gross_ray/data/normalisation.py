@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,8 @@ class Normalisation:
                 raise InvalidValueError(f"{name} = {getattr(self, name)}: {rule}")
         if not all(0 <= mean <= 1 for mean in self.mean):
             raise InvalidValueError(f"mean = {self.mean}: must be from 0 (black) to 1 (white)")
-        if min(self.std) <= 0:
-            raise InvalidValueError(f"std = {self.std}: must be above 0")
+        if not all(0 < deviation < math.inf for deviation in self.std):  # this refuses nan too
+            raise InvalidValueError(f"std = {self.std}: must be above 0, and finite")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return uint8 images (N, 3, H, W) normalised: of the same shape, float32, on the same device."""

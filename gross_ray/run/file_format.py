@@ -23,13 +23,14 @@ _CHECKSUM = "gross_ray.crc32"
 _NO_SUM, _SUM = b"gross_ray crc32=00000000", b"gross_ray crc32=%08x"
 
 
-class DamagedFileError(Exception):
+class DamagedContentError(Exception):
     """The content of a stored file is damaged. `RunStore` catches it and reports the file's name."""
 
 
 def unit_file(arrow: pa.Table) -> memoryview:
     """Return a Parquet file with a checksum of the whole: Parquet's own ones leave out what says how to read it."""
-    sink = pa.BufferOutputStream()
+    metadata = {key: value for key, value in (arrow.schema.metadata or {}).items() if key != _CHECKSUM.encode()}
+    arrow, sink = arrow.replace_schema_metadata(metadata), pa.BufferOutputStream()
     with pq.ParquetWriter(sink, arrow.schema, write_page_checksum=True) as writer:
         writer.write_table(arrow)
         writer.add_key_value_metadata({_CHECKSUM: _NO_SUM})
@@ -50,21 +51,21 @@ def checkpoint_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any
 
 
 def read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return a stored unit's table; raises FileNotFoundError, DamagedFileError, or RunFolderError (another schema)."""
+    """Return a unit's table; raises FileNotFoundError, DamagedContentError or, of another schema, RunFolderError."""
     # ParquetFile, for pyarrow's other readers make columns of folders like seed=0 on the way to the file.
     # From memory: an error of the disk or the network is none of the file's content.
+    content = storage.read(file)
+    _check_sum(content)
     try:
-        content = storage.read(file)
-        _check_sum(content)
         with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as parquet:
             rows = parquet.metadata.num_rows
             stored = parquet.read(columns)
-    except (pa.ArrowMemoryError, pa.ArrowNotImplementedError):
+    except (pa.ArrowMemoryError, pa.ArrowNotImplementedError, pa.ArrowCancelled):
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DamagedFileError(error) from None
+        raise DamagedContentError(error) from None
     if stored.num_rows != rows:
-        raise DamagedFileError(f"{stored.num_rows} rows where its footer says {rows}")
+        raise DamagedContentError(f"{stored.num_rows} rows where its footer says {rows}")
     metadata = {key: value for key, value in (stored.schema.metadata or {}).items() if key != _CHECKSUM.encode()}
     version = metadata.get(VERSION_KEY, b"none").decode()
     if version != str(SCHEMA_VERSION):  # whole, only not ours to read: never deleted
@@ -76,20 +77,17 @@ def read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None)
 
 
 def read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a checkpoint's tensors and description. Raises FileNotFoundError and DamagedFileError."""
+    """Return a checkpoint's tensors and description. Raises FileNotFoundError and DamagedContentError."""
     from safetensors.torch import load
 
     content = storage.read(file)
-    summed = _check_sum(content)
+    _check_sum(content)
     try:
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header["__metadata__"]
-        if not summed and metadata[_CHECKSUM] != _checksum(tensors, metadata[_DESCRIPTION]):
-            raise ValueError("its content has changed since it was written")
-        return tensors, json.loads(metadata[_DESCRIPTION])
+        return tensors, json.loads(header["__metadata__"][_DESCRIPTION])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(repr(error)) from None
+        raise DamagedContentError(repr(error)) from None
 
 
 def _summed(content: bytes) -> memoryview:
@@ -100,23 +98,12 @@ def _summed(content: bytes) -> memoryview:
     return memoryview(summed)
 
 
-def _check_sum(content: bytes) -> bool:
-    """Return whether a file has a checksum; raises DamagedFileError if it is wrong. Earlier versions wrote none."""
+def _check_sum(content: bytes) -> None:
+    """Raise DamagedContentError unless a file has a checksum and agrees with it."""
     place = content.rfind(_NO_SUM[:-8])
     if place < 0:
-        return False
+        raise DamagedContentError("it has no checksum, so it is damaged or was not written by this gross_ray")
     end, view = place + len(_NO_SUM), memoryview(content)
     found = zlib.crc32(view[end:], zlib.crc32(_NO_SUM, zlib.crc32(view[:place])))
     if view[place:end] != _SUM % found:
-        raise DamagedFileError("its content has changed since it was written")
-    return True
-
-
-def _checksum(tensors: Mapping[str, Tensor], description: str) -> str:
-    """Return what earlier versions wrote: the CRC-32 of the tensors, in the order of their names, and of the text."""
-    import torch
-
-    value = zlib.crc32(description.encode())
-    for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
+        raise DamagedContentError("its content has changed since it was written")

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.errors import InvalidValueError, StorageError
 
 PATIENCE_SECONDS = 300.0
@@ -31,6 +32,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SLIP = re.compile(r"(file|s3|gs|gcs|hdfs|viewfs|abfss?):(?!//)", re.IGNORECASE)
 """What begins as a URI of pyarrow's and has not both slashes."""
+_NOT_OF_A_CALL = (pa.ArrowMemoryError, pa.ArrowCancelled)
+"""Errors that a call to a store may meet and that say nothing of the store."""
 _WITH_PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^@]*:.*@")
 _SECRET_FIELD = re.compile(r"[?&]([^=&]*(?:key|secret|token|password|credential|sig)[^=&]*)=", re.IGNORECASE)
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY")
@@ -75,7 +78,7 @@ class Storage:
             """The root's path in `filesystem`."""
         else:
             self.folder = None
-            self.filesystem, self.root = self.patiently("reach", "", lambda: _filesystem(self._address))
+            self.filesystem, self.root = self._ask("reach", "", lambda: _filesystem(self._address))
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self._address if self.folder is None else str(self.folder),)
@@ -100,14 +103,14 @@ class Storage:
     def make(self) -> None:
         """Make the root where it is a local folder; a bucket's folders are only names. Raises StorageError."""
         if self.folder is not None:
-            self.patiently("make", "", lambda: self._local("").mkdir(parents=True, exist_ok=True))
+            self._ask("make", "", lambda: self._local("").mkdir(parents=True, exist_ok=True))
 
     def write(self, name: str, data: bytes | memoryview | pa.Buffer) -> None:
         """Store a file, in place of the one of that name. Raises StorageError, with the old file as it was."""
         if self.folder is not None:
-            self.patiently("write", name, lambda: _replace(self._local(name), data))
+            self._ask("write", name, lambda: _replace(self._local(name), data))
         else:
-            self.patiently("write", name, lambda: self._put(name, data))
+            self._ask("write", name, lambda: self._put(name, data))
 
     def read(self, name: str) -> bytes:
         """Return a file's content. Raises FileNotFoundError and StorageError."""
@@ -116,11 +119,11 @@ class Storage:
             with self.filesystem.open_input_file(self.path(name)) as file:
                 return file.read()
 
-        return self.patiently("read", name, all_of_it)
+        return self._ask("read", name, all_of_it)
 
     def exists(self, name: str) -> bool:
         """Return whether a file is there. Raises StorageError."""
-        info = self.patiently("look for", name, lambda: self.filesystem.get_file_info(self.path(name)))
+        info = self._ask("look for", name, lambda: self.filesystem.get_file_info(self.path(name)))
         return info.type == fs.FileType.File
 
     def names(self, folder: str = "") -> list[str]:
@@ -142,7 +145,7 @@ class Storage:
             with suppress(FileNotFoundError):
                 self.filesystem.delete_file(self.path(name))
 
-        self.patiently("delete", name, away)
+        self._ask("delete", name, away)
 
     def remove_leftovers(self) -> None:
         """Delete the temporary files of local writers that were killed; an unfinished upload leaves nothing to see."""
@@ -165,31 +168,70 @@ class Storage:
     def _list(self, folder: str) -> list[fs.FileInfo]:
         path = self.path(folder) if folder else self.root
         selector = fs.FileSelector(path, allow_not_found=True)
-        return self.patiently("list", folder, lambda: self.filesystem.get_file_info(selector))
+        return self._ask("list", folder, lambda: self.filesystem.get_file_info(selector))
 
     def patiently(self, what: str, name: str, action: Callable[[], Result]) -> Result:
-        """Do something to a file: again where a store does not answer, with a StorageError where it refuses."""
-        started, pause = time.monotonic(), FIRST_PAUSE_SECONDS
+        """Run work of any length that writes to this store; repeat it when the store does not answer.
+
+        The time that the work takes is not counted: the patience begins with the first failure of a streak, and an
+        attempt that runs for longer than the patience ends the streak. Raises StorageError where the store refuses or
+        does not answer for too long. All other errors of the work are raised unchanged, a timeout of Ray or of another
+        server too (`_is_of_a_store`).
+        """
+        return self._repeated(what, name, action, self._is_of_a_store, long=True)
+
+    def _ask(self, what: str, name: str, call: Callable[[], Result]) -> Result:
+        """Make one call to the store, whose every OSError is the store's; repeat it as `patiently` does."""
+        return self._repeated(what, name, call, lambda error: not isinstance(error, _NOT_OF_A_CALL))
+
+    def _repeated(
+        self,
+        what: str,
+        name: str,
+        action: Callable[[], Result],
+        is_ours: Callable[[Exception], bool],
+        *,
+        long: bool = False,
+    ) -> Result:
+        patience = PATIENCE_SECONDS if self.patience is None else self.patience
+        first_failure, pause = None, FIRST_PAUSE_SECONDS
         while True:
+            begun = time.monotonic()
             try:
                 return action()
-            except (FileNotFoundError, NotADirectoryError):
-                if what == "read":
-                    raise
-                raise StorageError(
-                    f"cannot {what} {self.shown(name)}: there is no such folder or bucket; make it, or give another"
-                ) from None
             except (OSError, pa.ArrowException) as error:
+                if not is_ours(error):
+                    raise
+                if isinstance(error, FileNotFoundError | NotADirectoryError):
+                    if what == "read":
+                        raise
+                    raise StorageError(
+                        f"cannot {what} {self.shown(name)}: there is no such folder or bucket; make it, or give another"
+                    ) from None
                 if self.folder is not None or _REFUSED.search(str(error)) or isinstance(error, PermissionError):
                     raise self.refused(what, name, error) from None
-                patience = PATIENCE_SECONDS if self.patience is None else self.patience
-                if time.monotonic() - started + pause > patience:
+                now = time.monotonic()
+                if first_failure is None or (long and now - begun > patience):  # a call may wait in vain for as long
+                    first_failure, pause = now, FIRST_PAUSE_SECONDS
+                if now - first_failure + pause > patience:
                     raise StorageError(
                         f"cannot {what} {self.shown(name)}: no answer for {patience:g} s ({_reason(error)}); "
                         "when the store is back, the same command again does what is missing"
                     ) from None
             time.sleep(pause * random.uniform(0.5, 1.0))  # not all workers at the same moment
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _is_of_a_store(self, error: Exception) -> bool:
+        """Return whether the store raised `error`, rather than something else that the work did.
+
+        pyarrow raises plain OSErrors without a file name for a store. Other libraries (Ray, urllib, sockets) raise
+        subclasses; Python's own functions name the file, which belongs to a local store where it is in its folder.
+        """
+        if _raised_by_a_filesystem(error):
+            return True
+        if isinstance(error, OSError) and error.filename is not None:
+            return self.folder is not None and Path(os.fsdecode(error.filename)).is_relative_to(self.folder)
+        return type(error) is OSError
 
     def refused(self, what: str, name: str, error: Exception) -> StorageError:
         """Return the error for a file that could not be written, read, ... and that would not be the next time."""
@@ -198,28 +240,28 @@ class Storage:
         return StorageError(f"cannot {what} {self.shown(name)}: {_reason(error)}; {remedy}")
 
 
+def _raised_by_a_filesystem(error: Exception) -> bool:
+    """Return whether an error comes out of one of pyarrow's filesystems or its streams."""
+    frame = error.__traceback__
+    while frame is not None:
+        if _FILESYSTEMS.search(frame.tb_frame.f_code.co_filename):
+            return True
+        frame = frame.tb_next
+    return False
+
+
+_FILESYSTEMS = re.compile(r"pyarrow[/\\](fs\.py|_\w*fs\.pyx|io\.pxi)$")
+"""Source files of pyarrow, as tracebacks name them."""
 _REMEDY_HERE = "look at the disk; the same command again does what is missing"
 _REMEDY_THERE = "look at the address and at what its credentials allow"
 
 
 def _replace(path: Path, data: bytes | memoryview | pa.Buffer) -> None:
-    """Write a temporary file that takes the place of `path`, and is deleted where that fails."""
+    """Write `path` whole or not at all; the temporary file has a name that `remove_leftovers` finds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too outlives a power cut
-    finally:
-        os.close(folder)
+    with whole_or_not_at_all(path, temporary) as partial, partial.open("xb") as file:
+        file.write(data)
 
 
 @lru_cache(maxsize=32)

@@ -1,8 +1,8 @@
 """The run folder: the one module that knows its file names. Whatever is written is either whole or not there.
 
-RUN/experiment.json                         the experiment that the folder belongs to
+RUN/experiment.json                         the experiment that the folder belongs to, and the gross_ray that wrote it
 RUN/data.json                               hashes of its images, which commands compare with what they load
-RUN/weights.json                            the hash of its trained weights, where they were given
+RUN/weights.json                            the hash of its trained weights, if the user brought them
 RUN/.lock                                   held by the driver that works on it
 RUN/tables/NAME/UNIT.parquet                one completed unit of work
 RUN/checkpoints/STAGE/UNIT.safetensors      tensors, with their description in the file's metadata
@@ -17,16 +17,18 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gross_ray.errors import InvalidValueError, MissingStageError, RunFolderError, StorageError
+from gross_ray.errors import DamagedFileError, InvalidValueError, MissingStageError, RunFolderError, StorageError
 from gross_ray.experiment import PATH_FIELDS, Experiment
 from gross_ray.run import lock
-from gross_ray.run.file_format import DamagedFileError, checkpoint_file, read_checkpoint, read_unit, unit_file
+from gross_ray.run.experiment_file import EXPERIMENT, experiment_content, read_experiment
+from gross_ray.run.file_format import DamagedContentError, checkpoint_file, read_checkpoint, read_unit, unit_file
 from gross_ray.run.storage import Storage
 from gross_ray.run.tables import TABLES, table
 
@@ -40,8 +42,8 @@ UNDER_WAY = "-under-way"
 """Ending of the stages whose checkpoints are the state of units between epochs."""
 SEARCH_ENDED = ("search-rounds", "ended")
 """Stage and unit of the checkpoint that tells that a search by a strategy has ended."""
-_AGAIN = "run its stage again: it deletes the file and says what follows"
-_EXPERIMENT = "experiment.json"
+_DELETED = "deleted: the same command again makes it anew, or names the stage that does"
+_KEPT = "`gross check RUN` deletes it, and its stage, run again, makes it anew"
 Pin = TypeVar("Pin")
 _REPORT = "report.html"
 
@@ -49,7 +51,12 @@ _REPORT = "report.html"
 class RunStore:
     """A run folder, local or in a bucket: the tables and checkpoints of one experiment.
 
-    Pickles to its address and experiment, so that workers can write into it; they must be able to reach it.
+    Pickles to its address and experiment, so that workers can write into it; they must be able to reach it. A copy that
+    was pickled under the lock works on behalf of the process that holds it.
+
+    What a stage has finished is known by the names of files: no content is read. A file is checked when it is read
+    (`read_table`, `read_units`, `load_checkpoint`): a damaged one raises DamagedFileError; under the lock, it is also
+    deleted and noted in `damaged`, so that its unit is no longer finished. `check` reads everything.
     """
 
     def __init__(self, storage: Storage, experiment: Experiment) -> None:
@@ -61,11 +68,9 @@ class RunStore:
         self.damaged: list[str] = []
         """Files, named from the run folder on, that were found damaged and deleted."""
         self._locked = False
-        self._sound: set[str] = set()
-        """Files that were read under this lock, and found whole."""
 
-    def __reduce__(self) -> tuple[type[RunStore], tuple[Storage, Experiment]]:
-        return RunStore, (self.storage, self.experiment)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunStore, (self.storage, self.experiment), {"_locked": self._locked}
 
     @property
     def path(self) -> Path:
@@ -85,14 +90,14 @@ class RunStore:
         storage = store.storage
         try:
             storage.make()
-            if not storage.exists(_EXPERIMENT):
+            if not storage.exists(EXPERIMENT):
                 foreign = [name for name in storage.entries() if not _is_ours(name)]
                 if foreign:
                     raise RunFolderError(
                         f"{storage} is not a run folder and not empty (it holds {min(foreign)!r}): "
                         "give a new or empty folder with --out"
                     )
-                storage.write(_EXPERIMENT, experiment.to_json().encode())
+                storage.write(EXPERIMENT, experiment_content(experiment))
         except StorageError as error:
             raise RunFolderError(
                 f"cannot make the run folder {storage}: {error}; give another one with --out"
@@ -103,13 +108,13 @@ class RunStore:
     @staticmethod
     def is_there(address: str | Path) -> bool:
         """Return whether there is a run folder at a path or URI; raises as `Storage` does."""
-        return Storage(address).exists(_EXPERIMENT)
+        return Storage(address).exists(EXPERIMENT)
 
     @classmethod
     def open(cls, address: str | Path) -> RunStore:
         """Open an existing run folder; raises RunFolderError if it is missing or its experiment.json is damaged."""
         storage = Storage(address)
-        return cls(storage, _read_experiment(storage))
+        return cls(storage, read_experiment(storage))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -125,30 +130,30 @@ class RunStore:
                 yield
             finally:
                 self._locked = False
-                self._sound.clear()
 
     def require_here(self) -> None:
         """Raise RunFolderError unless this machine reaches the folder, as each one that does its work has to."""
-        if not self.storage.exists(_EXPERIMENT):
+        if not self.storage.exists(EXPERIMENT):
             raise RunFolderError(
                 f"the run folder {self.storage} is not there on {socket.gethostname()}: give --out a folder that all "
                 "machines of the cluster see under this path, or a bucket (s3://bucket/folder)"
             )
 
     def remove_leftovers(self) -> None:
-        """Delete what killed writers left, and the damaged files of all tables and of trainings under way.
-
-        The latter are noted in `damaged`; other checkpoints are judged by `has_checkpoint`. Only for a driver that
-        holds the lock.
-        """
+        """Delete the temporary files of killed writers. Only for a driver that holds the lock; reads no file."""
         self.storage.remove_leftovers()
-        for stage in self.storage.folders("checkpoints"):
-            if stage.endswith(UNDER_WAY):
-                for name in self.storage.names(f"checkpoints/{stage}"):
-                    if name.endswith(".safetensors") and not name.startswith("."):
-                        self._is_whole(f"checkpoints/{stage}/{name}", read_checkpoint)
+
+    def check(self) -> None:
+        """Read every table and checkpoint whole; delete the damaged ones under the lock, and note them in `damaged`.
+
+        Without the lock, raises DamagedFileError for the first one.
+        """
         for name in TABLES:
-            self.finished_units(name)
+            for unit in self.units(name):
+                self._is_whole(partial(self._read_sound_unit, _table_file(name, unit)))
+        for stage in self.storage.folders("checkpoints"):
+            for unit in self.checkpoints(stage):
+                self._is_whole(partial(self.load_checkpoint, stage, unit))
 
     # Hashes of what lies outside the run folder: its images and given weights
 
@@ -186,7 +191,13 @@ class RunStore:
         Raises ValueError naming the column that is missing, unknown or holds a wrong value, InvalidValueError for an
         unknown table or a unit that cannot be a file's name, and StorageError.
         """
-        arrow = table(name).to_arrow(rows, layers)
+        self.write_arrow(name, unit, table(name).to_arrow(rows, layers))
+
+    def write_arrow(self, name: str, unit: str, arrow: pa.Table) -> None:
+        """Store an Arrow table of rows that were read from a run folder as a unit of table `name`; raises StorageError.
+
+        Its columns are not checked.
+        """
         self.storage.write(_table_file(name, unit), unit_file(arrow))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
@@ -194,14 +205,15 @@ class RunStore:
 
         Only `columns`, where they are named: of a million rows that is what fits beside other work.
 
-        Raises RunFolderError naming a damaged file, and InvalidValueError for an unknown table.
+        Raises DamagedFileError naming a damaged file, and InvalidValueError for an unknown table.
         """
         return self.read_units(name, self.units(name), columns)
 
     def read_units(self, name: str, units: Sequence[str], columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Return the rows of some units that are stored, in the order given; of some columns only where they are named.
 
-        Raises RunFolderError naming a damaged or missing file, and InvalidValueError for an unknown table.
+        Raises DamagedFileError naming a damaged file, RunFolderError naming a missing one, and InvalidValueError for an
+        unknown table.
         """
         parts = [self._read_sound_unit(_table_file(name, unit), columns) for unit in units]
         if not parts:
@@ -211,7 +223,7 @@ class RunStore:
     def first_rows(self, name: str, units: Sequence[str], columns: Sequence[str]) -> pandas.DataFrame:
         """Return the first row of each of some units that are stored, in the order given.
 
-        Raises RunFolderError naming a file that is damaged, missing or without rows, and InvalidValueError for an
+        Raises RunFolderError naming a file that is missing, DamagedFileError for one that is damaged or has no rows, and InvalidValueError for an
         unknown table.
         """
         rows = []
@@ -219,7 +231,7 @@ class RunStore:
             file = _table_file(name, unit)
             rows.append(self._read_sound_unit(file, columns).slice(0, 1))
             if not rows[-1].num_rows:
-                raise RunFolderError(f"damaged file {self.storage.shown(file)}: it has no rows; {_AGAIN}")
+                raise self._damage("file", file, DamagedContentError("it has no rows"))
         if not rows:
             return table(name).schema().empty_table().to_pandas().reindex(columns=list(columns))
         return pa.concat_tables(rows).to_pandas()
@@ -227,7 +239,8 @@ class RunStore:
     def set_column(self, name: str, unit: str, column: str, values: Sequence[Any]) -> None:
         """Put `values`, one for each row, in place of a column of a stored unit; nothing else of it changes.
 
-        Raises ValueError for a value that the column may not hold, RunFolderError naming a damaged or missing file.
+        Raises ValueError for a value that the column may not hold, RunFolderError (DamagedFileError) naming a missing
+        (damaged) file.
         """
         file = _table_file(name, unit)
         stored = self._read_sound_unit(file)
@@ -243,19 +256,23 @@ class RunStore:
         return sorted(units, key=_natural)
 
     def finished_units(self, name: str) -> set[str]:
-        """Return the units of table `name` that are stored whole.
-
-        Where this process holds the lock, a damaged file is deleted and noted in `damaged`. Its content is read once.
-        """
-        return {unit for unit in self.units(name) if self._is_whole(_table_file(name, unit), read_unit)}
+        """Return the units of table `name` that are stored, from one listing; their content is not read."""
+        return set(self.units(name))
 
     def read_sound(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
-        """Return what `read_table` does of the units that are stored whole; damaged ones as `finished_units` does."""
-        sound = self.finished_units(name)
-        return self.read_units(name, [unit for unit in self.units(name) if unit in sound], columns)
+        """Return what `read_table` does, without the units that are damaged.
+
+        Under the lock, these are deleted and noted in `damaged`.
+        """
+        whole = [
+            unit
+            for unit in self.units(name)
+            if self._is_whole(partial(self._read_sound_unit, _table_file(name, unit)), always=True)
+        ]
+        return self.read_units(name, whole, columns)
 
     def has_unit(self, name: str, unit: str) -> bool:
-        """Return whether a unit of table `name` is stored; its content is not looked at, as `finished_units` does."""
+        """Return whether a unit of table `name` is stored; its content is not read."""
         return self.storage.exists(_table_file(name, unit))
 
     def delete_unit(self, name: str, unit: str) -> None:
@@ -290,7 +307,7 @@ class RunStore:
     def load_checkpoint(self, stage: str, unit: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors, on the CPU, and their description.
 
-        Raises MissingStageError if nothing is stored, RunFolderError naming the file if it is damaged.
+        Raises MissingStageError if nothing is stored, and DamagedFileError naming the file if it is damaged.
         """
         file = _checkpoint_file(stage, unit)
         try:
@@ -299,19 +316,19 @@ class RunStore:
             raise MissingStageError(
                 f"stage {stage!r} has stored nothing for unit {unit!r} in {self.storage}: run that stage first"
             ) from None
-        except DamagedFileError as error:
-            raise RunFolderError(f"damaged checkpoint {self.storage.shown(file)}: {error}; {_AGAIN}") from None
+        except DamagedContentError as error:
+            raise self._damage("checkpoint", file, error) from None
 
     def has_checkpoint(self, stage: str, unit: str) -> bool:
-        """Return whether a checkpoint is stored.
+        """Return whether a checkpoint is stored; its content is not read.
 
-        Where this process holds the lock, one that is damaged is not: it is deleted, and noted in `damaged`. Its
-        content is read once.
+        For many units of a stage, `finished_checkpoints` asks the store once.
         """
-        file = _checkpoint_file(stage, unit)
-        if not self.storage.exists(file):
-            return False
-        return not self._locked or self._is_whole(file, read_checkpoint)
+        return self.storage.exists(_checkpoint_file(stage, unit))
+
+    def finished_checkpoints(self, stage: str) -> set[str]:
+        """Return the units that have a checkpoint of `stage`, from one listing; their content is not read."""
+        return set(self.checkpoints(stage))
 
     def checkpoints(self, stage: str) -> list[str]:
         """Return the units that have a checkpoint of `stage`, by natural order; what is in it is not looked at."""
@@ -335,31 +352,38 @@ class RunStore:
     def _read_sound_unit(self, file: str, columns: Sequence[str] | None = None) -> pa.Table:
         try:
             unit = read_unit(self.storage, file, columns)
-        except DamagedFileError as error:
-            raise RunFolderError(f"damaged file {self.storage.shown(file)}: {error}; {_AGAIN}") from None
+        except FileNotFoundError:
+            raise RunFolderError(
+                f"damaged file {self.storage.shown(file)}: it is not stored; run its stage again"
+            ) from None
+        except DamagedContentError as error:
+            raise self._damage("file", file, error) from None
         for name in columns or ():
             if name not in unit.column_names:  # pyarrow leaves it out without a word
                 there = ", ".join(pq.read_schema(pa.BufferReader(self.storage.read(file))).names)
                 raise InvalidValueError(f"table {file.split('/')[1]!r} has no column {name!r}; its columns: {there}")
         return unit
 
-    def _is_whole(self, file: str, read: Callable[[Storage, str], object]) -> bool:
-        """Return whether `read` finds a file whole; under the lock it is read once, and deleted if it is damaged."""
-        if self._locked and file in self._sound:
-            return True
-        try:
-            read(self.storage, file)
-        except DamagedFileError:
-            if self._locked:
-                self.storage.delete(file)
-                self.damaged.append(file)
-            return False
+    def _damage(self, kind: str, file: str, error: DamagedContentError) -> DamagedFileError:
+        """Return the error for a damaged file; under the lock, delete the file and note it in `damaged`."""
         if self._locked:
-            self._sound.add(file)
+            self.storage.delete(file)
+            self.damaged.append(file)
+        remedy = _DELETED if self._locked else _KEPT
+        return DamagedFileError(f"damaged {kind} {self.storage.shown(file)}: {error}; {remedy}")
+
+    def _is_whole(self, read: Callable[[], object], *, always: bool = False) -> bool:
+        """Return whether `read` finds no damage; without the lock and `always`, raises its DamagedFileError."""
+        try:
+            read()
+        except DamagedFileError:
+            if not self._locked and not always:
+                raise
+            return False
         return True
 
     def _check_experiment(self) -> None:
-        stored = _read_experiment(self.storage)
+        stored = read_experiment(self.storage)
         if stored == self.experiment:
             return
         if difference := self.experiment.first_difference(stored, paths=self.unpinned()):
@@ -381,20 +405,6 @@ def read_table(run: str | Path, name: str, columns: Sequence[str] | None = None)
     return RunStore.open(run).read_table(name, columns)
 
 
-def _read_experiment(storage: Storage) -> Experiment:
-    try:
-        return Experiment.from_json(storage.read(_EXPERIMENT).decode())
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunFolderError(
-            f"{storage} is not a run folder (it has no {_EXPERIMENT}): give the --out of a run"
-        ) from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RunFolderError(
-            f"{storage.shown(_EXPERIMENT)} is damaged or of another gross_ray: {error}; "
-            "restore it, or give another folder"
-        ) from None
-
-
 def _table_file(name: str, unit: str) -> str:
     return f"tables/{table(name).name}/{_checked(unit, 'unit')}.parquet"
 
@@ -404,7 +414,7 @@ def _checkpoint_file(stage: str, unit: str) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name == lock.LOCK or (name.startswith(f".{_EXPERIMENT}.") and name.endswith(".tmp"))
+    return name == lock.LOCK or (name.startswith(f".{EXPERIMENT}.") and name.endswith(".tmp"))
 
 
 def _beside(file: str) -> str:

@@ -61,7 +61,10 @@ class Column:
         return pa.field(name, self.type, nullable=self.nullable, metadata=about)
 
     def array(self, values: list[Any], name: str) -> pa.Array:
-        """Return `values` as Arrow holds them; raises ValueError naming the column and the rule that one breaks."""
+        """Return `values` as Arrow holds them.
+
+        Raises ValueError naming the column and the rule that a value breaks. Real numbers must be finite.
+        """
         try:  # Arrow refuses a bool in a column of integers by itself, but would silently cut 3.7 to 3
             if pa.types.is_integer(self.type):
                 values = [
@@ -72,6 +75,11 @@ class Column:
             raise ValueError(f"column {name!r}: values must be of type {self.type}: {error}") from None
         if array.null_count and not self.nullable:
             raise ValueError(f"column {name!r}: a value is missing (None); this column needs one in each row")
+        if pa.types.is_floating(self.type):
+            strange = [value for value in array.to_pylist() if value is not None and not math.isfinite(value)]
+            if strange:
+                missing = "; None stands for a value that was not measured" if self.nullable else ""
+                raise ValueError(f"column {name!r}: {strange[0]} is not a finite number{missing}")
         if self.low != -math.inf:
             found = pc.min_max(array).as_py()
             if found["min"] is not None and (found["min"] < self.low or found["max"] > self.high):

@@ -32,6 +32,13 @@ from gross_ray.search.graph import modules_out_of_place, trace
 from gross_ray.search.layer_forms import LayerForm, Siblings, fastest_form
 from gross_ray.search.options import FORMS, EvaluationOptions
 from gross_ray.search.prefix_walk import Prefix, PrefixWalk, Statistics, logits_of
+from gross_ray.search.traceability import (
+    NotTraceableError,
+    NotTraceableWarning,
+    RowsApartWarning,
+    graph_faults,
+    is_of_the_machine,
+)
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.configure import get_configuration, series_layers, set_configuration
 from gross_ray.supernet.series import SeriesConv2d
@@ -41,14 +48,6 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 """How far the logits of the traced network may be from its own, relative to the largest: float rounding."""
 TIMED_MACS = 5e8
 """About how much of a layer's work is done each time that a form is timed."""
-
-
-class NotTraceableWarning(UserWarning):
-    """A network cannot be traced, so that configurations are evaluated one by one."""
-
-
-class NotTraceableError(Exception):
-    """A network cannot be traced, or its graph does something else than the network."""
 
 
 def evaluate_configurations(
@@ -186,7 +185,7 @@ class Evaluator:
         """Prepare the walk, the first time, and return what runs together."""
         if self._walk is None and self.not_traceable is None:
             try:
-                with _graph_faults():
+                with graph_faults():
                     with at_precision(self._options.precision, self._device):
                         self._walk = self._new_walk(images)
                     plan = self._plan(self._walk, images)
@@ -270,6 +269,8 @@ class Evaluator:
         try:
             traced = trace(self._supernet)
         except Exception as error:  # torch.fx raises whatever the model's own code meets on symbolic values
+            if is_of_the_machine(error):
+                raise
             raise NotTraceableError(f"{type(error).__name__}: {error}") from None
         names = {layer: name for name, layer in series_layers(self._supernet).items()}
         forms: dict[SeriesConv2d, LayerForm] = {}
@@ -323,7 +324,8 @@ class Evaluator:
         self, walk: PrefixWalk, plan: BatchPlan, images: Tensor, configurations: Sequence[Configuration]
     ) -> None:
         """Compare a few configurations with forward passes of their own, and see whether rows may share a batch."""
-        few = list(dict.fromkeys([*configurations[:3], *configurations[-3:]]))
+        # Of one configuration alone no two share a batch: those of the space show whether later ones may.
+        few = list(dict.fromkeys([*configurations[:3], *configurations[-3:], self._space[0], self._space[-1]]))
         batch = self._batch(images[: min(2, plan.num_images)])
         alone = {}
         for one in few:
@@ -340,15 +342,24 @@ class Evaluator:
                     worst = max(worst, _difference(part, expected))
 
             try:
-                with modules_out_of_place(self._supernet), _graph_faults():
+                with modules_out_of_place(self._supernet), graph_faults():
                     walk.run(batch, walk.tree(few), compare, limits=plan.limits, apart=apart)
             except (NotTraceableError, InvalidValueError) as error:
                 return str(error)
             return f"its graph gives other logits, by {worst:.1e}" if worst > TOLERANCE[self._dtype] else ""
 
-        self._joined = not fault(apart=False)
-        if not self._joined and (reason := fault(apart=True)):
+        mixed = fault(apart=False)
+        self._joined = not mixed
+        if self._joined:
+            return
+        if reason := fault(apart=True):
             raise NotTraceableError(reason)
+        warnings.warn(
+            f"this network mixes the rows of a batch ({mixed}); configurations are evaluated apart behind each "
+            "decomposed layer, which is slower",
+            RowsApartWarning,
+            stacklevel=5,
+        )
 
     def _batch(self, images: Tensor) -> Tensor:
         batch = images.to(self._device)
@@ -411,17 +422,6 @@ def _typical_rows(layer: SeriesConv2d, inputs: Tensor, memory_budget: int) -> Te
     needed = channels * inputs.shape[2] * inputs.shape[3] * inputs.element_size()
     rows = int(min(max(TIMED_MACS / macs / sizes, 8), 128, max(memory_budget // needed, 1)))
     return inputs[:1].repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
-
-
-@contextmanager
-def _graph_faults() -> Iterator[None]:
-    """Raise NotTraceableError for what a graph may fail with and the network itself would not."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, AttributeError, LookupError) as error:
-        raise NotTraceableError(f"its graph fails: {type(error).__name__}: {error}") from None
 
 
 @contextmanager

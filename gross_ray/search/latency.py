@@ -8,7 +8,6 @@ contiguous, in eval and inference mode.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from gross_ray.errors import InvalidValueError, one_line
+from gross_ray.atomic import whole_or_not_at_all
+from gross_ray.errors import InvalidValueError, is_whole, one_line
 from gross_ray.nn.calls import given, output_of, told_where_it_cannot_run, zero_images
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import LayerCosts
@@ -53,7 +53,7 @@ class LatencyOptions:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("threads", 1), ("repeats", 1), ("num_sampled", 2)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise InvalidValueError(f"latency.{name} = {value!r}: must be a whole number, {least} or more")
 
 
@@ -118,12 +118,8 @@ class LatencyModel:
     def save(self, path: Path) -> None:
         """Write the measurement as one Parquet table, which `load` reads on another machine."""
         frame = pd.DataFrame(self.rows()).assign(**self.summary())
-        partial = path.with_name(f".partial-{path.name}")
-        try:
+        with whole_or_not_at_all(path) as partial:
             frame.astype({"group_size": "Int64"}).to_parquet(partial, index=False)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:
@@ -148,6 +144,9 @@ class LatencyModel:
         if len(summary) != 1:
             raise InvalidValueError(f"latency_models has {len(summary)} rows: choose the one to predict with")
         row: dict[str, Any] = summary.to_dict("records")[0]
+        times = [*latencies["latency_ms"], row["offset_ms"], row["slope"], row["median_error"]]
+        if not np.isfinite(np.array(times, dtype=np.float64)).all():
+            raise InvalidValueError("latencies: not all of them are finite numbers; measure them again")
         parts = latencies[np.logical_and.reduce([latencies[name] == row[name] for name in _WHERE])]
         is_rest = parts["group_size"].isna()
         if not is_rest.any() or is_rest.all() or parts.duplicated(["part", "group_size"]).any():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, is_whole
 from gross_ray.fields import require, require_group_sizes, settle
 from gross_ray.nn.precision import PRECISIONS
 from gross_ray.search.budgets import Budget
@@ -30,10 +30,10 @@ class EvaluationOptions:
     """float32 (the network's own dtype), tf32 (CUDA's faster products) or bfloat16 (autocast): both change counts."""
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InvalidValueError(f"batch_size = {self.batch_size}: must be 1 or more")
-        if self.memory_budget is not None and self.memory_budget < 1:
-            raise InvalidValueError(f"memory_budget = {self.memory_budget} bytes: must be 1 or more")
+        if self.batch_size is not None and not is_whole(self.batch_size, 1):
+            raise InvalidValueError(f"batch_size = {self.batch_size}: must be 1 or more, a whole number")
+        if self.memory_budget is not None and not is_whole(self.memory_budget, 1):
+            raise InvalidValueError(f"memory_budget = {self.memory_budget} bytes: must be 1 or more, a whole number")
         if self.form not in FORM_CHOICES:
             raise InvalidValueError(f"form = {self.form!r}: must be one of {', '.join(FORM_CHOICES)}")
         if self.precision not in PRECISIONS:

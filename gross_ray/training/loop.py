@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gross_ray.data.image_set import ImageSet
-from gross_ray.errors import DivergedError
+from gross_ray.errors import DivergedError, InvalidValueError
 from gross_ray.nn.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
 from gross_ray.training.capture import CapturedStep, captures
@@ -85,9 +85,15 @@ def train(
     `checkpoint` are not done again. With `in_parts`, for a loss that is a mean over images, a CPU takes a batch in
     parts that fit its cache; the step is the same but for rounding.
 
-    Raises DivergedError, naming the step and the learning rate, if a loss or a gradient is not finite.
+    Raises DivergedError, naming the step and the learning rate, if a loss or a gradient is not finite, and
+    InvalidValueError where `engine` captures steps that `before_step` changes.
     """
     device = images.device
+    if captures(engine, device) and before_step is not None:  # another configuration is another graph
+        raise InvalidValueError(
+            "engine.capture = True: steps that each draw a configuration cannot be captured here; train the supernet "
+            "with reconstruct_together or finetune_together, or set engine.capture=false"
+        )
     trained = list(parameters.values())
     dropout = torch.Generator(device)
     optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
@@ -110,8 +116,7 @@ def train(
         optimizer.step()
         return value, norm
 
-    # A configuration that is drawn for each step chooses which terms take part: no graph could follow that.
-    captured = CapturedStep(step, [dropout]) if captures(engine, device) and before_step is None else None
+    captured = CapturedStep(step, [dropout]) if captures(engine, device) else None
 
     for epoch in range(len(history), schedule.epochs):
         started = time.perf_counter()

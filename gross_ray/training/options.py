@@ -146,6 +146,10 @@ class ValidationOptions:
         require_group_sizes("validation.fixed", self.fixed)
 
 
+_OFF = {"parallel_seeds": "1", "compile": "false", "capture": "false"}
+"""The options that stack supernets, with the value at which they do not."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How trainings compute, and what evaluations are given."""
@@ -166,11 +170,12 @@ class EngineOptions:
         known = self.precision in PRECISIONS
         require(known, "engine.precision", self.precision, f"must be one of {', '.join(PRECISIONS)}")
         require(self.parallel_seeds >= 1, "engine.parallel_seeds", self.parallel_seeds, "must be 1 or more")
-        for name, stacks in (("parallel_seeds", self.parallel_seeds > 1), ("compile", self.compile)):
+        stacked = {"parallel_seeds": self.parallel_seeds > 1, "compile": self.compile, "capture": self.capture}
+        for name, stacks in stacked.items():
             require(
                 not stacks or self.precision != "bfloat16",
                 "engine.precision",
                 self.precision,
                 f"must be float32 or tf32 with engine.{name} = {getattr(self, name)}: supernets are then stacked by "
-                "torch.func.vmap, which knows no autocast",
+                f"torch.func.vmap, which knows no autocast; set engine.{name}={_OFF[name]}, or another precision",
             )

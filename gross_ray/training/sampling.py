@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, is_whole
 from gross_ray.space import Configuration, SearchSpace
 
 
-def sampling_probabilities(num_group_sizes: int, alpha: float, *, scaling: str = "index") -> Tensor:
+def sampling_probabilities(num_group_sizes: int, alpha: float, *, scaling: str = "normalised") -> Tensor:
     """Return the probability of each group-size, smallest first: (num_group_sizes,) float64 (Eq. 8).
 
-    "index" is Eq. 8 as printed, proportional to exp(-alpha i). With alpha = 4 it all but never draws the larger
-    sizes, which does not fit Figure 1; "normalised" is proportional to exp(-alpha i / N). `alpha` = 0 is uniform in
-    both. Raises InvalidValueError for a negative alpha, no group-size or another scaling.
+    "normalised", the default here and of the options, is proportional to exp(-alpha i / N). "index" is Eq. 8 as
+    printed, proportional to exp(-alpha i): with alpha = 4 it almost never draws the larger sizes, which does not fit
+    Figure 1. `alpha` = 0 is uniform in both. Raises InvalidValueError for a negative alpha, no group-size or another
+    scaling.
     """
-    if num_group_sizes < 1:
+    if not is_whole(num_group_sizes, 1):
         raise InvalidValueError(f"num_group_sizes = {num_group_sizes}: must be 1 or more")
     if not 0 <= alpha < float("inf"):
         raise InvalidValueError(f"alpha = {alpha}: must be 0 (uniform) or more")
@@ -35,7 +36,7 @@ def settled_scaling(alpha: float, scaling: str) -> str:
 class ConfigurationSampler:
     """Draws each layer's group-size independently by Eq. 8."""
 
-    def __init__(self, space: SearchSpace, alpha: float, *, scaling: str = "index") -> None:
+    def __init__(self, space: SearchSpace, alpha: float, *, scaling: str = "normalised") -> None:
         """Prepare the probabilities of every layer of `space`."""
         self._choices = [
             (sizes, sampling_probabilities(len(sizes), alpha, scaling=scaling)) for sizes in space.group_sizes.values()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -64,6 +64,21 @@ def response_error(response: Tensor, target: Tensor) -> Tensor:
     return torch.linalg.vector_norm(response - target) / torch.linalg.vector_norm(target)
 
 
+def total_response_error(responses: Mapping[str, Sequence[Tensor]], targets: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """Return the sum of Eq. 9 over every call of every layer, a scalar; both map a layer's name to its calls' outputs.
+
+    Raises InvalidValueError for a layer without calls, or with other numbers of calls in the two networks.
+    """
+    for name, calls in targets.items():
+        if not calls or len(responses[name]) != len(calls):
+            raise InvalidValueError(
+                f"layer {name!r} is called {len(responses[name])} times in the supernet and {len(calls)} times in the "
+                "full network: its responses cannot be compared; leave it out (decomposition.layers, --layers)"
+            )
+    pairs = [pair for name, calls in targets.items() for pair in zip(responses[name], calls, strict=True)]
+    return torch.stack([response_error(response, target) for response, target in pairs]).sum()
+
+
 def reconstruct(
     supernet: nn.Module,
     original: nn.Module,
@@ -79,7 +94,9 @@ def reconstruct(
     """Train the series of `supernet` in place to give the responses of `original` (section 3.3.2, 4.3).
 
     All decomposed layers at once: the loss is the sum over them of Eq. 9, each layer's input being what the decomposed
-    network gives it, its target the response of the full network to the same images. With `sampler`, a configuration
+    network gives it, its target the response of the full network to the same images. Of a layer that the network calls
+    more than once, each call counts as a layer. Raises InvalidValueError where the two networks call a layer different
+    numbers of times. With `sampler`, a configuration
     is drawn each step; without, the active one is trained. Everything but the series is frozen.
     """
     parameters = freeze_all_but_series(supernet)
@@ -89,12 +106,12 @@ def reconstruct(
     with Responses(supernet, names) as ours, Responses(original, names) as theirs:
 
         def loss(inputs: Tensor, _: Tensor) -> Tensor:
+            ours.take()  # of passes between two steps, like those that measure a supernet after an epoch
+            theirs.take()
             with torch.no_grad():
                 original(inputs)
             supernet(inputs)
-            error = torch.stack([response_error(ours.of[name], theirs.of[name]) for name in names]).sum()
-            ours.of.clear()  # or the graph of this step would live on into the next
-            return error
+            return total_response_error(ours.take(), theirs.take())
 
         return train(
             supernet,
@@ -170,10 +187,10 @@ def train_with_fixed_statistics(network: nn.Module) -> None:
 
 
 class Responses:
-    """Keeps the latest output of each named layer, until it is closed."""
+    """Keeps the outputs of each named layer, one for each call in order, until they are taken or it is closed."""
 
     def __init__(self, network: nn.Module, names: list[str]) -> None:
-        self.of: dict[str, Tensor] = {}
+        self.of: dict[str, list[Tensor]] = {name: [] for name in names}
         self._handles = [network.get_submodule(name).register_forward_hook(self._keep(name)) for name in names]
 
     def __enter__(self) -> Responses:
@@ -182,10 +199,17 @@ class Responses:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self.of.clear()
+        self.take()
+
+    def take(self) -> dict[str, list[Tensor]]:
+        """Return the outputs since the last time, and forget them: else a step's graph would outlive the step."""
+        taken = {name: list(calls) for name, calls in self.of.items()}
+        for calls in self.of.values():
+            calls.clear()  # the same list: a compiler would make what it still holds a result of the graph
+        return taken
 
     def _keep(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.of[name] = output
+            self.of[name].append(output)
 
         return hook

@@ -39,11 +39,16 @@ from gross_ray.training.loop import (
 )
 from gross_ray.training.options import EngineOptions, Schedule
 from gross_ray.training.sampling import ConfigurationSampler
-from gross_ray.training.stages import Responses, freeze_all_but_series, response_error, train_with_fixed_statistics
+from gross_ray.training.stages import (
+    Responses,
+    freeze_all_but_series,
+    total_response_error,
+    train_with_fixed_statistics,
+)
 
 Outcome = list[EpochRecord] | DivergedError
-Goal = Tensor | dict[str, Tensor]
-"""What a loss compares with: labels (S, B), or by layer the responses (S, B, ...)."""
+Goal = Tensor | dict[str, list[Tensor]]
+"""What a loss compares with: labels (S, B), or by layer the responses of each call (S, B, ...)."""
 MemberLoss = Callable[[Callable[[Tensor], Tensor], Any, Tensor, Any], Tensor]
 """Given the network of one member, what watches it, its inputs (B, 3, H, W) and goal: a scalar."""
 
@@ -89,11 +94,12 @@ def reconstruct_together(
     def targets(inputs: Tensor) -> Goal:
         with Responses(original, names) as theirs, torch.no_grad():
             original(inputs.flatten(0, 1))
-            return {name: theirs.of[name].unflatten(0, inputs.shape[:2]) for name in names}
+            calls = theirs.take()
+            return {name: [one.unflatten(0, inputs.shape[:2]) for one in calls[name]] for name in names}
 
     def loss(network: Callable[[Tensor], Tensor], ours: Responses, inputs: Tensor, goal: Any) -> Tensor:
         network(inputs)
-        return torch.stack([response_error(ours.of[name], goal[name]) for name in names]).sum()
+        return total_response_error(ours.take(), goal)
 
     def watch(template: nn.Module) -> Responses:
         return Responses(template, names)
@@ -384,7 +390,7 @@ class _Steps:
         )
         self._masks = {}  # what is mapped must not be seen outside: a compiler would make it a result of the graph
         if self._watched is not None:
-            self._watched.of.clear()
+            self._watched.take()
         return loss
 
     def _keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
@@ -416,6 +422,8 @@ class _Steps:
         first = {name: tensor[0] for name, tensor in (self._stack.terms | active).items()}
         with torch.no_grad(), dropout_by(self._stack.template, look):
             functional_call(self._stack.template, first, (images,))
+        if self._watched is not None:
+            self._watched.take()  # this pass is no part of a step
         return shapes
 
 

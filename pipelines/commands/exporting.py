@@ -10,7 +10,8 @@ from typing import Any
 import click
 import torch
 
-from gross_ray.export import card_path, check_format, export_network, whole_or_not_at_all
+from gross_ray.atomic import whole_or_not_at_all
+from gross_ray.export import card_path, check_format, export_network
 from gross_ray.report.model_card import foldings_text, model_card, most_accurate_seed
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore

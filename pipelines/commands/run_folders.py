@@ -55,7 +55,11 @@ def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse:
     if reuse is not None:
         check_same_images(splits, reuse)
     check_experiment(experiment, splits)
-    for line in experiment.without_effect():
+    for line in (
+        *experiment.without_effect(),
+        *experiment.without_effect(num_images=len(splits.train)),
+        *source.without_effect(experiment.data.name),
+    ):
         click.echo(f"without effect: {line}", err=True)
     store = RunStore.create(run, experiment)
     pin(store, splits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -15,12 +15,13 @@ from gross_ray.space import Configuration
 from pipelines.commands.options import Place
 from pipelines.commands.run_folders import run_folder
 from pipelines.commands.terminal import Reporter
-from pipelines.driver import Session
+from pipelines.driver import Session, redone_after_damage
 from pipelines.stages import validate
 from pipelines.stages.pipeline import STAGES, do_all
 from pipelines.stages.reuse import take_evaluations, take_over
 
 Settings = tuple[str, ...]
+Shown = TypeVar("Shown")
 
 
 def run(
@@ -46,10 +47,13 @@ def run(
                 session.note(f"taken over from {other.storage}: {num} evaluated configurations")
         do_all(session)
 
-    work(store, place, do, callbacks)
-    searched = Searched.of(store)
-    click.echo(results(store, searched=searched))
-    click.echo(f"page: {write_page(store, searched=searched)}", err=True)
+    def show() -> tuple[str, str]:
+        searched = Searched.of(store)
+        return results(store, searched=searched), write_page(store, searched=searched)
+
+    text, page = work(store, place, do, show, callbacks)
+    click.echo(text)
+    click.echo(f"page: {page}", err=True)
 
 
 def run_stage(
@@ -57,8 +61,7 @@ def run_stage(
 ) -> None:
     """Do what one stage lacks, and print what it has stored."""
     store = run_folder(run, preset_name, settings, place.source())
-    work(store, place, STAGES[name].do, callbacks)
-    click.echo(stage_results(store, name))
+    click.echo(work(store, place, STAGES[name].do, lambda: stage_results(store, name), callbacks))
 
 
 def validate_named(
@@ -71,14 +74,31 @@ def validate_named(
 ) -> None:
     """Train these configurations on their own, and print all that are trained."""
     store = run_folder(run, preset_name, settings, place.source())
-    work(store, place, lambda session: validate.do_named(session, configurations), callbacks)
-    click.echo(stage_results(store, "validate"))
+
+    def do(session: Session) -> None:
+        validate.do_named(session, configurations)
+
+    click.echo(work(store, place, do, lambda: stage_results(store, validate.NAME), callbacks))
 
 
-def work(store: RunStore, place: Place, do: Callable[[Session], None], callbacks: Sequence[Any] = ()) -> None:
-    """Call `do` with a session on a run folder, which reports its progress on stderr."""
+def work(
+    store: RunStore,
+    place: Place,
+    do: Callable[[Session], None],
+    show: Callable[[], Shown],
+    callbacks: Sequence[Any] = (),
+) -> Shown:
+    """Call `do` with a session on a run folder, which reports its progress on stderr, and return what `show` returns.
+
+    Both are called under the folder's lock, and again if a damaged file was found and deleted.
+    """
     opened = Session.opened(
         store, place.resources, place.source(), Reporter(), callbacks=callbacks, in_process=place.in_process
     )
     with opened as session:
-        do(session)
+
+        def all_of_it() -> Shown:
+            do(session)
+            return show()
+
+        return redone_after_damage(session, all_of_it)

@@ -15,7 +15,7 @@ import torch
 from gross_ray.errors import GrossRayError
 from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
-from pipelines.execution.base import told
+from pipelines.execution.base import do_unit, told
 from pipelines.execution.versions import Versions
 from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
 from pipelines.watching import Furthest, Patience, StageProgress
@@ -59,7 +59,8 @@ class _Worker:
         if stage != self._stage:  # since the last stage, other workers have stored what this one may have read
             self._stage = stage
             self._run.changed()
-        return work(Context(self._run, self._splits, self._device, self._report, shared, self._kept), unit)
+        context = Context(self._run, self._splits, self._device, self._report, shared, self._kept)
+        return do_unit(work, context, unit)
 
     @ray.method(concurrency_group="state")
     def state(self) -> tuple[str, float, str]:

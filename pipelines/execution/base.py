@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from pipelines.units import Job, Unit
+from pipelines.units import Context, Job, Unit, Work
 from pipelines.watching import StageProgress
 
 
@@ -29,6 +29,14 @@ class Executor(Protocol):
     def close(self) -> None:
         """Give back processes, if there are any; `do` starts new ones."""
         ...
+
+
+def do_unit(work: Work, context: Context, unit: Unit) -> str:
+    """Do a unit, and return its few words, with the damaged files that it deleted and did without."""
+    text = work(context, unit)
+    lost = "".join(f"; damaged file {file}: deleted, its work was done again" for file in context.store.damaged)
+    context.store.damaged.clear()
+    return text + lost
 
 
 def told(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gross_ray.errors import InvalidValueError, one_line
+from gross_ray.own_code import hidden_module
 
 
 def load_callbacks(names: Sequence[str]) -> list[Any]:
@@ -49,6 +50,10 @@ def _module(module_name: str, name: str) -> Any:
     folder = str(Path.cwd())
     if folder not in sys.path:  # a console script does not look there by itself
         sys.path.append(folder)
+    if (hidden := hidden_module(module_name)) is not None:
+        raise InvalidValueError(
+            f"callback {name!r}: {module_name} is a module of gross_ray itself, which hides your {hidden}; rename yours"
+        )
     try:
         there = find_spec(module_name) is not None
     except (ImportError, ValueError):  # its package is missing, or is no package

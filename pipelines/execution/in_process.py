@@ -13,7 +13,7 @@ import torch
 from gross_ray.data.image_set import Splits
 from gross_ray.errors import GrossRayError
 from gross_ray.run.opened import Run
-from pipelines.execution.base import told
+from pipelines.execution.base import do_unit, told
 from pipelines.units import Context, Job, Unit, pack_splits, room_for_images, unpack_splits
 from pipelines.watching import StageProgress
 
@@ -40,7 +40,7 @@ class InProcess:
                 try:
                     if unit.shared and job.shared is not None and unit.shared not in loaded:
                         loaded[unit.shared] = job.shared(unit.shared)
-                    text = job.work(self._context(unit, loaded.get(unit.shared), progress), unit)
+                    text = do_unit(job.work, self._context(unit, loaded.get(unit.shared), progress), unit)
                 except Exception as error:
                     failed[unit.name] = told(error)
                     ours = isinstance(error, GrossRayError)

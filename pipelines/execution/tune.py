@@ -23,7 +23,7 @@ from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution import signals
 from pipelines.execution.actors import gpu_share
-from pipelines.execution.base import told
+from pipelines.execution.base import do_unit, told
 from pipelines.execution.versions import Versions
 from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
 from pipelines.watching import Furthest, Patience, StageProgress
@@ -117,7 +117,8 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
         setup.versions.check()
         setup.run.store.require_here()
         splits = unpack_splits(ray.get(packed.reference), setup.device, room_for_images(setup.device, gpu_share()))
-        text = setup.work(Context(setup.run, splits, setup.device, report), setup.units[_name_of(config)])
+        context = Context(setup.run, splits, setup.device, report)
+        text = do_unit(setup.work, context, setup.units[_name_of(config)])
     except ray.exceptions.RayError:  # a node or process is gone, not an error of the work: tried again
         raise
     except Exception as error:  # a repetition would fail alike

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from gross_ray.btd.block_terms import BlockTerms, BTDStatus
 from gross_ray.btd.solver import block_term_decomposition, default_restarts
+from gross_ray.errors import DamagedFileError
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.seeds import derive_seed
@@ -92,7 +94,7 @@ def _cost(run: Run, layer: str, group_size: int) -> float:
 
 def done(run: Run) -> set[str]:
     """Return the names of the units that are stored."""
-    stored = run.store.finished_units("decompositions") & set(run.store.checkpoints(NAME))
+    stored = run.store.finished_units("decompositions") & run.store.finished_checkpoints(NAME)
     if not run.experiment.decomposition.nested:
         return stored
     chains = {
@@ -126,10 +128,8 @@ def work(context: Context, unit: Decomposition | Chain) -> str:
     """Decompose one layer at one group-size, or at all of them where nested."""
     terms: BlockTerms | None = None
     for one in unit.links if isinstance(unit, Chain) else [unit]:
-        if isinstance(unit, Chain) and _is_stored(context.store, one):
-            terms = load_terms(context.store, one)
-        else:
-            terms = _decompose(context, one, start=terms)
+        stored = _stored_link(context.store, one) if isinstance(unit, Chain) else None
+        terms = stored or _decompose(context, one, start=terms)
     assert terms is not None
     return f"error {terms.relative_error:.4f}, {terms.steps} steps"
 
@@ -153,8 +153,12 @@ def load_terms(store: RunStore, unit: Decomposition) -> BlockTerms:
     return BlockTerms(**fields)
 
 
-def _is_stored(store: RunStore, unit: Decomposition) -> bool:
-    return store.has_unit("decompositions", unit.name) and store.has_checkpoint(NAME, unit.name)
+def _stored_link(store: RunStore, unit: Decomposition) -> BlockTerms | None:
+    """Return a decomposition of a chain that was interrupted after it; None if it is not stored whole."""
+    if store.has_unit("decompositions", unit.name) and store.has_checkpoint(NAME, unit.name):
+        with suppress(DamagedFileError):  # deleted by now: computed again
+            return load_terms(store, unit)
+    return None
 
 
 def _decompose(context: Context, unit: Decomposition, start: BlockTerms | None) -> BlockTerms:

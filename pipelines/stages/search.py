@@ -232,7 +232,7 @@ def _job(driver: Driver, shown: str, units: Sequence[Unit], work: Any) -> Job:
         stage=shown,
         units=units,
         work=work,
-        done=lambda: {"plan"} & set(run.store.checkpoints(PLAN)) if work is plan_work else done(run),
+        done=lambda: {"plan"} & run.store.finished_checkpoints(PLAN) if work is plan_work else done(run),
         kind=NAME,
         num_equal=None,  # the capacity is not known before a unit is missing: Ray would be started to learn it
         shared=lambda name: load_shared(run.store, name),

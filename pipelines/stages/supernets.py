@@ -71,7 +71,7 @@ def swept(run: Run) -> list[Supernet]:
 def trained(run: Run, stage: str) -> set[str]:
     """Return the names of the supernets that `stage` has stored."""
     stored = run.store.finished_units("history")
-    return {unit for unit in run.store.checkpoints(stage) if _history(stage, unit) in stored}
+    return {unit for unit in run.store.finished_checkpoints(stage) if _history(stage, unit) in stored}
 
 
 def is_trained(run: Run, stage: str, unit: Supernet) -> bool:

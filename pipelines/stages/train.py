@@ -47,7 +47,7 @@ def plan(run: Run) -> Sequence[BaseNetwork]:
 def done(run: Run) -> set[str]:
     """Return the names of the units that are stored."""
     store = run.store
-    units = store.finished_units("networks") & set(store.checkpoints(NAME))
+    units = store.finished_units("networks") & store.finished_checkpoints(NAME)
     if run.experiment.weights:  # brought, not trained
         return units
     trained = store.finished_units("history")

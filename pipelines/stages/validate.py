@@ -86,7 +86,7 @@ def plan(run: Run) -> Sequence[Validation]:
 def done(run: Run) -> set[str]:
     """Return the names of the units that are stored."""
     trained = run.store.finished_units("history")
-    units = run.store.finished_units("validations") & set(run.store.checkpoints(NAME))
+    units = run.store.finished_units("validations") & run.store.finished_checkpoints(NAME)
     return {unit for unit in units if f"{NAME},{unit}" in trained}
 
 

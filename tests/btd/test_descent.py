@@ -130,6 +130,47 @@ def test_members_end_by_themselves_and_keep_their_places(case):
         assert outcome.status == BTDStatus.CONVERGED
 
 
+def test_each_member_may_have_a_limit_of_its_own(trained_like_weight):
+    weight = trained_like_weight(10, 8, 3, 3)[None]
+    weight = weight / weight.norm()
+    start = TermFit(weight, 2, [0] * 3).greedy_start([torch.Generator().manual_seed(seed) for seed in range(3)])
+    limits = [5, 2000, 30]
+    outcomes = run(TermFit(weight, 2, [0] * 3), start, max_steps=limits)
+    for place, (outcome, limit) in enumerate(zip(outcomes, limits, strict=True)):
+        alone = run(TermFit(weight, 2, [0]), start.select(slice(place, place + 1)), max_steps=limit)[0]
+        assert (outcome.steps, outcome.status) == (alone.steps, alone.status)
+        assert outcome.squared_error == pytest.approx(alone.squared_error, abs=1e-9)
+    assert [one.steps for one in outcomes][::2] == [5, 30]
+    assert outcomes[1].status == BTDStatus.CONVERGED
+
+
+def test_a_line_search_does_not_depend_on_those_beside_it():
+    """One member uses up all halvings; another, whose step is enough within the rounding of J, still takes it."""
+
+    class Fit:
+        """Where a direction is positive, J is 2 at every length; elsewhere it rises by less than its rounding."""
+
+        def move(self, point, direction, length=None):
+            at = torch.ones(len(direction), dtype=torch.float64) if length is None else length
+            return StandIn(1 + torch.where(direction[:, 0] > 0, 1.0, at * 3e-16))
+
+    class StandIn:
+        def __init__(self, value):
+            self.value = value
+
+        def objective(self, ridge):
+            return self.value
+
+    def lengths(direction):
+        count = len(direction)
+        ones = torch.ones(count, dtype=torch.float64)
+        return descent._search(Fit(), None, direction, ones, -1e-17 * ones, ones)[2].tolist()
+
+    rising, flat = torch.tensor([[1.0]]), torch.tensor([[-1.0]])
+    assert lengths(flat) == [1.0]
+    assert lengths(torch.cat([rising, flat])) == [0.0, 1.0]
+
+
 def test_a_converged_descent_is_a_stationary_point(trained_like_weight):
     weight = trained_like_weight(10, 8, 3, 3)[None]
     fit = TermFit(weight / weight.norm(), 2, [0])

@@ -230,6 +230,68 @@ def test_several_weights_in_one_pass_give_what_each_gives_by_itself(problem, rid
         )
 
 
+def uneven_weights(generator):
+    """Weights of one shape that take very different numbers of steps."""
+    rough = torch.randn(8, 8, 3, 3, generator=generator, dtype=torch.float64)
+    decay = torch.arange(1, 9, dtype=torch.float64) ** -2
+    single = torch.einsum(
+        "o,i,h,w->oihw", *(torch.rand(n, generator=generator, dtype=torch.float64) for n in rough.shape)
+    )
+    return [rough, rough.flip(0) * decay[None, :, None, None], single, 1e3 * rough.flip(1)]
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("max_steps", [70, 100, 130, 1000])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_max_steps_counts_for_each_weight_of_a_pass_on_its_own(precision, max_steps, restarts, generator):
+    """Some of these weights run out of steps in float32, or in the float64 end, and others converge beside them."""
+    weights = uneven_weights(generator)
+    options = BTDOptions(precision=precision, max_steps=max_steps, tolerance=1e-4, restarts=restarts, ridge=0.02)
+    together = block_term_decompositions(weights, 2, options=options, seeds=[3, 4, 5, 6])
+    for seed, weight, ours in zip((3, 4, 5, 6), weights, together, strict=True):
+        alone = block_term_decomposition(weight, 2, options=options, seed=seed)
+        assert (ours.steps, ours.status) == (alone.steps, alone.status)
+        assert ours.steps <= max_steps
+        assert ours.relative_error == pytest.approx(alone.relative_error, abs=1e-6)
+
+
+def test_the_cases_above_end_in_both_ways(generator):
+    weights = uneven_weights(generator)
+    options = BTDOptions(precision="float32", max_steps=100, tolerance=1e-4, restarts=1, ridge=0.02)
+    found = block_term_decompositions(weights, 2, options=options, seeds=[3, 4, 5, 6])
+    assert {one.status for one in found} == {BTDStatus.CONVERGED, BTDStatus.MAX_STEPS}
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_a_restart_has_all_of_its_steps_whatever_the_others_take(precision, trained_like_weight):
+    """The best of several starts is one of those that are descended alone, to its own end."""
+    weight = trained_like_weight(8, 8, 3, 3)
+    options = BTDOptions(precision=precision, max_steps=110, tolerance=1e-4, ridge=0.02)
+    generator = torch.Generator().manual_seed(1)
+    unit = (weight / weight.norm()).double()[None]
+    starts = solver.TermFit(unit, 2, [0] * 4).greedy_start([generator] * 4)
+    together = solver._descend(unit, 2, [0] * 4, starts, [False] * 4, options, None)
+    for place, ours in enumerate(together):
+        (alone,) = solver._descend(unit, 2, [0], starts.select(slice(place, place + 1)), [False], options, None)
+        assert (ours.steps, ours.status) == (alone.steps, alone.status)
+        assert ours.squared_error == pytest.approx(alone.squared_error, abs=1e-6)
+    assert len({one.steps for one in together}) > 1
+
+
+def test_a_weight_without_start_has_its_restarts_beside_one_with(trained_like_weight):
+    weight = trained_like_weight(8, 8, 3, 3)
+    other = weight.flip(0)
+    start = block_term_decomposition(weight, 1, seed=1)
+    together = block_term_decompositions([weight, other], 2, starts=[start, None], seeds=[7, 8])
+    alone = (
+        block_term_decomposition(weight, 2, start=start, seed=7),
+        block_term_decomposition(other, 2, seed=8),
+    )
+    for ours, theirs in zip(together, alone, strict=True):
+        assert (ours.steps, ours.status) == (theirs.steps, theirs.status)
+        assert ours.relative_error == pytest.approx(theirs.relative_error, abs=1e-9)
+
+
 def test_weights_of_different_shapes_are_refused():
     message = r"weights of shapes (4, 4, 3, 3) and (4, 4, 1, 1): must be the same in one pass"
     with pytest.raises(InvalidValueError, match=re.escape(message)):

@@ -33,6 +33,7 @@ from faults import (
     at_a_moment,
     at_a_moment_before,
     before_stage,
+    checked,
     driver,
     epochs_under_way,
     fill,
@@ -86,13 +87,11 @@ def _inject(
         ended_before = latest > 0 and signalled and "finished after" in log.read_text()
         assert status == expected or ended_before, log.read_text()
     kept, epochs = stored(run), epochs_under_way(run)  # after the last worker: it may end its unit meanwhile
-    told = resume(run, stage, log)
+    told = checked(run) + resume(run, stage, log) if process.damaged else resume(run, stage, log)
     assert_as_undisturbed(run, undisturbed, stage)
     for file, content in process.damaged.items():
         if file.suffix in (".parquet", ".safetensors"):  # one that nothing reads any more is written anew, untold
-            named = (
-                f"damaged file {file.relative_to(run)}: deleted; its stage, asked for as before, makes it anew" in told
-            )
+            named = f"damaged file {file.relative_to(run)}: deleted; " in told
             assert named or not file.exists() or file.read_bytes() != content, file
     if fault in KEEPS_ALL:
         assert stored(run).items() >= kept.items()

@@ -13,7 +13,7 @@ import pytest
 from pipelines.tuning import Tuning
 from s3_server import Door, uri
 
-from gross_ray.errors import StorageError, UnitsFailedError
+from gross_ray.errors import DamagedFileError, StorageError, UnitsFailedError
 from gross_ray.presets import preset
 from gross_ray.run import storage
 from gross_ray.run.store import RunStore
@@ -73,6 +73,8 @@ def test_damage_that_is_found_after_the_last_stage_is_told(tmp_path: Path) -> No
     with Session.opened(store, Resources(num_cpus=1, device="cpu"), DataSource(), Reporter(told)):
         RunStore.open(tmp_path / "run").write_table("history", "train,seed=0", [])
         (tmp_path / "run/tables/history/train,seed=0.parquet").write_bytes(b"")
+        with pytest.raises(DamagedFileError):
+            store.read_table("history")
         assert store.finished_units("history") == set()
     line = "damaged file tables/history/train,seed=0.parquet: deleted; its stage, asked for as before, makes it anew"
     assert line in told.getvalue()

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import fs
 from s3_server import SECRET, Door, free_port, uri
 
-from gross_ray.errors import InvalidValueError, RunFolderError, StorageError
+from gross_ray.errors import DamagedFileError, InvalidValueError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment
 from gross_ray.run import lock
 from gross_ray.run import storage as storage_module
@@ -74,10 +76,14 @@ def test_checkpoints_and_damaged_files_in_a_bucket(s3_port: int) -> None:
     file = "checkpoints/train/seed=1.safetensors"
     store.storage.write(file, store.storage.read(file)[:-1] + b"x")
     store.storage.write("tables/networks/seed=0.parquet", b"PAR1")
-    assert store.finished_units("networks") == {"seed=1"} and store.has_checkpoint("train", "seed=1")
+    for attempt in (lambda: store.load_checkpoint("train", "seed=1"), lambda: store.read_table("networks")):
+        with pytest.raises(DamagedFileError):
+            attempt()
     assert store.damaged == [], "deleted by one that does not hold the lock"
     with store.lock():
-        assert not store.has_checkpoint("train", "seed=1")
+        for attempt in (lambda: store.load_checkpoint("train", "seed=1"), lambda: store.read_table("networks")):
+            with pytest.raises(DamagedFileError):
+                attempt()
         assert store.finished_units("networks") == {"seed=1"}
     assert store.damaged == [file, "tables/networks/seed=0.parquet"]
     assert not store.has_checkpoint("train", "seed=1")
@@ -261,3 +267,117 @@ def test_a_full_disk_is_named_and_keeps_what_is_stored(tmp_path: Path) -> None:
         store.save_checkpoint("train", "seed=1", {"a": torch.ones(20)}, {})
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# Work of any length that writes to a store
+
+
+class Clock:
+    """A clock that only the work and the pauses move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.pauses = 0.0, 0
+        monkeypatch.setattr(storage_module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(storage_module.time, "sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.pauses += 1
+        self.now += seconds
+
+
+def in_a_bucket() -> Storage:
+    """A storage that is in no local folder, and asks no server."""
+    storage = object.__new__(Storage)
+    vars(storage).update(_address="s3://runs/x", folder=None, root="runs/x")
+    return storage
+
+
+AWAY = "When writing: AWS Error NETWORK_CONNECTION during PutObject operation"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 10.0, 360.0, 36_000.0])
+def test_the_patience_begins_with_the_first_failure(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, attempts = Clock(monkeypatch), []
+
+    def work() -> str:
+        clock.now += seconds
+        attempts.append(clock.now)
+        if len(attempts) < 3:
+            raise OSError(AWAY)
+        return "done"
+
+    assert in_a_bucket().patiently("write", "tune", work) == "done"
+    assert len(attempts) == 3
+
+
+@pytest.mark.parametrize("first", [0.0, 3600.0])
+def test_a_streak_of_failures_ends_after_the_patience(first: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, ends = Clock(monkeypatch), []
+
+    def work() -> None:
+        clock.now += 0.0 if ends else first
+        ends.append(clock.now)
+        raise OSError(AWAY)
+
+    with pytest.raises(StorageError, match="cannot write s3://runs/x/tune: no answer for 300 s"):
+        in_a_bucket().patiently("write", "tune", work)
+    assert 200 < ends[-1] - ends[0] <= 300
+
+
+def errors_of_something_else() -> list[Exception]:
+    from urllib.error import URLError
+
+    from ray.exceptions import GetTimeoutError
+
+    return [
+        GetTimeoutError("Get timed out"),
+        TimeoutError("timed out"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        ConnectionRefusedError("refused"),
+        BrokenPipeError(32, "Broken pipe"),
+        URLError("no host"),
+        FileNotFoundError(2, "No such file or directory", "/home/me/callback.log"),
+        OSError(28, "No space left on device", "/home/me/callback.log"),
+        PermissionError(13, "Permission denied", "/home/me/callback.log"),
+        pa.ArrowInvalid("no number"),
+    ]
+
+
+@pytest.mark.parametrize("place", range(len(errors_of_something_else())))
+@pytest.mark.parametrize("local", [True, False])
+def test_what_else_the_work_meets_is_not_the_store_s(
+    place: int, local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, error = Clock(monkeypatch), errors_of_something_else()[place]
+
+    def work() -> None:
+        raise error
+
+    storage = Storage(tmp_path) if local else in_a_bucket()
+    with pytest.raises(type(error)) as caught:
+        storage.patiently("write", "tune", work)
+    assert caught.value is error
+    assert clock.pauses == 0
+
+
+def test_what_pyarrow_s_filesystem_raises_is_the_store_s(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "run")
+    (tmp_path / "run").write_text("a file")
+    filesystem = fs.LocalFileSystem()
+    with pytest.raises(StorageError, match="cannot write .*/run/tune: "):
+        storage.patiently("write", "tune", lambda: filesystem.create_dir(storage.path("tune")))
+    with pytest.raises(StorageError, match="cannot write .*/run/tune: "):
+        storage.patiently("write", "tune", lambda: filesystem.open_output_stream(storage.path("tune/a")).close())
+
+
+def test_a_lack_of_memory_is_not_the_store_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    def no_memory(*_: object) -> None:
+        raise pa.ArrowMemoryError("no memory")
+
+    storage = in_a_bucket()
+    storage.filesystem = type("NoMemory", (), {"get_file_info": no_memory})()
+    with pytest.raises(pa.ArrowMemoryError):
+        storage.exists("a")
+    assert clock.pauses == 0

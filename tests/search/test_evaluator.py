@@ -10,11 +10,12 @@ from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search import evaluator
-from gross_ray.search.evaluator import Evaluator, NotTraceableWarning, evaluate_configurations
+from gross_ray.search.evaluator import Evaluator, NotTraceableWarning, RowsApartWarning, evaluate_configurations
 from gross_ray.search.folding import fold
 from gross_ray.search.graph import trace
 from gross_ray.search.latency import LatencyOptions, measure_latency
 from gross_ray.search.layer_forms import LayerForm, Siblings
+from gross_ray.search.options import EvaluationOptions
 from gross_ray.search.prefix_walk import PrefixWalk
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.configure import extract, get_configuration, series_layers, set_configuration
@@ -345,7 +346,13 @@ class WritesDownTheBatch(Small):
 def test_configurations_do_not_share_a_batch_where_rows_mix(network, random_supernet):
     supernet, images, labels = build(network, {name: (1, 4) for name in NAMES}, random_supernet)
     expected = one_by_one(supernet, images, labels, SearchSpace.of(supernet))
-    agrees(evaluate_configurations(supernet, images, labels, batch_size=len(images)), expected)
+    with pytest.warns(RowsApartWarning, match="mixes the rows of a batch .* slower") as caught:
+        agrees(evaluate_configurations(supernet, images, labels, batch_size=len(images)), expected)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    evaluator = Evaluator(supernet, EvaluationOptions(form="dense"))
+    with pytest.warns(RowsApartWarning):
+        evaluator.evaluate(images, labels, list(SearchSpace.of(supernet)))
+    evaluator.evaluate(images, labels, [SearchSpace.of(supernet)[1]])  # warned once: warnings are errors here
 
 
 @pytest.mark.parametrize("form", ["dense", "bottleneck", "auto"])
@@ -569,3 +576,28 @@ def test_a_layer_that_is_given_its_images_by_name(random_supernet):
     assert set(model.layer_ms) == {"conv"}
     _, (folding,) = fold(plain, (3, 9, 9), objective="latency_ms", latency=options)
     assert folding.layer == "conv" and folding.bottleneck > 0
+
+
+MACHINE_FAULTS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: 12"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    OSError(24, "Too many open files"),
+]
+
+
+@pytest.mark.parametrize("fault", MACHINE_FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("place", ["trace", "PrefixWalk.run"])
+def test_a_fault_of_the_machine_is_no_network_that_cannot_be_traced(fault, place, random_supernet, monkeypatch):
+    supernet, images, labels = build(Shared, {name: (1, 4) for name in NAMES}, random_supernet)
+
+    def fail(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(f"gross_ray.search.evaluator.{place}", fail)
+    with pytest.raises(type(fault)) as caught:
+        evaluate_configurations(supernet, images, labels)
+    assert caught.value is fault

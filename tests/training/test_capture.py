@@ -22,6 +22,7 @@ from gross_ray.training.capture import WARM_UP, CapturedStep, captures
 from gross_ray.training.draws import EpochDraws
 from gross_ray.training.loop import EpochRecord, train
 from gross_ray.training.sampling import ConfigurationSampler
+from gross_ray.training.stages import finetune
 from gross_ray.training.together import Member, finetune_together, reconstruct_together
 
 SCHEDULE = Schedule(epochs=5, lr=0.05, milestones=(3,), batch_size=12, weight_decay=1e-2)
@@ -252,3 +253,13 @@ def test_nothing_is_captured_on_a_cpu() -> None:
     assert not captures(CAPTURE, torch.device("cpu"))
     assert captures(CAPTURE, torch.device("cuda"))
     assert not captures(EngineOptions(), torch.device("cuda"))
+
+
+def test_steps_that_draw_a_configuration_are_not_left_uncaptured_without_a_word(device: str) -> None:
+    training = Training("finetune", device)
+    few = training.images.first(10)
+    splits = Splits("noise", training.images, few, few, ("a", "b", "c"))
+    supernet = training.supernets[0]
+    sampler = ConfigurationSampler(SearchSpace.of(supernet), 0.5)
+    with pytest.raises(InvalidValueError, match=r"finetune_together, or set engine\.capture=false"):
+        finetune(supernet, splits, SCHEDULE, seed=0, sampler=sampler, engine=CAPTURE)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gross_ray.errors import InvalidValueError
+from gross_ray.experiment import SupernetOptions
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.training.sampling import ConfigurationSampler, sampling_probabilities
 
@@ -36,6 +37,17 @@ def test_probabilities_are_equation_8(num_group_sizes: int, alpha: float, scalin
     assert probabilities.tolist() == pytest.approx(equation_8(num_group_sizes, alpha, scaling), rel=1e-9, abs=1e-300)
     assert float(probabilities.sum()) == pytest.approx(1)
     assert (probabilities.diff() <= 0).all()
+
+
+def test_the_default_scaling_is_that_of_the_options() -> None:
+    """Of the function, of the sampler and of the experiment's options: "normalised"."""
+    space = SearchSpace({"conv2": [1, 2, 4, 8]})
+    expected = equation_8(4, 3.0, "normalised")
+    assert SupernetOptions().scaling == "normalised"
+    assert sampling_probabilities(4, 3.0).tolist() == pytest.approx(expected)
+    named, default = (ConfigurationSampler(space, 3.0, **named) for named in ({"scaling": "normalised"}, {}))
+    one, other = (torch.Generator().manual_seed(0) for _ in range(2))
+    assert [named.draw(one) for _ in range(500)] == [default.draw(other) for _ in range(500)]
 
 
 @pytest.mark.parametrize("scaling", ["index", "normalised"])

@@ -26,6 +26,7 @@ from gross_ray.training import stages
 from gross_ray.training.loop import accuracy
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import finetune, reconstruct, response_error, train_network
+from gross_ray.training.together import Member, reconstruct_together
 
 SIZES: Mapping[str, Sequence[int]] = {"3": (1, 2, 4), "6": (2, 6)}
 SCHEDULE = Schedule(epochs=3, lr=0.003, batch_size=10, weight_decay=0.0, augment=False)
@@ -147,6 +148,99 @@ def test_reconstruction_loss_is_the_sum_of_equation_9_over_the_layers(
     (record,) = reconstruct(supernet, original, splits, schedule, seed=0)
     assert record.train_loss == pytest.approx(expected, rel=1e-5)
     assert record.val_accuracy is None
+
+
+class Twice(nn.Module):
+    """Calls one convolution twice, at two sizes of the image, and another once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.shared = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 8, 3, padding=1)
+
+    def calls(self, images: torch.Tensor) -> list[torch.Tensor]:
+        early = self.shared(self.first(images).relu())
+        late = self.shared(F.max_pool2d(early.relu(), 2))
+        return [early, late, self.last(late.relu())]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.calls(images)[-1].mean((2, 3))[:, :3]
+
+
+def a_network_that_calls_a_layer_twice() -> tuple[Twice, Twice]:
+    """Return it and its supernet."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Twice().double()
+    options = BTDOptions(tolerance=1e-3)
+    supernet = decompose_model(network, group_sizes={"shared": (1, 4), "last": (1, 2)}, options=options)
+    assert isinstance(supernet, Twice)
+    return network, supernet
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_each_call_of_a_layer_counts_in_the_response_error(
+    splits: Splits, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageSet, "as_inputs", lambda self, images: images.double() / 255)
+    network, supernet = a_network_that_calls_a_layer_twice()
+    set_configuration(supernet, (1, 1))
+    images = splits.train.as_inputs(splits.train.images)
+    with torch.no_grad():
+        pairs = zip(supernet.calls(images), network.calls(images), strict=True)
+        errors = [float(((ours - theirs) ** 2).sum().sqrt() / (theirs**2).sum().sqrt()) for ours, theirs in pairs]
+    schedule = Schedule(epochs=1, lr=1e-9, batch_size=len(splits.train), augment=False)
+    largest_never = ConfigurationSampler(SearchSpace.of(supernet), 1000.0)  # draws the smallest group-sizes
+    if together:
+        (history,) = reconstruct_together([Member(supernet, 0, largest_never)], network, splits, schedule)
+        assert isinstance(history, list)
+    else:
+        history = reconstruct(supernet, network, splits, schedule, seed=0, sampler=largest_never)
+    assert len(errors) == 3
+    assert min(errors) > 0.01
+    assert history[0].train_loss == pytest.approx(sum(errors), rel=1e-6)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_passes_between_two_steps_are_no_calls_of_a_step(splits: Splits, together: bool) -> None:
+    """As of a trial that measures its supernet, and whoever else uses the full network, after each epoch."""
+    losses = {}
+    for measured in (False, True):
+        network, supernet = (one.float() for one in a_network_that_calls_a_layer_twice())
+
+        def look(_: object, pair: tuple[nn.Module, ...] = (network, supernet), measured: bool = measured) -> None:
+            for one in pair if measured else ():
+                with torch.no_grad():
+                    one(splits.train.as_inputs(splits.train.images[:2]))
+
+        schedule = Schedule(epochs=2, lr=1e-3, augment=False)
+        sampler = uniform_sampler(supernet)
+        if together:
+            (history,) = reconstruct_together([Member(supernet, 0, sampler, None, look)], network, splits, schedule)
+            assert isinstance(history, list)
+        else:
+            history = reconstruct(supernet, network, splits, schedule, seed=0, sampler=sampler, on_epoch=look)
+        losses[measured] = [record.train_loss for record in history]
+    assert losses[True] == losses[False]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_networks_that_call_a_layer_different_numbers_of_times_are_refused(splits: Splits, together: bool) -> None:
+    class Once(Twice):
+        def calls(self, images: torch.Tensor) -> list[torch.Tensor]:
+            early = self.shared(self.first(images).relu())
+            return [early, self.last(early.relu())]
+
+    network, supernet = (one.float() for one in a_network_that_calls_a_layer_twice())
+    once = Once()
+    once.load_state_dict(network.state_dict())
+    schedule = Schedule(epochs=1, lr=1e-9, augment=False)
+    with pytest.raises(InvalidValueError, match="'shared' is called 2 times in the supernet and 1 times in the full"):
+        if together:
+            reconstruct_together([Member(supernet, 0, uniform_sampler(supernet))], once, splits, schedule)
+        else:
+            reconstruct(supernet, once, splits, schedule, seed=0)
 
 
 def test_nothing_is_dropped_or_normalised_anew_while_reconstructing(splits: Splits) -> None:

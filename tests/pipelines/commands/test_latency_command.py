@@ -10,7 +10,7 @@ import pytest
 from miniature import do, invoke, tables
 
 from gross_ray import read_table
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import DamagedFileError, InvalidValueError
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel
@@ -110,6 +110,8 @@ def test_of_several_measurements_the_last_one_counts(run: Path) -> None:
     assert rows["latency_ms"].tolist() == pytest.approx(expected)
     (damaged,) = (store.path / "tables/latencies").glob("*batch=1*")
     damaged.write_bytes(b"")
+    with store.lock(), pytest.raises(DamagedFileError):
+        latencies.in_force(Run(store))
     assert latencies.in_force(Run(store)) is None, "the other one takes its place without a word"
 
 

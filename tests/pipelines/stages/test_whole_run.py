@@ -105,7 +105,9 @@ def test_damage_in_tables_that_no_stage_completes_is_found_by_the_next_command(
     early = invoke("validate", run, "--in-process")
     assert early.exit_code == 2
     assert early.stderr.strip().endswith("run `gross search` on it first")
-    told = dict(re.findall(r"damaged file tables/(\w+)/[^:]*: deleted; (.*)", early.stderr))
+    found = invoke("check", run)
+    assert (found.exit_code, found.stdout) == (0, f"{run}: 2 damaged files\n"), found.stderr
+    told = dict(re.findall(r"damaged file tables/(\w+)/[^:]*: deleted; (.*)", early.stderr + found.stderr))
     assert told == {
         "runs": "that start is on record no more",
         "latencies": "measure again with `gross latency`",

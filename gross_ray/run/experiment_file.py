@@ -1,0 +1,55 @@
+"""The file of a run folder that holds its experiment, and which gross_ray wrote it."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from typing import Any
+
+from gross_ray.errors import RunFolderError
+from gross_ray.experiment import Experiment
+from gross_ray.run.storage import Storage
+from gross_ray.run.tables import SCHEMA_VERSION
+
+EXPERIMENT = "experiment.json"
+"""Name of the file."""
+_WRITTEN_BY = "gross_ray"
+"""Key of what wrote the run folder: {"version": gross_ray's, "schema": SCHEMA_VERSION}."""
+
+
+def experiment_content(experiment: Experiment) -> bytes:
+    """Return the content of experiment.json: the version that writes the run folder, then the experiment's fields."""
+    written_by = {"version": version("gross-ray"), "schema": SCHEMA_VERSION}
+    return json.dumps({_WRITTEN_BY: written_by, **experiment.to_dict()}, indent=2).encode()
+
+
+def read_experiment(storage: Storage) -> Experiment:
+    """Return the experiment of a run folder.
+
+    Fields that a version before did not know have their defaults, which mean what it did: a change of meaning raises
+    SCHEMA_VERSION. Raises RunFolderError where there is no experiment, and, naming both versions, where the folder has
+    another schema or fields that are unknown here.
+    """
+    written_by: dict[str, Any] = {}
+    try:
+        values = json.loads(storage.read(EXPERIMENT).decode())
+        written_by = values.pop(_WRITTEN_BY, None) or {}
+        if written_by.get("schema", SCHEMA_VERSION) == SCHEMA_VERSION:
+            return Experiment.from_json(json.dumps(values))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunFolderError(
+            f"{storage} is not a run folder (it has no {EXPERIMENT}): give the --out of a run"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunFolderError(
+            f"{storage.shown(EXPERIMENT)} is damaged or of another gross_ray: {error}; {_versions(written_by)}; "
+            "restore it, or give another folder"
+        ) from None
+    raise RunFolderError(f"{storage}: {_versions(written_by)}: use the gross_ray that wrote it, or give another folder")
+
+
+def _versions(written_by: Any) -> str:
+    """Return in words which gross_ray wrote a run folder and which one this is."""
+    known = written_by if isinstance(written_by, dict) else {}
+    by = f"gross_ray {known.get('version', 'of before 0.1.0')} (schema {known.get('schema', 'not stored')})"
+    return f"it was written by {by}, and this is gross_ray {version('gross-ray')} (schema {SCHEMA_VERSION})"
