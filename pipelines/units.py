@@ -37,6 +37,11 @@ class Unit(ABC):
         """Name of the unit in tables and checkpoints, like ``conv2,g=16,seed=0``; unique within its stage."""
 
     @property
+    def stored_as(self) -> list[str]:
+        """Names under which its results are stored: its own, unless it consists of parts that others share."""
+        return [self.name]
+
+    @property
     def shared(self) -> str:
         """Name of what several units read, like a supernet's weights: it is loaded once for all of them."""
         return ""

@@ -88,52 +88,20 @@ def train(
     Raises DivergedError, naming the step and the learning rate, if a loss or a gradient is not finite, and
     InvalidValueError where `engine` captures steps that `before_step` changes.
     """
-    device = images.device
-    if captures(engine, device) and before_step is not None:  # another configuration is another graph
+    if captures(engine, images.device) and before_step is not None:  # another configuration is another graph
         raise InvalidValueError(
             "engine.capture = True: steps that each draw a configuration cannot be captured here; train the supernet "
             "with reconstruct_together or finetune_together, or set engine.capture=false"
         )
-    trained = list(parameters.values())
-    dropout = torch.Generator(device)
-    optimizer = torch.optim.SGD(trained, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
     history, momenta = restore(network, checkpoint)
-    for name, momentum in momenta.items():
-        buffer = torch.empty_like(parameters[name])  # keeps the parameter's memory format, and with it every rounding
-        optimizer.state[parameters[name]]["momentum_buffer"] = buffer.copy_(momentum)
-    if engine.compile:
-        loss = torch.compile(loss)
-
-    def on_pixels(pixels: Tensor, labels: Tensor) -> Tensor:
-        return loss(images.as_inputs(pixels), labels)
-
-    def step(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        part = images_of_part(network, inputs) if in_parts else len(inputs)
-        value, gradients = _gradients(on_pixels, trained, inputs, labels, part, engine.precision)
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
-        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-        optimizer.step()
-        return value, norm
-
-    captured = CapturedStep(step, [dropout]) if captures(engine, device) else None
-
+    steps = _Steps(network, images, schedule, parameters, loss, engine=engine, in_parts=in_parts, momenta=momenta)
     for epoch in range(len(history), schedule.epochs):
         started = time.perf_counter()
         lr = schedule.lr_at(epoch)
-        if captured is not None and lr != optimizer.param_groups[0]["lr"]:
-            captured.forget()
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        steps.set_lr(lr)
         set_mode()
-        draws = EpochDraws(images, derive_seed(seed, epoch), schedule, dropout)
-        steps: list[tuple[Tensor, ...]] = []
-        with random_numbers_of(draws, network, compiled=engine.compile), products_at(engine.precision, device):
-            for inputs, labels in draws.batches(schedule.batch_size):
-                if before_step is not None:
-                    before_step(draws.generator)
-                steps.append((captured or step)(inputs, labels))
-        losses, norms = (torch.stack(values) for values in zip(*steps, strict=True))
+        draws = EpochDraws(images, derive_seed(seed, epoch), schedule, steps.dropout)
+        losses, norms = steps.of_epoch(draws, before_step)
         check_finite(losses, norms, epoch, lr)
         train_loss, gradient_norm = float(losses.mean()), float(norms.mean())
         seconds = time.perf_counter() - started
@@ -148,11 +116,82 @@ def train(
         )
         history.append(record)
         if checkpoint is not None:
-            tensors = state(network, _momenta(optimizer, parameters))
-            checkpoint.save(tensors, {"history": [asdict(one) for one in history]})
+            checkpoint.save(state(network, steps.momenta()), {"history": [asdict(one) for one in history]})
         if on_epoch is not None:
             on_epoch(record)
     return history
+
+
+class _Steps:
+    """The steps of one training: stochastic gradient descent on some parameters, as one CUDA graph if `engine` says."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: ImageSet,
+        schedule: Schedule,
+        parameters: Mapping[str, nn.Parameter],
+        loss: Loss,
+        *,
+        engine: EngineOptions,
+        in_parts: bool,
+        momenta: Mapping[str, Tensor],
+    ) -> None:
+        """Continue with `momenta`, by the names of their parameters."""
+        self._network, self._images, self._schedule = network, images, schedule
+        self._parameters, self._engine, self._in_parts = parameters, engine, in_parts
+        self._loss: Loss = torch.compile(loss) if engine.compile else loss
+        self._optimizer = torch.optim.SGD(
+            list(parameters.values()), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+        )
+        for name, momentum in momenta.items():
+            buffer = torch.empty_like(parameters[name])  # keeps the parameter's memory format, so every rounding too
+            self._optimizer.state[parameters[name]]["momentum_buffer"] = buffer.copy_(momentum)
+        self.dropout = torch.Generator(images.device)
+        """Draws what dropout drops."""
+        self._captured = CapturedStep(self._step, [self.dropout]) if captures(engine, images.device) else None
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next steps."""
+        if self._captured is not None and lr != self._optimizer.param_groups[0]["lr"]:
+            self._captured.forget()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def of_epoch(
+        self, draws: EpochDraws, before_step: Callable[[torch.Generator], object] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Do the steps of one epoch; return each one's loss and the norm of its gradients: (steps,) both."""
+        found: list[tuple[Tensor, ...]] = []
+        with (
+            random_numbers_of(draws, self._network, compiled=self._engine.compile),
+            products_at(self._engine.precision, self._images.device),
+        ):
+            for inputs, labels in draws.batches(self._schedule.batch_size):
+                if before_step is not None:
+                    before_step(draws.generator)
+                found.append((self._captured or self._step)(inputs, labels))
+        losses, norms = (torch.stack(values) for values in zip(*found, strict=True))
+        return losses, norms
+
+    def _step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        trained = list(self._parameters.values())
+        part = images_of_part(self._network, inputs) if self._in_parts else len(inputs)
+        value, gradients = _gradients(self._on_pixels, trained, inputs, labels, part, self._engine.precision)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+        self._optimizer.step()
+        return value, norm
+
+    def _on_pixels(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        return self._loss(self._images.as_inputs(pixels), labels)
+
+    def momenta(self) -> dict[str, Tensor]:
+        """Return the momenta by the names of their parameters; parameters that took no part yet have none."""
+        state = self._optimizer.state
+        found = {name: state.get(one, {}).get("momentum_buffer") for name, one in self._parameters.items()}
+        return {name: momentum for name, momentum in found.items() if momentum is not None}
 
 
 def accuracy(network: nn.Module, images: ImageSet) -> float:
@@ -248,9 +287,3 @@ def restore(network: nn.Module, checkpoint: CheckpointSlot | None) -> tuple[list
         parts[part][rest] = tensor
     restore_state(network, parts["network"], "the checkpoint of a training that was interrupted")
     return [EpochRecord(**record) for record in description["history"]], parts["momentum"]
-
-
-def _momenta(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the momenta by name; parameters that took no part yet have none."""
-    found = {name: optimizer.state.get(one, {}).get("momentum_buffer") for name, one in parameters.items()}
-    return {name: momentum for name, momentum in found.items() if momentum is not None}

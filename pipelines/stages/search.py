@@ -16,6 +16,7 @@ from torch import nn
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.nn.batch_norm import calibration_images
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import finished_units
 from gross_ray.run.searched import evaluated_accuracies
 from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
@@ -160,7 +161,7 @@ def plan(run: Run) -> Sequence[Part]:
 
 def done(run: Run) -> set[str]:
     """Return the names of the units that are stored."""
-    return run.store.finished_units("configurations")
+    return finished_units(run.store, NAME)
 
 
 def do(driver: Driver) -> None:
