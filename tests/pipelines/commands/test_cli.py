@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from gross_ray.run.store import RunStore
 from gross_ray.run.tables import TABLES
 from gross_ray.search.budgets import Budget
 from gross_ray.search.selection import best_under, pareto_front
-from pipelines.driver import Session
+from pipelines.commands.terminal import Reporter
+from pipelines.driver import DataSource, Session
+from pipelines.resources import Resources
 from pipelines.stages import rounds, search, supernets
 from pipelines.stages.pipeline import STAGES as PIPELINE
 
@@ -403,9 +406,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     asked: list[dict[str, Any]] = []
 
     @contextmanager
-    def record(*_: Any, **how: Any) -> Iterator[None]:
+    def record(store: RunStore, resources: Resources, *_: Any, **how: Any) -> Iterator[Session]:
         asked.append(how)
-        yield None
+        yield Session(Run(store), resources, DataSource(), Reporter(io.StringIO()))
 
     monkeypatch.setattr(Session, "opened", record)
     for stage in PIPELINE.values():

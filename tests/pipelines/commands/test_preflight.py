@@ -19,6 +19,7 @@ from gross_ray.models import MODELS
 from gross_ray.presets import preset
 from pipelines.commands.preflight import check_experiment
 from pipelines.commands.run_folders import run_folder
+from pipelines.driver import DataSource
 
 SMALL = DataOptions(name="sample", limit_train=4, limit_validation=4, limit_test=4)
 WRONG = [
@@ -187,7 +188,7 @@ def test_supernets_that_cannot_be_stacked_are_told(
 def test_what_has_no_effect_is_told_when_a_folder_is_made(
     splits: Splits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Source:
+    class Source(DataSource):
         def load(self, _options: DataOptions) -> Splits:
             return splits
 
