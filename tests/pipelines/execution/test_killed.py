@@ -8,7 +8,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from miniature import assert_equal_tables, run_command
+
+pytestmark = pytest.mark.faults
 
 STAGE_SIGNS = {
     "train": "checkpoints/train-under-way/*.safetensors",
