@@ -11,6 +11,8 @@ from pipelines.nodes import NodeKind
 THREAD_EFFICIENCY = 0.6
 """n threads do n^0.6 times the work of one (measured: 1.4 to 1.8 times with 2, training the four-conv network, and much
 less if another process uses one of the cores)."""
+UNITS_A_WORKER = 4
+"""Number of units for each worker, for a kind whose work is divided among the workers."""
 _STAGE = "threads"
 
 
@@ -79,13 +81,14 @@ class Capacity:
         return max(1, self.cores_per_node // threads)
 
 
-def settled_threads(store: RunStore, kind: str, num_units: int, capacity: Capacity) -> int:
+def settled_threads(store: RunStore, kind: str, num_units: int | None, capacity: Capacity) -> int:
     """Return the CPU threads of each unit of a kind: the stored number, limited to the cores of a node.
 
-    The number is stored once for a run folder and depends on the experiment alone, not on the command that asks: with
-    another number of threads, sums round differently.
+    The number is stored once for a run folder and does not depend on the command that asks: with another number of
+    threads, sums round differently. `num_units` is the experiment's number of such units; None: several per worker.
     """
     if not store.has_checkpoint(_STAGE, kind):
-        store.save_checkpoint(_STAGE, kind, {}, {"threads": capacity.threads(num_units)})
+        number = UNITS_A_WORKER * capacity.slots() if num_units is None else num_units
+        store.save_checkpoint(_STAGE, kind, {}, {"threads": capacity.threads(number)})
     _, about = store.load_checkpoint(_STAGE, kind)
     return min(about["threads"], capacity.cores_per_node)

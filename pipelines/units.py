@@ -37,6 +37,11 @@ class Unit(ABC):
         """Name of the unit in tables and checkpoints, like ``conv2,g=16,seed=0``; unique within its stage."""
 
     @property
+    def stored_as(self) -> list[str]:
+        """Names under which its results are stored: its own, unless its parts are stored one by one."""
+        return [self.name]
+
+    @property
     def shared(self) -> str:
         """Name of data that several units read, like a supernet's weights: it is loaded once for all of them."""
         return ""
@@ -124,8 +129,11 @@ class Job:
     """Returns the names of the units whose results are stored."""
     kind: str
     """All units of one kind run with the same number of threads, whichever command asks for them."""
-    num_equal: int
-    """Approximate number of units of this kind in the whole experiment: it decides the number of threads."""
+    num_equal: int | None
+    """Approximate number of units of this kind in the whole experiment: it decides the number of threads.
+
+    None: several for each worker, however many workers run at once.
+    """
     trials: bool = False
     """Whether units report metrics after each epoch: Ray runs such units as trials of Ray Tune."""
     shared: Shared | None = None

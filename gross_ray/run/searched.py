@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from gross_ray.errors import RunFolderError
 from gross_ray.run.store import RunStore
 from gross_ray.search.selection import COSTS, supernet_accuracies
 
@@ -33,11 +34,18 @@ def evaluated_parts(
 ) -> Iterator[pd.DataFrame]:
     """Yield the rows of `configurations` part by part, each with the rows of all supernets of one alpha and scaling.
 
-    `units` are rows of `evaluated_units`, by default all. Raises RunFolderError naming a damaged file.
+    `units` are rows of `evaluated_units`, by default all; `columns` must include "configuration". Raises RunFolderError
+    naming a damaged file, or a file with the rows of several supernets.
     """
     found = evaluated_units(store) if units is None else units
-    for _, part in found.groupby(["alpha", "scaling", "first"], sort=False):
-        yield store.read_units(_TABLE, part["unit"].tolist(), columns)
+    for (_, _, first), part in found.groupby(["alpha", "scaling", "first"], sort=False):
+        rows = store.read_units(_TABLE, part["unit"].tolist(), columns)
+        if (rows["configuration"] == first).sum() > len(part):
+            raise RunFolderError(
+                f"{store.storage}: a file of the table {_TABLE} (unit {part['unit'].iloc[0]}) has the rows of "
+                "several supernets: keep the results again with `python scripts/results.py keep`, or split it"
+            )
+        yield rows
 
 
 def evaluated_accuracies(store: RunStore, units: pd.DataFrame | None = None) -> Iterator[pd.DataFrame]:

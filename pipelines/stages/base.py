@@ -25,8 +25,8 @@ class Driver(Protocol):
     def capacity(self) -> Capacity:
         """What can run at the same time."""
 
-    def threads(self, kind: str, num_equal: int) -> int:
-        """Return the CPU threads of each unit of a kind; the experiment has about `num_equal` such units."""
+    def threads(self, kind: str, num_equal: int | None) -> int:
+        """Return the CPU threads of each unit of a kind; `num_equal` as in `Job`."""
 
     def note(self, text: str) -> None:
         """Show one line to the user."""

@@ -16,6 +16,7 @@ from torch import nn
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.nn.batch_norm import calibration_images
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import finished_units
 from gross_ray.run.searched import evaluated_accuracies
 from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
@@ -142,7 +143,7 @@ def plan(run: Run) -> Sequence[Part]:
 
 def done(run: Run) -> set[str]:
     """Return the names of the units that are stored."""
-    return run.store.finished_units("configurations")
+    return finished_units(run.store, NAME)
 
 
 def do(driver: Driver) -> None:
@@ -216,7 +217,7 @@ def _job(driver: Driver, shown: str, units: Sequence[Unit], work: Any) -> Job:
         work=work,
         done=lambda: {"plan"} & run.store.finished_checkpoints(PLAN) if work is plan_work else done(run),
         kind=NAME,
-        num_equal=SHARDS_A_WORKER * driver.capacity.slots(),
+        num_equal=None,  # the capacity is unknown here: Ray is started only when a unit is missing
         shared=lambda name: load_shared(run.store, name),
     )
 
@@ -228,7 +229,7 @@ def _make_plan(driver: Driver, supernet: Supernet) -> None:
     exhaustive search would overlap the new ones and are deleted.
     """
     run, workers = driver.run, driver.capacity.slots()
-    threads = driver.threads(NAME, SHARDS_A_WORKER * workers)
+    threads = driver.threads(NAME, None)
     unit = Planning(
         supernet=supernet,
         workers=workers,
