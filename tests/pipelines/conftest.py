@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pipelines.execution.cluster import connected  # before Ray: it sets Ray's e
 from pipelines.resources import Resources
 
 sys.path.insert(0, str(Path(__file__).parent))  # miniature.py
+# Ray gives its workers the niceness 15: beside any busy process on the machine their tests would take minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 class SharedRay:
