@@ -8,6 +8,8 @@ import pytest
 from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))  # miniature.py
+# Ray gives its workers the niceness 15: beside any busy process on the machine their tests would take minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
