@@ -43,8 +43,8 @@ def evaluated_parts(
         rows = store.read_units(_TABLE, part["unit"].tolist(), columns)
         if (rows["configuration"] == first).sum() > len(part):
             raise RunFolderError(
-                f"{store.storage}: a file of the table {_TABLE} (unit {part['unit'].iloc[0]}) holds the rows of "
-                "several supernets: keep the results again, by `python scripts/results.py keep`, or split it by supernet"
+                f"{store.storage}: a file of the table {_TABLE} (unit {part['unit'].iloc[0]}) holds rows of several "
+                "supernets: keep the results again, by `python scripts/results.py keep`, or split it by supernet"
             )
         yield rows
 
