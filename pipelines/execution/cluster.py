@@ -29,7 +29,7 @@ import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 
 from gross_ray.errors import ResourcesError  # noqa: E402
-from gross_ray.own_code import own_place  # noqa: E402
+from gross_ray.own_code import own_folder  # noqa: E402
 from pipelines.capacity import Capacity  # noqa: E402
 from pipelines.execution import signals  # noqa: E402
 from pipelines.execution.autoscaler import autoscaling_config, may_come  # noqa: E402
@@ -199,9 +199,9 @@ def module_of(model: str) -> str | None:
     """
     if ":" not in model:
         return None
-    if (folder := own_place(model.partition(":")[0])) is not None:  # a folder called like our package
+    if (folder := own_folder(model.partition(":")[0])) is not None:  # a folder called like our package
         return str(folder)
-    if (folder := own_place(model.partition(":")[0])) is not None:  # a folder called like our package
+    if (folder := own_folder(model.partition(":")[0])) is not None:  # a folder called like our package
         return str(folder)
     spec = find_spec(model.partition(":")[0].partition(".")[0])
     if spec is None or spec.origin is None or "site-packages" in Path(spec.origin).parts:

@@ -99,7 +99,7 @@ def test_mistakes_are_told_in_a_line_before_anything_is_made(tmp_path: Path) -> 
     for words, line in (
         (["--model", "own_networks:large"], "module 'own_networks' has no attribute 'large'"),
         (["--weights", "nowhere.pt"], "nowhere.pt: there is no such file"),
-        (["--weights", "a.pt", "--set", "training.seeds=2"], "training.seeds = 2: must be 1 where weights are given"),
+        (["--weights", "a.pt", "--set", "training.seeds=2"], "training.seeds = 2: must be 1 with weights"),
     ):
         refused = command(tmp_path, "train", "run", "--preset", "quickstart", *words)
         assert refused.returncode == 2, refused.stderr
