@@ -22,6 +22,7 @@ from gross_ray.errors import DamagedFileError, UnitsFailedError
 from gross_ray.experiment import DataOptions
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import fingerprint, pin
+from gross_ray.run.progress import store_plans
 from gross_ray.run.store import RunStore
 from gross_ray.search.timing import timed_device
 from pipelines.capacity import Capacity, settled_threads
@@ -30,6 +31,7 @@ from pipelines.execution.base import Executor
 from pipelines.execution.in_process import InProcess
 from pipelines.nodes import NodeKind
 from pipelines.resources import Resources
+from pipelines.stages.pipeline import plans
 from pipelines.units import Group, Job, grouped, pack_splits
 from pipelines.watching import StageProgress
 
@@ -222,6 +224,7 @@ class Session:
             session = cls(Run(store), resources, source, progress, callbacks, in_process)
             try:
                 yield session
+                store_plans(store, plans(session.run))
             finally:
                 with signals.ignored():
                     session._close()
@@ -239,7 +242,7 @@ class Session:
         """Name the damaged files that were deleted since this was called last, and what follows."""
         report_damage(self.run.store, self._progress)
 
-    def threads(self, kind: str, num_equal: int) -> int:
+    def threads(self, kind: str, num_equal: int | None) -> int:
         """Return the CPU threads of units of a kind (`settled_threads`)."""
         return settled_threads(self.run.store, kind, num_equal, self.capacity)
 
@@ -257,6 +260,7 @@ class Session:
             if not todo:
                 return
             threads = self.threads(job.kind, job.num_equal)
+            store_plans(self.run.store, plans(self.run))
             failed = self._execute(job, groups, threads, progress)
         self.run.changed()
         stored = job.done()

@@ -37,6 +37,11 @@ class Unit(ABC):
         """Name of the unit in tables and checkpoints, like ``conv2,g=16,seed=0``; unique within its stage."""
 
     @property
+    def stored_as(self) -> list[str]:
+        """Names under which its results are stored: its own, unless it consists of parts that others share."""
+        return [self.name]
+
+    @property
     def shared(self) -> str:
         """Name of what several units read, like a supernet's weights: it is loaded once for all of them."""
         return ""
@@ -125,8 +130,11 @@ class Job:
     """Returns the names of the units whose results are stored."""
     kind: str
     """Units of one kind are computed with one number of threads, whichever command asks for them."""
-    num_equal: int
-    """About how many units of this kind the whole experiment has: it decides the number of threads."""
+    num_equal: int | None
+    """About how many units of this kind the whole experiment has: it decides the number of threads.
+
+    None: several for each worker, however many workers run at once.
+    """
     trials: bool = False
     """Whether each unit reports metrics from epoch to epoch: a trial of Ray Tune, where Ray executes the job."""
     shared: Shared | None = None

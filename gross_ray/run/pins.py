@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from gross_ray.data.identity import ANOTHER_RUN, SHORT, DataIdentity, identity_of
-from gross_ray.data.image_set import Splits
 from gross_ray.errors import InvalidValueError
 from gross_ray.run.store import RunStore
-from gross_ray.weights import hash_of_tensors
+
+if TYPE_CHECKING:  # a fingerprint is read without torch
+    from torch import Tensor
+
+    from gross_ray.data.image_set import Splits
 
 _ANOTHER_RUN = "restore the first file, or start another run folder with --out"
 
@@ -32,6 +34,8 @@ def pin_weights(store: RunStore, tensors: Mapping[str, Tensor]) -> None:
 
     Raises InvalidValueError, naming both hashes, where the tensors differ.
     """
+    from gross_ray.weights import hash_of_tensors
+
     found = hash_of_tensors(tensors)
     if stored_weights(store) is None:
         store.write_pin("weights", {"hash": found})

@@ -223,8 +223,8 @@ class RunStore:
     def first_rows(self, name: str, units: Sequence[str], columns: Sequence[str]) -> pandas.DataFrame:
         """Return the first row of each of some units that are stored, in the order given.
 
-        Raises RunFolderError naming a file that is missing, DamagedFileError for one that is damaged or has no rows, and InvalidValueError for an
-        unknown table.
+        Raises RunFolderError naming a file that is missing, DamagedFileError for one that is damaged or has no rows,
+        and InvalidValueError for an unknown table.
         """
         rows = []
         for unit in units:

@@ -10,11 +10,14 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.models import factory_of
 from gross_ray.presets import preset
+from gross_ray.run.opened import Run
 from gross_ray.run.pins import pin, pin_weights
+from gross_ray.run.progress import store_plans
 from gross_ray.run.store import RunStore
 from gross_ray.weights import read_weights
 from pipelines.commands.preflight import check_experiment
 from pipelines.driver import DataSource
+from pipelines.stages.pipeline import plans
 from pipelines.stages.reuse import check_reusable, check_same_images
 from pipelines.stages.train import check_given
 
@@ -65,6 +68,7 @@ def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse:
     pin(store, splits)
     if experiment.weights:
         pin_weights(store, weights)
+    store_plans(store, plans(Run(store)))
     return store
 
 

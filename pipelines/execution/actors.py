@@ -17,7 +17,7 @@ from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution.base import do_unit, told
 from pipelines.execution.versions import Versions
-from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
+from pipelines.units import Context, Group, Job, Unit, Work, room_for_images, unpack_splits
 from pipelines.watching import Furthest, Patience, StageProgress
 
 MAX_ATTEMPTS = 3
@@ -255,7 +255,15 @@ class _StageOnActors:
         return None
 
     def lost(self, queue: deque[_Task], death: ray.exceptions.RayError) -> None:
-        """Take back the units of a dead actor: the first was under way, the others had not been started."""
+        """Take back the units of a dead actor: the first was under way, the others had not been started.
+
+        Units that are stored had finished: the actor died before the driver heard of it.
+        """
+        stored = self._job.done()
+        while queue and _names(queue[0].unit) <= stored:
+            self._progress.unit_done(self._ended(queue).name, "stored as its worker died")
+        if not queue:
+            return
         unit, waiting = queue[0].unit, [task.unit for task in queue][1:]
         lost_node = "node has died" in str(death)
         if not getattr(death, "preempted", False):  # what takes a spot machine back does not mind the unit
@@ -293,6 +301,10 @@ class _StageOnActors:
         self._users[unit.shared] -= 1
         if not self._users[unit.shared]:
             self._shared.pop(unit.shared, None)
+
+
+def _names(unit: Unit) -> set[str]:
+    return {member.name for member in unit.members} if isinstance(unit, Group) else {unit.name}
 
 
 def _states(queues: Mapping[Any, deque[_Task]]) -> dict[str, tuple[float, str]]:

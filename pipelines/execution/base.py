@@ -10,7 +10,7 @@ from pipelines.watching import StageProgress
 
 
 class Executor(Protocol):
-    """Does units: in this process, on actors, or as trials. tests/pipelines/test_executors.py is the contract."""
+    """Does units: in this process, on actors, or as trials; test_executors.py is the contract."""
 
     starts_the_most_costly_first: bool
     """Whether units are started in the order of their cost; else in their own order."""

@@ -201,8 +201,6 @@ def module_of(model: str) -> str | None:
         return None
     if (folder := own_folder(model.partition(":")[0])) is not None:  # a folder called like our package
         return str(folder)
-    if (folder := own_folder(model.partition(":")[0])) is not None:  # a folder called like our package
-        return str(folder)
     spec = find_spec(model.partition(":")[0].partition(".")[0])
     if spec is None or spec.origin is None or "site-packages" in Path(spec.origin).parts:
         return None

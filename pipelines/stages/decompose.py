@@ -12,6 +12,7 @@ from gross_ray.btd.block_terms import BlockTerms, BTDStatus
 from gross_ray.btd.solver import block_term_decomposition, default_restarts
 from gross_ray.errors import DamagedFileError
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import finished_units
 from gross_ray.run.store import RunStore
 from gross_ray.seeds import derive_seed
 from gross_ray.supernet.layers import by_reason
@@ -50,6 +51,11 @@ class Chain(Unit):
     def name(self) -> str:
         """Like conv2,seed=0,nested."""
         return f"{self.layer},seed={self.seed},nested"
+
+    @property
+    def stored_as(self) -> list[str]:
+        """The names of its decompositions."""
+        return [link.name for link in self.links]
 
     @property
     def links(self) -> list[Decomposition]:
@@ -93,14 +99,10 @@ def _cost(run: Run, layer: str, group_size: int) -> float:
 
 
 def done(run: Run) -> set[str]:
-    """Return the names of the units that are stored."""
-    stored = run.store.finished_units("decompositions") & run.store.finished_checkpoints(NAME)
-    if not run.experiment.decomposition.nested:
-        return stored
-    chains = {
-        unit.name for unit in plan(run) if isinstance(unit, Chain) and all(link.name in stored for link in unit.links)
-    }
-    return stored | chains
+    """Return the names of the units that are stored, chains and single decompositions alike."""
+    stored = finished_units(run.store, NAME)
+    chains = plan(run) if run.experiment.decomposition.nested else ()
+    return stored | {chain.name for chain in chains if stored.issuperset(chain.stored_as)}
 
 
 def do(driver: Driver) -> None:

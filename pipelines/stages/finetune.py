@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import finished_units
 from gross_ray.training.stages import finetune
 from gross_ray.training.together import finetune_together
 from pipelines.stages import reconstruct, supernets
@@ -24,7 +25,7 @@ def plan(run: Run) -> Sequence[Supernet]:
 
 def done(run: Run) -> set[str]:
     """Return the names of the supernets that are fine-tuned."""
-    return supernets.trained(run, NAME)
+    return finished_units(run.store, NAME)
 
 
 def do(driver: Driver) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gross_ray.errors import MissingStageError, UnitsFailedError
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import Plan
 from pipelines.stages import decompose, finetune, reconstruct, rounds, search, sweep, train, validate
 from pipelines.stages.base import Driver, Stage
 
@@ -35,13 +36,12 @@ def do_all(driver: Driver) -> None:
         raise UnitsFailedError("\n".join(failures))
 
 
-def status(run: Run) -> list[tuple[str, int, int | None]]:
-    """Return (stage, units done, units planned) for each; None planned if an earlier stage has to decide how many."""
-    rows: list[tuple[str, int, int | None]] = []
+def plans(run: Run) -> dict[str, Plan | None]:
+    """Return each stage's plan; None for a stage that cannot be planned yet."""
+    found: dict[str, Plan | None] = {}
     for name, stage in STAGES.items():
         try:
-            planned = {unit.name for unit in stage.plan(run)}
-            rows.append((name, len(stage.done(run) & planned), len(planned)))
+            found[name] = [unit.stored_as for unit in stage.plan(run)]
         except MissingStageError:
-            rows.append((name, 0, None))
-    return rows
+            found[name] = None
+    return found

@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import finished_units
 from gross_ray.supernet.build import build_supernet
 from gross_ray.training.stages import reconstruct
 from gross_ray.training.together import reconstruct_together
@@ -27,7 +28,7 @@ def plan(run: Run) -> Sequence[Supernet]:
 
 def done(run: Run) -> set[str]:
     """Return the names of the supernets that are reconstructed."""
-    return supernets.trained(run, NAME)
+    return finished_units(run.store, NAME)
 
 
 def do(driver: Driver) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.nn.batch_norm import calibration_images
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import finished_units
 from gross_ray.run.searched import evaluated_accuracies
 from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
@@ -160,7 +161,7 @@ def plan(run: Run) -> Sequence[Part]:
 
 def done(run: Run) -> set[str]:
     """Return the names of the units that are stored."""
-    return run.store.finished_units("configurations")
+    return finished_units(run.store, NAME)
 
 
 def do(driver: Driver) -> None:
@@ -234,7 +235,7 @@ def _job(driver: Driver, shown: str, units: Sequence[Unit], work: Any) -> Job:
         work=work,
         done=lambda: {"plan"} & run.store.finished_checkpoints(PLAN) if work is plan_work else done(run),
         kind=NAME,
-        num_equal=SHARDS_A_WORKER * driver.capacity.slots(),
+        num_equal=None,  # the capacity is not known before a unit is missing: Ray would be started to learn it
         shared=lambda name: load_shared(run.store, name),
     )
 
@@ -246,7 +247,7 @@ def _make_plan(driver: Driver, supernet: Supernet) -> None:
     search that overlap the new ones go.
     """
     run, workers = driver.run, driver.capacity.slots()
-    threads = driver.threads(NAME, SHARDS_A_WORKER * workers)
+    threads = driver.threads(NAME, None)
     unit = Planning(
         supernet=supernet,
         workers=workers,

@@ -12,6 +12,7 @@ from gross_ray.data.image_set import Splits
 from gross_ray.errors import DivergedError
 from gross_ray.experiment import EngineOptions, Schedule
 from gross_ray.run.opened import Run, save_supernet
+from gross_ray.run.progress import finished_units, history_unit
 from gross_ray.seeds import derive_seed
 from gross_ray.space import SearchSpace
 from gross_ray.training.capture import captures
@@ -68,19 +69,10 @@ def swept(run: Run) -> list[Supernet]:
     return list(dict.fromkeys(units))
 
 
-def trained(run: Run, stage: str) -> set[str]:
-    """Return the names of the supernets that `stage` has stored."""
-    stored = run.store.finished_units("history")
-    return {unit for unit in run.store.finished_checkpoints(stage) if _history(stage, unit) in stored}
-
-
 def is_trained(run: Run, stage: str, unit: Supernet) -> bool:
     """Return whether `stage` has stored one supernet."""
-    return run.store.has_checkpoint(stage, unit.name) and run.store.has_unit("history", _history(stage, unit.name))
-
-
-def _history(stage: str, unit: str) -> str:
-    return f"{stage},{unit}"
+    history = history_unit(stage, unit.name)
+    return run.store.has_checkpoint(stage, unit.name) and run.store.has_unit("history", history)
 
 
 def job(run: Run, stage: str, units: Sequence[Supernet], one: Work, several: Work, *, shown: str | None = None) -> Job:
@@ -90,7 +82,7 @@ def job(run: Run, stage: str, units: Sequence[Supernet], one: Work, several: Wor
         stage=shown or stage,
         units=units,
         work=one if together is None else several,
-        done=lambda: trained(run, stage),
+        done=lambda: finished_units(run.store, stage),
         kind=KIND,
         num_equal=num_supernets(run),
         together=together,
@@ -217,5 +209,5 @@ def _store(context: Context, unit: Supernet, stage: str, supernet: nn.Module, hi
     """Store a trained supernet, in place of its state between epochs."""
     save_supernet(context.store, stage, unit.name, supernet, unit.values())
     rows = history_rows(stage, unit.name, unit.seed, history)
-    context.store.write_table("history", _history(stage, unit.name), rows)
+    context.store.write_table("history", history_unit(stage, unit.name), rows)
     EpochSlot(context.store, stage, unit.name).clear()

@@ -17,6 +17,7 @@ from gross_ray.data.image_set import ImageSet
 from gross_ray.errors import UnitsFailedError
 from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrated
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import finished_units
 from gross_ray.space import Configuration
 from gross_ray.supernet.configure import set_configuration
 from gross_ray.training.loop import EpochRecord, count_correct
@@ -40,7 +41,7 @@ def plan(run: Run) -> Sequence[Supernet]:
 
 def done(run: Run) -> set[str]:
     """Return the names of the supernets that are compared with the fixed configurations already."""
-    return run.store.finished_units("alpha_sweep")
+    return finished_units(run.store, NAME)
 
 
 def do(driver: Driver) -> None:

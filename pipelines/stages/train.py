@@ -12,6 +12,7 @@ from torch import nn
 from gross_ray.data.image_set import Splits
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import pin_weights, stored_weights
+from gross_ray.run.progress import finished_units, history_unit
 from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters
 from gross_ray.seeds import derive_seed, derived_generator
@@ -46,12 +47,7 @@ def plan(run: Run) -> Sequence[BaseNetwork]:
 
 def done(run: Run) -> set[str]:
     """Return the names of the units that are stored."""
-    store = run.store
-    units = store.finished_units("networks") & store.finished_checkpoints(NAME)
-    if run.experiment.weights:  # brought, not trained
-        return units
-    trained = store.finished_units("history")
-    return {unit for unit in units if f"{NAME},{unit}" in trained}
+    return finished_units(run.store, NAME)
 
 
 def do(driver: Driver) -> None:
@@ -116,7 +112,7 @@ def work(context: Context, unit: BaseNetwork) -> str:
     }
     store.save_checkpoint(NAME, unit.name, network.state_dict(), _description(splits))
     if history:
-        store.write_table("history", f"{NAME},{unit.name}", history_rows(NAME, unit.name, unit.seed, history))
+        store.write_table("history", history_unit(NAME, unit.name), history_rows(NAME, unit.name, unit.seed, history))
     store.write_table("networks", unit.name, [row])
     EpochSlot(store, NAME, unit.name).clear()
     return f"validation accuracy {correct / total:.4f}"

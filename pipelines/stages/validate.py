@@ -11,6 +11,7 @@ from torch import nn
 from gross_ray.errors import MissingStageError
 from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
 from gross_ray.run.opened import Run, save_supernet, validation_unit
+from gross_ray.run.progress import finished_units, history_unit
 from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import configuration_macs, count_parameters
 from gross_ray.search.selection import uniform
@@ -85,9 +86,7 @@ def plan(run: Run) -> Sequence[Validation]:
 
 def done(run: Run) -> set[str]:
     """Return the names of the units that are stored."""
-    trained = run.store.finished_units("history")
-    units = run.store.finished_units("validations") & run.store.finished_checkpoints(NAME)
-    return {unit for unit in units if f"{NAME},{unit}" in trained}
+    return finished_units(run.store, NAME)
 
 
 def do(driver: Driver) -> None:
@@ -147,7 +146,7 @@ def work(context: Context, unit: Validation) -> str:
     test_accuracy = accuracy(network, splits.test)
     val_accuracy = accuracy(network, splits.validation)
     save_supernet(store, NAME, unit.name, network, unit.values())
-    store.write_table("history", f"{NAME},{unit.name}", rows)
+    store.write_table("history", history_unit(NAME, unit.name), rows)
     row = {
         **unit.values(),
         "val_accuracy": val_accuracy,
