@@ -10,10 +10,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DatasetError, InvalidValueError
+
+if TYPE_CHECKING:
+    from gross_ray.data.image_set import ImageSet, Splits
 
 SPLITS = ("train", "validation", "test")
 SHORT = 12

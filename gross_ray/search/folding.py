@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
-from gross_ray.nn.calls import given, network_calls, told_where_it_cannot_run
+from gross_ray.nn.calls import input_of, network_calls, network_errors_as_invalid_value
 from gross_ray.nn.modes import evaluating
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import activations, count_parameters, plain_macs
@@ -178,12 +178,12 @@ def _inputs(
     names = {id(module): name for name, module in modules.items()}
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        inputs[names[id(module)]].append(given(args, kwargs).clone())  # a later module may overwrite the input
+        inputs[names[id(module)]].append(input_of(args, kwargs).clone())  # a later module may overwrite the input
 
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules.values()]
     images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
-        with told_where_it_cannot_run(input_shape), torch.inference_mode(), evaluating(network):
+        with network_errors_as_invalid_value(input_shape), torch.inference_mode(), evaluating(network):
             network(images.to(next(network.parameters())))
     finally:
         for handle in handles:

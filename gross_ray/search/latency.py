@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.errors import InvalidValueError, is_whole, one_line
 from gross_ray.fields import require
-from gross_ray.nn.calls import given, output_of, told_where_it_cannot_run, zero_images
+from gross_ray.nn.calls import input_of, network_errors_as_invalid_value, output_of, zero_images
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import LayerCosts
 from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
@@ -252,7 +252,7 @@ class _Precomputed(nn.Module):
         self.outputs: dict[torch.Size, Tensor] = {}
 
     def record(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        images = given(args, kwargs)
+        images = input_of(args, kwargs)
         self.inputs.append(images)
         self.outputs[images.shape] = torch.zeros_like(output)
 
@@ -272,7 +272,7 @@ def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor)
     handles = [
         network.get_submodule(name).register_forward_hook(stub.record, with_kwargs=True) for name, stub in free.items()
     ]
-    with told_where_it_cannot_run(batch.shape[1:]):
+    with network_errors_as_invalid_value(batch.shape[1:]):
         network(batch)
     for handle in handles:
         handle.remove()

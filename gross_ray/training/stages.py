@@ -190,6 +190,8 @@ class Responses:
 
     def __init__(self, network: nn.Module, names: list[str]) -> None:
         self.of: dict[str, list[Tensor]] = {name: [] for name in names}
+        # An activation that works in place, behind a layer, would change the response that is kept.
+        self._copies = any(getattr(module, "inplace", False) for module in network.modules())
         self._handles = [network.get_submodule(name).register_forward_hook(self._keep(name)) for name in names]
 
     def __enter__(self) -> Responses:
@@ -209,6 +211,6 @@ class Responses:
 
     def _keep(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.of[name].append(output)
+            self.of[name].append(output.clone() if self._copies else output)
 
         return hook

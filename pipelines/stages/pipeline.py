@@ -1,9 +1,10 @@
-"""All stages in order, and how far each is."""
+"""All stages in order, and the status of each."""
 
 from __future__ import annotations
 
 from gross_ray.errors import MissingStageError, UnitsFailedError
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import Plan
 from pipelines.stages import decompose, finetune, reconstruct, rounds, search, sweep, train, validate
 from pipelines.stages.base import Driver, Stage
 
@@ -13,11 +14,11 @@ STAGES: dict[str, Stage] = {stage.NAME: stage for stage in _STAGES}
 
 
 def do_all(driver: Driver) -> None:
-    """Do every stage; what is stored is not done again.
+    """Do every stage; stored units are not done again.
 
-    If units fail, the stages that do not need them still run; UnitsFailedError, naming them, is raised at the end. A
-    limit on a latency that is not measured, or below the fastest configuration, is an error once the networks are
-    trained.
+    If units fail, the stages that do not need them still run, and UnitsFailedError, naming them, is raised at the end.
+    After the training of the base networks, a limit on a latency that is not measured, or below the fastest
+    configuration, is an error.
     """
     failures: list[str] = []
     for name, stage in STAGES.items():
@@ -30,18 +31,17 @@ def do_all(driver: Driver) -> None:
         except MissingStageError:
             if not failures:
                 raise
-            break  # it needs what failed
+            break  # this stage needs the failed units
     if failures:
         raise UnitsFailedError("\n".join(failures))
 
 
-def status(run: Run) -> list[tuple[str, int, int | None]]:
-    """Return (stage, units done, units planned) for each; None planned if an earlier stage has to decide how many."""
-    rows: list[tuple[str, int, int | None]] = []
+def plans(run: Run) -> dict[str, Plan | None]:
+    """Return each stage's plan; None for a stage that cannot be planned yet."""
+    found: dict[str, Plan | None] = {}
     for name, stage in STAGES.items():
         try:
-            planned = {unit.name for unit in stage.plan(run)}
-            rows.append((name, len(stage.done(run) & planned), len(planned)))
+            found[name] = [unit.stored_as for unit in stage.plan(run)]
         except MissingStageError:
-            rows.append((name, 0, None))
-    return rows
+            found[name] = None
+    return found

@@ -178,7 +178,7 @@ def test_a_function_that_fails_or_is_not_there(module: ModuleType) -> None:
     with pytest.raises(DatasetError, match="other.*write package.module:function"):
         load_dataset(DataOptions(name="own_pictures:other"))
     module.pictures = 3  # type: ignore[attr-defined]
-    with pytest.raises(DatasetError, match="pictures is no function"):
+    with pytest.raises(DatasetError, match="pictures is not a function"):
         load_dataset(DataOptions(name="own_pictures:pictures"))
     with pytest.raises(InvalidValueError, match=re.escape("data.name = 'own pictures:x': must be sample")):
         DataOptions(name="own pictures:x")

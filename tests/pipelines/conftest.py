@@ -1,36 +1,35 @@
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from pipelines.capacity import Capacity
-from pipelines.execution.cluster import connected  # before Ray: it sets Ray's environment
-from pipelines.resources import Resources
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))  # miniature.py
-
-
-@pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Capacity]:
-    """The real Ray, whose workers get the test module's functions by value: they do not see the folder of the tests."""
-    import ray
-
-    ray.cloudpickle.register_pickle_by_value(request.module)
-    with connected(Resources(num_cpus=2, device="cpu")) as joined:
-        yield joined
-    ray.cloudpickle.unregister_pickle_by_value(request.module)
+# Ray gives its workers the niceness 15: beside any busy process on the machine their tests would take minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The miniature, run once from end to end with nothing disturbing it, and what it printed."""
-    from miniature import run_command
+    """The miniature, run once from end to end in this process, and what it printed. Tests that change it copy it.
 
-    out = tmp_path_factory.mktemp("whole") / "run"
-    ended = subprocess.run(run_command(out), capture_output=True, text=True, check=False, timeout=400)
-    assert ended.returncode == 0, ended.stderr
-    return out, ended.stdout
+    It is the oracle of the runs on Ray of 2 cores too, so its space is cut as two workers cut it. All processes of
+    pytest-xdist share one, which the first that asks for it makes.
+    """
+    from miniature import do, run_words
+    from without_ray import without_ray
+
+    from pipelines.stages import search
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out, printed = shared / "whole" / "run", shared / "whole" / "printed"
+    with FileLock(shared / "whole.lock"), pytest.MonkeyPatch.context() as patch, without_ray():
+        if not printed.exists():
+            patch.setattr(search, "SHARDS_A_WORKER", 2 * search.SHARDS_A_WORKER)
+            out.parent.mkdir()
+            printed.write_text(do(*run_words(out)).stdout)
+    return out, printed.read_text()

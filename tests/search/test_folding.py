@@ -191,7 +191,9 @@ def test_an_unknown_objective_is_refused(supernet: nn.Module) -> None:
 
 
 def test_a_supernet_and_a_strange_device_are_refused() -> None:
-    with pytest.raises(InvalidValueError, match="fold of a supernet: take one configuration out of it first"):
+    with pytest.raises(
+        InvalidValueError, match="fold needs a plain network, not a supernet; extract a configuration first"
+    ):
         fold(nn.Sequential(SeriesConv2d(nn.Conv2d(8, 6, 3), (1, 8))), (8, 9, 9))
     plain = nn.Sequential(SeriesConv2d(nn.Conv2d(8, 6, 3), (1, 8)).to_modules(1))
     with pytest.raises(InvalidValueError, match="device = 'gpu': latency is measured on cpu or cuda"):

@@ -203,6 +203,25 @@ def test_each_call_of_a_layer_counts_in_the_response_error(
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_an_activation_in_place_leaves_the_responses_as_the_layers_gave_them(splits: Splits, together: bool) -> None:
+    losses = []
+    for inplace in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layers = [nn.Conv2d(3, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 4, 3)]
+            network = nn.Sequential(*layers, nn.ReLU(inplace))
+        supernet = decompose_model(network, options=BTDOptions(tolerance=1e-2))
+        schedule, sampler = Schedule(epochs=1, lr=1e-3, augment=False), uniform_sampler(supernet)
+        if together:
+            (history,) = reconstruct_together([Member(supernet, 0, sampler)], network, splits, schedule)
+            assert isinstance(history, list)
+        else:
+            history = reconstruct(supernet, network, splits, schedule, seed=0, sampler=sampler)
+        losses.append(history[0].train_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
 def test_passes_between_two_steps_are_no_calls_of_a_step(splits: Splits, together: bool) -> None:
     """As of a trial that measures its supernet, and whoever else uses the full network, after each epoch."""
     losses = {}

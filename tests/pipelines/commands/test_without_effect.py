@@ -1,0 +1,49 @@
+"""Options of the command line that change nothing are reported."""
+
+from pathlib import Path
+
+import pytest
+
+from gross_ray.presets import preset
+from gross_ray.run.store import RunStore
+from pipelines.driver import DataSource, Session
+from pipelines.resources import Resources
+
+
+class Notes:
+    """A Progress that only keeps notes; no stage is begun."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    def stage(self, name: str, total: int, done: int) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 1), ("cuda:0", 0)])
+def test_gpus_per_unit_has_no_effect_on_a_cpu(device: str, expected: int) -> None:
+    assert len(Resources(gpus_per_unit=0.5).without_effect(device)) == expected
+    assert Resources().without_effect(device) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("sample", 2), ("folder:/data/a", 2), ("a.b:c", 2), ("fashion-mnist", 0), ("cifar10", 0)]
+)
+def test_a_dataset_without_files_is_not_downloaded(name: str, expected: int) -> None:
+    assert len(DataSource(root="/data", download=True).without_effect(name)) == expected
+    assert DataSource().without_effect(name) == []
+
+
+def test_a_preset_for_a_gpu_is_reported_on_a_cpu_in_one_line_and_works(tmp_path: Path) -> None:
+    experiment = preset("quickstart").override(["engine.capture=true"])
+    store, notes = RunStore.create(tmp_path / "run", experiment), Notes()
+    resources = Resources(device="cpu", num_cpus=1)
+    with Session.opened(store, resources, DataSource(), notes, in_process=True) as session:
+        assert session.capacity.device == "cpu"
+        assert session.capacity.num_cpus == 1  # asked for twice: reported once
+    assert notes.lines == [
+        "without effect: engine.capture = True: trainings are on cpu, and only a GPU has CUDA graphs"
+    ]
