@@ -42,7 +42,6 @@ from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.configure import get_configuration, series_layers, set_configuration
 from gross_ray.supernet.series import SeriesConv2d
 
-COLUMNS = ("configuration", "correct", "total", "accuracy", "loss")
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """How far the traced network's logits may differ from the network's own, relative to the largest: float rounding."""
 TIMED_MACS = 5e8
@@ -79,11 +78,8 @@ def evaluate_configurations(
     _check_labels(images, labels, logits_of(output_of(supernet, images.shape[1:]), 1).shape[1])
     evaluator = Evaluator(supernet, options, normalisation=normalisation)
     correct, loss = evaluator.evaluate(images, labels, chosen, calibration)
-    rows = [
-        (str(configuration), count, len(labels), count / len(labels), total / len(labels))
-        for configuration, count, total in zip(chosen, correct.tolist(), loss.tolist(), strict=True)
-    ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    columns = {"configuration": list(map(str, chosen)), "correct": correct.numpy(), "total": len(labels)}
+    return pd.DataFrame(columns).assign(accuracy=correct.numpy() / len(labels), loss=loss.numpy() / len(labels))
 
 
 def _check_images(supernet: nn.Module, images: Tensor) -> None:
@@ -218,7 +214,7 @@ class Evaluator:
         if self._walk is not None and root is not None and self._walk.norms and calibration is not None:
             statistics = self._statistics(self._walk, root, calibration)
         elif calibration is not None and root is None:
-            calibrated = {one: self._calibrated(one, calibration) for one in configurations}
+            calibrated = {name: self._calibrated(name, calibration) for name in configurations}
         for start in range(0, len(labels), plan.num_images):
             batch = self._batch(images[start : start + plan.num_images])
             totals = _Totals(labels[start : start + plan.num_images])

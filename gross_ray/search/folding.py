@@ -61,17 +61,19 @@ def fold(
     if objective not in OBJECTIVES:
         raise InvalidValueError(f"objective = {objective!r}: must be one of {', '.join(OBJECTIVES)}")
     check_plain(network, "fold")
-    found = bottlenecks(network)
-    dense = {name: dense_convolution(module) for name, module in found.items()}
+    modules = bottlenecks(network)
+    dense = {name: dense_convolution(module) for name, module in modules.items()}
     if objective == "parameters":
-        costs = {name: (float(count_parameters(found[name])), float(count_parameters(dense[name]))) for name in found}
+        costs = {
+            name: (float(count_parameters(modules[name])), float(count_parameters(dense[name]))) for name in modules
+        }
     elif objective == "macs":
-        costs = _macs(network, found, dense, input_shape)
+        costs = _macs(network, modules, dense, input_shape)
     elif objective == "activations":
-        costs = _activations(network, found, input_shape)
+        costs = _activations(network, modules, input_shape)
     else:
-        costs = _milliseconds(network, found, dense, input_shape, latency, timed_device(device))
-    foldings = [Folding(name, _grouped(found[name]).weight.shape[1], *costs[name]) for name in found]
+        costs = _milliseconds(network, modules, dense, input_shape, latency, timed_device(device))
+    foldings = [Folding(name, _grouped(modules[name]).weight.shape[1], *costs[name]) for name in modules]
     replaced = {folding.layer: dense[folding.layer] for folding in foldings if folding.folded}
     return replace_modules(network, replaced), foldings
 
@@ -116,15 +118,15 @@ def _grouped(bottleneck: nn.Sequential) -> nn.Conv2d:
 
 
 def _macs(
-    network: nn.Module, found: dict[str, nn.Sequential], dense: dict[str, nn.Conv2d], input_shape: Sequence[int]
+    network: nn.Module, modules: dict[str, nn.Sequential], dense: dict[str, nn.Conv2d], input_shape: Sequence[int]
 ) -> dict[str, tuple[float, float]]:
-    layer_of = {id(part): name for name, module in found.items() for part in module}
-    costs = dict.fromkeys(found, (0.0, 0.0))
+    layer_of = {id(part): name for name, module in modules.items() for part in module}
+    costs = dict.fromkeys(modules, (0.0, 0.0))
     for call in network_calls(network, input_shape):
         if (name := layer_of.get(id(call.module))) is None:
             continue
         before, as_dense = costs[name]
-        if call.module is _grouped(found[name]):  # the dense convolution has as many output positions
+        if call.module is _grouped(modules[name]):  # the dense convolution has as many output positions
             positions = call.output_size[0] * call.output_size[2] * call.output_size[3]
             as_dense += positions * dense[name].weight.numel()
         costs[name] = (before + plain_macs(call), as_dense)
@@ -132,15 +134,15 @@ def _macs(
 
 
 def _activations(
-    network: nn.Module, found: dict[str, nn.Sequential], input_shape: Sequence[int]
+    network: nn.Module, modules: dict[str, nn.Sequential], input_shape: Sequence[int]
 ) -> dict[str, tuple[float, float]]:
-    layer_of = {id(part): name for name, module in found.items() for part in module}
-    costs = dict.fromkeys(found, (0.0, 0.0))
+    layer_of = {id(part): name for name, module in modules.items() for part in module}
+    costs = dict.fromkeys(modules, (0.0, 0.0))
     inputs: dict[str, int] = {}
     for call in network_calls(network, input_shape):
         if (name := layer_of.get(id(call.module))) is None:
             continue
-        parts, (before, as_dense) = found[name], costs[name]
+        parts, (before, as_dense) = modules[name], costs[name]
         if call.module is parts[0]:
             inputs[name] = prod(call.input_size)
         if call.module is parts[-1]:
@@ -151,34 +153,34 @@ def _activations(
 
 def _milliseconds(
     network: nn.Module,
-    found: dict[str, nn.Sequential],
+    modules: dict[str, nn.Sequential],
     dense: dict[str, nn.Conv2d],
     input_shape: Sequence[int],
     options: LatencyOptions,
     device: torch.device,
 ) -> dict[str, tuple[float, float]]:
-    inputs = _inputs(network, found, input_shape, options.batch_size)
+    inputs = _inputs(network, modules, input_shape, options.batch_size)
     works = {
         (name, form): (replace_modules(module, {}).eval().to(device), [images.to(device) for images in inputs[name]])
-        for name in found
-        for form, module in (("bottleneck", found[name]), ("dense", dense[name]))
+        for name in modules
+        for form, module in (("bottleneck", modules[name]), ("dense", dense[name]))
     }
     with threads(options.threads), torch.inference_mode():
         times = typical_ms(works, options.repeats, device)
-    return {name: (times[name, "bottleneck"], times[name, "dense"]) for name in found}
+    return {name: (times[name, "bottleneck"], times[name, "dense"]) for name in modules}
 
 
 def _inputs(
-    network: nn.Module, found: dict[str, nn.Sequential], input_shape: Sequence[int], batch_size: int
+    network: nn.Module, modules: dict[str, nn.Sequential], input_shape: Sequence[int], batch_size: int
 ) -> dict[str, list[Tensor]]:
     """Return the inputs of each bottleneck when `network` runs a batch of random images."""
-    inputs: dict[str, list[Tensor]] = {name: [] for name in found}
-    names = {id(module): name for name, module in found.items()}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
+    names = {id(module): name for name, module in modules.items()}
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         inputs[names[id(module)]].append(input_of(args, kwargs).clone())  # a later module may overwrite the input
 
-    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in found.values()]
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules.values()]
     images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with network_errors_as_invalid_value(input_shape), torch.inference_mode(), evaluating(network):

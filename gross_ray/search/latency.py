@@ -58,9 +58,7 @@ class LatencyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyModel:
-    """Predicts the time of one batch's forward pass: offset_ms + slope x (rest + one time for each layer)."""
-
+class _Conditions:
     device: str
     """Name of the processor or GPU."""
     host: str
@@ -69,6 +67,12 @@ class LatencyModel:
     """Images in a batch."""
     threads: int
     """CPU threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyModel(_Conditions):
+    """Predicts the time of one batch's forward pass: offset_ms + slope x (rest + one time for each layer)."""
+
     rest_ms: float
     """Time of everything but the decomposed layers, in ms."""
     layer_ms: Mapping[str, Mapping[int, float]]
@@ -190,33 +194,22 @@ def measure_latency(
     measured = np.array([times[configuration] for configuration in sampled])
     offset_ms, slope = _fit(sums, measured)
     return LatencyModel(
-        device=device_name(target),
-        host=socket.gethostname(),
-        batch_size=options.batch_size,
-        threads=options.threads,
         rest_ms=times[REST],
         layer_ms=layer_ms,
         offset_ms=offset_ms,
         slope=slope,
         num_sampled=len(sampled),
         median_error=_leave_one_out_error(sums, measured),
+        **_conditions(target, options),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
+class Timing(_Conditions):
     """The measured time of one batch's forward pass of a network."""
 
     latency_ms: float
     """Median over the rounds, in ms."""
-    device: str
-    """Name of the processor or GPU."""
-    host: str
-    """Name of the machine."""
-    batch_size: int
-    """Images in a batch."""
-    threads: int
-    """CPU threads."""
 
 
 def time_networks(
@@ -241,11 +234,13 @@ def time_networks(
         works[name] = (copied, [images.to(zero_images(copied, 1, input_shape))])
     with threads(options.threads), torch.inference_mode():
         times = typical_ms(works, options.repeats, target)
-    conditions = {"device": device_name(target), "host": socket.gethostname()}
-    return {
-        name: Timing(latency_ms=ms, batch_size=options.batch_size, threads=options.threads, **conditions)
-        for name, ms in times.items()
-    }
+    conditions = _conditions(target, options)
+    return {name: Timing(latency_ms=ms, **conditions) for name, ms in times.items()}
+
+
+def _conditions(device: torch.device, options: LatencyOptions) -> dict[str, Any]:
+    values = (device_name(device), socket.gethostname(), options.batch_size, options.threads)
+    return dict(zip(_WHERE, values, strict=True))
 
 
 class _Precomputed(nn.Module):

@@ -62,7 +62,8 @@ def count_operations(model: nn.Module, input_shape: Sequence[int]) -> OperationC
     finally:
         for handle in handles:
             handle.remove()
-    uncounted = {names[key]: type(one.module).__name__ for key, one in counts.items() if one.called and not one.counted}
+    missed = [count.module for count in counts.values() if count.called and not count.counted]
+    uncounted = {names[id(module)]: type(module).__name__ for module in missed}
     return OperationCount(counter.get_total_flops() // 2, calls, uncounted)
 
 

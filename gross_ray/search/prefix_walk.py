@@ -39,7 +39,7 @@ class Prefix:
 Statistics = dict[tuple[fx.Node, tuple[int, ...]], tuple[Tensor, Tensor]]
 """Mean and variance (C,) of each batch-norm's input after each prefix."""
 Values = dict[fx.Node, Any]
-Found = Callable[[list[Prefix], Tensor], None]
+OnLeaves = Callable[[list[Prefix], Tensor], None]
 
 
 class PrefixWalk:
@@ -89,7 +89,7 @@ class PrefixWalk:
         self,
         batch: Tensor,
         root: Prefix,
-        found: Found,
+        on_leaves: OnLeaves,
         *,
         limits: Sequence[int],
         apart: bool = False,
@@ -99,13 +99,13 @@ class PrefixWalk:
     ) -> None:
         """Run all configurations of the tree on `batch`, (N, ...).
 
-        `found(leaves, logits)` receives logits (len(leaves) * N, classes), leaf after leaf. Up to `limits[d]` prefixes
+        `on_leaves(leaves, logits)` gets logits (len(leaves) * N, classes), leaf after leaf. Up to `limits[d]` prefixes
         continue together after the d-th decomposed layer; with `apart` each continues alone, and the limit holds only
         for the layer itself. `on_layer` receives the input of each decomposed layer at its first call; `on_depth(d)` is
         called before the nodes that follow d layers. With `statistics`, a batch-norm uses those of its prefix; if they
         are missing, it normalises as in training and stores this batch's statistics there.
         """
-        walk = _Walk(self, len(batch), found, limits, apart, on_layer, on_depth, statistics)
+        walk = _Walk(self, len(batch), on_leaves, limits, apart, on_layer, on_depth, statistics)
         walk.go(0, {self._input: batch}, [root])
 
 
@@ -115,7 +115,7 @@ class _Walk:
 
     graph: PrefixWalk
     num_images: int
-    found: Found
+    on_leaves: OnLeaves
     limits: Sequence[int]
     apart: bool
     on_layer: Callable[[SeriesConv2d, Tensor], None] | None
@@ -130,7 +130,8 @@ class _Walk:
         for index in range(start, len(graph._nodes)):
             node = graph._nodes[index]
             if node.op == "output":
-                self.found(prefixes, self._logits(node, values, len(prefixes)))
+                result = values[node.args[0]] if isinstance(node.args[0], fx.Node) else node.args[0]
+                self.on_leaves(prefixes, logits_of(result, len(prefixes) * self.num_images))
                 return
             layer = graph._layer_of.get(node)
             if layer is not None:
@@ -205,10 +206,6 @@ class _Walk:
     def _forget(self, node: fx.Node, values: Values) -> None:
         for used in self.graph._last_use.get(node, ()):
             values.pop(used, None)
-
-    def _logits(self, node: fx.Node, values: Values, num_prefixes: int) -> Tensor:
-        result = node.args[0]
-        return logits_of(values[result] if isinstance(result, fx.Node) else result, num_prefixes * self.num_images)
 
     def _rows(self, value: Tensor, members: list[int]) -> Tensor:
         """Return the rows of the prefixes `members`; a view if these are consecutive."""
