@@ -11,7 +11,7 @@ from gross_ray.data.image_set import Splits
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
-from gross_ray.nn.calls import told_where_it_cannot_run
+from gross_ray.nn.calls import network_errors_as_invalid_value
 from gross_ray.nn.modes import evaluating
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgeted import BudgetedSpace
@@ -81,7 +81,7 @@ def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts) -
 
 
 def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:
-    with told_where_it_cannot_run(shape), torch.no_grad(), evaluating(network):
+    with network_errors_as_invalid_value(shape), torch.no_grad(), evaluating(network):
         logits = network(torch.zeros(1, *shape))
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if not isinstance(found, tuple) or len(found) != 2 or found[1] < num_classes:

@@ -29,7 +29,7 @@ import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 
 from gross_ray.errors import ResourcesError  # noqa: E402
-from gross_ray.own_code import own_place  # noqa: E402
+from gross_ray.own_code import own_folder  # noqa: E402
 from pipelines.capacity import Capacity  # noqa: E402
 from pipelines.execution import signals  # noqa: E402
 from pipelines.execution.autoscaler import autoscaling_config, may_come  # noqa: E402
@@ -197,7 +197,7 @@ def module_of(model: str) -> str | None:
     if ":" not in model:
         return None
     module = model.partition(":")[0]
-    if (folder := own_place(module)) is not None:  # in a user's folder `pipelines`
+    if (folder := own_folder(module)) is not None:  # in a user's folder `pipelines`
         return str(folder)
     spec = find_spec(module.partition(".")[0])
     if spec is None or spec.origin is None or "site-packages" in Path(spec.origin).parts:
