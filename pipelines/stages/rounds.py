@@ -25,7 +25,6 @@ from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
 from pipelines.stages import latencies
 from pipelines.stages.supernets import InSupernet, Supernet
-from pipelines.units import Unit
 
 ROUNDS = SEARCH_ENDED[0]
 ROUNDS_A_SEARCH = 20
@@ -36,7 +35,7 @@ PARTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundPart(InSupernet, Unit):
+class RoundPart(InSupernet):
     """A part of a round's configurations, to be evaluated in one supernet."""
 
     round: int

@@ -49,7 +49,7 @@ LEAST_BUDGET = 4 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard(InSupernet, Unit):
+class Shard(InSupernet):
     """Neighbouring configurations of the space, which share prefixes, in one supernet."""
 
     start: int
@@ -74,7 +74,7 @@ Part = Shard | RoundPart
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planning(InSupernet, Unit):
+class Planning(InSupernet):
     """The planning of the search: a worker times the layers, with the same threads as the shards."""
 
     workers: int

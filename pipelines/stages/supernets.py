@@ -47,8 +47,8 @@ class Supernet(Unit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InSupernet:
-    """The part of a `Unit` that reads the weights of a trained supernet."""
+class InSupernet(Unit):
+    """A unit that reads the weights of a trained supernet."""
 
     supernet: Supernet
 
