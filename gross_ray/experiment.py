@@ -208,12 +208,18 @@ def _without_effect(fields: _Fields, defaults: _Fields) -> list[str]:
     A field with its default value counts as not set, except for milestones.
     """
     changed = {name: value for name, value in fields.items() if value != defaults[name]}
-    return [
-        *_of_schedules(fields, changed),
-        *_of_base_network(fields, changed),
-        *_of_supernets(fields, changed),
-        *_of_decompositions(fields, changed),
-    ]
+    found = _of_schedules(fields, changed)
+    of_training = [name for name in changed if name.startswith("training.") and name != "training.seeds"]
+    if fields["weights"] and of_training:
+        weights = fields["weights"]
+        found.append(f"{', '.join(of_training)}: the base network has the weights {weights} and is not trained")
+    found += _of_supernets(fields, changed)
+    sizes, by_layer = fields["decomposition.group_sizes"], fields["decomposition.layer_group_sizes"]
+    if "decomposition.nested" in changed and len(sizes) == 1 and all("," not in text for text in by_layer):
+        found.append(
+            f"decomposition.nested = True: decomposition.group_sizes = {sizes} has no smaller size to start from"
+        )
+    return found
 
 
 def _of_schedules(fields: _Fields, changed: _Fields) -> list[str]:
@@ -232,13 +238,6 @@ def _of_schedules(fields: _Fields, changed: _Fields) -> list[str]:
     return found
 
 
-def _of_base_network(fields: _Fields, changed: _Fields) -> list[str]:
-    names = [name for name in changed if name.startswith("training.") and name != "training.seeds"]
-    if not fields["weights"] or not names:
-        return []
-    return [f"{', '.join(names)}: the base network has the weights {fields['weights']} and is not trained"]
-
-
 def _of_supernets(fields: _Fields, changed: _Fields) -> list[str]:
     found = []
     alphas, scalings = fields["sweep.alphas"], fields["sweep.scalings"]
@@ -254,23 +253,8 @@ def _of_supernets(fields: _Fields, changed: _Fields) -> list[str]:
         ]
     elif "sweep.scalings" in changed and set(alphas) == {0}:
         found.append(f"sweep.scalings = {scalings}: {uniform} (sweep.alphas = {alphas})")
-    together = fields["engine.parallel_seeds"]
-    if together > (most := _num_supernets(fields)):
-        found.append(f"engine.parallel_seeds = {together}: no stage trains more than {most} supernets")
+    kinds_in_sweep = {(alpha, scaling if alpha else "") for alpha in alphas for scaling in scalings}
+    num_supernets = max(fields["supernet.seeds"], len(kinds_in_sweep) * fields["sweep.seeds"])
+    if (together := fields["engine.parallel_seeds"]) > num_supernets:
+        found.append(f"engine.parallel_seeds = {together}: no stage trains more than {num_supernets} supernets")
     return found
-
-
-def _num_supernets(fields: _Fields) -> int:
-    """Return the largest number of supernets that a stage trains."""
-    kinds = {
-        (alpha, scaling if alpha else "") for alpha in fields["sweep.alphas"] for scaling in fields["sweep.scalings"]
-    }
-    return max(fields["supernet.seeds"], len(kinds) * fields["sweep.seeds"])
-
-
-def _of_decompositions(fields: _Fields, changed: _Fields) -> list[str]:
-    sizes, by_layer = fields["decomposition.group_sizes"], fields["decomposition.layer_group_sizes"]
-    single = len(sizes) == 1 and all("," not in text for text in by_layer)
-    if "decomposition.nested" in changed and single:
-        return [f"decomposition.nested = True: decomposition.group_sizes = {sizes} has no smaller size to start from"]
-    return []

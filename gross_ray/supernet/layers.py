@@ -80,7 +80,8 @@ def _choose(model: nn.Module, names: Sequence[str] | None, reached: _Reached) ->
         if name in dense and not reached.has(dense[name]):
             raise InvalidValueError(f"layer {name!r}: {_UNREACHED}; leave it out")
         if name not in dense:
-            same = next((other for other, conv in dense.items() if conv is _module_at(model, name)), None)
+            shared = dict(model.named_modules(remove_duplicate=False)).get(name)
+            same = next((other for other, conv in dense.items() if conv is shared), None)
             if same is not None:
                 raise InvalidValueError(f"layer {name!r} is the same module as {same!r}: write {same!r}")
             raise InvalidValueError(f"{name!r} is not a dense convolution of this network; {_known_names(name, dense)}")
@@ -273,11 +274,3 @@ def _other_names(model: nn.Module, glob: str, known: Mapping[str, nn.Module]) ->
     }
     named = ", ".join(name for name in known if name in again)
     return f"it matches second names of {named}: write those" if again else None
-
-
-def _module_at(model: nn.Module, name: str) -> nn.Module | None:
-    """Return the module of this name, which may be a second name of a shared module, or None."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None

@@ -60,10 +60,9 @@ class Shard(InSupernet):
         """Like alpha=0,scaling=index,seed=0,start=0,stop=63."""
         return f"{self.supernet.name},start={self.start},stop={self.stop}"
 
-    @property
-    def part(self) -> tuple[int, int]:
-        """The evaluated part of the space, the same for each supernet."""
-        return self.start, self.stop
+    def first(self, space: SearchSpace) -> Configuration:
+        """Return its first configuration, which tells the same part of another supernet."""
+        return space[self.start]
 
     def configurations_of(self, space: SearchSpace) -> list[Configuration]:
         """Return the configurations to evaluate."""
@@ -358,7 +357,7 @@ def accuracies(run: Run) -> Iterator[pd.DataFrame]:
             f"{len(missing)} of {len(units)} shards are not stored in {run.store.storage}: run `gross search "
             f"{run.store.storage}` first"
         )
-    rows = [{"unit": unit.name, **unit.supernet.values(), "first": unit.part} for unit in units]
+    rows = [{"unit": unit.name, **unit.supernet.values(), "first": str(unit.first(run.space))} for unit in units]
     yield from evaluated_accuracies(run.store, pd.DataFrame(rows))
 
 

@@ -142,7 +142,7 @@ def test_nested_decompositions_never_get_worse_with_size(trained_like_weight):
         series = decompose_model(conv, layers=[""], group_sizes={"": [4, 1, 2, 8]}, options=options, nested=nested)
         assert series.group_sizes == (1, 2, 4, 8)
         kernels = [series.bottleneck(size).dense_kernel() for size in series.group_sizes]
-        return [float((kernel - conv.weight).norm()) for kernel in kernels]
+        return [float((kernel - conv.weight).norm().detach()) for kernel in kernels]
 
     nested, independent = errors(True), errors(False)
     assert all(larger <= smaller + 1e-9 for smaller, larger in zip(nested, nested[1:], strict=False))
