@@ -181,7 +181,7 @@ def test_real_times_are_measured(supernet: nn.Module) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_times_are_taken_where_there_is_no_gpu(supernet: nn.Module) -> None:
-    with pytest.raises(InvalidValueError, match="device = 'cuda': this machine has none that torch can use; take cpu"):
+    with pytest.raises(InvalidValueError, match="device = 'cuda': this machine has none that torch can use; use cpu"):
         fold(extract(supernet, (1, 1, 1)), (3, 12, 12), objective="latency_ms", device="cuda")
 
 

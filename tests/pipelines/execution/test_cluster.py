@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import uuid
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -144,11 +145,10 @@ def _listening(pids: list[int]) -> set[str]:
                 addresses[f"socket:[{words[9]}]"] = words[1].split(":")[0]
     found = set()
     for pid in pids:
-        for file in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                found.add(addresses.get(os.readlink(file)))
-            except OSError:
-                continue  # closed meanwhile
+        with suppress(OSError):  # it has just ended
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                with suppress(OSError):  # closed meanwhile
+                    found.add(addresses.get(os.readlink(f"/proc/{pid}/fd/{descriptor}")))
     return {address for address in found if address is not None}
 
 
