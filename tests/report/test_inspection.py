@@ -88,7 +88,9 @@ def test_whatever_a_network_raises_is_told_in_a_line() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             raise TypeError("images of even sides\nonly")
 
-    with pytest.raises(InvalidValueError, match="cannot run an image of 3x9x9: TypeError: images of even sides; choose"):
+    with pytest.raises(
+        InvalidValueError, match="cannot run an image of 3x9x9: TypeError: images of even sides; choose"
+    ):
         inspection(Fussy(), choice_of(Fussy()), (3, 9, 9))
 
 
@@ -133,6 +135,8 @@ def test_a_layer_that_is_not_called_is_named() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.conv2d(self.a(self.stem(images)), self.b.weight).mean((2, 3))
 
-    with pytest.raises(InvalidValueError, match="layers b: with these decomposed, .*has no attribute 'weight'.*; leave them out"):
+    with pytest.raises(
+        InvalidValueError, match="layers b: with these decomposed, .*has no attribute 'weight'.*; leave them out"
+    ):
         inspection(Peeks(), choice_of(Peeks()), (3, 9, 9))
     inspection(Peeks(), choice_of(Peeks(), ["a"]), (3, 9, 9))
