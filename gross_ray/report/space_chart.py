@@ -211,7 +211,7 @@ def _summary(
     if num_points < num:
         text += (
             f" Above {MAX_POINTS:,} configurations the figure is a density: the stronger a cell's colour, the more "
-            f"configurations; {num_points:,} randomly drawn points have labels. The front and the best within a "
+            f"configurations; {num_points:,} points, drawn at random, have labels. The front and the best within a "
             "budget are those of all configurations."
         )
     many = {"steps of the front": len(front)} | {kind: len(rows) for kind, rows in marked.items()}
