@@ -21,10 +21,10 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The tests of pipelines/ start Ray, each with all cores: one after another, and whether or not the others passed.
+# The tests of pipelines/execution start Ray, with all cores: one after another, and whether or not the others passed.
 test: setup
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/pipelines; first=$$?; \
-		$(BIN)/python -m pytest tests/pipelines && exit $$first
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/pipelines/execution; first=$$?; \
+		$(BIN)/python -m pytest tests/pipelines/execution && exit $$first
 
 # Each cell twice, unless GROSS_RAY_FAULT_REPEATS says otherwise, at moments that GROSS_RAY_FAULT_SEED repeats.
 test-faults: setup

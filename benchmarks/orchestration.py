@@ -3,10 +3,10 @@
     python benchmarks/orchestration.py [--repeats 3] [--images 6000] [--stages decompose search sweep-alpha]
     python benchmarks/orchestration.py --trials 1000
 
-One worker with one thread stands against a loop with one thread in one process, in turn: what is more is Ray's. The
-stages are decompose and search (long-lived actors) and sweep-alpha (trials of Ray Tune). The start of the workers, and
-of a Tune experiment, is measured apart, with a unit that does nothing. `--trials N` runs N trials that do nothing, and
-prints the seconds of each and the driver's resident memory.
+One worker with one thread is compared with a loop in this process with one thread (the executor of `--in-process`), in
+turn: the difference is Ray's. The stages are decompose and search (long-lived actors) and sweep-alpha (trials of Ray
+Tune). The start of the worker, and of a Tune experiment, is measured separately, with a unit that does nothing.
+`--trials N` runs N trials that do nothing, and prints the seconds of each and the driver's resident memory.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ray
 import torch
-from pipelines.trials import run_trials
-from pipelines.workers import WorkerPool
 
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
@@ -36,22 +33,47 @@ from gross_ray.experiment import (
     TrainingOptions,
 )
 from gross_ray.presets import quickstart
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from pipelines import decompose, search, supernet, sweep, train
-from pipelines.execution.cluster import Cluster, Resources, connected
-from pipelines.units import Context, Unit, Work, pack_splits
+from pipelines.capacity import Capacity
+from pipelines.execution.actors import Actors
+from pipelines.execution.base import Executor
+from pipelines.execution.cluster import connected, put
+from pipelines.execution.in_process import InProcess
+from pipelines.execution.tune import Trials
+from pipelines.nodes import NodeKind
+from pipelines.resources import Resources
+from pipelines.stages import decompose, search, supernets, sweep, train
+from pipelines.units import Context, Job, Unit, Work, pack_splits
 from pipelines.watching import StageProgress
 
-STAGES = ("decompose", "search", "sweep-alpha")
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Unit):
+    """A unit that does nothing."""
+
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """Like number=0."""
+        return f"number={self.number}"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage as it is measured: its units in a run folder, and what does one."""
+    """A stage that is measured: its units in a run, and the work that does one of them."""
 
-    units: Callable[[RunStore], Sequence[Unit]]
+    units: Callable[[Run], Sequence[Unit]]
     work: Work
-    tune: bool = False
+    trials: bool = False
+
+
+STAGES = {
+    "decompose": Measured(decompose.plan, decompose.work),
+    "search": Measured(search.plan, search.work),
+    "sweep-alpha": Measured(sweep.plan, sweep.work, trials=True),
+}
 
 
 def main() -> None:
@@ -59,145 +81,112 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=6000, help="images of each split")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of fine-tuning in the sweep")
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--tolerance", type=float, default=1e-6, help="of the decompositions")
+    parser.add_argument("--dataset", default="fashion-mnist", help="without it: sample, which is embedded")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--trials", type=int, help="run so many trials that do nothing instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     limits = {f"limit_{split}": options.images for split in ("train", "validation", "test")}
     experiment = replace(
         quickstart(),
-        data=DataOptions(name="fashion-mnist", **limits),
+        data=DataOptions(name=options.dataset, **limits),
         training=TrainingOptions(epochs=1, lr=0.05, milestones=(), batch_size=128, augment=False, seeds=1),
-        decomposition=DecompositionOptions(),
+        decomposition=DecompositionOptions(tolerance=options.tolerance),
         supernet=SupernetOptions(seeds=2),  # so that decompositions and searches take a minute, too
         finetuning=FinetuningOptions(epochs=options.epochs, lr=0.001, milestones=()),
         sweep=SweepOptions(alphas=(0.0, 4.0), scalings=("index",), seeds=1),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        store = RunStore.create(Path(folder) / "base", experiment)
-        # Two slots, of which one works at a time: the pool's worker stays while Tune has its own.
-        with connected(Resources(num_cpus=2, device="cpu")) as cluster:
-            (_trials if options.trials else _stages)(store, replace(cluster, num_cpus=1), options)
+    with tempfile.TemporaryDirectory() as folder, connected(Resources(num_cpus=2, device="cpu")) as found:
+        capacity = replace(found, nodes=(NodeKind(1, 0.0),))  # one worker at a time
+        run = Run(RunStore.create(Path(folder) / "base", experiment))
+        (_trials if options.trials else _stages)(run, capacity, options)
 
 
-def _stages(base: RunStore, cluster: Cluster, options: argparse.Namespace) -> None:
-    splits = load_dataset(base.experiment.data)
-    packed = ray.put(pack_splits(splits))
-    for unit in train.plan(base):
-        train.work(_context(base, splits), unit)
-    pool = WorkerPool(cluster, packed)
-    _start(lambda: pool.run(_nothing, base, [Unit("none")], threads=1, progress=_silent()), "workers")
-    of_tune = _start(lambda: _tune(base, [Unit("none")], _nothing, cluster, packed), "a Tune experiment, its worker")
-    supernets = supernet.plan(base)
-    of_stage = {
-        "decompose": Measured(decompose.plan, decompose.work),
-        "search": Measured(lambda store: search.shards(store, supernets), search.work),
-        "sweep-alpha": Measured(sweep.plan, sweep.work, tune=True),
-    }
-    for stage in STAGES:
-        measured = of_stage[stage]
-        if stage in options.stages:
-            if stage == "search":
-                for unit in supernets:
-                    sweep.work(_context(base, splits), unit)
-                context = _context(base, splits, search.load_shared(base, supernets[0].name))
-                search.plan_work(context, Unit("plan", {"workers": 1, "threads": 1, "on_device": 1}))
-            if stage == "sweep-alpha":
-                for unit in supernets:
-                    for part in (supernet.RECONSTRUCT, supernet.FINETUNE):
-                        base.delete_checkpoint(part, unit.name)
-                        base.delete_unit("history", f"{part},{unit.name}")
-            seconds: dict[str, list[float]] = {"loop": [], "Ray": []}
-            for repeat in range(options.repeats):  # in turn: machines are shared, and their speed drifts
-                for name in seconds:
-                    copy = shutil.copytree(base.path, base.path.parent / f"{stage} {name} {repeat}")
-                    seconds[name].append(_time(measured, name, RunStore.open(copy), splits, pool, cluster, packed))
-            loop, through = (statistics.median(each) for each in seconds.values())
-            pairs = [1 - one / other for one, other in zip(*seconds.values(), strict=True)]
-            print(
-                f"{stage}: loop {loop:.1f} s, through Ray {through:.1f} s; Ray's share {1 - loop / through:.1%} of the "
-                f"medians of {options.repeats}, {statistics.median(pairs):.1%} the median of the pairs' shares"
-                f"{f', {1 - loop / (through - of_tune):.1%} without the start of Tune' if measured.tune else ''}; "
-                f"{ {name: [round(one, 1) for one in each] for name, each in seconds.items()} }",
-                flush=True,
-            )
-        if stage == "decompose":  # what the next stages need
-            for unit in measured.units(base):
-                measured.work(_context(base, splits), unit)
-    pool.close()
+def _stages(run: Run, capacity: Capacity, options: argparse.Namespace) -> None:
+    splits = load_dataset(run.experiment.data)
+    loop, packed = InProcess(run, splits, "cpu"), put(pack_splits(splits))
+    _do(loop, run, train.plan(run), train.work)
+    if "decompose" in options.stages:
+        _compare("decompose", run, splits, packed, capacity, options.repeats)
+    _do(loop, run, decompose.plan(run), decompose.work)
+    if "sweep-alpha" in options.stages:  # before the search's supernets are trained, of which it has one
+        _compare("sweep-alpha", run, splits, packed, capacity, options.repeats)
+    if "search" in options.stages:
+        searched = supernets.searched(run)
+        _do(loop, run, searched, sweep.work)
+        planning = search.Planning(supernet=searched[0], workers=1, threads=1, units_on_a_device=1)
+        _do(loop, run, [planning], search.plan_work)
+        _compare("search", run, splits, packed, capacity, options.repeats)
 
 
-def _time(
-    measured: Measured,
-    name: str,
-    store: RunStore,
-    splits: Splits,
-    pool: WorkerPool,
-    cluster: Cluster,
-    packed: ray.ObjectRef,
-) -> float:
+def _compare(stage: str, base: Run, splits: Splits, packed: object, capacity: Capacity, repeats: int) -> None:
+    """Print the seconds of a stage in a loop and through Ray, each in a copy of the base's run folder."""
+    measured, seconds = STAGES[stage], {"loop": [], "Ray": []}
+    runs = {name: _copy(base, f"{stage} {name}") for name in seconds}
+    through = (Trials if measured.trials else Actors)(capacity, packed, runs["Ray"])
+    executors: dict[str, Executor] = {"loop": InProcess(runs["loop"], splits, "cpu"), "Ray": through}
     started = time.perf_counter()
-    units = measured.units(store)
-    if name == "loop":
-        for unit in units:
-            shared = search.load_shared(store, unit.shared) if unit.shared else None
-            measured.work(_context(store, splits, shared), unit)
-        failed = {}
-    elif measured.tune:
-        failed = _tune(store, units, measured.work, cluster, packed)
-    else:
-        failed = pool.run(
-            measured.work,
-            store,
-            units,
-            threads=1,
-            progress=_silent(),
-            shared=lambda shared: search.load_shared(store, shared),
-        )
-    assert not failed, failed
-    return time.perf_counter() - started
+    _do(through, runs["Ray"], [Nothing()], _nothing, trials=measured.trials)
+    start = time.perf_counter() - started
+    print(
+        f"start of {'a Tune experiment and its worker' if measured.trials else 'the worker'}: {start:.1f} s", flush=True
+    )
+    for _ in range(repeats):  # in turn: machines are shared, and their speed drifts
+        for name, executor in executors.items():
+            run = runs[name]
+            shutil.rmtree(run.store.path)
+            shutil.copytree(base.store.path, run.store.path)
+            run.changed()
+            started = time.perf_counter()
+            _do(executor, run, measured.units(run), measured.work, trials=measured.trials)
+            seconds[name].append(time.perf_counter() - started)
+    through.close()
+    loop, ray = (statistics.median(each) for each in seconds.values())
+    pairs = [1 - one / other for one, other in zip(*seconds.values(), strict=True)]
+    print(
+        f"{stage}: loop {loop:.1f} s, through Ray {ray:.1f} s; Ray's share {1 - loop / ray:.1%} of the "
+        f"medians of {repeats}, {statistics.median(pairs):.1%} the median of the pairs' shares"
+        f"{f', {1 - loop / (ray - start):.1%} without the start of Tune' if measured.trials else ''}; "
+        f"{ {name: [round(one, 1) for one in each] for name, each in seconds.items()} }",
+        flush=True,
+    )
 
 
-def _trials(store: RunStore, cluster: Cluster, options: argparse.Namespace) -> None:
-    packed = ray.put(pack_splits(load_dataset(store.experiment.data)))
-    _tune(store, [Unit("none")], _nothing, cluster, packed)
+def _trials(run: Run, capacity: Capacity, options: argparse.Namespace) -> None:
+    executor = Trials(capacity, put(pack_splits(load_dataset(run.experiment.data))), run)
+    _do(executor, run, [Nothing()], _nothing, trials=True)
     before, started = _resident(), time.perf_counter()
-    units = [Unit(f"trial={number}") for number in range(options.trials)]
-    failed = _tune(store, units, _nothing, cluster, packed)
+    _do(executor, run, [Nothing(number=number) for number in range(options.trials)], _nothing, trials=True)
     seconds = time.perf_counter() - started
-    assert not failed, failed
     print(
         f"{options.trials} trials that do nothing: {seconds:.1f} s, {1000 * seconds / options.trials:.0f} ms each; "
         f"driver {before:.0f} MiB before, {_resident():.0f} MiB after"
     )
 
 
-def _tune(
-    store: RunStore, units: Sequence[Unit], work: Work, cluster: Cluster, packed: ray.ObjectRef
-) -> dict[str, str]:
-    return run_trials(
-        "benchmark", work, store, units, cluster=cluster, packed_splits=packed, threads=1, progress=_silent()
+def _do(executor: Executor, run: Run, units: Sequence[Unit], work: Work, *, trials: bool = False) -> None:
+    job = Job(
+        stage="benchmark",
+        units=units,
+        work=work,
+        done=set,
+        kind="benchmark",
+        num_equal=len(units),
+        trials=trials,
+        shared=lambda name: search.load_shared(run.store, name),
     )
+    failed = executor.do(job, units, threads=1, progress=StageProgress("benchmark", len(units), 0))
+    assert not failed, failed
+    run.changed()
 
 
-def _start(action: Callable[[], object], what: str) -> float:
-    started = time.perf_counter()
-    action()
-    seconds = time.perf_counter() - started
-    print(f"start of {what}: {seconds:.1f} s", flush=True)
-    return seconds
-
-
-def _nothing(context: Context, unit: Unit) -> str:
+def _nothing(context: Context, unit: Nothing) -> str:
     return ""
 
 
-def _context(store: RunStore, splits: Splits, shared: object = None) -> Context:
-    return Context(store, splits, "cpu", lambda *_, **__: None, shared)
-
-
-def _silent() -> StageProgress:
-    return StageProgress("benchmark", 0, 0)
+def _copy(base: Run, name: str) -> Run:
+    return Run(RunStore.open(shutil.copytree(base.store.path, base.store.path.with_name(name))))
 
 
 def _resident() -> float:

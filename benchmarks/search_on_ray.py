@@ -21,23 +21,18 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import ray
 import torch
-from pipelines.networks import history_rows, save_supernet
-from pipelines.session import DataSource, Session
-from pipelines.workers import WorkerPool
 from torch import nn
 
-from gross_ray import BTDOptions, decompose_model, model_names, models, read_table
-from gross_ray.data.image_set import Splits
+from gross_ray import BTDOptions, decompose_model, read_table
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions, Experiment, SearchOptions, SupernetOptions, SweepOptions, TrainingOptions
 from gross_ray.models import build_model
 from gross_ray.presets import quickstart
+from gross_ray.run.opened import Run, save_supernet
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import count_macs, count_parameters
@@ -45,10 +40,18 @@ from gross_ray.supernet.build import empty_supernet
 from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.layers import decomposable_layers
 from gross_ray.training.loop import EpochRecord
-from pipelines import search, supernet
+from pipelines.capacity import Capacity
 from pipelines.commands.terminal import Reporter
-from pipelines.execution.cluster import Resources, connected
-from pipelines.units import Context, Unit, Work, pack_splits
+from pipelines.driver import DataSource, Session
+from pipelines.execution.actors import Actors
+from pipelines.execution.base import Executor
+from pipelines.execution.cluster import connected, put
+from pipelines.execution.in_process import InProcess
+from pipelines.nodes import NodeKind
+from pipelines.resources import Resources
+from pipelines.stages import finetune, search, supernets
+from pipelines.stages.base import history_rows
+from pipelines.units import Context, Job, Unit, Work, pack_splits
 from pipelines.watching import StageProgress
 
 CHEAP_LAYERS = 10
@@ -88,65 +91,69 @@ def _experiment(data: DataOptions, model: str = "four-conv") -> Experiment:
 def _workers(folder: Path, options: argparse.Namespace) -> None:
     experiment = _experiment(DataOptions(name=options.dataset))
     network = build_model("four-conv", num_classes=10, generator=torch.Generator().manual_seed(0))
-    base = RunStore.create(folder / "base", experiment)
+    base = Run(RunStore.create(folder / "base", experiment))
     _store_supernet(base, network, decompose_model(network, options=BTDOptions(max_steps=3)))
     splits = load_dataset(experiment.data)
     few = replace(splits, train=splits.train.first(1), test=splits.test.first(1))
     some = replace(few, validation=splits.validation.first(options.images))
-    seconds: dict[str, list[float]] = {"loop": [], "one": [], "two": []}
-    # Three slots for the one and the two workers; never more than two of them work at a time.
-    with connected(Resources(num_cpus=3, device="cpu")) as cluster:
-        _plan(base, few)
-        started = time.perf_counter()
-        pools = {
-            name: WorkerPool(replace(cluster, num_cpus=workers), ray.put(pack_splits(some)))
-            for name, workers in (("one", 1), ("two", 2))
+    planning = search.Planning(supernet=supernets.searched(base)[0], workers=2, threads=1, units_on_a_device=2)
+    _do(InProcess(base, few, "cpu"), base, [planning], search.plan_work)
+    runs = {name: _copy(base, folder / name) for name in ("loop", "one", "two")}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    # Three cores for the one and the two workers; never more than two of them work at a time.
+    with connected(Resources(num_cpus=3, device="cpu")) as capacity:
+        started, packed = time.perf_counter(), put(pack_splits(some))
+        executors: dict[str, Executor] = {
+            "loop": InProcess(runs["loop"], some, "cpu"),
+            "one": Actors(_of_workers(capacity, 1), packed, runs["one"]),
+            "two": Actors(_of_workers(capacity, 2), packed, runs["two"]),
         }
         for repeat in range(options.repeats + 1):  # in turn: machines are shared, and their speed drifts
-            for name in seconds:
-                store = RunStore.open(shutil.copytree(base.path, folder / f"{name}{repeat}"))
-                spent = _loop(store, some) if name == "loop" else _pooled(pools[name], store)[0]
+            for name, executor in executors.items():
+                _restore(base, runs[name])
+                spent, _ = _search(executor, runs[name])
                 if repeat:
                     seconds[name].append(spent)
             if not repeat:
                 print(f"workers started, everything warm after {time.perf_counter() - started:.1f} s")
-        for pool in pools.values():
-            pool.close()
+        for executor in executors.values():
+            executor.close()
         loop, one, two = (statistics.median(each) for each in seconds.values())
         print(f"252 configurations, {len(some.validation)} images, one thread a worker, median of {options.repeats}:")
         print(f"loop {loop:.1f} s, one worker {one:.1f} s, two workers {two:.1f} s")
         print(f"two workers against one: {one / two:.2f}; Ray's share of one worker's time: {1 - loop / one:.1%}")
         print({name: [round(each, 2) for each in measured] for name, measured in seconds.items()})
-        pool = WorkerPool(replace(cluster, num_cpus=2), ray.put(pack_splits(few)))
-        started = time.perf_counter()
-        _pooled(pool, RunStore.open(shutil.copytree(base.path, folder / "warm")))
-        print(f"252 x {len(few.validation)} images on two workers, their start included: ", end="")
-        print(f"{time.perf_counter() - started:.1f} s")
-        spent, worked = _pooled(pool, RunStore.open(shutil.copytree(base.path, folder / "whole")))
-        pool.close()
+        whole = _copy(base, folder / "whole")
+        executor = Actors(_of_workers(capacity, 2), put(pack_splits(few)), whole)
+        spent, _ = _search(executor, whole)
+        print(f"252 x {len(few.validation)} images on two workers, their start included: {spent:.1f} s")
+        _restore(base, whole)
+        spent, worked = _search(executor, whole)
+        executor.close()
     print(f"once they are up: {spent:.1f} s, of which a worker did nothing {1 - worked / 2 / spent:.1%}")
 
 
-def _million(folder: Path, options: argparse.Namespace) -> None:
-    _register()
+def _of_workers(capacity: Capacity, number: int) -> Capacity:
+    return replace(capacity, nodes=(NodeKind(number, 0.0),))
+
+
+def _million(folder: Path, _: argparse.Namespace) -> None:
     data = DataOptions(name="sample", limit_train=20, limit_validation=20, limit_test=20)
-    store = RunStore.create(folder / "run", _experiment(data, "cheap"))
-    network = _cheap(10, 32)
+    store = RunStore.create(folder / "run", _experiment(data, "search_on_ray:cheap"))
+    network = cheap()
     empty = empty_supernet(network, {name: (1, 2, 4, 8) for name in decomposable_layers(network)})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in series_layers(empty).values():
             for parameter in layer.series_parameters():
                 parameter.normal_(std=0.5, generator=generator)
-    _store_supernet(store, network, empty)
-    search.work, search.plan_work = _CheapWork("work"), _CheapWork("plan_work")
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    _store_supernet(Run(store), network, empty)
     _tell("before")
     with Session.opened(store, Resources(device="cpu"), DataSource(), Reporter()) as session:
         started = time.perf_counter()
-        search.run(session)
+        search.do(session)
         _tell(f"searched, stored and selected in {time.perf_counter() - started:.0f} s")
-    print(search.best(store, [Budget("parameters", 4000)], 3).to_string(index=False))
+    print(search.best(Run(store), [Budget("parameters", 4000)], 3).to_string(index=False))
     _tell("best under a budget")
     rows = sum(len(store.read_units("configurations", [unit])) for unit in store.finished_units("configurations"))
     _tell(f"{rows} rows read back, a shard at a time")
@@ -159,7 +166,7 @@ def _million(folder: Path, options: argparse.Namespace) -> None:
     )
 
 
-def _cheap(num_classes: int, image_size: int) -> nn.Module:
+def cheap(num_classes: int = 10) -> nn.Module:
     """Return ten 3x3 convolutions of 8 channels on 2 x 2 pixels."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(pool=nn.AdaptiveAvgPool2d(2), conv0=nn.Conv2d(3, 8, 3, padding=1))
     for number in range(1, CHEAP_LAYERS + 1):
@@ -169,80 +176,63 @@ def _cheap(num_classes: int, image_size: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
-class _CheapWork:
-    """A function of `search` for workers, which learn of the cheap network as they unpickle it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __reduce__(self) -> tuple[Callable[[str], Work], tuple[str]]:
-        return _in_worker, (self.name,)
-
-    def __call__(self, context: Context, unit: Unit) -> str:
-        raise NotImplementedError("the driver does no units")
-
-
-def _in_worker(name: str) -> Work:
-    _register()
-    work: Work = getattr(search, name)
-    return work
-
-
-def _register() -> None:
-    """Add the network "cheap" to this process's."""
-    models.MODELS["cheap"] = _cheap  # through its module: a pickled function takes copies of its globals along
-    model_names.NAMES.append("cheap")
-
-
 def _timed_work(context: Context, unit: Unit) -> str:
     started = time.perf_counter()
     search.work(context, unit)
     return str(time.perf_counter() - started)
 
 
-def _store_supernet(store: RunStore, network: nn.Module, decomposed: nn.Module) -> None:
+def _store_supernet(run: Run, network: nn.Module, decomposed: nn.Module) -> None:
     """Store what the search needs from the stages before it."""
-    about = {"num_classes": 10, "image_size": 32, "classes": list(map(str, range(10)))}
+    store, shape = run.store, (3, 32, 32)
+    about = {"num_classes": 10, "image_size": 32, "input_shape": shape, "classes": list(map(str, range(10)))}
     store.save_checkpoint("train", "seed=0", network.state_dict(), about)
     row = {"seed": 0, "val_correct": 0, "val_total": 1, "val_accuracy": 0.0, "test_accuracy": 0.0}
-    costs = {"macs": count_macs(network, (3, 32, 32)), "parameters": count_parameters(network)}
+    costs = {"macs": count_macs(network, shape), "parameters": count_parameters(network)}
     store.write_table("networks", "seed=0", [row | costs])
-    for unit in supernet.plan(store):
-        save_supernet(store, supernet.FINETUNE, unit.name, decomposed, dict(unit.arguments))
+    for unit in supernets.searched(run):
+        save_supernet(store, finetune.NAME, unit.name, decomposed, unit.values())
         record = EpochRecord(
             epoch=1, lr=0.0, train_loss=0.0, gradient_norm=0.0, val_accuracy=None, seconds=0.0, images_per_second=0.0
         )
-        rows = history_rows(supernet.FINETUNE, unit.name, 0, [record])
-        store.write_table("history", f"{supernet.FINETUNE},{unit.name}", rows)
+        rows = history_rows(finetune.NAME, unit.name, 0, [record])
+        store.write_table("history", f"{finetune.NAME},{unit.name}", rows)
 
 
-def _context(store: RunStore, splits: Splits) -> Context:
-    shared = search.load_shared(store, supernet.plan(store)[0].name)
-    return Context(store, splits, "cpu", lambda *_, **__: None, shared)
+def _copy(base: Run, path: Path) -> Run:
+    return Run(RunStore.open(shutil.copytree(base.store.path, path)))
 
 
-def _plan(store: RunStore, splits: Splits) -> None:
-    search.plan_work(_context(store, splits), Unit("plan", {"workers": 2, "threads": 1, "on_device": 2}))
+def _restore(base: Run, run: Run) -> None:
+    """Make a copied run folder what the base is again."""
+    shutil.rmtree(run.store.path)
+    shutil.copytree(base.store.path, run.store.path)
+    run.changed()
 
 
-def _loop(store: RunStore, splits: Splits) -> float:
-    started = time.perf_counter()
-    context = _context(store, splits)
-    for unit in search.plan(store):
-        search.work(context, unit)
-    return time.perf_counter() - started
-
-
-def _pooled(pool: WorkerPool, store: RunStore) -> tuple[float, float]:
+def _search(executor: Executor, run: Run) -> tuple[float, float]:
     """Return the seconds that passed, and those in which workers worked."""
-    units: Sequence[Unit] = search.plan(store)
-    progress = _Times("benchmark", len(units), 0)
     started = time.perf_counter()
-    failed = pool.run(
-        _timed_work, store, units, threads=1, progress=progress, shared=lambda name: search.load_shared(store, name)
+    worked = _do(executor, run, search.plan(run), _timed_work)
+    return time.perf_counter() - started, worked
+
+
+def _do(executor: Executor, run: Run, units: list[Unit], work: Work) -> float:
+    """Do the units, each with one thread; return the seconds in which workers worked, where `work` tells them."""
+    job = Job(
+        stage="benchmark",
+        units=units,
+        work=work,
+        done=set,
+        kind="benchmark",
+        num_equal=len(units),
+        shared=lambda name: search.load_shared(run.store, name),
     )
+    progress = _Times("benchmark", len(units), 0)
+    failed = executor.do(job, units, threads=1, progress=progress)
     assert not failed, failed
-    return time.perf_counter() - started, progress.worked
+    run.changed()
+    return progress.worked
 
 
 class _Times(StageProgress):
@@ -250,7 +240,8 @@ class _Times(StageProgress):
 
     def unit_done(self, unit: str, text: str) -> None:
         super().unit_done(unit, text)
-        self.worked += float(text)
+        if unit != "plan":
+            self.worked += float(text)
 
 
 def _tell(what: str) -> None:

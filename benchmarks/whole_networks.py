@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from pipelines.networks import load_base, load_validated
 from torch import nn
 
 from gross_ray.report.model_card import most_accurate_seed
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs
 from gross_ray.search.folding import fold
@@ -35,20 +35,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device, stores = torch.device(options.device), [RunStore.open(run) for run in options.runs]
-    base = load_base(stores[0])
-    networks: dict[str, nn.Module] = {FULL: base.network.eval()}
+    device, runs = torch.device(options.device), [Run(RunStore.open(run)) for run in options.runs]
+    networks: dict[str, nn.Module] = {FULL: runs[0].base.on("cpu").eval()}
+    shape = runs[0].base.input_shape
     latency = LatencyOptions(batch_size=options.batch, threads=options.threads)
-    for store in stores:
-        for configuration in dict.fromkeys(store.read_table("validations")["configuration"]):
+    for run in runs:
+        for configuration in dict.fromkeys(run.store.read_table("validations")["configuration"]):
             if configuration in networks:
                 continue
-            network, base = load_validated(store, configuration, most_accurate_seed(store, configuration) or 0)
-            folded, foldings = fold(network, base.input_shape, objective="latency_ms", latency=latency, device=device)
+            network = run.validated(configuration, most_accurate_seed(run.store, configuration) or 0)
+            folded, foldings = fold(network, shape, objective="latency_ms", latency=latency, device=device)
             networks[configuration] = network.eval()
             dense = sum(one.folded for one in foldings)
             networks[f"{configuration}, folded ({dense} of {len(foldings)} layers dense)"] = folded.eval()
-    images = torch.randn(options.batch, *base.input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.randn(options.batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         times = typical_ms(
             {name: (network.to(device), [images]) for name, network in networks.items()}, options.repeats, device
@@ -56,7 +56,7 @@ def main() -> None:
     where = f"{device_name(device)}, {options.threads} thread(s), batch of {options.batch}"
     print(f"{where}; median of {options.repeats} rounds")
     for name, ms in times.items():
-        macs = count_macs(networks[name].to("cpu"), base.input_shape)
+        macs = count_macs(networks[name].to("cpu"), shape)
         print(f"  {name}: {ms:.2f} ms, {macs / 1e6:.1f} M MACs; ratio to the full network {times[FULL] / ms:.2f}")
 
 

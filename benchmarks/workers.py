@@ -17,16 +17,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import ray
-from pipelines.workers import WorkerPool
-
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DecompositionOptions, SupernetOptions, SweepOptions, TrainingOptions
 from gross_ray.presets import quickstart
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from pipelines import decompose, train
-from pipelines.execution.cluster import Resources, connected
-from pipelines.units import Unit, Work, pack_splits
+from pipelines.execution.actors import Actors
+from pipelines.execution.base import Executor
+from pipelines.execution.cluster import connected, put
+from pipelines.execution.in_process import InProcess
+from pipelines.nodes import NodeKind
+from pipelines.resources import Resources
+from pipelines.stages import decompose, train
+from pipelines.units import Job, Unit, Work, pack_splits
 from pipelines.watching import StageProgress
 
 
@@ -42,24 +45,25 @@ def main() -> None:
         supernet=SupernetOptions(seeds=1),
         sweep=SweepOptions(alphas=()),
     )
-    # Three slots for the one and the two workers; never more than two of them work at a time.
-    with tempfile.TemporaryDirectory() as folder, connected(Resources(num_cpus=3, device="cpu")) as cluster:
-        packed = ray.put(pack_splits(load_dataset(experiment.data)))
-        base = RunStore.create(Path(folder) / "base", experiment)
-        trainer = WorkerPool(cluster, packed)
-        _run(trainer, base, train.plan(base), train.work, threads=2)
-        trainer.close()
-        seconds: dict[int, list[float]] = {1: [], 2: []}
-        pools = {workers: WorkerPool(replace(cluster, num_cpus=workers), packed) for workers in seconds}
+    # Three cores for the one and the two workers; never more than two of them work at a time.
+    with tempfile.TemporaryDirectory() as folder, connected(Resources(num_cpus=3, device="cpu")) as capacity:
+        splits = load_dataset(experiment.data)
+        base = Run(RunStore.create(Path(folder) / "base", experiment))
+        _do(InProcess(base, splits, "cpu"), train.plan(base), train.work, threads=2)
         units = decompose.plan(base)
-        for repeat in range(options.repeats + 1):  # in turn: machines are shared, and their speed drifts
+        packed, seconds = put(pack_splits(splits)), {1: [], 2: []}
+        folders = {workers: Path(folder) / f"{workers} workers" for workers in seconds}
+        pools = {}
+        for workers, path in folders.items():
+            run = Run(RunStore.open(shutil.copytree(base.store.path, path)))
+            pools[workers] = Actors(replace(capacity, nodes=(NodeKind(workers, 0.0),)), packed, run)
+            warm = _do(pools[workers], units[:workers], decompose.work)
+            print(f"{workers} workers started and warm after {warm:.1f} s", flush=True)
+        for _ in range(options.repeats):  # in turn: machines are shared, and their speed drifts
             for workers, pool in pools.items():
-                store = RunStore.open(shutil.copytree(base.path, Path(folder) / f"{workers} workers, {repeat}"))
-                if repeat == 0:
-                    warm = _run(pool, store, units[:workers], decompose.work)
-                    print(f"{workers} workers started and warm after {warm:.1f} s")
-                else:
-                    seconds[workers].append(_run(pool, store, units, decompose.work))
+                shutil.rmtree(folders[workers])
+                shutil.copytree(base.store.path, folders[workers])
+                seconds[workers].append(_do(pool, units, decompose.work))
         for pool in pools.values():
             pool.close()
     one, two = (statistics.median(measured) for measured in seconds.values())
@@ -67,10 +71,11 @@ def main() -> None:
     print(f"one worker {one:.1f} s, two workers {two:.1f} s, ratio {one / two:.2f}")
 
 
-def _run(pool: WorkerPool, store: RunStore, units: Sequence[Unit], work: Work, *, threads: int = 1) -> float:
+def _do(executor: Executor, units: Sequence[Unit], work: Work, *, threads: int = 1) -> float:
     """Do all units and return the seconds."""
+    job = Job(stage="benchmark", units=units, work=work, done=set, kind="benchmark", num_equal=len(units))
     started = time.perf_counter()
-    failed = pool.run(work, store, units, threads=threads, progress=StageProgress("benchmark", len(units), 0))
+    failed = executor.do(job, units, threads=threads, progress=StageProgress("benchmark", len(units), 0))
     assert not failed, failed
     return time.perf_counter() - started
 

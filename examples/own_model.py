@@ -5,8 +5,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import gross_ray as gr
-from gross_ray.data.images import load_dataset
-from gross_ray.experiment import DataOptions, Schedule
 from gross_ray.search.latency import LatencyOptions, measure_latency
 from gross_ray.training.loop import accuracy
 from gross_ray.training.sampling import ConfigurationSampler
@@ -40,10 +38,10 @@ def small_resnet() -> nn.Module:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    data, network = load_dataset(DataOptions(name="own_model:pictures")), small_resnet()
-    train_network(network, data, Schedule(epochs=3, lr=0.05, batch_size=64, augment=False), seed=0)
+    data, network = gr.load_dataset(gr.DataOptions(name="own_model:pictures")), small_resnet()
+    train_network(network, data, gr.Schedule(epochs=3, lr=0.05, batch_size=64, augment=False), seed=0)
     supernet = gr.decompose_model(network, group_sizes=(1, 4, 16))  # of each of 4 convolutions: 81 configurations
-    short = Schedule(epochs=1, lr=1e-3, batch_size=64, augment=False)
+    short = gr.Schedule(epochs=1, lr=1e-3, batch_size=64, augment=False)
     sampler = ConfigurationSampler(gr.SearchSpace.of(supernet), alpha=0.0)
     reconstruct(supernet, network, data, short, seed=0, sampler=sampler)
     finetune(supernet, data, short, seed=0, sampler=sampler)

@@ -11,6 +11,8 @@ from pipelines.nodes import NodeKind
 THREAD_EFFICIENCY = 0.6
 """n threads do n^0.6 times the work of one (measured: 1.4 to 1.8 times with 2, training the four-conv network, and a
 fraction of that if something else wants one of the cores)."""
+UNITS_A_WORKER = 4
+"""How many units of a kind that is cut for the workers there are in the experiment, for each worker."""
 _STAGE = "threads"
 
 
@@ -79,13 +81,14 @@ class Capacity:
         return max(1, self.cores_per_node // threads)
 
 
-def settled_threads(store: RunStore, kind: str, num_units: int, capacity: Capacity) -> int:
+def settled_threads(store: RunStore, kind: str, num_units: int | None, capacity: Capacity) -> int:
     """Return the CPU threads of each unit of a kind: as many as its first unit had, as far as a node has the cores.
 
     They are settled once for a run folder, by how many units of the kind the experiment has, whichever command asks
-    for them: with another number of threads sums round differently.
+    for them: with another number of threads sums round differently. None: several for each worker.
     """
     if not store.has_checkpoint(_STAGE, kind):
-        store.save_checkpoint(_STAGE, kind, {}, {"threads": capacity.threads(num_units)})
+        number = UNITS_A_WORKER * capacity.slots() if num_units is None else num_units
+        store.save_checkpoint(_STAGE, kind, {}, {"threads": capacity.threads(number)})
     _, about = store.load_checkpoint(_STAGE, kind)
     return min(about["threads"], capacity.cores_per_node)

@@ -242,7 +242,7 @@ class Session:
         """Name the damaged files that were deleted since this was called last, and what follows."""
         report_damage(self.run.store, self._progress)
 
-    def threads(self, kind: str, num_equal: int) -> int:
+    def threads(self, kind: str, num_equal: int | None) -> int:
         """Return the CPU threads of units of a kind (`settled_threads`)."""
         return settled_threads(self.run.store, kind, num_equal, self.capacity)
 

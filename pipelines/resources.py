@@ -23,6 +23,8 @@ class Resources:
     """cpu, cuda, or auto: cuda where the cluster has a GPU."""
     gpus_per_unit: float = 0.25
     """GPUs for each unit of work on cuda; below 1, units share one."""
+    in_process: bool = False
+    """The units are done in this process: no cluster is joined, whatever RAY_ADDRESS says."""
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -48,4 +50,4 @@ class Resources:
     @property
     def joined_address(self) -> str | None:
         """The running cluster to join, if one is named."""
-        return self.address or os.environ.get("RAY_ADDRESS") or None
+        return None if self.in_process else self.address or os.environ.get("RAY_ADDRESS") or None

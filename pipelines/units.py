@@ -130,8 +130,11 @@ class Job:
     """Returns the names of the units whose results are stored."""
     kind: str
     """Units of one kind are computed with one number of threads, whichever command asks for them."""
-    num_equal: int
-    """About how many units of this kind the whole experiment has: it decides the number of threads."""
+    num_equal: int | None
+    """About how many units of this kind the whole experiment has: it decides the number of threads.
+
+    None: several for each worker, however many workers run at once.
+    """
     trials: bool = False
     """Whether each unit reports metrics from epoch to epoch: a trial of Ray Tune, where Ray executes the job."""
     shared: Shared | None = None

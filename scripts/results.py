@@ -4,9 +4,10 @@ r"""Keep the tables of a finished run under results/, and write what README.md s
         --time "1 h 10 min" --commit 0fa06ed
     python scripts/results.py write
 
-`keep` takes each table as one Parquet file, without checkpoints: results/NAME is a run folder, which `gross report`
-and `gross show` take. `write` draws the figures of each (in Chromium, by playwright), writes
-results/NAME/README.md, and the parts of README.md between their marks.
+`keep` takes each table as one Parquet file (`configurations`: one a supernet), and the hashes of the run's images and
+weights, without checkpoints: results/NAME is a run folder, which `gross report` and `gross show` take. `write` draws
+the figures of each (in Chromium, by playwright), writes results/NAME/README.md, and the parts of README.md between
+their marks.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from gross_ray.report.charts import Chart
 from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import space_chart
 from gross_ray.report.sweep_charts import sweep_charts
+from gross_ray.run.searched import evaluated_units
 from gross_ray.run.store import RunStore
 from gross_ray.run.tables import TABLES
+from pipelines.stages.supernets import supernet_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -57,13 +60,27 @@ def keep(run: Path, name: str, **about: str) -> None:
         shutil.rmtree(folder)
     kept = RunStore.create(folder, store.experiment)
     for table in TABLES:
-        units = store.units(table)
-        if units:
+        for file, units in kept_files(store, table).items():
             files = [run / "tables" / table / f"{unit}.parquet" for unit in units]
-            whole = pq.ParquetDataset(files, partitioning=None).read()
-            kept.write_arrow(table, "all", whole)
+            kept.write_arrow(table, file, pq.ParquetDataset(files, partitioning=None).read())
+    for pin in ("data", "weights"):
+        hashes = store.read_pin(pin, dict)
+        if hashes is not None:
+            kept.write_pin(pin, hashes)
     (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(f"{folder}: {sum(file.stat().st_size for file in folder.rglob('*')) / 2**20:.2f} MiB")
+
+
+def kept_files(store: RunStore, table: str) -> dict[str, list[str]]:
+    """Return the files that keep a table, each with its units: one of all, or of configurations one for each supernet.
+
+    Whatever reads the evaluated configurations takes a file for one supernet's.
+    """
+    units = store.units(table)
+    if not units or table != "configurations":
+        return {"all": units} if units else {}
+    supernets = evaluated_units(store).groupby(["alpha", "scaling", "seed"], sort=False)["unit"]
+    return {supernet_of(*supernet).name: of_it.tolist() for supernet, of_it in supernets}
 
 
 @main.command()

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from gross_ray.errors import RunFolderError
 from gross_ray.run.store import RunStore
 from gross_ray.search.selection import COSTS, supernet_accuracies
 
@@ -34,11 +35,18 @@ def evaluated_parts(
 ) -> Iterator[pd.DataFrame]:
     """Yield rows of `configurations` in parts, each with all supernets' rows of its configurations at one alpha.
 
-    `units` are rows of `evaluated_units`, by default all of them. Raises RunFolderError naming a damaged file.
+    `units` are rows of `evaluated_units`, by default all of them; `columns` has "configuration". Raises RunFolderError
+    naming a damaged file, or one that holds the rows of several supernets.
     """
     found = evaluated_units(store) if units is None else units
-    for _, part in found.groupby(["alpha", "scaling", "first"], sort=False):
-        yield store.read_units(_TABLE, part["unit"].tolist(), columns)
+    for (_, _, first), part in found.groupby(["alpha", "scaling", "first"], sort=False):
+        rows = store.read_units(_TABLE, part["unit"].tolist(), columns)
+        if (rows["configuration"] == first).sum() > len(part):
+            raise RunFolderError(
+                f"{store.storage}: a file of the table {_TABLE} (unit {part['unit'].iloc[0]}) holds the rows of "
+                "several supernets: keep the results again, by `python scripts/results.py keep`, or split it by supernet"
+            )
+        yield rows
 
 
 def evaluated_accuracies(store: RunStore, units: pd.DataFrame | None = None) -> Iterator[pd.DataFrame]:

@@ -97,8 +97,10 @@ def work_options(command: Command) -> Command:
         **rest: Any,
     ) -> None:
         if in_process:
-            refuse_beside("--in-process, which starts nothing else", "address", "num_cpus", "gpus_per_unit")
-        resources = Resources(address=address, num_cpus=num_cpus, device=device, gpus_per_unit=gpus_per_unit)
+            refuse_beside("--in-process, which starts nothing else", "address", "gpus_per_unit")
+        resources = Resources(
+            address=address, num_cpus=num_cpus, device=device, gpus_per_unit=gpus_per_unit, in_process=in_process
+        )
         place = Place(resources=resources, in_process=in_process, data_root=data_root, download=download)
         command(place=place, **rest)
 

@@ -28,8 +28,8 @@ class Driver(Protocol):
         """What can run at the same time."""
         ...
 
-    def threads(self, kind: str, num_equal: int) -> int:
-        """Return the CPU threads of each unit of a kind, of which the experiment has about `num_equal`."""
+    def threads(self, kind: str, num_equal: int | None) -> int:
+        """Return the CPU threads of each unit of a kind, of which the experiment has about `num_equal` (`Job`)."""
         ...
 
     def note(self, text: str) -> None:

@@ -235,7 +235,7 @@ def _job(driver: Driver, shown: str, units: Sequence[Unit], work: Any) -> Job:
         work=work,
         done=lambda: {"plan"} & run.store.finished_checkpoints(PLAN) if work is plan_work else done(run),
         kind=NAME,
-        num_equal=SHARDS_A_WORKER * driver.capacity.slots(),
+        num_equal=None,  # the capacity is not known before a unit is missing: Ray would be started to learn it
         shared=lambda name: load_shared(run.store, name),
     )
 
@@ -247,7 +247,7 @@ def _make_plan(driver: Driver, supernet: Supernet) -> None:
     search that overlap the new ones go.
     """
     run, workers = driver.run, driver.capacity.slots()
-    threads = driver.threads(NAME, SHARDS_A_WORKER * workers)
+    threads = driver.threads(NAME, None)
     unit = Planning(
         supernet=supernet,
         workers=workers,

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipelines.capacity import Capacity
 from pipelines.execution.cluster import connected  # before Ray: it sets Ray's environment
@@ -67,11 +67,25 @@ def no_ray(shared_ray: SharedRay) -> None:
 
 
 @pytest.fixture(scope="session")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The miniature, run once from end to end with nothing disturbing it, and what it printed."""
-    from miniature import run_command
+def whole_run(tmp_path_factory: pytest.TempPathFactory, shared_ray: SharedRay) -> tuple[Path, str]:
+    """The miniature, run once from end to end in this process, and what it printed. Tests that change it copy it.
 
-    out = tmp_path_factory.mktemp("whole") / "run"
-    ended = subprocess.run(run_command(out), capture_output=True, text=True, check=False, timeout=400)
-    assert ended.returncode == 0, ended.stderr
-    return out, ended.stdout
+    It is the oracle of the runs on Ray of 2 cores too, so its space is cut as two workers cut it. All processes of
+    pytest-xdist share one, which the first that asks for it makes.
+    """
+    from miniature import do, run_words
+    from without_ray import without_ray
+
+    from pipelines.stages import search
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out, printed = shared / "whole" / "run", shared / "whole" / "printed"
+    if not printed.exists():
+        shared_ray.stop()  # its threads in this process may import what they need of Ray
+    with FileLock(shared / "whole.lock"), pytest.MonkeyPatch.context() as patch, without_ray():
+        if not printed.exists():
+            patch.setattr(search, "SHARDS_A_WORKER", 2 * search.SHARDS_A_WORKER)
+            out.parent.mkdir()
+            printed.write_text(do(*run_words(out)).stdout)
+    return out, printed.read_text()

@@ -89,3 +89,11 @@ def test_a_unit_that_is_damaged_or_missing_is_named(tmp_path: Path) -> None:
     store.write_table("configurations", "none", [], layers=SPACE.layers)
     with pytest.raises(RunFolderError, match=r"configurations/none\.parquet: it has no rows"):
         evaluated_units(store)
+
+
+def test_a_file_with_the_rows_of_several_supernets_is_refused(tmp_path: Path) -> None:
+    store = RunStore.create(tmp_path / "run", preset("quickstart"))
+    rows = [row(supernet, 0, 50) for supernet in SUPERNETS[:2]]
+    store.write_table("configurations", "all", rows, layers=SPACE.layers)
+    with pytest.raises(RunFolderError, match=r"unit all.* several supernets"):
+        list(evaluated_parts(store, ("configuration", "val_accuracy")))

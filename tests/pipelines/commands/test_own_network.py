@@ -1,16 +1,15 @@
-"""A network and weights of one's own, through the real command line and Ray's workers."""
+"""A network and weights of one's own, through the commands."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from pipelines.networks import load_base
-from pipelines.predictions import put
-from pipelines.rounds import check_limits
+from click.testing import Result
+from miniature import invoke
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,6 +18,7 @@ from gross_ray.data.images import load_dataset
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.cost import layer_costs
 from gross_ray.search.latency import LatencyModel
@@ -26,7 +26,8 @@ from gross_ray.space import Configuration
 from gross_ray.supernet.build import empty_supernet
 from gross_ray.training.loop import accuracy
 from gross_ray.weights import hash_of_tensors
-from pipelines import train
+from pipelines.stages import latencies, train
+from pipelines.stages.rounds import check_limits
 from pipelines.units import Context
 
 OWN = """
@@ -43,29 +44,35 @@ LIMITS += ["search.budgets=[4]", "validation.fixed=[4]"]
 ONE_SHORT = ["training.epochs=1", "training.milestones=[]", "training.seeds=1", *LIMITS[4:]]
 
 
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run `gross` as the installed script does: where it is, no folder of the user's is on Python's path."""
-    start = "import sys; sys.path.remove(''); from cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", start, *words], cwd=folder, capture_output=True, text=True, check=False, timeout=300
-    )
-
-
-def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that commands are started in; as for the installed script, it is not on Python's path."""
     (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
+    sys.modules.pop("own_networks", None)
+    yield tmp_path
+    sys.modules.pop("own_networks", None)
+
+
+def command(*words: str) -> Result:
+    return invoke(*words, "--in-process", "--num-cpus", "1")
+
+
+def test_given_weights_are_taken_as_they_are(folder: Path) -> None:
     names: dict[str, object] = {}
     exec(OWN, names)
     network: nn.Module = names["small"](10)  # type: ignore[operator]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network(torch.randn(64, 3, 32, 32))  # statistics
-    save_file(network.state_dict(), tmp_path / "network.safetensors")
+    save_file(network.state_dict(), folder / "network.safetensors")
     settings = [word for limit in LIMITS for word in ("--set", limit)]
-    model = ["--model", "own_networks:small", "--num-cpus", "2"]
-    given = ["--preset", "quickstart", "--weights", "network.safetensors", *model[:2], *settings]
-    trained = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
-    assert trained.returncode == 0, trained.stderr
-    store = RunStore.open(tmp_path / "run")
+    model = ["--model", "own_networks:small"]
+    given = ["--preset", "quickstart", "--weights", "network.safetensors", *model, *settings]
+    trained = command("train", "run", *given)
+    assert trained.exit_code == 0, trained.stderr
+    store = RunStore.open(folder / "run")
     (row,) = store.read_table("networks").to_dict("records")
     splits = load_dataset(DataOptions(name="sample", limit_train=50, limit_validation=40, limit_test=30))
     assert (row["seed"], row["val_accuracy"]) == (0, accuracy(network.eval(), splits.validation))
@@ -74,38 +81,37 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, stored[name]) for name, tensor in network.state_dict().items())
     assert store.read_table("history").empty
     old = {name: one.clone() for name, one in network.state_dict().items() if "num_batches" not in name}
-    save_file({f"module.{name}": one for name, one in old.items()}, tmp_path / "network.safetensors")
-    again = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
-    assert again.returncode == 0, again.stderr
+    save_file({f"module.{name}": one for name, one in old.items()}, folder / "network.safetensors")
+    again = command("train", "run", *given)
+    assert again.exit_code == 0, again.stderr
     with torch.no_grad():
         network.get_parameter("2.weight").add_(1)
-    save_file(network.state_dict(), tmp_path / "network.safetensors")
-    refused = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
-    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    save_file(network.state_dict(), folder / "network.safetensors")
+    refused = command("train", "run", *given)
+    assert refused.exit_code == 2 and len(refused.stderr.splitlines()) == 1
     assert "network.safetensors: the tensors differ from those that " in refused.stderr
     changed, first = (hash_of_tensors(one)[:12] for one in (network.state_dict(), old))
     assert f"their hash is {changed}, not {first}" in refused.stderr
-    (tmp_path / "network.safetensors").unlink()  # the run folder has them
-    gone = command(tmp_path, "train", "run", *given, "--num-cpus", "2")
-    assert gone.returncode == 0, gone.stderr
-    decomposed = command(tmp_path, "decompose", "run", "--num-cpus", "2")
-    assert decomposed.returncode == 0, decomposed.stderr
+    (folder / "network.safetensors").unlink()  # the run folder has them
+    gone = command("train", "run", *given)
+    assert gone.exit_code == 0, gone.stderr
+    decomposed = command("decompose", "run")
+    assert decomposed.exit_code == 0, decomposed.stderr
     rows = store.read_table("decompositions")
     assert set(zip(rows["layer"], rows["group_size"], strict=True)) == {("2", 1), ("2", 2), ("2", 4)}
 
 
-def test_mistakes_are_told_in_a_line_before_anything_is_made(tmp_path: Path) -> None:
-    (tmp_path / "own_networks.py").write_text(OWN)
+def test_mistakes_are_told_in_a_line_before_anything_is_made(folder: Path) -> None:
     for words, line in (
         (["--model", "own_networks:large"], "module 'own_networks' has no attribute 'large'"),
         (["--weights", "nowhere.pt"], "nowhere.pt: there is no such file"),
         (["--weights", "a.pt", "--set", "training.seeds=2"], "training.seeds = 2: must be 1 where weights are given"),
     ):
-        refused = command(tmp_path, "train", "run", "--preset", "quickstart", *words)
-        assert refused.returncode == 2, refused.stderr
+        refused = command("train", "run", "--preset", "quickstart", *words)
+        assert refused.exit_code == 2, refused.stderr
         assert line in refused.stderr
         assert len(refused.stderr.splitlines()) == 1
-        assert not (tmp_path / "run").exists()
+        assert not (folder / "run").exists()
 
 
 def wide(num_classes: int) -> nn.Module:
@@ -124,9 +130,10 @@ def test_images_that_are_not_square_cost_what_they_cost(tmp_path: Path) -> None:
     store = RunStore.create(tmp_path / "run", preset("quickstart").override([f"model={__name__}:wide", *ONE_SHORT]))
     images = ImageSet(torch.zeros(8, 3, 12, 20, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
     splits = Splits("noise", images, images, images, ("a", "b"))
-    for unit in train.plan(store):
-        train.work(Context(store, splits, "cpu", lambda *_, **__: None), unit)
-    base = load_base(store)
+    run = Run(store)
+    for unit in train.plan(run):
+        train.work(Context(run, splits, "cpu", lambda *_, **__: None), unit)
+    base = run.base
     assert base.input_shape == (3, 12, 20)
     macs = 12 * 20 * 9 * (3 * 4 + 4 * 6) + 6 * 2
     assert store.read_table("networks")["macs"].tolist() == [macs]
@@ -141,11 +148,11 @@ def test_a_limit_on_a_latency_is_told_once_the_networks_are_trained(tmp_path: Pa
         tmp_path / "run", preset("quickstart").override([f"model={__name__}:wide", *ONE_SHORT, limit])
     )
     images = ImageSet(torch.zeros(8, 3, 12, 20, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
-    for unit in train.plan(store):
-        splits = Splits("noise", images, images, images, ("a", "b"))
-        train.work(Context(store, splits, "cpu", lambda *_, **__: None), unit)
+    run, splits = Run(store), Splits("noise", images, images, images, ("a", "b"))
+    for unit in train.plan(run):
+        train.work(Context(run, splits, "cpu", lambda *_, **__: None), unit)
     with pytest.raises(MissingStageError, match="search.limits has latency_ms, .*run `gross latency` on it before"):
-        check_limits(store)
+        check_limits(run)
     model = LatencyModel(
         device="a GPU",
         host="host",
@@ -158,6 +165,6 @@ def test_a_limit_on_a_latency_is_told_once_the_networks_are_trained(tmp_path: Pa
         num_sampled=3,
         median_error=0.01,
     )
-    put(store, model)
+    latencies.put(run, model)
     with pytest.raises(InvalidValueError, match="latency_ms=0.5: nothing fits; the smallest is latency_ms=1.1.* at 1"):
-        check_limits(store)
+        check_limits(run)

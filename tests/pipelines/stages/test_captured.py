@@ -15,11 +15,12 @@ from torch import Tensor
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.presets import preset
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 from gross_ray.training import together
 from gross_ray.training.capture import CapturedStep
-from pipelines import decompose, supernet, sweep, train, validate
+from pipelines.stages import decompose, finetune, reconstruct, supernets, sweep, train, validate
 from pipelines.units import Context
 
 SETTINGS = [
@@ -44,20 +45,21 @@ class _AsItIs(CapturedStep):
         return self._step(*arguments)
 
 
-def context_of(store: RunStore, device: str) -> Context:
-    splits = load_dataset(store.experiment.data)
+def context_of(run: Run, device: str) -> Context:
+    splits = load_dataset(run.experiment.data)
     parts = (splits.train, splits.validation, splits.test)
     here = Splits(splits.name, *(part.to(device) for part in parts), splits.classes)
-    return Context(store, here, device, lambda *_, **__: None)
+    return Context(run, here, device, lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
 def decomposed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with what comes before the trainings that are compared."""
     store = RunStore.create(tmp_path_factory.mktemp("plain") / "run", preset("quickstart").override(SETTINGS))
+    context = context_of(Run(store), "cpu")
     for stage in (train, decompose):
-        for unit in stage.plan(store):
-            stage.work(context_of(store, "cpu"), unit)
+        for unit in stage.plan(context.run):
+            stage.work(context, unit)
     return store.path
 
 
@@ -69,11 +71,12 @@ def trained(decomposed: Path, folder: Path, device: str, *, capture: bool) -> Ru
     experiment["engine"]["capture"] = capture
     file.write_text(json.dumps(experiment))
     store = RunStore.open(folder)
-    for work in (supernet.reconstruct_work, supernet.finetune_work):
-        for unit in supernet.plan(store):
-            work(context_of(store, device), unit)
-    for unit in validate.units_of(store, [Configuration.parse("2-8-16")], "fixed"):
-        validate.work(context_of(store, device), unit)
+    context = context_of(Run(store), device)
+    for stage in (reconstruct, finetune):
+        for unit in stage.plan(context.run):
+            stage.work(context, unit)
+    for one in validate.units_of(context.run, [Configuration.parse("2-8-16")]):
+        validate.work(context, one)
     return store
 
 
@@ -87,7 +90,7 @@ def test_units_store_the_same(decomposed: Path, device: str, tmp_path: Path, mon
         for module in (
             "gross_ray.training.loop",
             "gross_ray.training.together",
-            "pipelines.supernet",
+            "pipelines.stages.supernets",
         ):
             monkeypatch.setattr(f"{module}.captures", lambda engine, _: engine.capture)
         monkeypatch.setattr("gross_ray.training.loop.CapturedStep", _AsItIs)
@@ -105,14 +108,14 @@ def test_units_store_the_same(decomposed: Path, device: str, tmp_path: Path, mon
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-2, atol=1e-4, msg=name)
-    assert _reported(captured, device) == [1, 2, 3, 4]
+    assert _reported(Run(captured), device) == [1, 2, 3, 4]
 
 
-def _reported(store: RunStore, device: str) -> list[float]:
+def _reported(run: Run, device: str) -> list[float]:
     """Train a supernet of the sweep in its trial, as the stage does unless it trains several at a time."""
-    assert not supernet.in_groups(store)
+    assert not supernets.in_groups(run)
     epochs: list[float] = []
-    context = replace(context_of(store, device), report=lambda *_, **metrics: epochs.append(metrics["trial_epoch"]))
-    unit = next(unit for unit in sweep.plan(store) if unit.arguments["alpha"] == 4.0)
+    context = replace(context_of(run, device), report=lambda *_, **metrics: epochs.append(metrics["trial_epoch"]))
+    unit = next(unit for unit in sweep.plan(run) if unit.alpha == 4.0)
     sweep.work(context, unit)
     return epochs

@@ -7,20 +7,41 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from miniature import gross
-from pipelines.predictions import put, stored_model
+from miniature import do, invoke, tables
 
+from gross_ray import read_table
 from gross_ray.errors import DamagedFileError, InvalidValueError
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
+from pipelines.stages import latencies
 
 
-@pytest.fixture
-def run(whole_run: tuple[Path, str], tmp_path: Path) -> Path:
-    copied = tmp_path / "run"
-    shutil.copytree(whole_run[0], copied, ignore=shutil.ignore_patterns(".lock"))
-    return copied
+def test_latency_is_measured_on_request_and_can_be_a_budget(whole_run: tuple[Path, str], run: Path) -> None:
+    early = invoke("search", str(run), "--budget", "latency_ms=5")
+    assert early.exit_code == 2
+    assert "gross latency RUN" in early.stderr
+    first = invoke("latency", run, "--device", "cpu", "--batch", "2", "--repeats", "2")
+    assert first.exit_code == 0, first.stderr
+    configurations, model = read_table(run, "configurations"), read_table(run, "latency_models")
+    assert len(model) == 1
+    assert model["batch_size"].tolist() == [2]
+    assert (configurations["latency_ms"] > 0).all()
+    assert configurations.groupby("configuration")["latency_ms"].nunique().eq(1).all()
+    parts = read_table(run, "latencies").set_index(["part", "group_size"])["latency_ms"]
+    row = configurations[configurations["configuration"] == "2-8-64"].iloc[0]
+    of_parts = parts["conv2", 2] + parts["conv3", 8] + parts["conv4", 64] + parts["rest"].iloc[0]
+    assert row["latency_ms"] == pytest.approx(model["offset_ms"][0] + model["slope"][0] * of_parts)
+    pd.testing.assert_frame_equal(
+        configurations.drop(columns="latency_ms"), tables(whole_run[0])["configurations"].drop(columns="latency_ms")
+    )
+    limit = float(configurations["latency_ms"].median())
+    again = invoke("search", str(run), "--budget", f"latency_ms={limit}", "--top", "3")
+    assert again.exit_code == 0, again.stderr
+    searched = configurations[configurations["alpha"] == 0]  # the others are the sweep's
+    accuracy = searched[searched["latency_ms"] <= limit].groupby("configuration")["val_accuracy"].median()
+    assert accuracy.idxmax() in again.stdout or (accuracy == accuracy.max()).sum() > 1
 
 
 def test_a_measurement_is_carried_to_another_machine(run: Path, tmp_path: Path) -> None:
@@ -28,24 +49,24 @@ def test_a_measurement_is_carried_to_another_machine(run: Path, tmp_path: Path) 
     shutil.copytree(run, there)
     shutil.rmtree(there / "tables" / "configurations")  # it may be measured before the search
     words = ["--device", "cpu", "--batch", "2", "--repeats", "1", "--to", str(file)]
-    measured = gross("latency", str(there), *words)
-    assert measured.returncode == 0, measured.stderr
+    measured = invoke("latency", str(there), *words)
+    assert measured.exit_code == 0, measured.stderr
     assert "Predicted latency of a configuration" in measured.stdout
-    model = stored_model(RunStore.open(there))
+    model = latencies.in_force(Run(RunStore.open(there)))
     assert model is not None
     assert (model.batch_size, model.threads) == (2, 1)
-    carried = gross("latency", str(run), "--from", str(file))
-    assert carried.returncode == 0, carried.stderr
+    carried = invoke("latency", str(run), "--from", str(file))
+    assert carried.exit_code == 0, carried.stderr
     store = RunStore.open(run)
-    assert stored_model(store) == model == LatencyModel.load(file)
+    assert latencies.in_force(Run(store)) == model == LatencyModel.load(file)
     rows = store.read_table("configurations")
     expected = [model.predict(Configuration.parse(one)) for one in rows["configuration"]]
     assert rows["latency_ms"].tolist() == pytest.approx(expected)
-    again = gross("latency", str(run), "--from", str(file))
-    assert again.returncode == 0, again.stderr
+    again = invoke("latency", str(run), "--from", str(file))
+    assert again.exit_code == 0, again.stderr
     assert len(store.read_table("latency_models")) == 1
-    told = gross("search", str(run), "--budget", f"latency_ms={min(expected) * 1.01:.6f}", "--top", "1")
-    assert told.returncode == 0, told.stderr
+    told = invoke("search", str(run), "--budget", f"latency_ms={min(expected) * 1.01:.6f}", "--top", "1")
+    assert told.exit_code == 0, told.stderr
 
 
 def test_what_is_no_measurement_is_refused(run: Path, tmp_path: Path) -> None:
@@ -58,32 +79,32 @@ def test_what_is_no_measurement_is_refused(run: Path, tmp_path: Path) -> None:
         (tmp_path / "text.parquet", "ArrowInvalid"),
         (tmp_path / "none", "FileN"),
     ):
-        refused = gross("latency", str(run), "--from", str(file))
-        assert refused.returncode == 2
+        refused = invoke("latency", str(run), "--from", str(file))
+        assert refused.exit_code == 2
         assert f"{file}: is no table of latencies ({reason}" in refused.stderr
     for words, complaint in (
         (["--from", str(other), "--batch", "2"], "times nothing: leave the other options out"),
         (["--to", str(tmp_path / "no" / "file")], "there is no folder"),
     ):
-        refused = gross("latency", str(run), *words)
-        assert refused.returncode == 2
+        refused = invoke("latency", str(run), *words)
+        assert refused.exit_code == 2
         assert complaint in refused.stderr
     model = LatencyModel(
         device="a", host="b", batch_size=1, threads=1, rest_ms=1.0, layer_ms={"conv2": {1: 1.0}}, offset_ms=0.0,
         slope=1.0, num_sampled=2, median_error=0.0,
     )  # fmt: skip
     with pytest.raises(InvalidValueError, match="the latencies are of other layers .* they are of conv2 at 1"):
-        put(RunStore.open(run), model)
+        latencies.put(Run(RunStore.open(run)), model)
     assert sorted((run / "tables").rglob("*")) == before
 
 
 def test_of_several_measurements_the_last_one_counts(run: Path) -> None:
     for batch in ("1", "2", "1"):
-        timed = gross("latency", str(run), "--device", "cpu", "--batch", batch, "--repeats", "1")
-        assert timed.returncode == 0, timed.stderr
+        timed = invoke("latency", str(run), "--device", "cpu", "--batch", batch, "--repeats", "1")
+        assert timed.exit_code == 0, timed.stderr
     store = RunStore.open(run)
     assert len(store.read_table("latency_models")) == 2
-    model = stored_model(store)
+    model = latencies.in_force(Run(store))
     assert model is not None and model.batch_size == 1
     rows = store.read_table("configurations")
     expected = [model.predict(Configuration.parse(one)) for one in rows["configuration"]]
@@ -91,20 +112,20 @@ def test_of_several_measurements_the_last_one_counts(run: Path) -> None:
     (damaged,) = (store.path / "tables/latencies").glob("*batch=1*")
     damaged.write_bytes(b"")
     with store.lock(), pytest.raises(DamagedFileError):
-        stored_model(store)
-    assert stored_model(store) is None, "the other one takes its place without a word"
+        latencies.in_force(Run(store))
+    assert latencies.in_force(Run(store)) is None, "the other one takes its place without a word"
 
 
 def test_where_nothing_says_which_was_last_a_lost_half_hands_on_nothing(run: Path) -> None:
     store = RunStore.open(run)
     for batch in ("1", "2"):
-        assert gross("latency", str(run), "--device", "cpu", "--batch", batch, "--repeats", "1").returncode == 0
+        assert invoke("latency", str(run), "--device", "cpu", "--batch", batch, "--repeats", "1").exit_code == 0
     store.delete_checkpoint("latency", "in-force")  # as earlier versions left it
-    assert stored_model(store) is None
+    assert latencies.in_force(Run(store)) is None
     for table in ("latencies", "latency_models"):
         (unit,) = (unit for unit in store.units(table) if "batch=2" in unit)
         store.delete_unit(table, unit)
-        model = stored_model(store)
+        model = latencies.in_force(Run(store))
         assert (model is None) == (table == "latencies")
 
 
@@ -112,14 +133,13 @@ def test_a_configuration_is_validated_by_name(run: Path) -> None:
     store = RunStore.open(run)
     before = store.read_table("validations")
     named = next(one for one in ("2-8-32", "1-8-32", "2-4-32") if one not in set(before["configuration"]))
-    ended = gross("validate", str(run), "--configuration", named, "--configuration", "4-4-4", "--num-cpus", "2")
-    assert ended.returncode == 0, ended.stderr
+    ended = do("validate", run, "--configuration", named, "--configuration", "4-4-4")
     rows = store.read_table("validations")
     (added,) = rows[~rows["configuration"].isin(before["configuration"])].to_dict("records")
     assert (added["configuration"], added["kind"], added["seed"]) == (named, "selected", 0)
     table = ended.stdout.split("Also trained on their own")[1]
     assert [line.split()[0] for line in table.splitlines() if line.startswith("  ")][1:] == [named]
     assert f"{100 * added['test_accuracy']:.2f}" in table
-    refused = gross("validate", str(run), "--configuration", "3-3-3", "--num-cpus", "2")
-    assert refused.returncode == 2
+    refused = invoke("validate", run, "--configuration", "3-3-3", "--in-process")
+    assert refused.exit_code == 2
     assert len(store.read_table("validations")) == len(rows)

@@ -1,18 +1,18 @@
-"""gross run --reuse, through the real command line: what another run folder has is not done again, nor changed."""
+"""gross run --reuse: what another run folder has is not done again, nor changed."""
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from miniature import SETTINGS, gross, run_command
-from pipelines.reuse import PARTS, check_reusable, take_evaluations, take_over
+from miniature import SETTINGS, do, invoke, run_words
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.presets import quickstart
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+from pipelines.stages.reuse import PARTS, check_reusable, take_evaluations, take_over
 
 ANOTHER_SEARCH = ["search.strategy=random", "search.evaluations=12", "sweep.alphas=[]"]
 
@@ -25,14 +25,7 @@ def other(whole_run: tuple[Path, str]) -> RunStore:
 def test_another_search_trains_nothing_again(other: RunStore, tmp_path: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in other.path.rglob("*") if file.is_file()}
     settings = [part for setting in ANOTHER_SEARCH for part in ("--set", setting)]
-    ended = subprocess.run(
-        run_command(tmp_path / "run", "--reuse", str(other.path), *settings),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert ended.returncode == 0, ended.stderr
+    ended = do(*run_words(tmp_path / "run", "--reuse", str(other.path), *settings))
     for stage in ("train", "decompose", "reconstruct", "finetune"):
         units = f"{len(other.checkpoints(stage))} units"
         assert any(
@@ -56,8 +49,7 @@ def test_a_strategy_goes_on_from_what_another_search_evaluated(other: RunStore, 
     drawn = [*SETTINGS, "search.strategy=random", "search.evaluations=12", "sweep.alphas=[]"]
     first = RunStore.create(tmp_path / "first", quickstart().override(drawn))
     assert take_over(first, other)["finetune"] > 0
-    searched = gross("search", str(first.path), "--num-cpus", "2")
-    assert searched.returncode == 0, searched.stderr
+    do("search", first.path)
     ours = [
         *SETTINGS,
         "search.strategy=surrogate",
@@ -68,12 +60,11 @@ def test_a_strategy_goes_on_from_what_another_search_evaluated(other: RunStore, 
     second = RunStore.create(tmp_path / "second", quickstart().override(ours))
     take_over(second, other)
     known = first.read_table("configurations")
-    assert take_evaluations(second, first) == len(known) == 12 + 2
+    assert take_evaluations(Run(second), first) == len(known) == 12 + 2
     taken = second.read_table("configurations")
     assert 0 < len(taken) < len(known)  # a part of round 0 holds 2-2-2, which was not evaluated there
-    assert take_evaluations(second, first) == 0  # the search has begun
-    searched = gross("search", str(second.path), "--num-cpus", "2")
-    assert searched.returncode == 0, searched.stderr
+    assert take_evaluations(Run(second), first) == 0  # the search has begun
+    do("search", second.path)
     rows = second.read_table("configurations")
     assert len(rows) == len(set(rows["configuration"])) == 12 + 3 + 8  # nothing twice, and all evaluations its own
     assert set(rows["configuration"]) >= {*known["configuration"], "2-2-2"}
@@ -94,10 +85,10 @@ def test_evaluations_that_would_differ_are_refused(other: RunStore, tmp_path: Pa
         settings = [] if setting == "search.top=1" else ["search.strategy=random", "search.evaluations=4"]
         store = RunStore.create(tmp_path / str(number), quickstart().override([*SETTINGS, setting, *settings]))
         with pytest.raises(InvalidValueError, match=told):
-            take_evaluations(store, other)
+            take_evaluations(Run(store), other)
         assert store.units("configurations") == []
-    alone = gross("run", "--preset", "quickstart", "--out", str(tmp_path / "run"), "--reuse-evaluations")
-    assert alone.returncode == 2
+    alone = invoke("run", "--preset", "quickstart", "--out", str(tmp_path / "run"), "--reuse-evaluations")
+    assert alone.exit_code == 2
     assert "--reuse-evaluations True without --reuse" in alone.stderr
 
 

@@ -1,4 +1,4 @@
-"""Images, weights and code that every command reads anew, through the commands and without Ray."""
+"""Images, weights and code that every command reads anew."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from miniature import invoke
 from PIL import Image
-from pipelines.command_line import run_folder
-from pipelines.networks import load_base
-from pipelines.reuse import check_reusable, take_over
 from safetensors.torch import save_file
 from torch import nn
 
-from cli import main
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DatasetError, InvalidValueError
 from gross_ray.models import four_conv
+from gross_ray.run.opened import Run
 from gross_ray.run.pins import pin, stored_data, stored_weights
 from gross_ray.run.store import RunStore
-from pipelines import train
+from pipelines import driver
+from pipelines.commands.run_folders import run_folder
 from pipelines.driver import DataSource
-from pipelines.execution.cluster import ray
+from pipelines.stages import train
+from pipelines.stages.reuse import check_reusable, take_over
 from pipelines.units import Context
 
 OWN = """
@@ -44,18 +43,17 @@ def seeded():
 """
 SHORT = ("data.limit_train=0", "data.limit_validation=0", "data.limit_test=0")
 SHORT += ("training.epochs=1", "training.milestones=[]", "training.seeds=1", "sweep.alphas=[]")
-JOINS_RAY = "Error: cannot reach Ray on this machine: refused here; "
+BEGINS = "Error: no unit is done here"
 
 
 @pytest.fixture(autouse=True)
-def ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fail where Ray would be joined: a command that gets as far ends with JOINS_RAY."""
+def no_unit_is_done(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail where the first unit would be done: a command that gets as far ends with BEGINS."""
 
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("refused here")
+    def refuse(*_: object) -> None:
+        raise InvalidValueError("no unit is done here")
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(driver, "InProcess", refuse)
     DataSource.forget()
     yield
     DataSource.forget()
@@ -74,7 +72,7 @@ def command(*words: str) -> str:
     DataSource.forget()
     with torch.random.fork_rng(devices=[]):
         torch.seed()  # as a new process has it
-        ended = CliRunner().invoke(main, words, prog_name="gross")
+        ended = invoke(*words, "--in-process")
     assert ended.exit_code == 2, ended
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("Error: ")]
     return line
@@ -85,13 +83,13 @@ def test_a_function_that_splits_without_a_seed_is_refused(tmp_path: Path, own_pi
     run = str(tmp_path / "run")
     settings = [word for setting in SHORT for word in ("--set", setting)]
     made = command("train", run, "--preset", "quickstart", "--data", f"own_pictures:{function}", *settings)
-    assert made.startswith(JOINS_RAY)
+    assert made.startswith(BEGINS)
     stored = stored_data(RunStore.open(run))
     assert stored is not None
     assert [stored.train.count, stored.validation.count, stored.test.count] == [30, 20, 10]
     again = command("train", run)
     if function == "seeded":
-        assert again.startswith(JOINS_RAY)
+        assert again.startswith(BEGINS)
     else:
         assert f"the train split differs from the one that {run} was made with: its hash is " in again
         assert f"not {stored.train.hash[:12]} (30 images); restore the images (a data function must split" in again
@@ -198,15 +196,15 @@ def test_a_factory_whose_network_has_changed_is_told_in_a_line(tmp_path: Path, m
     splits = Splits("noise", images, images, images, ("a", "b"))
     settings = [f"model={__name__}:network", *SHORT, "search.budgets=[4]", "validation.fixed=[4]"]
     store = new_run(tmp_path / "run", flowers(tmp_path / "images"), *settings)
-    for unit in train.plan(store):
-        train.work(Context(store, splits, "cpu", lambda *_, **__: None), unit)
-    load_base(store)
+    for unit in train.plan(Run(store)):
+        train.work(Context(Run(store), splits, "cpu", lambda *_, **__: None), unit)
+    assert Run(store).base.seed == 0
     monkeypatch.setattr(sys.modules[__name__], "WIDTH", 6)
     line = (
         r"^train, seed=0 in .*run does not fit the network that the model's code builds now: 3 of another shape "
         r"\(1.weight \(4, 4, 3, 3\), not \(6, 4, 3, 3\), .*\); restore the code .*--out$"
     )
     with pytest.raises(InvalidValueError, match=line):
-        load_base(store)
+        Run(store).base  # noqa: B018
     with pytest.raises(DatasetError, match="the train split differs"):
         pin(store, splits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,21 +21,13 @@ from gross_ray.run.store import RunStore
 from gross_ray.run.tables import TABLES
 from gross_ray.search.budgets import Budget
 from gross_ray.search.selection import best_under, pareto_front
-from pipelines.driver import Session
-from pipelines.execution.cluster import ray
+from pipelines.commands.terminal import Reporter
+from pipelines.driver import DataSource, Session
+from pipelines.resources import Resources
 from pipelines.stages import rounds, search, supernets
 from pipelines.stages.pipeline import STAGES as PIPELINE
 
 STAGES = ["train", "decompose", "reconstruct", "finetune", "search", "validate", "sweep-alpha"]
-
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray, "init", refuse)
 
 
 def gross(*arguments: str | Path) -> Result:
@@ -413,9 +406,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     asked: list[dict[str, Any]] = []
 
     @contextmanager
-    def record(*_: Any, **how: Any) -> Iterator[None]:
+    def record(store: RunStore, resources: Resources, *_: Any, **how: Any) -> Iterator[Session]:
         asked.append(how)
-        yield None
+        yield Session(Run(store), resources, DataSource(), Reporter(io.StringIO()))
 
     monkeypatch.setattr(Session, "opened", record)
     for stage in PIPELINE.values():
@@ -433,7 +426,7 @@ def test_every_stage_is_done_in_this_process_if_that_is_asked_for(
 
 
 @pytest.mark.parametrize("command", [["run", "--preset", "quickstart", "--out"], *([stage] for stage in STAGES)])
-@pytest.mark.parametrize("option", [("--address", "10.0.0.1:6379"), ("--num-cpus", "2"), ("--gpus-per-unit", "0.25")])
+@pytest.mark.parametrize("option", [("--address", "10.0.0.1:6379"), ("--gpus-per-unit", "0.25")])
 def test_in_this_process_there_is_no_cluster_to_choose(
     run: Path, opened: list[dict[str, Any]], command: list[str], option: tuple[str, str]
 ) -> None:
@@ -441,6 +434,15 @@ def test_in_this_process_there_is_no_cluster_to_choose(
     line = mistake(*command, run, "--in-process", *option)
     assert f"{' '.join(option)} with --in-process" in line
     assert (opened, listing(run)) == ([], before)
+
+
+def test_in_this_process_a_unit_may_have_fewer_cores_whatever_cluster_is_named(
+    run: Path, opened: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert "num_cpus = 1 with the running cluster 10.0.0.1:6379" in mistake("train", run, "--num-cpus", "1")
+    assert gross("train", run, "--in-process", "--num-cpus", "1").exit_code == 0
+    assert [how["in_process"] for how in opened] == [True]
 
 
 @pytest.mark.parametrize("command", [["run", "--preset", "quickstart", "--out"], ["validate"], ["sweep-alpha"]])
@@ -506,6 +508,7 @@ def test_inspect_takes_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest
         "from torch import nn\n\ndef small():\n"
         "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten())\n"
     )
+    monkeypatch.delitem(sys.modules, "own_networks", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
     told = gross("inspect", "--model", "own_networks:small", "--image-size", "9")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature import gross
+from miniature import invoke
 from torch import nn
 from torch.nn.utils import prune
 
@@ -19,6 +19,7 @@ from gross_ray.models import MODELS
 from gross_ray.presets import preset
 from pipelines.commands.preflight import check_experiment
 from pipelines.commands.run_folders import run_folder
+from pipelines.driver import DataSource
 
 SMALL = DataOptions(name="sample", limit_train=4, limit_validation=4, limit_test=4)
 WRONG = [
@@ -187,7 +188,7 @@ def test_supernets_that_cannot_be_stacked_are_told(
 def test_what_has_no_effect_is_told_when_a_folder_is_made(
     splits: Splits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Source:
+    class Source(DataSource):
         def load(self, _options: DataOptions) -> Splits:
             return splits
 
@@ -198,9 +199,9 @@ def test_what_has_no_effect_is_told_when_a_folder_is_made(
 
 def test_no_folder_is_made(tmp_path: Path) -> None:
     words = ["--preset", "quickstart", "--set", 'decomposition.layers=["conb2"]']
-    for command in (["run", "--out", str(tmp_path / "run")], ["train", str(tmp_path / "run")]):
-        refused = gross(*command, *words)
-        assert refused.returncode == 2, refused.stderr
+    for command in (["run", "--out", tmp_path / "run"], ["train", tmp_path / "run"]):
+        refused = invoke(*command, *words)
+        assert refused.exit_code == 2, refused.stderr
         assert refused.stderr.startswith("Error: 'conb2' is not a dense convolution")
         assert len(refused.stderr.splitlines()) == 1
         assert list(tmp_path.iterdir()) == []

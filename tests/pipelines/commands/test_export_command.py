@@ -1,0 +1,104 @@
+"""gross export: a validated configuration in a file that needs nothing of ours, and its card."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import onnxruntime
+import torch
+from miniature import invoke, tables
+from safetensors.torch import load_file, save_file
+
+from gross_ray.data.images import load_dataset
+from gross_ray.experiment import DataOptions
+from gross_ray.run.opened import Run
+from gross_ray.run.store import RunStore
+
+
+def test_a_validated_configuration_is_exported_with_its_card(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    run = whole_run[0]
+    row = tables(run)["validations"].set_index("configuration").loc["4-4-4"]
+    images = (load_dataset(DataOptions(name="sample")).test.images[:100] / 255 - 0.5) / 0.225
+    network = Run(RunStore.open(run)).validated("4-4-4", 0).eval()
+    expected = network(images).detach()
+    for ending in ("onnx", "pt2", "safetensors"):
+        ended = invoke("export", str(run), "--configuration", "4-4-4", "--to", str(tmp_path / f"network.{ending}"))
+        assert ended.exit_code == 0, ended.stderr
+        card = json.loads((tmp_path / f"network.{ending}.json").read_text())
+        assert card["accuracy"]["test"] == row["test_accuracy"]
+        assert (card["macs"], card["parameters"]) == (row["macs"], row["parameters"])
+        assert card["layers"] == {"conv2": 4, "conv3": 4, "conv4": 4}
+        assert card["input"]["shape"] == ["N", 3, 32, 32]
+        assert card["input"]["from pixels 0 to 255"] == "(x / 255 - 0.5) / 0.225"
+        assert len(card["classes"]) == 10
+        assert card["versions"]["torch"] == version("torch")
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    for first, last in ((0, 100), (7, 8), (0, 33)):  # any batch
+        (logits,) = session.run(None, {"images": images[first:last].numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected[first:last], rtol=1e-5, atol=1e-5)
+    save_file({"images": images, "expected": expected}, tmp_path / "images.safetensors")
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert load_file(tmp_path / "network.safetensors").keys() == network.state_dict().keys()
+
+
+WITHOUT_US = """
+import sys
+for name in ("gross_ray", "pipelines", "cli"):
+    sys.modules[name] = None
+import torch
+from safetensors.torch import load_file, save_file
+
+held = load_file("images.safetensors")
+logits = torch.export.load("network.pt2").module()(held["images"])
+torch.testing.assert_close(logits.detach(), held["expected"], rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_an_export_folds_layers_where_that_is_faster(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    run, target = whole_run[0], tmp_path / "folded.pt2"
+    alone = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target), "--batch", "8")
+    assert (alone.exit_code, target.exists()) == (2, False)
+    assert "--batch 8 without --fold latency_ms" in alone.stderr
+    beside = tmp_path / "folded.pt2.json"
+    beside.mkdir()
+    taken = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target))
+    assert (taken.exit_code, list(tmp_path.iterdir())) == (2, [beside])
+    assert taken.stderr == f"Error: {beside}: is a folder; remove it, or name another file\n"
+    beside.rmdir()
+    nowhere = invoke("export", str(run), "--configuration", "16-16-16", "--to", "/proc/folded.pt2")
+    assert nowhere.exit_code == 1
+    assert "/proc/.partial-folded.pt2.json: No such file or directory; name another file" in nowhere.stderr
+    assert len(nowhere.stderr.splitlines()) == 1
+    words = ["--configuration", "16-16-16", "--to", str(target), "--fold", "latency_ms", "--batch", "8"]
+    ended = invoke("export", str(run), *words, "--device", "cpu")
+    assert ended.exit_code == 0, ended.stderr
+    card = json.loads((tmp_path / "folded.pt2.json").read_text())
+    folded = {one["layer"] for one in card["folded"]}
+    assert card["latency_ms"] > 0 and card["latency of"]["timed"] == "whole" and card["latency of"]["batch_size"] == 8
+    assert f" ms as bottlenecks, {card['latency_ms']:.6g} ms as written\n" in ended.stdout
+    lines = [line for line in ended.stdout.splitlines() if "latency_ms" in line]
+    assert [(line.split()[0], line.endswith(": folded")) for line in lines] == [
+        (layer, layer in folded) for layer in ("conv2", "conv3", "conv4")
+    ]
+    network = Run(RunStore.open(run)).validated("16-16-16", 0).eval()
+    images = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    program = torch.export.load(target).module()
+    torch.testing.assert_close(program(images).detach(), network(images).detach(), rtol=1e-4, atol=1e-4)
+    assert sum(parameter.numel() for parameter in program.parameters()) == card["parameters"]
+
+
+def test_a_training_whose_row_is_not_stored_is_not_exported(run: Path, tmp_path: Path) -> None:
+    store = RunStore.open(run)
+    for unit in store.units("validations"):
+        if unit.startswith("16-16-16,"):
+            store.delete_unit("validations", unit)
+    refused = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(tmp_path / "a.safetensors"))
+    assert refused.exit_code == 2 and "16-16-16,seed=0 is not validated in" in refused.stderr
+    assert list(tmp_path.iterdir()) == [run]
