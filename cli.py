@@ -1,4 +1,4 @@
-"""The command line: commands and their options; what they do is in `pipelines.commands`."""
+"""The command line: commands and their options; the bodies of the commands are in `pipelines.commands`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> None:
       gross run --preset quickstart --out runs/quickstart
       gross report runs/quickstart
     """
-    sys.path.append(os.getcwd())  # models and callbacks of one's own: a console script does not look there by itself
+    sys.path.append(os.getcwd())  # for the user's models and callbacks: a console script does not search there
 
 
 @main.command()
@@ -44,18 +44,18 @@ def main() -> None:
 @click.option(
     "--reuse",
     metavar="RUN",
-    help="Take over from another run folder what the settings leave as it is, like its supernets for another search.",
+    help="Take over the units of another run folder that the settings do not change, like supernets for a new search.",
 )
 @click.option(
     "--reuse-evaluations",
     is_flag=True,
-    help="With --reuse: the strategy of this search (search.strategy) begins with what that run evaluated.",
+    help="With --reuse: the strategy of this search (search.strategy) begins with the evaluations of that run.",
 )
 @functools.partial(experiment_options, preset_required=True)
 @callback_option
 @work_options
 def run(out: str, reuse: str | None, reuse_evaluations: bool, **how: Any) -> None:
-    """Do every stage, from training to the tables and the page of results; the same command again continues.
+    """Do every stage, from training to the tables and the page of results; repeat the command to continue.
 
     \b
     Example:
@@ -70,7 +70,7 @@ def run(out: str, reuse: str | None, reuse_evaluations: bool, **how: Any) -> Non
 
 
 def _stage_command(name: str, description: str) -> click.Command:
-    """Return the command of a stage that has no options of its own."""
+    """Return the command of a stage without special options."""
 
     def command(run: str, **how: Any) -> None:
         from pipelines.commands import running
@@ -84,7 +84,7 @@ def _stage_command(name: str, description: str) -> click.Command:
 
 
 for _name, _description in {
-    "train": "Train the base networks (with --preset where RUN is new).",
+    "train": "Train the base networks (with --preset if RUN is new).",
     "decompose": "Decompose every layer at every group-size.",
     "reconstruct": "Reconstruct the responses of the full network in the supernet.",
     "finetune": "Fine-tune the supernet, group-sizes sampled at each step.",
@@ -100,8 +100,8 @@ for _name, _description in {
     metavar="COST=LIMIT",
     multiple=True,
     callback=budgets_of,
-    help="Print the most accurate within this limit on macs, macs_paper, parameters or latency_ms, like macs=2.66M "
-    "(k, M, G); may be repeated: all must hold.",
+    help="Print the best configurations within this limit on macs, macs_paper, parameters or latency_ms, like "
+    "macs=2.66M (k, M, G); may be repeated: all limits apply.",
 )
 @click.option("--top", type=click.IntRange(min=1), help="How many to print under --budget [5].")
 @click.option("--pareto", is_flag=True, help="Print the Pareto front of accuracy and --costs.")
@@ -115,9 +115,9 @@ for _name, _description in {
 def search(
     run: str, budgets: tuple[Any, ...], top: int | None, pareto: bool, costs: list[str] | None, **how: Any
 ) -> None:
-    """Evaluate every configuration and select under the experiment's budgets: what is selected is validated.
+    """Evaluate every configuration and select under the experiment's budgets, for `gross validate`.
 
-    With --budget or --pareto it only answers, from what a finished search has stored.
+    With --budget or --pareto, only print an answer from a finished search.
 
     \b
     Example:
@@ -141,10 +141,10 @@ def search(
 @main.command()
 @click.argument("run", metavar="RUN")
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="What is timed, of this machine [cuda where there is one]."
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device of this machine to time [cuda if there is a GPU]."
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Images of a batch [1].")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; more than one need a machine left alone [1].")
+@click.option("--batch", type=click.IntRange(min=1), help="Images in a batch [1].")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; more than one need an idle machine [1].")
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds of timings [50].")
 @click.option(
     "--to", "target", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write FILE.parquet."
@@ -154,7 +154,7 @@ def search(
     "source",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Take what --to wrote on another machine, and time nothing.",
+    help="Read the times that --to wrote on another machine, and time nothing.",
 )
 def latency(
     run: str,
@@ -165,10 +165,10 @@ def latency(
     target: Path | None,
     source: Path | None,
 ) -> None:
-    """Time each layer of RUN at each group-size on this machine, and predict latency_ms of what is searched.
+    """Time each layer of RUN at each group-size on this machine, and predict latency_ms of each configuration.
 
-    Needs the base network only: it may come before the search, which then has budgets in milliseconds
-    (search.limits). On a device that is not in the cluster, copy RUN there or carry the table: --to there, --from here.
+    It needs only the base network. Before the search, it allows limits in milliseconds (search.limits). To time on a
+    device outside the cluster, copy RUN there, or copy the times: --to there, --from here.
 
     \b
     Example:
@@ -190,13 +190,13 @@ def latency(
     metavar="GROUP-SIZES",
     multiple=True,
     callback=configurations_of,
-    help="Train this one, like 8-16-64, in place of the fixed and the selected ones; may be repeated.",
+    help="Train this configuration, like 8-16-64, instead of the fixed and the selected ones; may be repeated.",
 )
 @callback_option
 @experiment_options
 @work_options
 def validate(run: str, configurations: tuple[Any, ...], **how: Any) -> None:
-    """Train the fixed and the selected configurations on their own, each a trial of Ray Tune.
+    """Train the fixed and the selected configurations on their own, each as a trial of Ray Tune.
 
     \b
     Example:
@@ -218,10 +218,10 @@ def validate(run: str, configurations: tuple[Any, ...], **how: Any) -> None:
 @experiment_options
 @work_options
 def sweep_alpha(run: str, **how: Any) -> None:
-    """Train supernets over the sampling temperature alpha, each a trial of Ray Tune, and compare them.
+    """Train supernets with several sampling temperatures alpha, each as a trial of Ray Tune, and compare them.
 
     The metric of a trial is supernet_accuracy: the mean accuracy of the fixed configurations in the supernet, on the
-    validation split, after the latest epoch. The trials are in the table alpha_trials.
+    validation split, after the latest epoch.
 
     \b
     Example:
@@ -236,7 +236,7 @@ def sweep_alpha(run: str, **how: Any) -> None:
 @main.command()
 @click.argument("name", required=False)
 def presets(name: str | None) -> None:
-    """List the named experiments and their cost, or print every field of the one called NAME.
+    """List the named experiments and their cost, or print every field of the experiment NAME.
 
     \b
     Example:
@@ -256,12 +256,12 @@ def presets(name: str | None) -> None:
     "--layer-group-sizes",
     metavar="GLOB=LIST",
     multiple=True,
-    help="Other ones for these layers, like 'layer4.*=16,32'.",
+    help="Group-sizes of these layers, like 'layer4.*=16,32'; may be repeated.",
 )
-@click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels of an image's side.")
-@click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True, help="Classes it tells apart.")
+@click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels on an image's side.")
+@click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True, help="Number of classes.")
 def inspect(group_sizes: str | None, **what: Any) -> None:
-    """Print what decomposing a network would give: layers, group-sizes, the space and its cheapest configuration.
+    """Preview the decomposition of a network: layers, group-sizes, the space and its cheapest configuration.
 
     \b
     Example:
@@ -277,7 +277,7 @@ def inspect(group_sizes: str | None, **what: Any) -> None:
 @main.command()
 @click.argument("run", metavar="RUN")
 def status(run: str) -> None:
-    """Show how far each stage of RUN is.
+    """Print the finished and planned units of each stage of RUN.
 
     \b
     Example:
@@ -291,9 +291,9 @@ def status(run: str) -> None:
 @main.command()
 @click.argument("run", metavar="RUN")
 def check(run: str) -> None:
-    """Read every table and checkpoint of RUN whole, and delete the damaged ones: their stages make them anew.
+    """Read every table and checkpoint of RUN, and delete damaged ones: their stages make them anew.
 
-    A command checks what it uses itself; this one is for what nothing has used yet.
+    Every command checks the files that it reads; this one checks all files.
 
     \b
     Example:
@@ -332,14 +332,14 @@ def show(run: str, table: str, rows: int, csv: bool) -> None:
     "target",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the page there [RUN/report.html].",
+    help="Write the page to FILE [RUN/report.html].",
 )
 def report(run: str, markdown: bool, target: Path | None) -> None:
-    """Print the results of RUN: the paper's Tables 2 and 3, and the sweep over alpha; says what is missing.
+    """Print the results of RUN, the paper's Tables 2 and 3 and the sweep over alpha, and which are missing.
 
-    Also write them as a page, one HTML file that opens without a network: every configuration by cost and accuracy,
-    with a filter by budget, Figure 1, the supernet against training on its own, the decompositions, the training
-    curves, the experiment. A run need not be finished.
+    Also write a page, one HTML file that needs no network: every configuration by cost and accuracy with a filter by
+    budget, Figure 1, the supernet against training on its own, the decompositions, the training curves, the
+    experiment. The run may be unfinished.
 
     \b
     Example:
@@ -364,50 +364,40 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="FILE.onnx, FILE.pt2 (torch.export) or FILE.safetensors (weights).",
 )
-@click.option("--seed", type=int, help="Which repeat of it [the most accurate one on the validation split].")
+@click.option("--seed", type=int, help="Seed of its training [the most accurate on the validation split].")
 @click.option(
     "--fold",
     "objective",
     type=click.Choice(["none", "macs", "parameters", "activations", "latency_ms"]),
     default="none",
     show_default=True,
-    help="Write a layer as the dense convolution that it equals where that has less of this; latency_ms: where it is "
-    "faster on this machine.",
+    help="Write a layer as the dense convolution that it equals if that has less of this cost; latency_ms is timed on "
+    "this machine.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help="Images of a batch that is timed for --fold latency_ms [1].")
+@click.option("--batch", type=click.IntRange(min=1), help="Images in a batch that --fold latency_ms times [1].")
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="Where --fold latency_ms times [cuda where there is one]."
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device that --fold latency_ms times [cuda if there is a GPU]."
 )
 def export(
-    run: str,
-    configuration: str,
-    target: Path,
-    seed: int | None,
-    objective: str,
-    batch: int | None,
-    device: str | None,
+    run: str, configuration: str, target: Path, seed: int | None, objective: str, batch: int | None, device: str | None
 ) -> None:
-    """Write a validated configuration of RUN as a plain network, and beside it FILE.json: what to know of it.
+    """Write a validated configuration of RUN as a plain network, and its model card beside it, as FILE.json.
 
-    The weights are those of its own training. The file is used without gross_ray: the card says how to feed it.
+    The weights are those of its own training. The file works without gross_ray; the card describes its input.
 
     \b
     Example:
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx --fold latency_ms
     """
-    timed = {"--batch": batch, "--device": device}
-    given = {name: value for name, value in timed.items() if value is not None}
-    refuse_alone("--fold latency_ms", objective == "latency_ms", given)
+    refuse_alone("--fold latency_ms", objective == "latency_ms", {"--batch": batch, "--device": device})
     from pipelines.commands import exporting
 
-    objective_or_none = None if objective == "none" else objective
-    exporting.export(
-        run, configuration, target, seed=seed, objective=objective_or_none, batch_size=batch or 1, device=device
-    )
+    fold_by = None if objective == "none" else objective
+    exporting.export(run, configuration, target, seed=seed, objective=fold_by, batch_size=batch or 1, device=device)
 
 
 if __name__ == "__main__":
-    # Ray's workers of a source checkout find the packages beside this file.
+    # So that Ray's workers of a source checkout find the packages beside this file.
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     main()

@@ -151,10 +151,10 @@ def hypervolumes(
     while len(volumes) < len(numbers):
         proposed = searches[turn % len(searches)].propose(min(batch, numbers[len(volumes)] - len(known)))
         turn += 1
-        places = whole.places(proposed)
-        true = accuracy(places)
+        indices = whole.indices(proposed)
+        true = accuracy(indices)
         seen = true + NOISE * generator.standard_normal(len(true))
-        known |= dict(zip(proposed, zip(macs.of_places(places), true, strict=True), strict=True))
+        known |= dict(zip(proposed, zip(macs.of_indices(indices), true, strict=True), strict=True))
         for search in searches:  # they share what is known
             search.learn(dict(zip(proposed, seen.tolist(), strict=True)))
         if len(known) == numbers[len(volumes)]:

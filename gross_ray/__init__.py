@@ -1,4 +1,4 @@
-"""gross_ray: the grouped-convolution version of a trained convnet that is most accurate within your budget.
+"""gross_ray finds the most accurate grouped-convolution version of a trained convnet within your budget.
 
 Public names are loaded at their first use (PEP 562): `import gross_ray` alone loads neither torch nor pandas.
 """
@@ -7,64 +7,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports the same names
-    from gross_ray.btd.block_terms import BlockTerms, BTDStatus
-    from gross_ray.btd.bottleneck import Bottleneck
-    from gross_ray.btd.expansion import expand_grouped_weight
-    from gross_ray.btd.options import BTDOptions
-    from gross_ray.btd.solver import block_term_decomposition
-    from gross_ray.data.images import load_dataset
-    from gross_ray.data.options import DataOptions
-    from gross_ray.errors import GrossRayError
-    from gross_ray.experiment import Experiment
-    from gross_ray.export import export_onnx
-    from gross_ray.presets import preset
-    from gross_ray.run.store import read_table
-    from gross_ray.search.cost import configuration_macs, count_macs
-    from gross_ray.search.evaluator import evaluate_configurations
-    from gross_ray.search.folding import fold
-    from gross_ray.space import Configuration, SearchSpace
-    from gross_ray.supernet.build import decompose_model
-    from gross_ray.supernet.configure import extract, set_configuration
-    from gross_ray.supernet.layers import LayerChoice, choice_of
-    from gross_ray.supernet.series import SeriesConv2d
-    from gross_ray.training.options import Schedule
-    from gross_ray.training.sampling import sampling_probabilities
-    from gross_ray.training.stages import response_error
-    from gross_ray.weights import load_weights
+    from gross_ray.btd.block_terms import BlockTerms as BlockTerms
+    from gross_ray.btd.block_terms import BTDStatus as BTDStatus
+    from gross_ray.btd.bottleneck import Bottleneck as Bottleneck
+    from gross_ray.btd.expansion import expand_grouped_weight as expand_grouped_weight
+    from gross_ray.btd.options import BTDOptions as BTDOptions
+    from gross_ray.btd.solver import block_term_decomposition as block_term_decomposition
+    from gross_ray.data.images import load_dataset as load_dataset
+    from gross_ray.data.options import DataOptions as DataOptions
+    from gross_ray.errors import GrossRayError as GrossRayError
+    from gross_ray.experiment import Experiment as Experiment
+    from gross_ray.export import export_onnx as export_onnx
+    from gross_ray.presets import preset as preset
+    from gross_ray.run.store import read_table as read_table
+    from gross_ray.search.cost import configuration_macs as configuration_macs
+    from gross_ray.search.cost import count_macs as count_macs
+    from gross_ray.search.evaluator import evaluate_configurations as evaluate_configurations
+    from gross_ray.search.folding import fold as fold
+    from gross_ray.space import Configuration as Configuration
+    from gross_ray.space import SearchSpace as SearchSpace
+    from gross_ray.supernet.build import decompose_model as decompose_model
+    from gross_ray.supernet.configure import extract as extract
+    from gross_ray.supernet.configure import set_configuration as set_configuration
+    from gross_ray.supernet.layers import LayerChoice as LayerChoice
+    from gross_ray.supernet.layers import choice_of as choice_of
+    from gross_ray.supernet.series import SeriesConv2d as SeriesConv2d
+    from gross_ray.training.options import Schedule as Schedule
+    from gross_ray.training.sampling import sampling_probabilities as sampling_probabilities
+    from gross_ray.training.stages import response_error as response_error
+    from gross_ray.weights import load_weights as load_weights
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "BTDOptions",
-    "BTDStatus",
-    "BlockTerms",
-    "Bottleneck",
-    "Configuration",
-    "DataOptions",
-    "Experiment",
-    "GrossRayError",
-    "LayerChoice",
-    "Schedule",
-    "SearchSpace",
-    "SeriesConv2d",
-    "block_term_decomposition",
-    "choice_of",
-    "configuration_macs",
-    "count_macs",
-    "decompose_model",
-    "evaluate_configurations",
-    "expand_grouped_weight",
-    "export_onnx",
-    "extract",
-    "fold",
-    "load_dataset",
-    "load_weights",
-    "preset",
-    "read_table",
-    "response_error",
-    "sampling_probabilities",
-    "set_configuration",
-]
 
 _MODULES = {
     "BTDOptions": "gross_ray.btd.options",
@@ -97,16 +70,17 @@ _MODULES = {
     "sampling_probabilities": "gross_ray.training.sampling",
     "set_configuration": "gross_ray.supernet.configure",
 }
-"""The module that defines each public name; the same as the imports above (tested)."""
+"""The module that defines each public name, as in the imports above (a test compares them)."""
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value  # the next access finds it without this function
+    globals()[name] = value  # the next access does not call this function
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all."""
+"""Write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def whole_or_not_at_all(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends, that file replaces `path`, on the disk too.
+    """Yield a temporary path beside `path`; after the block, that file replaces `path` and is flushed to the disk.
 
-    If the block or the replacement fails, `path` stays as it was and the temporary file is deleted. `temporary` must
-    be in the same folder (default: .partial-NAME, which keeps the ending).
+    If the block or the replacement fails, `path` is unchanged and the temporary file is deleted. `temporary` must be in
+    the same folder (default: .partial-NAME, which keeps the ending).
     """
     final = Path(path)
     partial = final.with_name(f".partial-{final.name}") if temporary is None else temporary
@@ -24,7 +24,7 @@ def whole_or_not_at_all(path: str | Path, temporary: Path | None = None) -> Iter
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _flush(final.parent)  # the new name too survives a power cut
+    _flush(final.parent)  # so that the new name survives a power cut
 
 
 def _flush(path: Path) -> None:

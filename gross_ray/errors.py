@@ -1,17 +1,17 @@
 """The errors of gross_ray. Every message names the value, the rule and the remedy.
 
-Each kind takes one message and nothing else, so that it survives pickling on its way back from a worker.
+Each class takes one message and nothing else, so that it survives pickling on its way back from a worker.
 """
 
 import operator
 
 
 class GrossRayError(Exception):
-    """Base of all errors that gross_ray raises on purpose."""
+    """Base class of all errors that gross_ray raises on purpose."""
 
 
 class InvalidValueError(GrossRayError, ValueError):
-    """A value that a user gave breaks a rule (a `ValueError` too)."""
+    """A user's value breaks a rule (also a `ValueError`)."""
 
 
 class DatasetError(GrossRayError):
@@ -19,39 +19,39 @@ class DatasetError(GrossRayError):
 
 
 class RunFolderError(GrossRayError):
-    """A run folder belongs to another experiment, is in use, or holds a damaged file."""
+    """A run folder belongs to another experiment, is in use, or contains a damaged file."""
 
 
 class DamagedFileError(RunFolderError):
-    """A file of a run folder is damaged; where this process may repair the folder, the file was deleted."""
+    """A file of a run folder is damaged; a process that may repair the folder has deleted it."""
 
 
 class StorageError(GrossRayError):
-    """A store of files refuses, is full, or does not answer."""
+    """A storage refuses access, is full, or does not answer."""
 
 
 class MissingStageError(GrossRayError):
-    """A stage was asked for whose input an earlier stage has not stored yet."""
+    """A stage lacks input that an earlier stage has not stored yet."""
 
 
 class DivergedError(GrossRayError):
-    """Training reached a loss that is not finite."""
+    """A training's loss became infinite or NaN."""
 
 
 class ResourcesError(GrossRayError):
-    """An experiment asks for resources that the cluster does not have."""
+    """An experiment needs resources that the cluster does not have."""
 
 
 class VersionMismatchError(GrossRayError):
-    """A worker runs another gross_ray, torch or Python than its driver."""
+    """A worker and its driver run different versions of gross_ray, torch or Python."""
 
 
 class UnitsFailedError(GrossRayError):
-    """Some units of work did not end; all others are stored."""
+    """Units of work failed; the results of all others are stored."""
 
 
 def is_whole(value: object, least: int) -> bool:
-    """Return whether a value is a whole number of `least` or more; True, 2.0 and nan are none."""
+    """Return whether a value is a whole number of at least `least`; True, 2.0 and nan are not whole numbers."""
     try:
         return not isinstance(value, bool) and operator.index(value) >= least  # type: ignore[arg-type]
     except TypeError:
@@ -59,10 +59,10 @@ def is_whole(value: object, least: int) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's type and the first line of what it says: torch explains itself in dozens."""
+    """Return an error's type and the first line of its message: torch's messages have dozens."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error of whatever kind, of the user's own code say, with its type, in one line."""
+    """Return any error, for example of the user's own code, as its type and message in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

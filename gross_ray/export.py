@@ -1,4 +1,4 @@
-"""A plain network, taken out of the framework: ONNX, a program of torch.export, or its weights."""
+"""Export a plain network as ONNX, as a program of torch.export, or as its weights."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ from gross_ray.supernet.configure import check_plain
 
 
 def export_network(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:
-    """Write `model` in the format that the ending of `path` names: .onnx, .pt2 or .safetensors.
+    """Write `model` in the format of the ending of `path`: .onnx, .pt2 or .safetensors.
 
-    Raises InvalidValueError for any other ending, and as `export_onnx`, `export_program` and `export_weights` do.
+    Raises InvalidValueError for any other ending, and like `export_onnx`, `export_program` and `export_weights`.
     """
     check_format(path)
     FORMATS[Path(path).suffix](model, path, input_shape)
 
 
 def check_format(path: str | Path) -> None:
-    """Raise InvalidValueError where the ending of `path` names no format, or its folder is not there."""
+    """Raise InvalidValueError if the ending of `path` is no known format, or its folder does not exist."""
     if Path(path).suffix not in FORMATS:
-        raise InvalidValueError(f"{path}: the formats are {', '.join(FORMATS)}; choose one by the file's ending")
-    _check_place(path)
+        raise InvalidValueError(f"{path}: must end in {', '.join(FORMATS)}; choose a format by the file's ending")
+    _check_writable(path)
 
 
-def _check_place(path: str | Path) -> None:
-    """Raise InvalidValueError where no file can be at `path`, or no card beside it."""
+def _check_writable(path: str | Path) -> None:
+    """Raise InvalidValueError if `path`, or the card beside it, cannot be written."""
     if not Path(path).absolute().parent.is_dir():
-        raise InvalidValueError(f"{path}: there is no folder {Path(path).parent}; make it, or name another file")
+        raise InvalidValueError(f"{path}: there is no folder {Path(path).parent}; create it, or name another file")
     for file in (Path(path), card_path(path)):
         if file.is_dir():
-            raise InvalidValueError(f"{file}: is a folder; remove it, or name another file")
+            raise InvalidValueError(f"{file}: is a folder, must be a file; remove it, or name another file")
 
 
 def card_path(path: str | Path) -> Path:
-    """Return where the model card of an exported file is: beside it."""
+    """Return the path of an exported file's model card, beside it."""
     return Path(path).with_name(f"{Path(path).name}.json")
 
 
 def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:
     """Write `model` as ONNX, for inputs (N, C, H, W) of any N; `input_shape` is (C, H, W).
 
-    The file takes its place when it is whole. Needs the extra `gross-ray[onnx]`. Raises InvalidValueError for a
-    supernet (extract a configuration first) and an `input_shape` that it cannot run, and GrossRayError where the extra
-    is not installed or ONNX cannot hold the network for any N.
+    The file appears at `path` only when it is complete. Needs the extra `gross-ray[onnx]`. Raises InvalidValueError
+    for a supernet (extract a configuration first) and for an `input_shape` that the network cannot run, and
+    GrossRayError if the extra is not installed or ONNX cannot represent the network for any N.
     """
     check_plain(model, "export_onnx")
-    _check_place(path)
+    _check_writable(path)
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise GrossRayError(f"export_onnx needs the package {package}; install gross-ray[onnx]")
     output_of(model, input_shape)
-    with whole_or_not_at_all(path) as partial, evaluating(model), warnings.catch_warnings(), _told("ONNX"):
-        warnings.simplefilter("ignore")  # the exporter speaks about its own internals
+    with whole_or_not_at_all(path) as partial, evaluating(model), warnings.catch_warnings(), _one_line_error("ONNX"):
+        warnings.simplefilter("ignore")  # of the exporter, about its own internals
         torch.onnx.export(
-            _program(model, input_shape),  # of the network itself it would fix a batch's size without a word
+            _program(model, input_shape),  # given the network itself, it would silently fix the batch size
             (),
             str(partial),
             input_names=["images"],
@@ -79,13 +79,14 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
 def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:
     """Write `model` as a program of torch.export, for inputs (N, C, H, W) of any N: `torch.export.load(path).module()`.
 
-    It runs where torch is, without gross_ray. The file takes its place when it is whole. Raises InvalidValueError for
-    a supernet and an `input_shape` that it cannot run, and GrossRayError where torch.export cannot follow the network.
+    The program needs torch, but not gross_ray. The file appears at `path` only when it is complete. Raises
+    InvalidValueError for a supernet and for an `input_shape` that the network cannot run, and GrossRayError if
+    torch.export cannot trace the network.
     """
     check_plain(model, "export_program")
-    _check_place(path)
+    _check_writable(path)
     output_of(model, input_shape)
-    with whole_or_not_at_all(path) as partial, evaluating(model), _told("torch.export"):
+    with whole_or_not_at_all(path) as partial, evaluating(model), _one_line_error("torch.export"):
         torch.export.save(_program(model, input_shape), partial)
 
 
@@ -96,31 +97,31 @@ def _program(model: nn.Module, input_shape: Sequence[int]) -> torch.export.Expor
 
 
 def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[int] = ()) -> None:
-    """Write the state dict of `model` as safetensors, which `export_program` and `extract` give the network for.
+    """Write the state dict of `model` as safetensors.
 
-    The file takes its place when it is whole. Raises InvalidValueError for a supernet.
+    The file appears at `path` only when it is complete. Raises InvalidValueError for a supernet.
     """
     check_plain(model, "export_weights")
-    _check_place(path)
+    _check_writable(path)
     with whole_or_not_at_all(path) as partial:
-        # Clones: a file takes no two names of one memory, as shared modules give them.
+        # Clones: shared modules give one memory two names, which safetensors refuses.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
         save_file(tensors, partial)
 
 
 @contextmanager
-def _told(exporter: str) -> Iterator[None]:
-    """Turn what an exporter raises, pages at times, into one line."""
+def _one_line_error(exporter: str) -> Iterator[None]:
+    """Re-raise an exporter's exception, which may be pages long, as a GrossRayError of one line."""
     try:
         yield
-    except OSError:  # the disk's
+    except OSError:  # of the disk
         raise
     except Exception as error:  # of many kinds, all about the network
         first: BaseException = error
-        while first.__cause__ is not None:  # those above it tell of the exporter's own steps
+        while first.__cause__ is not None:  # the others describe the exporter's own steps
             first = first.__cause__
         raise GrossRayError(
-            f"{exporter} cannot follow this network: {first_line(first)}; write its weights instead "
+            f"{exporter} cannot trace this network: {first_line(first)}; write its weights instead "
             "(--to FILE.safetensors, export_weights)"
         ) from error
 
@@ -130,4 +131,4 @@ FORMATS: dict[str, Callable[[nn.Module, str | Path, Sequence[int]], None]] = {
     ".pt2": export_program,
     ".safetensors": export_weights,
 }
-"""What writes each format, by the file's ending."""
+"""The function that writes each format, by the file's ending."""

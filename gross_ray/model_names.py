@@ -1,19 +1,19 @@
-"""How networks are named. Checks names without importing torch, which the networks themselves need."""
+"""The names of networks, checked without importing torch, which building a network needs."""
 
 from __future__ import annotations
 
 from gross_ray.errors import InvalidValueError
 
 FORM = "package.module:factory"
-"""How a network of the user's own is named."""
+"""Form of the name of a user's own network."""
 NAMES = ["four-conv", "vgg16", "resnet18"]
 """The built-in networks: the keys of `gross_ray.models.MODELS`."""
 
 
 def check_model_name(name: str) -> None:
-    """Raise InvalidValueError for an unknown network, listing those there are, and for no package.module:factory.
+    """Raise InvalidValueError unless `name` is a built-in network or has the form package.module:factory.
 
-    A factory of one's own is not looked for: what is stored is read where it is not installed, too.
+    The factory itself is not imported: stored experiments are also read on machines that do not have it.
     """
     if ":" in name:
         module_name, _, attribute = name.partition(":")
@@ -21,5 +21,5 @@ def check_model_name(name: str) -> None:
             raise InvalidValueError(f"model {name!r}: write {FORM}")
     elif name not in NAMES:
         raise InvalidValueError(
-            f"unknown model {name!r}; there are: {', '.join(NAMES)}; others by {FORM}, like torchvision.models:resnet50"
+            f"unknown model {name!r}; known models: {', '.join(NAMES)}; or {FORM}, like torchvision.models:resnet50"
         )

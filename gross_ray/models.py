@@ -1,4 +1,4 @@
-"""The networks we train: the paper's four-conv network, and torchvision's VGG-16 and ResNet-18 for small images."""
+"""The built-in networks: the paper's four-conv network, and torchvision's VGG-16 and ResNet-18 for small images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -17,13 +17,13 @@ from gross_ray.model_names import FORM, check_model_name
 from gross_ray.own_code import own_function
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
-"""Networks by name: a function of (number of classes, image size in pixels) that returns an nn.Module."""
+"""Built-in networks by name, as functions of the number of classes and the image size in pixels."""
 
 
 def build_model(name: str, *, num_classes: int, image_size: int = 32, generator: torch.Generator) -> nn.Module:
-    """Return a freshly initialised network, its random weights drawn from `generator` alone.
+    """Return a freshly initialised network whose random weights depend only on `generator`.
 
-    Raises InvalidValueError for an unknown name, listing those there are.
+    Raises InvalidValueError like `model_of`.
     """
     check_model_name(name)
     with torch.random.fork_rng(devices=[]):
@@ -32,38 +32,38 @@ def build_model(name: str, *, num_classes: int, image_size: int = 32, generator:
 
 
 def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
-    """Return the network called `name`, or what the function `package.module:factory` of one's own returns.
+    """Return the built-in network `name`, or the result of the user's function `package.module:factory`.
 
-    Of the arguments num_classes and image_size a factory is given those that it names (num_classes too where it takes
-    any). Raises InvalidValueError for a name or a factory that is not there, one that fails, and one that returns no
-    nn.Module, or one that cannot be copied once it has run.
+    A factory gets those of the arguments num_classes and image_size that its signature names (num_classes also with
+    **kwargs). Raises InvalidValueError for an unknown name or factory, and for a factory that fails, that returns no
+    nn.Module, or whose network torch cannot copy.
     """
     factory = factory_of(name)
     if ":" not in name:
         try:
             return factory(num_classes, image_size)
-        except RuntimeError as error:  # torch's, where memory does not hold it
+        except RuntimeError as error:  # of torch, if memory is too small
             reason = str(error).splitlines()[0]
             raise InvalidValueError(f"model {name!r} for images of {image_size} pixels: {reason}") from None
-    given = {"num_classes": num_classes, "image_size": image_size}
-    taken = inspect.signature(factory).parameters.values()
-    names = {"num_classes" if one.kind is one.VAR_KEYWORD else one.name for one in taken}
+    parameters = inspect.signature(factory).parameters.values()
+    accepted = {"num_classes" if one.kind is one.VAR_KEYWORD else one.name for one in parameters}
+    arguments = {"num_classes": num_classes, "image_size": image_size}
     try:
-        network = factory(**{name: value for name, value in given.items() if name in names})
-    except Exception as error:  # whatever the user's own code raises
-        raise InvalidValueError(f"model {name!r}: it fails: {one_line(error)}") from error
+        network = factory(**{argument: value for argument, value in arguments.items() if argument in accepted})
+    except Exception as error:  # of any kind: this is the user's own code
+        raise InvalidValueError(f"model {name!r}: its factory fails: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
-        raise InvalidValueError(f"model {name!r}: it returned a {type(network).__name__}, must be an nn.Module")
-    for place, module in network.named_modules():
+        raise InvalidValueError(f"model {name!r}: returned a {type(network).__name__}, must return an nn.Module")
+    for path, module in network.named_modules():
         if problem := _problem(module):
-            raise InvalidValueError(f"model {name!r}: its module {place!r} {problem}")
+            raise InvalidValueError(f"model {name!r}: its module {path!r} {problem}")
     return network
 
 
 def _problem(module: nn.Module) -> str | None:
-    """Return why a network cannot have a module that torch itself takes, and the remedy; None where it can."""
+    """Return why a network with this module cannot be copied, and the remedy; None if it can."""
     if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
-        return f"is a {type(module).__name__} without weights yet: run an image in the factory, before it returns"
+        return f"is a {type(module).__name__} without weights yet: run an image through it in the factory"
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm | SpectralNorm):  # the weight they compute cannot be copied
             new = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
@@ -72,27 +72,26 @@ def _problem(module: nn.Module) -> str | None:
 
 
 def factory_of(name: str) -> Callable[..., nn.Module]:
-    """Return the function that makes a network called `name`; raises InvalidValueError where there is none."""
+    """Return the function that builds the network `name`; raises InvalidValueError if there is none."""
     check_model_name(name)
     if ":" not in name:
         return MODELS[name]
-    return own_function(name, FORM, lambda told: InvalidValueError(f"model {name!r}: {told}"))
+    return own_function(name, FORM, lambda reason: InvalidValueError(f"model {name!r}: {reason}"))
 
 
 def four_conv(num_classes: int = 10, image_size: int = 32) -> nn.Sequential:
     """Return the paper's network (section 4.2): four 3x3 convolutions of 32, 32, 64, 64 channels, two linear layers.
 
-    Input (N, 3, image_size, image_size); a ReLU and a 2x2 max-pooling follow each convolution, the pooling first,
-    which gives the same numbers. Raises InvalidValueError for images under 16 pixels, which four poolings would reduce
-    to nothing.
+    Input (N, 3, image_size, image_size). A 2x2 max-pooling and a ReLU follow each convolution, with the same results
+    as in the paper's order. Raises InvalidValueError for images under 16 pixels, which four poolings reduce to nothing.
     """
     if image_size < 16:
-        raise InvalidValueError(f"image_size = {image_size}: four poolings need 16 pixels or more")
+        raise InvalidValueError(f"image_size = {image_size}: four poolings need 16 pixels or more; use larger images")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = [3, 32, 32, 64, 64]
     for number in range(1, 5):
         layers[f"conv{number}"] = nn.Conv2d(channels[number - 1], channels[number], 3, padding=1)
-        # Pooling first: the largest of a window's ReLUs is the ReLU of its largest, and a quarter of the work.
+        # The maximum of ReLUs is the ReLU of the maximum: pooling first leaves a quarter of the work.
         layers[f"pool{number}"] = nn.MaxPool2d(2)
         layers[f"relu{number}"] = nn.ReLU()
     layers["flatten"] = nn.Flatten()
@@ -106,7 +105,7 @@ def four_conv(num_classes: int = 10, image_size: int = 32) -> nn.Sequential:
 
 
 def initialise(network: nn.Module) -> None:
-    """Initialise as section 4.2 says: He fan-out for convolutions, N(0, variance 0.01) for linear layers, biases 0."""
+    """Initialise as in section 4.2: He fan-out for convolutions, N(0, variance 0.01) for linear layers, biases 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -117,10 +116,10 @@ def initialise(network: nn.Module) -> None:
 
 
 def vgg16(num_classes: int = 10, image_size: int = 32) -> nn.Module:
-    """Return torchvision's VGG-16 with batch-norm, its classifier one linear layer, for 32 pixels and more."""
+    """Return torchvision's VGG-16 with batch-norm and one linear layer as classifier, for 32 pixels or more."""
     from torchvision.models import vgg16_bn
 
-    with torch.device("meta"):  # 120 million weights of a classifier that is not kept are not drawn
+    with torch.device("meta"):  # do not draw the 120 million weights of the classifier that is replaced below
         network = vgg16_bn(num_classes=num_classes, init_weights=False)
     network.avgpool = nn.AdaptiveAvgPool2d(1)
     network.classifier = nn.Linear(512, num_classes)
@@ -132,7 +131,7 @@ def vgg16(num_classes: int = 10, image_size: int = 32) -> nn.Module:
 
 
 def resnet18(num_classes: int = 10, image_size: int = 32) -> nn.Module:
-    """Return torchvision's ResNet-18; below 64 pixels with a 3x3 stem of stride 1 and no first pooling."""
+    """Return torchvision's ResNet-18; below 64 pixels with a 3x3 stem of stride 1 and without the first pooling."""
     from torchvision.models import resnet18 as torchvision_resnet18
 
     network = torchvision_resnet18(num_classes=num_classes)
@@ -140,11 +139,6 @@ def resnet18(num_classes: int = 10, image_size: int = 32) -> nn.Module:
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
     return network
-
-
-def predict(network: nn.Module, images: Tensor) -> Tensor:
-    """Return the class of the largest logit for each image, (N,) int64."""
-    return network(images).argmax(dim=1)
 
 
 MODELS.update({"four-conv": four_conv, "vgg16": vgg16, "resnet18": resnet18})

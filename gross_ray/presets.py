@@ -1,4 +1,4 @@
-"""Named experiments. A preset is a function that returns one; its docstring's first line is its description."""
+"""Presets: functions that return named experiments; a docstring's first line is the preset's description."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from gross_ray.experiment import (
 
 @dataclass(frozen=True)
 class Preset:
-    """A named experiment and what it costs."""
+    """A function that returns a named experiment, and the time that the experiment takes."""
 
     make: Callable[[], Experiment]
     cost: str
 
     @property
     def description(self) -> str:
-        """The first line of the function's docstring."""
+        """First line of the function's docstring."""
         return (self.make.__doc__ or "").strip().splitlines()[0]
 
 
 def quickstart() -> Experiment:
-    """Every stage in small, on the embedded sample of Fashion-MNIST."""
+    """All stages on a small scale, on the embedded sample of Fashion-MNIST."""
     return Experiment(
         name="quickstart",
         data=DataOptions(name="sample", limit_train=3000, limit_validation=1000),
@@ -57,19 +57,19 @@ def quickstart() -> Experiment:
 
 
 def fashion() -> Experiment:
-    """Full Fashion-MNIST (40,000/10,000/10,000), the paper's protocol, but for the learning rate and alpha."""
+    """Full Fashion-MNIST (40,000/10,000/10,000) with the paper's protocol, except for the learning rate and alpha."""
     return Experiment(
         name="fashion",
         data=DataOptions(name="fashion-mnist"),
-        # With 0.1, the paper's rate for CIFAR-10, two of five networks fell to chance within two epochs; alpha is 0
-        # (docs/method.md).
+        # With 0.1, the paper's rate for CIFAR-10, two of five networks fell to chance accuracy within two epochs; alpha
+        # is 0 (docs/method.md).
         training=TrainingOptions(lr=0.05),
         engine=EngineOptions(capture=True),
     )
 
 
 def fashion_short() -> Experiment:
-    """Full Fashion-MNIST on two cores: the paper's protocol with fewer epochs at higher rates, fewer supernets."""
+    """Full Fashion-MNIST on two cores: the paper's protocol with fewer epochs at higher rates, and fewer supernets."""
     return Experiment(
         name="fashion-short",
         data=DataOptions(name="fashion-mnist"),
@@ -88,8 +88,8 @@ def fashion_short() -> Experiment:
 
 
 def vgg16_short() -> Experiment:
-    """VGG-16 with batch-norm on Fashion-MNIST on two cores: 12 layers at 1, 4, 16, 32, some of the images an epoch."""
-    some = 12_800
+    """VGG-16 with batch-norm on Fashion-MNIST on two cores: 12 layers at 1, 4, 16, 32; 12,800 images per epoch."""
+    per_epoch = 12_800
     return Experiment(
         name="vgg16-short",
         model="vgg16",
@@ -99,16 +99,18 @@ def vgg16_short() -> Experiment:
         engine=EngineOptions(precision="bfloat16"),
         supernet=SupernetOptions(seeds=1),
         reconstruction=ReconstructionOptions(
-            epochs=2, lr=1e-3, milestones=(1,), batch_size=64, augment=False, images=some
+            epochs=2, lr=1e-3, milestones=(1,), batch_size=64, augment=False, images=per_epoch
         ),
-        finetuning=FinetuningOptions(epochs=3, lr=1e-3, milestones=(2,), batch_size=64, augment=False, images=some),
+        finetuning=FinetuningOptions(
+            epochs=3, lr=1e-3, milestones=(2,), batch_size=64, augment=False, images=per_epoch
+        ),
         search=SearchOptions(top=1, strategy="surrogate", evaluations=160, precision="bfloat16"),
         sweep=SweepOptions(alphas=()),
         validation=ValidationOptions(
             fixed=(16, 4),
             seeds=2,
-            reconstruction=Schedule(epochs=1, lr=3e-3, batch_size=64, augment=False, images=some),
-            finetuning=Schedule(epochs=1, lr=1e-3, batch_size=64, augment=False, images=some),
+            reconstruction=Schedule(epochs=1, lr=3e-3, batch_size=64, augment=False, images=per_epoch),
+            finetuning=Schedule(epochs=1, lr=1e-3, batch_size=64, augment=False, images=per_epoch),
         ),
     )
 
@@ -134,7 +136,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Experiment:
-    """Return a named experiment; raises InvalidValueError for an unknown name, listing those there are."""
+    """Return a named experiment; raises InvalidValueError for an unknown name, listing the known ones."""
     if name not in PRESETS:
-        raise InvalidValueError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+        raise InvalidValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
     return PRESETS[name].make()

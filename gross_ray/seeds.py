@@ -8,11 +8,11 @@ import torch
 
 
 def derive_seed(seed: int, *parts: object) -> int:
-    """Return a seed in [0, 2^63) that depends on every part (no slash in them), equal in every process."""
+    """Return a seed in [0, 2^63) that depends on `seed` and every part (without slashes), equal in every process."""
     text = "/".join([str(seed), *map(str, parts)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def derived_generator(seed: int, *parts: object) -> torch.Generator:
-    """Return a CPU generator seeded with `derive_seed`."""
+    """Return a CPU generator with the seed of `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *parts))

@@ -1,4 +1,4 @@
-"""The vocabulary shared by every stage: a configuration of group-sizes, and the space of all of them."""
+"""Configurations of group-sizes, and the search space of all configurations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Configuration(tuple[int, ...]):
     __slots__ = ()
 
     def __new__(cls, group_sizes: Sequence[int]) -> Configuration:
-        """Make a configuration; raises InvalidValueError unless there is at least one size and all are positive."""
+        """Make a configuration; raises InvalidValueError unless there is a size and all are positive whole numbers."""
         rule = "needs one positive whole group-size for each decomposed layer, like (2, 32, 64)"
         try:
             sizes = tuple(operator.index(size) for size in group_sizes)
@@ -30,9 +30,6 @@ class Configuration(tuple[int, ...]):
             raise InvalidValueError(f"configuration {sizes}: {rule}")
         return super().__new__(cls, sizes)
 
-    def __getnewargs__(self) -> tuple[tuple[int, ...]]:
-        return (tuple(self),)
-
     def __str__(self) -> str:
         return "-".join(str(size) for size in self)
 
@@ -41,7 +38,7 @@ class Configuration(tuple[int, ...]):
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
-        """Read ``"2-32-64"``; raises InvalidValueError for anything else."""
+        """Parse text like ``"2-32-64"``; raises InvalidValueError for any other text."""
         if not re.fullmatch("[1-9][0-9]*(-[1-9][0-9]*)*", text.strip()):
             raise InvalidValueError(
                 f"configuration {text!r}: write the group-sizes in layer order with a dash between, like 2-32-64"
@@ -50,12 +47,12 @@ class Configuration(tuple[int, ...]):
 
 
 class DecomposedLayer(Protocol):
-    """What a layer with several group-sizes has, whatever its class: `SeriesConv2d` is the one of this library."""
+    """Interface of a layer with several group-sizes; this library's is `SeriesConv2d`."""
 
     group_sizes: tuple[int, ...]
-    """Its group-sizes, ascending."""
+    """All group-sizes, ascending."""
     group_size: int
-    """The active one."""
+    """The active group-size."""
 
     def bottleneck(self, group_size: int) -> Any:
         """Return the bottleneck at one of the group-sizes."""
@@ -63,21 +60,21 @@ class DecomposedLayer(Protocol):
 
 
 def is_decomposed(module: object) -> TypeGuard[DecomposedLayer]:
-    """Return whether a module of a network is a `DecomposedLayer`."""
-    # The class is asked first: a training step asks every module, and nn.Module is slow to say that it lacks something.
-    of_its_class = callable(getattr(type(module), "bottleneck", None))
-    return of_its_class and hasattr(module, "group_sizes") and hasattr(module, "group_size")
+    """Return whether a network's module is a `DecomposedLayer`."""
+    # The class comes first: every training step asks every module, and a missing attribute of an nn.Module is slow.
+    has_method = callable(getattr(type(module), "bottleneck", None))
+    return has_method and hasattr(module, "group_sizes") and hasattr(module, "group_size")
 
 
 class SearchSpace(Sequence[Configuration]):
     """Every combination of the layers' group-sizes, in lexicographic order (the last layer changes fastest).
 
-    It never lists itself in memory: a member is computed from its index and the other way round, so that spaces
-    of 10^7 members and more cost nothing.
+    The space is never listed in memory: members are computed from their index and vice versa, so that a space of
+    10^7 members costs nothing.
     """
 
     def __init__(self, group_sizes: Mapping[str, Sequence[int]]) -> None:
-        """Take the group-sizes of each layer, in layer order; they are sorted in ascending order."""
+        """Take the group-sizes of each layer, in layer order; sizes are sorted and repeats dropped."""
         self.group_sizes: dict[str, tuple[int, ...]] = {}
         for layer, sizes in group_sizes.items():
             try:
@@ -94,7 +91,7 @@ class SearchSpace(Sequence[Configuration]):
 
     @classmethod
     def of(cls, supernet: nn.Module) -> SearchSpace:
-        """Return the space of `supernet`, from `decompose_model`; raises InvalidValueError for any other network."""
+        """Return the space of a supernet of `decompose_model`; raises InvalidValueError for any other network."""
         found = {name: module.group_sizes for name, module in supernet.named_modules() if is_decomposed(module)}
         if not found:
             raise InvalidValueError("this network has no decomposed layer; make one with decompose_model")
@@ -107,14 +104,14 @@ class SearchSpace(Sequence[Configuration]):
 
     @property
     def size(self) -> int:
-        """How many configurations there are; `len` is the same, but fails from 2^63 on."""
+        """Number of configurations; `len` is equal, but fails from 2^63 on."""
         return prod(len(sizes) for sizes in self.group_sizes.values())
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        """Return the configuration at `index`, or the list of those in a slice."""
+        """Return the configuration at `index`, or the list of a slice's configurations."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self.size))]
         if not -self.size <= index < self.size:
@@ -122,8 +119,8 @@ class SearchSpace(Sequence[Configuration]):
         rest = index % self.size
         chosen = []
         for sizes in reversed(self.group_sizes.values()):
-            rest, place = divmod(rest, len(sizes))
-            chosen.append(sizes[place])
+            rest, digit = divmod(rest, len(sizes))
+            chosen.append(sizes[digit])
         return Configuration(chosen[::-1])
 
     def __iter__(self) -> Iterator[Configuration]:
@@ -135,15 +132,15 @@ class SearchSpace(Sequence[Configuration]):
         return all(size in sizes for size, sizes in zip(configuration, self.group_sizes.values(), strict=True))
 
     def index(self, configuration: Sequence[int]) -> int:  # type: ignore[override]
-        """Return the place of `configuration`; raises InvalidValueError, with the choices, if it is not in here."""
+        """Return the index of `configuration`; raises InvalidValueError like `check`."""
         self.check(configuration)
-        place = 0
+        index = 0
         for size, sizes in zip(configuration, self.group_sizes.values(), strict=True):
-            place = place * len(sizes) + sizes.index(size)
-        return place
+            index = index * len(sizes) + sizes.index(size)
+        return index
 
     def check(self, configuration: Sequence[int]) -> Configuration:
-        """Return `configuration` as a Configuration; raises InvalidValueError that names the layer and its choices."""
+        """Return a member as a Configuration; if it is none, raises InvalidValueError that names layer and choices."""
         configuration = Configuration(configuration)
         if len(configuration) != len(self.group_sizes):
             raise InvalidValueError(
@@ -153,7 +150,7 @@ class SearchSpace(Sequence[Configuration]):
         for size, (layer, sizes) in zip(configuration, self.group_sizes.items(), strict=True):
             if size not in sizes:
                 raise InvalidValueError(
-                    f"configuration {configuration}: group-size {size} is not among those of {layer}: "
+                    f"configuration {configuration}: group-size {size} must be one of those of {layer}: "
                     + ", ".join(map(str, sizes))
                 )
         return configuration

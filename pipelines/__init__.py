@@ -4,10 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-# A project of one's own may have a folder `pipelines` too: its modules are found behind ours (gross_ray.own_code).
-# Another checkout of this package is no such folder.
-for _place in (*sys.path, os.getcwd()):
-    _folder = Path(_place, "pipelines").absolute()
+# A user's project may have a folder `pipelines` too: Python searches its modules after ours (gross_ray.own_code).
+# Another checkout of this package is not searched.
+for _parent in (*sys.path, os.getcwd()):
+    _folder = Path(_parent, "pipelines").absolute()
     if str(_folder) not in __path__ and _folder.is_dir():
         _first = _folder / "__init__.py"
         if not _first.is_file() or not _first.read_text(encoding="utf-8").startswith(f'"""{__doc__}"""'):

@@ -1,4 +1,4 @@
-"""What can run at the same time: the machine or the cluster, counted in units of work."""
+"""The capacity of a machine or cluster: how many units of work run at the same time, with how many threads."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from gross_ray.run.store import RunStore
 from pipelines.nodes import NodeKind
 
 THREAD_EFFICIENCY = 0.6
-"""n threads do n^0.6 times the work of one (measured: 1.4 to 1.8 times with 2, training the four-conv network, and a
-fraction of that if something else wants one of the cores)."""
+"""n threads do n^0.6 times the work of one (measured: 1.4 to 1.8 times with 2, training the four-conv network, and much
+less if another process uses one of the cores)."""
 UNITS_A_WORKER = 4
-"""How many units of a kind that is cut for the workers there are in the experiment, for each worker."""
+"""Number of units for each worker, for a kind whose work is divided among the workers."""
 _STAGE = "threads"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """The nodes that a unit of work fits on, those that an autoscaler may add included."""
+    """The nodes on which a unit of work fits, including those that an autoscaler may add."""
 
     nodes: tuple[NodeKind, ...]
     device: str
     """cpu or cuda."""
     gpus_per_unit: float = 0.0
-    """GPUs that a unit gets on cuda."""
+    """GPUs for each unit on cuda."""
     autoscales: bool = False
-    """Whether nodes come as work waits for them, and go when nothing runs on them."""
+    """Whether an autoscaler adds nodes when work waits, and removes idle ones."""
     one_at_a_time: bool = False
-    """Whether one unit is done after another, as in a process of its own."""
+    """Whether units run one after another, as in one process."""
 
     @property
     def num_cpus(self) -> int:
@@ -42,13 +42,13 @@ class Capacity:
 
     @property
     def cores_per_node(self) -> int:
-        """CPU cores of the smallest node: a unit never asks for more."""
+        """CPU cores of the smallest node, the most that a unit may ask for."""
         return min(node.num_cpus for node in self.nodes)
 
     def slots(self, threads: int = 1) -> int:
-        """Return how many units of work, of so many CPU threads each, run at the same time at most.
+        """Return the maximum number of units, of `threads` CPU threads each, that run at the same time.
 
-        Units are counted node by node: two nodes of three cores hold two units of two threads, not three.
+        Units are counted node by node: two nodes of three cores run two units of two threads, not three.
         """
         if self.one_at_a_time:
             return 1
@@ -58,14 +58,14 @@ class Capacity:
         slots = node.num_cpus // threads
         if self.device != "cuda":
             return slots
-        if self.gpus_per_unit < 1:  # Ray never cuts a unit's share out of two GPUs
+        if self.gpus_per_unit < 1:  # Ray takes a unit's share from one GPU, never from two
             on_gpus = int(node.num_gpus) * int(1 / self.gpus_per_unit)
         else:
             on_gpus = int(node.num_gpus / self.gpus_per_unit)
         return min(slots, on_gpus)
 
     def threads(self, num_units: int) -> int:
-        """Return the CPU threads of each of `num_units` equal units with which all of them end soonest."""
+        """Return the CPU threads of each of `num_units` equal units with which the last of them finishes soonest."""
 
         def duration(threads: int) -> float:
             return ceil(max(1, num_units) / self.slots(threads)) / threads**THREAD_EFFICIENCY
@@ -73,7 +73,7 @@ class Capacity:
         return min(range(1, self.cores_per_node + 1), key=duration)
 
     def units_on_a_device(self, threads: int) -> int:
-        """Return how many units, of so many CPU threads each, share a node's processor, or a GPU."""
+        """Return how many units, of `threads` CPU threads each, share a GPU, or on the CPU a node."""
         if self.one_at_a_time:
             return 1
         if self.device == "cuda":
@@ -82,10 +82,10 @@ class Capacity:
 
 
 def settled_threads(store: RunStore, kind: str, num_units: int | None, capacity: Capacity) -> int:
-    """Return the CPU threads of each unit of a kind: as many as its first unit had, as far as a node has the cores.
+    """Return the CPU threads of each unit of a kind: the stored number, limited to the cores of a node.
 
-    They are settled once for a run folder, by how many units of the kind the experiment has, whichever command asks
-    for them: with another number of threads sums round differently. None: several for each worker.
+    The number is stored once for a run folder and does not depend on the command that asks: with another number of
+    threads, sums round differently. `num_units` is the experiment's number of such units; None: several per worker.
     """
     if not store.has_checkpoint(_STAGE, kind):
         number = UNITS_A_WORKER * capacity.slots() if num_units is None else num_units

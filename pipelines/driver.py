@@ -1,4 +1,4 @@
-"""One driver's work on one run folder: an executor, made when the first unit is missing, does the jobs of stages."""
+"""The driver of a run folder: it executes the jobs of stages, and starts an executor when a unit is missing."""
 
 from __future__ import annotations
 
@@ -33,42 +33,30 @@ from pipelines.nodes import NodeKind
 from pipelines.resources import Resources
 from pipelines.stages.pipeline import plans
 from pipelines.units import Group, Job, grouped, pack_splits
-from pipelines.watching import StageProgress
+from pipelines.watching import ProgressReporter, StageProgress
 
 Result = TypeVar("Result")
 
 _MEASURE = "measure again with `gross latency`"
 _AFTER_DAMAGE = {"runs": "that start is on record no more", "latencies": _MEASURE, "latency_models": _MEASURE}
-"""What follows from the loss of a unit of a table that no stage completes."""
-
-
-class Progress(Protocol):
-    """Shows the progress of stages; `pipelines.commands` has the one for a terminal."""
-
-    def stage(self, name: str, total: int, done: int) -> Any:
-        """Return a context that gives the StageProgress of `total` units, `done` of which were done before."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Show one line outside of any stage."""
-        ...
+"""The consequence of losing a file of a table that no stage completes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Where the images are found on this machine."""
+    """Where this machine finds the images."""
 
     root: str | None = None
     """Folder of the dataset's files; None: ~/.cache/gross_ray."""
     download: bool = False
-    """Fetch what is missing."""
+    """Download missing files."""
 
     def load(self, options: DataOptions) -> Splits:
-        """Return the images; those that were loaded last are kept until `forget`. Raises as `load_dataset` does."""
+        """Return the images; the images loaded last are cached until `forget`. Raises as `load_dataset` does."""
         return _loaded(options, self.root, self.download)
 
     def without_effect(self, name: str) -> list[str]:
-        """Return a line for each option that has no effect on the dataset of this name."""
+        """Return a line for each option without effect on the dataset of this name."""
         if name in WITH_FILES:
             return []
         set_ = {"--data-root": self.root, "--download": self.download}
@@ -77,7 +65,7 @@ class DataSource:
 
     @staticmethod
     def forget() -> None:
-        """Drop the images."""
+        """Drop the cached images."""
         _loaded.cache_clear()
 
 
@@ -86,8 +74,8 @@ def _loaded(options: DataOptions, root: str | None, download: bool) -> Splits:
     return load_dataset(options, root=root, download=download)
 
 
-def report_damage(store: RunStore, progress: Progress) -> None:
-    """Name the damaged files that were deleted since this was called last, and what follows."""
+def report_damage(store: RunStore, progress: ProgressReporter) -> None:
+    """Report the damaged files that were deleted since the last call, and the consequence of each."""
     for file in store.damaged:
         follows = _AFTER_DAMAGE.get(file.split("/")[1], "its stage, asked for as before, makes it anew")
         progress.note(f"damaged file {file}: deleted; {follows}")
@@ -95,7 +83,7 @@ def report_damage(store: RunStore, progress: Progress) -> None:
 
 
 @contextmanager
-def locked(store: RunStore, progress: Progress) -> Iterator[None]:
+def locked(store: RunStore, progress: ProgressReporter) -> Iterator[None]:
     """Lock the run folder, delete leftovers of crashed runs, and report them."""
     with store.lock():
         store.remove_leftovers()
@@ -104,9 +92,9 @@ def locked(store: RunStore, progress: Progress) -> Iterator[None]:
 
 
 def redone_after_damage(session: Session, work: Callable[[], Result]) -> Result:
-    """Do work, and again each time that it finds damaged files, which are deleted then; return what it returns.
+    """Return `work()`, repeated each time that it finds damaged files, which are deleted by then.
 
-    Raises DamagedFileError for a file that is damaged again, and for one of another run folder.
+    Raises DamagedFileError for a file that is damaged again, and for a file of another run folder.
     """
     store, before = session.run.store, set[str]()
     while True:
@@ -122,21 +110,19 @@ def redone_after_damage(session: Session, work: Callable[[], Result]) -> Result:
 
 
 class _Place(Protocol):
-    """Where units are done: what it has room for, and who does them."""
+    """Where units run: its capacity and its executors."""
 
     capacity: Capacity
 
     def executor(self, job: Job) -> Executor:
-        """Return the executor for a job; one that holds processes of another kind gives them back first."""
-        ...
+        """Return the executor for a job; an executor that is no longer needed ends its processes first."""
 
     def close(self) -> None:
-        """Give back what is held."""
-        ...
+        """Release all processes and memory."""
 
 
 class _ThisProcess:
-    """Does everything in this process, without Ray."""
+    """Runs everything in this process, without Ray."""
 
     def __init__(self, run: Run, splits: Splits, resources: Resources) -> None:
         cuda = resources.device == "cuda" or (resources.device == "auto" and torch.cuda.is_available())
@@ -153,7 +139,7 @@ class _ThisProcess:
 
 
 class _OnRay:
-    """Does units on actors, and trials by Ray Tune; Ray is joined or started now, with the images laid out on it."""
+    """Joins or starts Ray and puts the images into its object store; runs units on actors, and trials in Ray Tune."""
 
     def __init__(self, run: Run, splits: Splits, resources: Resources, callbacks: Sequence[Any]) -> None:
         from pipelines.execution.actors import Actors
@@ -173,7 +159,7 @@ class _OnRay:
     def executor(self, job: Job) -> Executor:
         if not job.trials:
             return self._actors
-        from pipelines.execution.tune import Trials  # Ray Tune takes a second, for which other stages need not wait
+        from pipelines.execution.tune import Trials  # importing Ray Tune takes a second, which other stages save
 
         self._actors.close()  # the trials need their cores
         return Trials(self.capacity, self._packed, self._run, self._callbacks)
@@ -184,24 +170,20 @@ class _OnRay:
         self._stack.close()
 
 
+@dataclass(eq=False)
 class Session:
-    """Executes the jobs of stages (a `Driver`); loads the images and joins Ray when the first unit is missing."""
+    """Executes the jobs of stages (a `Driver`); loads the images and joins Ray only when a unit is missing.
 
-    def __init__(
-        self,
-        run: Run,
-        resources: Resources,
-        source: DataSource,
-        progress: Progress,
-        callbacks: Sequence[Any] = (),
-        in_process: bool = False,
-    ) -> None:
-        """Use `opened`, which also closes the session."""
-        self.run = run
-        """The run that is worked on."""
-        self._progress, self._callbacks = progress, callbacks
-        self._resources, self._source, self._in_process = resources, source, in_process
-        self._joined: _Place | None = None
+    Use `opened`, which also closes the session.
+    """
+
+    run: Run
+    _resources: Resources
+    _source: DataSource
+    _progress: ProgressReporter
+    _callbacks: Sequence[Any]
+    _in_process: bool
+    _joined: _Place | None = None
 
     @classmethod
     @contextmanager
@@ -210,14 +192,14 @@ class Session:
         store: RunStore,
         resources: Resources,
         source: DataSource,
-        progress: Progress,
+        progress: ProgressReporter,
         *,
         callbacks: Sequence[Any] = (),
         in_process: bool = False,
     ) -> Iterator[Session]:
-        """Lock the run folder, and close everything at the end, after SIGINT and SIGTERM too.
+        """Lock the run folder, and release everything at the end, also after SIGINT and SIGTERM.
 
-        `callbacks` are `ray.tune.Callback`s, which get the events of every trial. With `in_process`, units are done one
+        `callbacks` are `ray.tune.Callback`s, which get the events of every trial. With `in_process`, units run one
         after another in this process, and Ray is never imported.
         """
         with signals.orderly(), signals.closed_in_peace(locked(store, progress)):
@@ -239,7 +221,7 @@ class Session:
         self._progress.note(text)
 
     def report_damage(self) -> None:
-        """Name the damaged files that were deleted since this was called last, and what follows."""
+        """Report the damaged files that were deleted since the last report."""
         report_damage(self.run.store, self._progress)
 
     def threads(self, kind: str, num_equal: int | None) -> int:
@@ -247,10 +229,7 @@ class Session:
         return settled_threads(self.run.store, kind, num_equal, self.capacity)
 
     def do(self, job: Job) -> None:
-        """Do those units of a job that are not done.
-
-        Raises UnitsFailedError, naming them, unless every unit is done afterwards.
-        """
+        """Do the units of a job that are not done; raises UnitsFailedError, naming them, if any is not done then."""
         names = [unit.name for unit in job.units]
         stored = job.done() & set(names)
         self.report_damage()
@@ -283,15 +262,15 @@ class Session:
             ]
             return {name: reason for name, reason in reasons if reason is not None}
 
-        def those_missing() -> dict[str, str]:
+        def do_missing() -> dict[str, str]:
             stored = job.done()
             missing = [unit for unit in units if unit.name not in stored]
             return executor.do(job, missing, threads=threads, progress=progress) if missing else {}
 
-        return self.run.store.storage.patiently("write", "tune", those_missing)
+        return self.run.store.storage.patiently("write", "tune", do_missing)
 
     def _place(self) -> _Place:
-        """Return where units are done, with the images loaded now if they were not."""
+        """Return where units run; the first call loads the images, joins Ray and records the start."""
         if self._joined is None:
             splits = self._source.load(self.run.experiment.data)
             pin(self.run.store, splits)
@@ -324,7 +303,7 @@ class Session:
         self.run.store.write_table("runs", started.strftime("%Y%m%dT%H%M%S.%f"), [row])
 
     def _close(self) -> None:
-        self.report_damage()  # found since the last stage began
+        self.report_damage()
         if self._joined is not None:
             self._joined.close()
             self._joined = None

@@ -1,4 +1,4 @@
-"""Kinds of nodes. A cluster's head reads this too, which may have no torch: nothing is imported but Python's own."""
+"""Kinds of nodes. This module also runs on a cluster's head, which may lack torch: it imports only Python's library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the work of a run is done, as the user asks for it."""
+"""The resources that the user asks for: which cluster or machine, and how much of it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Where the work is done; nothing in here changes what an experiment means."""
+    """Where the work is done; it does not change the meaning of an experiment."""
 
     address: str | None = None
     """Address of a running cluster; None: RAY_ADDRESS, or start Ray on this machine."""
     num_cpus: int | None = None
-    """CPU cores to use of this machine; None: all. Refused together with an address."""
+    """CPU cores of this machine to use; None: all. Refused together with an address."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda where the cluster has a GPU."""
+    """cpu, cuda, or auto: cuda if the cluster has a GPU."""
     gpus_per_unit: float = 0.25
     """GPUs for each unit of work on cuda; below 1, units share one."""
     in_process: bool = False
-    """The units are done in this process: no cluster is joined, whatever RAY_ADDRESS says."""
+    """Run the units in this process, and join no cluster, whatever RAY_ADDRESS says."""
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise InvalidValueError(f"device = {self.device!r}: must be one of {', '.join(DEVICES)}")
         if self.num_cpus is not None and not is_whole(self.num_cpus, 1):
             raise InvalidValueError(f"num_cpus = {self.num_cpus}: must be 1 or more")
-        if not 0 < self.gpus_per_unit < math.inf:  # this refuses nan too
+        if not 0 < self.gpus_per_unit < math.inf:  # False for nan too
             raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be above 0, and finite")
         if self.gpus_per_unit > 1 and not float(self.gpus_per_unit).is_integer():
             raise InvalidValueError(f"gpus_per_unit = {self.gpus_per_unit}: must be a whole number above 1")
@@ -42,12 +42,12 @@ class Resources:
             )
 
     def without_effect(self, device: str) -> list[str]:
-        """Return a line for each of these that has no effect where units are done on `device`."""
+        """Return a line for each option that has no effect on `device`."""
         if device.startswith("cuda") or self.gpus_per_unit == Resources.gpus_per_unit:
             return []
         return [f"--gpus-per-unit {self.gpus_per_unit:g}: units are done on {device}"]
 
     @property
     def joined_address(self) -> str | None:
-        """The running cluster to join, if one is named."""
+        """The address of the running cluster to join; None: start Ray here."""
         return None if self.in_process else self.address or os.environ.get("RAY_ADDRESS") or None

@@ -1,4 +1,4 @@
-"""A unit of work and a job of many, and the context in which a unit is done: what stages and executors both know."""
+"""The vocabulary that stages and executors share: a unit of work, a job of many units, and a unit's context."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from gross_ray.run.store import UNDER_WAY, RunStore
 class Unit(ABC):
     """The smallest piece of work that is stored, retried and resumed on its own. Each stage has a subclass.
 
-    The fields of a subclass say what is to be done; they are plain values, and its name is made from them.
+    The fields of a subclass are plain values that define the work; its name is made from them.
     """
 
     cost: float = field(default=1.0, compare=False)
-    """Amount of work, in any measure: the most costly units are started first."""
+    """Amount of work, in any unit of measure: the most costly units are started first."""
 
     @property
     @abstractmethod
@@ -38,28 +38,28 @@ class Unit(ABC):
 
     @property
     def stored_as(self) -> list[str]:
-        """Names under which its results are stored: its own, unless it consists of parts that others share."""
+        """Names under which its results are stored: its own, unless its parts are stored one by one."""
         return [self.name]
 
     @property
     def shared(self) -> str:
-        """Name of what several units read, like a supernet's weights: it is loaded once for all of them."""
+        """Name of data that several units read, like a supernet's weights: it is loaded once for all of them."""
         return ""
 
     def values(self) -> dict[str, Any]:
-        """Return the fields that say what is to be done, by name."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "cost"}
+        """Return the fields that define the work, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "cost"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group(Unit):
-    """Several units that one pass does together."""
+    """Several units that are computed together in one pass."""
 
     members: tuple[Unit, ...]
 
     @property
     def name(self) -> str:
-        """Name of the first member, and how many follow."""
+        """Name of the first member, and the number of others."""
         first = self.members[0].name
         return first if len(self.members) == 1 else f"{first} and {len(self.members) - 1} more"
 
@@ -71,7 +71,7 @@ def grouped(units: Sequence[Unit], size: int) -> list[Group]:
 
 
 def require(store: RunStore, stage: str, wanted: Iterable[str], done: set[str]) -> None:
-    """Raise MissingStageError, naming the earlier `stage`, unless all units `wanted` from it are `done`."""
+    """Raise MissingStageError, naming the earlier `stage`, unless all its units in `wanted` are `done`."""
     names = set(wanted)
     if names - done:
         raise MissingStageError(
@@ -81,25 +81,24 @@ def require(store: RunStore, stage: str, wanted: Iterable[str], done: set[str]) 
 
 
 class Report(Protocol):
-    """Receives the share of a unit that is done (0 to 1), its state in a few words, and its metrics by name."""
+    """Receives a unit's progress: the share that is done (0 to 1), its state in a few words, and metrics by name."""
 
     def __call__(self, share: float, text: str, **metrics: float) -> object:
         """Take one report."""
-        ...
 
 
 @dataclass
 class Context:
-    """What the work on a unit has at hand: the run, the images on its device, and a way to report."""
+    """The environment of the work on a unit: the run, the images on its device, and a way to report."""
 
     run: Run
     splits: Splits
     device: str
     report: Report
     shared: Any = None
-    """What the unit's `shared` names; arrays in it may be read-only memory that all workers of a node share."""
+    """The data that the unit's `shared` names; its arrays may be read-only memory shared by all workers of a node."""
     kept: dict[str, Any] = field(default_factory=dict)
-    """What this worker keeps from one unit to the next."""
+    """A cache that this worker keeps from one unit to the next."""
 
     @property
     def store(self) -> RunStore:
@@ -113,57 +112,57 @@ class Context:
 
 
 Work = Callable[[Context, Any], str]
-"""Does one unit, stores its result, and returns a few words about it."""
+"""Does one unit, stores its result, and returns a few words about the result."""
 Shared = Callable[[str], Any]
-"""Loads what units share, by its name: anything that pickles, best as NumPy arrays."""
+"""Loads the data that units share, by its name: anything that pickles, preferably NumPy arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a stage asks for: its units, how one of them is done, and which of them are done already."""
+    """A stage's request to the driver: units, the work on one of them, and which of them are done."""
 
     stage: str
-    """Name that the progress shows."""
+    """Name shown with the progress."""
     units: Sequence[Unit]
     work: Work
     done: Callable[[], set[str]]
     """Returns the names of the units whose results are stored."""
     kind: str
-    """Units of one kind are computed with one number of threads, whichever command asks for them."""
+    """All units of one kind run with the same number of threads, whichever command asks for them."""
     num_equal: int | None
-    """About how many units of this kind the whole experiment has: it decides the number of threads.
+    """Approximate number of units of this kind in the whole experiment: it decides the number of threads.
 
     None: several for each worker, however many workers run at once.
     """
     trials: bool = False
-    """Whether each unit reports metrics from epoch to epoch: a trial of Ray Tune, where Ray executes the job."""
+    """Whether units report metrics after each epoch: Ray runs such units as trials of Ray Tune."""
     shared: Shared | None = None
-    """Loads what units share (`Unit.shared`)."""
+    """Loads the data that units share (`Unit.shared`)."""
     together: int | None = None
-    """Give `work` groups of up to so many units (`Group`), which one pass does; None: one unit at a time."""
+    """Pass `work` groups of up to this many units (`Group`), computed in one pass; None: one unit at a time."""
 
 
 @dataclass(frozen=True)
 class EpochSlot:
-    """Keeps one unit's state between epochs in the run folder (a `CheckpointSlot`)."""
+    """Stores one unit's state between epochs in the run folder (a `CheckpointSlot`)."""
 
     store: RunStore
     stage: str
     unit: str
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return what was saved last, or None."""
+        """Return the state that was saved last, or None."""
         if self.store.has_checkpoint(self._stage, self.unit):
-            with suppress(DamagedFileError):  # deleted by now: the training starts from its beginning
+            with suppress(DamagedFileError):  # the file was deleted, and the training starts from its beginning
                 return self.store.load_checkpoint(self._stage, self.unit)
         return None
 
     def save(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-        """Replace what was saved, atomically."""
+        """Save the state, atomically replacing the last one."""
         self.store.save_checkpoint(self._stage, self.unit, tensors, description)
 
     def clear(self) -> None:
-        """Delete it: the unit's result is stored."""
+        """Delete the state, once the unit's result is stored."""
         self.store.delete_checkpoint(self._stage, self.unit)
 
     @property
@@ -181,21 +180,21 @@ def pack_splits(splits: Splits) -> dict[str, Any]:
 
 
 def unpack_splits(packed: Mapping[str, Any], device: str, room: int | None = None) -> Splits:
-    """Return what `pack_splits` packed, on `device`, or streamed to it if the images are more than `room` bytes."""
+    """Return the images of `pack_splits` on `device`, or streamed to it if they are larger than `room` bytes."""
     resident = room is None or sum(packed[name][0].nbytes for name in SPLITS) <= room
 
     def unpacked(images: np.ndarray, labels: np.ndarray, normalisation: Normalisation) -> ImageSet:
-        here = ImageSet(tensor_of(images), tensor_of(labels), normalisation=normalisation)
-        return here.to(device) if resident else here.stream_to(device)
+        on_cpu = ImageSet(tensor_of(images), tensor_of(labels), normalisation=normalisation)
+        return on_cpu.to(device) if resident else on_cpu.stream_to(device)
 
     train, validation, test = (unpacked(*packed[name]) for name in SPLITS)
     return Splits(packed["name"], train, validation, test, packed["classes"])
 
 
 def room_for_images(device: str, share: float = 1.0) -> int | None:
-    """Return how many bytes of `device` the images may take, by a process that has `share` of it; None: any number.
+    """Return the bytes of `device` that the images of a process with `share` of it may take; None: any number.
 
-    On a CPU the images lie in memory that all processes of a node share.
+    On a CPU, all processes of a node share the images' memory.
     """
     if torch.device(device).type != "cuda":
         return None
@@ -203,11 +202,11 @@ def room_for_images(device: str, share: float = 1.0) -> int | None:
 
 
 RESIDENT_SHARE = 0.3
-"""Share of a worker's part of a GPU's memory that its images may take; where they need more, they are streamed."""
+"""Share of a worker's part of a GPU's memory that its images may take; larger images are streamed."""
 
 
 def tensor_of(array: np.ndarray) -> Tensor:
-    """Return an array of Ray's object store as a tensor on the same memory, which nothing may write to."""
+    """Return an array of Ray's object store as a tensor on the same memory, which must not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

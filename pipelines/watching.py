@@ -1,4 +1,4 @@
-"""What execution says about a stage that is under way, and to whom; how it is shown is decided in `commands`."""
+"""Progress of a stage as executors report it; `pipelines.commands.terminal` shows it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 PATIENCE_SECONDS = 60.0
-"""How long a stage may have no unit under way before it reports that it waits."""
+"""How long no unit may be running before the stage reports that it waits."""
 
 
 class StageProgress:
-    """Progress of one stage: counts its finished units. What shows it overrides the methods."""
+    """Progress of one stage, which counts its finished units; subclasses show it."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
         self.name, self.total, self.done = name, total, done
@@ -22,10 +22,10 @@ class StageProgress:
         self.done += 1
 
     def under_way(self, states: dict[str, tuple[float, str]]) -> None:
-        """Report the share done (0 to 1) and the state of each unit under way."""
+        """Report the share done (0 to 1) and the state of each running unit."""
 
     def note(self, text: str) -> None:
-        """Report an event that is no progress."""
+        """Report an event other than progress."""
 
 
 class ProgressReporter(Protocol):
@@ -35,19 +35,19 @@ class ProgressReporter(Protocol):
         """Show a stage of `total` units, `done` of which were finished before."""
 
     def note(self, text: str) -> None:
-        """Report an event outside any stage."""
+        """Show one line outside any stage."""
 
 
 class Patience:
-    """Reports what a stage waits for, where it has had no unit under way for a while."""
+    """Reports that a stage waits for a worker, if no unit has been running for a while."""
 
     def __init__(self, progress: StageProgress, *, autoscales: bool) -> None:
-        """Begin to wait; `autoscales`: whether the cluster's autoscaler may add nodes."""
+        """Start the clock; `autoscales`: whether the cluster's autoscaler may add nodes."""
         self._progress, self._since = progress, time.monotonic()
         self._then = "; its autoscaler is asked for nodes" if autoscales else ""
 
     def look(self, *, under_way: bool) -> None:
-        """Report once in every `PATIENCE_SECONDS` without a unit `under_way`; to be called again and again."""
+        """Report once in every `PATIENCE_SECONDS` without a running unit; call this regularly."""
         if not under_way:
             if time.monotonic() - self._since <= PATIENCE_SECONDS:
                 return
@@ -56,13 +56,13 @@ class Patience:
 
 
 class Furthest:
-    """Remembers the largest share done that each unit has reported."""
+    """Records the largest share done that each unit has reported."""
 
     def __init__(self) -> None:
         self._shares: dict[str, float] = {}
 
-    def came_on(self, unit: str, share: float) -> bool:
-        """Return whether a unit has come further than ever before."""
+    def advanced(self, unit: str, share: float) -> bool:
+        """Return whether a unit has got further than ever before."""
         further = share > self._shares.get(unit, 0.0)
         if further:
             self._shares[unit] = share

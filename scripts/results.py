@@ -136,9 +136,8 @@ def shown_block() -> str:
     """Return what README.md shows of results/SHOWN."""
     store = RunStore.open(RESULTS / SHOWN)
     tables = [
-        terminal.network_table(store, markdown=True),
-        terminal.selection_table(store, markdown=True),
-        terminal.sweep_table(store, markdown=True),
+        terminal.as_text(table, markdown=True)
+        for table in (results.network_table(store), results.selection_table(store), results.sweep_table(store))
     ]
     return "\n\n".join([*tables, figures(store, f"results/{SHOWN}/"), made(store)])
 

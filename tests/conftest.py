@@ -34,7 +34,7 @@ def s3_port() -> Iterator[int]:
 
 @pytest.fixture
 def door(s3_port: int) -> Iterator[Door]:
-    """The same server behind a door that answers itself when told to; `door.port` is asked."""
+    """The same server behind a proxy that can answer requests itself; `door.port` is the proxy's."""
     from s3_server import Door
 
     with Door.opened(s3_port) as door:
@@ -52,7 +52,7 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 @pytest.fixture(scope="session")
 def trained_like_weight() -> Callable[..., Tensor]:
-    """Weights as training leaves them: few strong directions in the channels, a tail of noise."""
+    """Weights like trained ones: few strong directions in the channels, and a tail of noise."""
 
     def make(out_channels: int, in_channels: int, *kernel: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -71,7 +71,7 @@ def trained_like_weight() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def random_bottleneck() -> Callable[..., Bottleneck]:
-    """A float64 bottleneck of random weights that keep the scale of what passes through."""
+    """A float64 bottleneck of random weights that preserve the scale of their input."""
 
     def make(conv: nn.Conv2d, group_size: int, generator: torch.Generator) -> Bottleneck:
         channels, (height, width) = conv.in_channels, conv.kernel_size
@@ -86,7 +86,7 @@ def random_bottleneck() -> Callable[..., Bottleneck]:
 
 @pytest.fixture(scope="session")
 def random_supernet(random_bottleneck: Callable[..., Bottleneck]) -> Callable[..., nn.Module]:
-    """A supernet in eval mode whose group-sizes are functions that have nothing to do with each other."""
+    """A supernet in evaluation mode whose group-sizes are independent functions."""
 
     def make(model: nn.Module, group_sizes: Mapping[str, Sequence[int]], seed: int = 0) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which module may import which: the layers of DESIGN.md, read from every import statement of the sources."""
+"""Modules import only what the layers of DESIGN.md allow, checked on every import statement of the sources."""
 
 import ast
 import os
@@ -34,23 +34,23 @@ LAYERS = (
     ("pipelines.commands",),
     ("cli",),
 )
-"""Folders and files from the bottom up. Each imports itself and the layers below, but not its neighbours."""
+"""Folders and files from the bottom up. Each imports itself and lower layers, but not its neighbours."""
 NEVER = {(f"gross_ray.{folder}", "gross_ray.data") for folder in ("nn", "btd", "supernet")}
-"""Imports that the layers would allow: networks know nothing of datasets."""
+"""Imports that are forbidden although the layers allow them: code on networks knows no datasets."""
 OWNERS = {
     "ray": ("pipelines.execution",),
     "click": ("pipelines.commands", "cli"),
     "rich": ("pipelines.commands", "cli"),
 }
-"""Packages that only some folders and files may import."""
+"""Packages that only these folders and files may import."""
 
 
 class Source(NamedTuple):
-    """A module of the sources and what it imports, anywhere in it."""
+    """A module of the sources and all that it imports, also inside functions."""
 
     path: Path
     imports: tuple[str, ...]
-    """Dotted modules; of `from a import b` it is a.b where that is a module of the sources, else a."""
+    """Dotted modules; `from a import b` counts as a.b if that is a module of the sources, else as a."""
 
 
 def module_of(path: Path) -> str:
@@ -89,8 +89,8 @@ def unit_of(module: str) -> str:
 
 
 def upward_imports(found: dict[str, Source]) -> list[str]:
-    """Return a line for each import that the table does not allow, and each module that it does not know."""
-    rank = {unit: place for place, units in enumerate(LAYERS) for unit in units}
+    """Return a line for each import that LAYERS does not allow, and each module that is not in LAYERS."""
+    rank = {unit: height for height, units in enumerate(LAYERS) for unit in units}
     lines = []
     for name, source in found.items():
         unit = unit_of(name)
@@ -111,7 +111,7 @@ def upward_imports(found: dict[str, Source]) -> list[str]:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Return one circle for each node that is on one, as the nodes along it, each circle once."""
+    """Return the circles, each once, as the nodes along it."""
     found: dict[frozenset[str], list[str]] = {}
     for start in arrows:
         paths, seen = [[start]], {start}
@@ -240,7 +240,7 @@ print(*[name for name in {FORBIDDEN!r} if name in sys.modules])
 
 
 def forbidden_imports(package: str, folder: Path) -> tuple[int, list[str]]:
-    """Return how many modules a fresh interpreter imported, and which of the forbidden packages came with them."""
+    """Import a package in a fresh interpreter; return its number of modules and the forbidden packages imported."""
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", CHECK, package]
     environment = os.environ | {"PYTHONPATH": path}

@@ -25,8 +25,8 @@ from gross_ray.presets import PRESETS, preset
 from gross_ray.training.sampling import sampling_probabilities
 
 FIELDS = Experiment().fields()
-# Another lawful value for every kind of field. 0.0 and -0.0, 1 and 1.0 are equal: their fingerprints must be so too.
-LAWFUL: dict[str, list[str]] = {
+# Valid values for every kind of field. 0.0 and -0.0, 1 and 1.0 are equal, so their fingerprints must be equal.
+VALID: dict[str, list[str]] = {
     "seed": ["0", "1", "-0"],
     "name": ["a", "b", '"a"', "12", "true", "null", "[1]"],
     "model": ["four-conv", "resnet18"],
@@ -48,9 +48,9 @@ LAWFUL: dict[str, list[str]] = {
     "validation.finetuning.momentum": ["0", "-0.0", "0.9"],
 }
 experiments = st.builds(
-    # Of one training seed: there may be no more where weights are given.
+    # With one training seed: `weights` allows no more.
     lambda chosen: Experiment().override(["training.seeds=1", *(f"{name}={value}" for name, value in chosen.items())]),
-    st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in LAWFUL.items()}),
+    st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VALID.items()}),
 )
 
 
@@ -61,8 +61,8 @@ def refused(name: str, text: str) -> str:
     return str(caught.value)
 
 
-def unlawful_values(value: Any) -> list[str]:
-    """Return what no field of this value's type may be."""
+def invalid_values(value: Any) -> list[str]:
+    """Return texts that a field of this value's type must refuse."""
     wrong_type = ["null", '{"a": 1}']
     if isinstance(value, bool):
         return [*wrong_type, "1", "yes", "[true]"]
@@ -71,13 +71,13 @@ def unlawful_values(value: Any) -> list[str]:
     if isinstance(value, float):
         return [*wrong_type, "-1", "NaN", "Infinity", "-Infinity", "1e999", "1" * 400, "true", "x", "", "[1.0]"]
     if isinstance(value, str):
-        return [""] if value else []  # one that is empty by default may be
+        return [""] if value else []  # a text that is empty by default may be empty
     return [*wrong_type, "[null]", "[[1]]", "[-1]", '[""]', "[1, 1]", '["index", "index"]', "[NaN]", "[true]"]
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_no_field_takes_what_its_type_forbids(name: str) -> None:
-    for text in unlawful_values(FIELDS[name]):
+    for text in invalid_values(FIELDS[name]):
         assert name in refused(name, text)
 
 
@@ -143,9 +143,9 @@ def test_stacks_in_bfloat16_are_refused(stacked: str) -> None:
     assert preset("quickstart").override([stacked, "engine.precision=bfloat16", remedy]).engine.precision == "bfloat16"
 
 
-def test_unknown_model_lists_those_there_are() -> None:
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     assert refused("model", "resnet50") == (
-        "unknown model 'resnet50'; there are: four-conv, vgg16, resnet18; others by package.module:factory, like "
+        "unknown model 'resnet50'; known models: four-conv, vgg16, resnet18; or package.module:factory, like "
         "torchvision.models:resnet50"
     )
 
@@ -153,10 +153,10 @@ def test_unknown_model_lists_those_there_are() -> None:
 @pytest.mark.parametrize(
     "name", ["training.epoch", "epochs", "training", "validation.finetuning", "Training.epochs", ""]
 )
-def test_unknown_field_lists_all_there_are(name: str) -> None:
+def test_an_unknown_field_is_refused_with_all_known_ones(name: str) -> None:
     message = refused(name, "3")
-    assert message.startswith(f"unknown field {name!r}; there are: ")
-    assert message.split("there are: ")[1].split(", ") == list(FIELDS)
+    assert message.startswith(f"unknown field {name!r}; known fields: ")
+    assert message.split("known fields: ")[1].split(", ") == list(FIELDS)
 
 
 def test_setting_without_a_value_shows_how_to_write_it() -> None:
@@ -237,7 +237,7 @@ def test_fingerprints_and_first_difference_leave_paths_out(one: Experiment, othe
 
 @pytest.mark.parametrize("weights", ["", "/home/a/w.pt"])
 @pytest.mark.parametrize("name", ["sample", "folder:/data/a"])
-def test_a_hash_counts_in_a_fingerprint_only_where_there_is_a_path(name: str, weights: str) -> None:
+def test_a_hash_counts_in_a_fingerprint_only_with_a_path(name: str, weights: str) -> None:
     experiment = Experiment().override(["training.seeds=1", f"weights={weights}", f"data.name={name}"])
     plain = experiment.fingerprint(weights="a", data="a")
     assert (experiment.fingerprint(weights="b", data="a") != plain) == bool(weights)
@@ -264,7 +264,7 @@ def test_first_difference_reads_as_a_sentence() -> None:
     assert changed.first_difference(Experiment()) == "training.epochs (5, not 100)"
 
 
-def test_python_values_are_settled_like_those_of_settings() -> None:
+def test_python_values_are_converted_like_those_of_settings() -> None:
     written = Experiment(
         training=TrainingOptions(lr=1, milestones=[5], momentum=-0.0),  # type: ignore[arg-type]
         sweep=SweepOptions(alphas=[0, 2]),  # type: ignore[arg-type]
@@ -304,22 +304,22 @@ def test_python_values_are_checked_like_those_of_settings(make: Any, message: st
         ("", "not the JSON of an experiment"),
         ("[1]", "a JSON object of fields"),
         ("3", "a JSON object of fields"),
-        ('{"seeds": 3}', "unknown field 'seeds'; there are: name, seed, model"),
-        ('{"training": {"epoch": 3}}', "unknown field 'training.epoch'; there are: training.epochs"),
+        ('{"seeds": 3}', "unknown field 'seeds'; known fields: name, seed, model"),
+        ('{"training": {"epoch": 3}}', "unknown field 'training.epoch'; known fields: training.epochs"),
         ('{"training": null}', "training = None: is a group of fields; set one of them, like training.epochs"),
         ('{"validation": {"finetuning": {"lr": 1}}}', "validation.finetuning.epochs is missing"),
         ('{"validation": {"finetuning": {"epochs": 0, "lr": 1}}}', "validation.finetuning.epochs = 0: must be 1"),
         ('{"seed": NaN}', "seed = nan: must be of type int"),
     ],
 )
-def test_what_is_no_experiment_is_refused(text: str, message: str) -> None:
+def test_other_text_than_an_experiment_is_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidValueError) as caught:
         Experiment.from_json(text)
     assert message in str(caught.value)
 
 
 def test_milestones_that_no_epoch_reaches_are_without_effect() -> None:
-    """Of 30 epochs the last is the 29th behind the first: a milestone at 30 lowers nothing, one at 29 its rate."""
+    """Epochs count from 0: of 30 epochs, a milestone at 29 lowers the rate of the last, and one at 30 lowers none."""
     settings = ["finetuning.milestones=[29,30,40]", "finetuning.epochs=30", "validation.reconstruction.epochs=20"]
     assert preset("paper").override(settings).without_effect() == [
         "finetuning.milestones = [29, 30, 40]: 30 epochs do not reach 30, 40",
@@ -373,21 +373,21 @@ def test_a_setting_that_others_cancel_is_without_effect(settings: list[str], sta
     assert not set(other) & set(found)
 
 
-def test_both_scalings_draw_alike_where_one_is_said_to_have_no_effect() -> None:
+def test_both_scalings_draw_alike_if_scaling_is_reported_without_effect() -> None:
     for line_expected, alpha in ((True, 0.0), (False, 1.0)):
         experiment = Experiment().override(["supernet.scaling=index", f"supernet.alpha={alpha}"])
         index, other = (sampling_probabilities(4, alpha, scaling=scaling) for scaling in ("index", "normalised"))
         assert bool(experiment.without_effect()) == line_expected == bool(index.equal(other))
 
 
-def test_what_has_no_effect_on_a_device_or_with_so_many_images_is_told() -> None:
+def test_settings_without_effect_on_a_device_or_a_number_of_images_are_reported() -> None:
     experiment = Experiment().override(["engine.capture=true", "finetuning.images=100"])
     assert experiment.without_effect() == []
     assert experiment.without_effect(device="cuda:0", num_images=100) == []
     (line,) = experiment.without_effect(device="cpu")
-    assert line.startswith("engine.capture = True: trainings are on cpu")
+    assert line.startswith("engine.capture = True: trainings run on cpu")
     (line,) = experiment.without_effect(num_images=99)
-    assert line.startswith("finetuning.images = 100: the training split has 99 images")
+    assert line.startswith("finetuning.images = 100: the training split has only 99 images")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -53,23 +53,23 @@ def test_onnx_file_computes_what_the_network_does_for_any_batch_size(supernet: n
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_modes_and_random_state_are_left_as_they_were(supernet: nn.Module, tmp_path: Path) -> None:
+def test_modes_and_random_state_stay_unchanged(supernet: nn.Module, tmp_path: Path) -> None:
     network = extract(supernet, (4, 2)).train()
     network[2].eval()
     state = torch.get_rng_state()
     export_onnx(network, tmp_path / "network.onnx", (3, 10, 10))
-    assert [module.training for module in network] == [place != 2 for place in range(len(network))]
+    assert [module.training for module in network] == [index != 2 for index in range(len(network))]
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2", "safetensors"])
 def test_supernet_is_refused(supernet: nn.Module, tmp_path: Path, ending: str) -> None:
-    with pytest.raises(InvalidValueError, match="supernet: take one configuration out of it first, with extract"):
+    with pytest.raises(InvalidValueError, match="needs a plain network, not a supernet; extract a configuration first"):
         export_network(supernet, tmp_path / f"network.{ending}", (3, 10, 10))
     assert not list(tmp_path.iterdir())
 
 
-WITHOUT_US = """
+WITHOUT_GROSS_RAY = """
 import sys, torch
 network = torch.export.load("network.pt2").module()
 images = torch.load("images.pt")
@@ -78,14 +78,14 @@ assert not [name for name in sys.modules if name.startswith(("gross_ray", "pipel
 """
 
 
-def test_a_program_runs_where_we_are_not(supernet: nn.Module, tmp_path: Path) -> None:
+def test_a_program_runs_without_gross_ray(supernet: nn.Module, tmp_path: Path) -> None:
     network = extract(supernet, (2, 8)).train()
     export_program(network, tmp_path / "network.pt2", (3, 10, 10))
     assert network.training
     assert [file.name for file in tmp_path.iterdir()] == ["network.pt2"]
     images = torch.randn(10, 3, 10, 10, generator=torch.Generator().manual_seed(0))
     torch.save(images, tmp_path / "images.pt")
-    subprocess.run([sys.executable, "-c", WITHOUT_US], cwd=tmp_path, check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", WITHOUT_GROSS_RAY], cwd=tmp_path, check=True, timeout=200)
     network.eval()
     for batch, logits in zip((images, images[:1]), torch.load(tmp_path / "logits.pt"), strict=True):
         torch.testing.assert_close(logits, network(batch).detach(), rtol=1e-5, atol=1e-5)
@@ -106,17 +106,17 @@ def test_the_ending_chooses_the_format_and_an_unknown_one_is_refused(supernet: n
     network = extract(supernet, (2, 8))
     export_network(network, tmp_path / "network.safetensors", (3, 10, 10))
     assert load_file(tmp_path / "network.safetensors")
-    with pytest.raises(InvalidValueError, match="network.h5: the formats are .onnx, .pt2, .safetensors; choose one"):
+    with pytest.raises(InvalidValueError, match="network.h5: must end in .onnx, .pt2, .safetensors; choose a format"):
         export_network(network, "network.h5", (3, 10, 10))
-    with pytest.raises(InvalidValueError, match="nowhere/network.pt2: there is no folder .*nowhere; make it"):
+    with pytest.raises(InvalidValueError, match="nowhere/network.pt2: there is no folder .*nowhere; create it"):
         export_network(network, tmp_path / "nowhere" / "network.pt2", (3, 10, 10))
     for export in (export_onnx, export_program, export_weights):
-        with pytest.raises(InvalidValueError, match="nowhere/network: there is no folder .*nowhere; make it"):
+        with pytest.raises(InvalidValueError, match="nowhere/network: there is no folder .*nowhere; create it"):
             export(network, tmp_path / "nowhere" / "network", (3, 10, 10))
 
 
 @pytest.mark.parametrize("earlier", [None, b"whole"])
-def test_nothing_half_written_stays_when_the_exporter_fails(
+def test_no_partial_file_stays_if_the_exporter_fails(
     supernet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bytes | None
 ) -> None:
     file = tmp_path / "network.onnx"
@@ -129,14 +129,14 @@ def test_nothing_half_written_stays_when_the_exporter_fails(
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     network = extract(supernet, (1, 2)).train()
-    with pytest.raises(GrossRayError, match="ONNX cannot follow this network: RuntimeError: the exporter failed;"):
+    with pytest.raises(GrossRayError, match="ONNX cannot trace this network: RuntimeError: the exporter failed;"):
         export_onnx(network, file, (3, 10, 10))
     assert network.training
     assert [one.read_bytes() for one in tmp_path.iterdir()] == ([] if earlier is None else [earlier])
 
 
 class Sized(nn.Module):
-    """Makes something for each image, of a number that is Python's."""
+    """Turns the batch size into a Python number, which fixes it in a trace."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean((2, 3)) + torch.zeros(int(len(images)), 1)
@@ -144,32 +144,34 @@ class Sized(nn.Module):
 
 @pytest.mark.parametrize(("export", "name"), [(export_onnx, "network.onnx"), (export_program, "network.pt2")])
 def test_a_network_that_fixes_the_size_of_a_batch_is_refused(tmp_path: Path, export: Any, name: str) -> None:
-    with pytest.raises(GrossRayError, match="cannot follow this network: .*batch.*; write its weights instead") as told:
+    with pytest.raises(
+        GrossRayError, match="cannot trace this network: .*batch.*; write its weights instead"
+    ) as caught:
         export(nn.Sequential(nn.Conv2d(3, 4, 3), Sized()), tmp_path / name, (3, 8, 8))
-    assert len(str(told.value).splitlines()) == 1
+    assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(InvalidValueError, match="the network cannot run an image of 4x8x8"):
         export(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / name, (4, 8, 8))
     assert list(tmp_path.iterdir()) == []
 
 
 class Forks(nn.Module):
-    """Takes another way for dark images."""
+    """Branches on the values of the images."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
 
 
 @pytest.mark.parametrize(("export", "name"), [(export_onnx, "network.onnx"), (export_program, "network.pt2")])
-def test_a_network_that_cannot_be_followed_is_told_in_a_line(tmp_path: Path, export: Any, name: str) -> None:
-    with pytest.raises(GrossRayError, match="cannot follow this network: .*write its weights instead") as told:
+def test_a_network_that_cannot_be_traced_is_refused_in_one_line(tmp_path: Path, export: Any, name: str) -> None:
+    with pytest.raises(GrossRayError, match="cannot trace this network: .*write its weights instead") as caught:
         export(nn.Sequential(nn.Conv2d(3, 4, 3), Forks()), tmp_path / name, (3, 8, 8))
-    assert len(str(told.value).splitlines()) == 1
-    assert not re.search(r"\x1b|step \d/\d", str(told.value))  # what the exporter says of itself
+    assert len(str(caught.value).splitlines()) == 1
+    assert not re.search(r"\x1b|step \d/\d", str(caught.value))  # colours and progress of the exporter
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
-def test_missing_extra_is_named(
+def test_a_missing_extra_is_named(
     supernet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     real = importlib.util.find_spec

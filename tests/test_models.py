@@ -20,7 +20,6 @@ from gross_ray.models import (
     four_conv,
     initialise,
     model_of,
-    predict,
     resnet18,
     vgg16,
 )
@@ -80,7 +79,6 @@ def test_four_conv_computes_what_section_4_2_says(num_classes: int, image_size: 
     assert logits.shape == (2, num_classes)
     with torch.no_grad():
         torch.testing.assert_close(network(images), logits)
-        assert predict(network, images).tolist() == [max(range(num_classes), key=row.__getitem__) for row in logits]
 
 
 def test_four_conv_drops_out_between_the_linear_layers_only_in_training() -> None:
@@ -133,7 +131,7 @@ def test_weights_are_drawn_as_section_4_2_says() -> None:
             assert not module.bias.any()
 
 
-def test_four_conv_is_initialised_so() -> None:
+def test_four_conv_has_this_initialisation() -> None:
     network = build_model("four-conv", num_classes=10, generator=seeded(0))
     again = copy.deepcopy(network)
     for module in (module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)):
@@ -158,7 +156,7 @@ def test_vgg16_is_torchvisions_with_one_linear_layer(vgg: nn.Module) -> None:
 
 
 def test_vgg16_is_initialised_as_torchvision_does(vgg: nn.Module) -> None:
-    """Though it is built without the weights of torchvision's classifier: nothing is left as memory happened to be."""
+    """It is built without drawing torchvision's classifier; no weight may stay uninitialised memory."""
     with torch.random.fork_rng(devices=[]):
         theirs = torchvision.models.vgg16_bn().features.state_dict()
     ours = vgg.features.state_dict()
@@ -213,11 +211,11 @@ def test_generator_alone_decides_the_weights(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_unknown_model_lists_those_there_are() -> None:
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     for refuse in (check_model_name, lambda name: build_model(name, num_classes=10, generator=seeded(0))):
         with pytest.raises(InvalidValueError) as caught:
             refuse("bert")
-        assert str(caught.value).startswith("unknown model 'bert'; there are: four-conv, vgg16, resnet18; others by ")
+        assert str(caught.value).startswith("unknown model 'bert'; known models: four-conv, vgg16, resnet18; or ")
 
 
 def own_factory(num_classes: int, *, image_size: int) -> nn.Module:
@@ -248,7 +246,9 @@ def test_modules_that_torch_cannot_copy_are_refused_with_the_remedy(monkeypatch:
         network = model_of(f"{__name__}:own_factory", num_classes=2, image_size=32)
         network(torch.ones(1, 3, 8, 8)).sum().backward()
         copy.deepcopy(network)
-    with pytest.raises(InvalidValueError, match="its module '1' is a LazyConv2d without weights yet: run an image in"):
+    with pytest.raises(
+        InvalidValueError, match="its module '1' is a LazyConv2d without weights yet: run an image through it in"
+    ):
         model_of(f"{__name__}:lazy", num_classes=2, image_size=32)
 
 
@@ -256,7 +256,7 @@ def of_two_lines() -> nn.Module:
     raise ValueError("of two\n  lines")
 
 
-def test_a_factory_of_ones_own_is_given_what_it_names() -> None:
+def test_a_users_factory_gets_the_arguments_that_it_names() -> None:
     own = model_of(f"{__name__}:own_factory", num_classes=7, image_size=40)
     assert (own.in_features, own.out_features) == (40, 7)
     theirs = model_of("torchvision.models:mobilenet_v2", num_classes=3, image_size=40)
@@ -270,15 +270,15 @@ def test_a_factory_of_ones_own_is_given_what_it_names() -> None:
         ("nowhere.at_all:make", "model 'nowhere.at_all:make': No module named 'nowhere'; write package.module:factory"),
         (":make", "model ':make': .*write package.module:factory"),
         ("torch:nothing", "module 'torch' has no attribute 'nothing'; write"),
-        ("torch:pi", "pi is no function"),
-        (f"{__name__}:no_network", "it returned a int, must be an nn.Module"),
-        (f"{__name__}:of_two_lines", "it fails: ValueError: of two lines$"),
+        ("torch:pi", "pi is not a function"),
+        (f"{__name__}:no_network", "returned a int, must return an nn.Module"),
+        (f"{__name__}:of_two_lines", "its factory fails: ValueError: of two lines$"),
         ("failing_model:make", "model 'failing_model:make': failing_model fails: NameError: name 'missing' is not"),
-        ("torch.nn:Linear", "it fails: TypeError: .*in_features"),
-        ("vgg", "unknown model 'vgg'; there are: four-conv, vgg16, resnet18"),
+        ("torch.nn:Linear", "its factory fails: TypeError: .*in_features"),
+        ("vgg", "unknown model 'vgg'; known models: four-conv, vgg16, resnet18"),
     ],
 )
-def test_a_model_that_is_not_there_is_refused(
+def test_an_unknown_model_or_factory_is_refused(
     name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "failing_model.py").write_text("missing\n")
@@ -287,5 +287,5 @@ def test_a_model_that_is_not_there_is_refused(
         model_of(name, num_classes=2, image_size=32)
 
 
-def test_the_names_that_are_checked_without_torch_are_those_of_the_networks() -> None:
+def test_the_names_that_are_checked_without_torch_are_the_built_in_networks() -> None:
     assert list(MODELS) == model_names.NAMES

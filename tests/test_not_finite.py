@@ -1,4 +1,4 @@
-"""Options that are no finite number are refused, whoever gives them."""
+"""Every option refuses NaN and infinity."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MAKERS: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_is_not_finite_is_refused(name: str, value: float) -> None:
+def test_nan_and_infinity_are_refused(name: str, value: float) -> None:
     with pytest.raises(InvalidValueError) as caught:
         MAKERS[name](value)
     assert len(str(caught.value).splitlines()) == 1

@@ -28,10 +28,10 @@ def test_presets_differ() -> None:
     assert len({preset(name).fingerprint() for name in PRESETS}) == len(PRESETS)
 
 
-def test_unknown_preset_lists_those_there_are() -> None:
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidValueError) as caught:
         preset("papers")
-    assert str(caught.value) == f"unknown preset 'papers'; there are: {', '.join(PRESETS)}"
+    assert str(caught.value) == f"unknown preset 'papers'; known presets: {', '.join(PRESETS)}"
 
 
 def test_paper_has_the_papers_numbers() -> None:
@@ -71,6 +71,6 @@ def test_search_space_is_the_papers(name: str) -> None:
     assert len(space) == 252
 
 
-def test_fashion_departs_from_the_paper_where_it_says_so() -> None:
+def test_fashion_differs_from_the_paper_only_in_the_documented_fields() -> None:
     changed = {name for name, value in preset("fashion").fields().items() if value != preset("paper").fields()[name]}
     assert changed == {"name", "data.name", "training.lr", "supernet.alpha", "supernet.scaling", "sweep.scalings"}

@@ -13,7 +13,7 @@ from gross_ray import BlockTerms, Bottleneck, BTDOptions, Configuration, SearchS
 
 NONE, ANY = inspect.Parameter.empty, object()
 """No default, and a default that the design leaves open."""
-# Before "*": may be given by place. After it: by keyword only.
+# Parameters before "*" may be positional; those after it are keyword-only.
 FUNCTIONS: dict[str, list[Any]] = {
     "block_term_decomposition": [
         ("weight", NONE),
@@ -74,14 +74,14 @@ METHODS: list[tuple[Any, list[Any]]] = [
 def check_signature(function: Any, expected: list[Any]) -> None:
     parameters = list(inspect.signature(function).parameters.values())
     num_expected = len([one for one in expected if one != "*"])
-    for more in parameters[num_expected:]:  # what is called as the design says is not disturbed by these
+    for more in parameters[num_expected:]:  # further parameters must not disturb calls that follow the design
         assert (more.kind, more.default is NONE) == (inspect.Parameter.KEYWORD_ONLY, False)
     parameters = parameters[:num_expected]
-    place = expected.index("*") if "*" in expected else len(expected)
+    num_positional = expected.index("*") if "*" in expected else len(expected)
     named = [one for one in expected if one != "*"]
     assert [parameter.name for parameter in parameters] == [name for name, _ in named]
-    kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD] * place
-    kinds += [inspect.Parameter.KEYWORD_ONLY] * (len(named) - place)
+    kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD] * num_positional
+    kinds += [inspect.Parameter.KEYWORD_ONLY] * (len(named) - num_positional)
     assert [parameter.kind for parameter in parameters] == kinds
     for parameter, (_, default) in zip(parameters, named, strict=True):
         if default is ANY:
@@ -114,7 +114,7 @@ def test_the_check_of_signatures_can_fail() -> None:
             check_signature(function, other)
 
 
-def test_sampling_scales_in_one_of_the_two_ways() -> None:
+def test_the_default_scaling_is_normalised() -> None:
     default = inspect.signature(gross_ray.sampling_probabilities).parameters["scaling"].default
     assert default == "normalised"
 
@@ -156,7 +156,7 @@ def test_everything_listed_can_be_imported() -> None:
     assert classes | set(FUNCTIONS) <= set(gross_ray.__all__)
 
 
-def test_the_paths_that_scripts_of_others_import_lead_to_the_public_names() -> None:
+def test_import_paths_of_existing_scripts_lead_to_the_public_names() -> None:
     experiment = importlib.import_module("gross_ray.experiment")
     assert experiment.DataOptions is gross_ray.DataOptions
     assert experiment.Schedule is gross_ray.Schedule
@@ -192,6 +192,6 @@ def test_series_has_a_group_size_that_can_be_set() -> None:
     assert series.group_size == 2
 
 
-def test_unconstrained_decomposition_is_lawful() -> None:
+def test_an_unconstrained_decomposition_is_allowed() -> None:
     assert BTDOptions(ridge=0.0).ridge == 0.0
     assert BTDOptions(init="random").init == "random"

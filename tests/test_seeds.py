@@ -11,8 +11,8 @@ part = st.one_of(st.text(st.characters(exclude_characters="/", codec="utf-8")), 
 named = st.tuples(st.integers(), st.lists(part, max_size=4))
 
 
-# Stored numbers, for here they are the promise: a run continued on another machine, or by a later release, must draw
-# what it would have drawn. They are the first 16 digits that `printf %s TEXT | sha256sum` prints, halved.
+# Stored numbers, because they are the promise: a run that continues on another machine, or with a later release, must
+# draw the same numbers. They are half of the first 16 digits that `printf %s TEXT | sha256sum` prints.
 @pytest.mark.parametrize(
     ("parts", "digits"),
     [
@@ -39,9 +39,9 @@ def test_seeds_of_a_whole_run_differ() -> None:
     assert len(set(seeds)) == 1800
 
 
-def test_generator_draws_by_its_seed_alone() -> None:
+def test_a_generator_draws_by_its_seed_alone() -> None:
     state = torch.get_rng_state()
-    first, again, other = (torch.rand(100, generator=derived_generator(0, "train", place)) for place in (1, 1, 2))
+    first, again, other = (torch.rand(100, generator=derived_generator(0, "train", unit)) for unit in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(first, torch.rand(100, generator=torch.Generator().manual_seed(derive_seed(0, "train", 1))))

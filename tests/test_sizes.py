@@ -1,4 +1,4 @@
-"""No file and no function grows beyond what one can read at once."""
+"""Files and functions stay short enough to read at once."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(gross_ray.__file__).parents[1]
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 APART = {"tests", "benchmarks", "build", "dist", "runs"}
-"""Top folders that are not checked; neither are hidden ones."""
+"""Top folders that are not checked; hidden folders are not either."""
 
 
 def too_long(root: Path) -> dict[str, int]:

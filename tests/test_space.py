@@ -18,7 +18,7 @@ group_sizes = st.lists(st.integers(1, 10**6), min_size=1, max_size=8)
 
 
 def space_of(sizes: list[list[int]]) -> SearchSpace:
-    return SearchSpace({f"conv{place}": one for place, one in enumerate(sizes)})
+    return SearchSpace({f"conv{number}": of_layer for number, of_layer in enumerate(sizes)})
 
 
 @given(sizes_of_layers)
@@ -27,17 +27,17 @@ def test_members_are_the_product_in_lexicographic_order(sizes: list[list[int]]) 
     oracle = list(itertools.product(*map(sorted, sizes)))
     assert len(space) == len(oracle)
     assert list(space) == oracle
-    assert [space[place] for place in range(len(space))] == oracle
+    assert [space[index] for index in range(len(space))] == oracle
     assert [space.index(member) for member in oracle] == list(range(len(oracle)))
     assert all(type(member) is Configuration for member in space)
     assert list(reversed(space)) == oracle[::-1]
 
 
 @given(sizes_of_layers, st.data())
-def test_negative_places_and_slices_are_those_of_a_list(sizes: list[list[int]], data: st.DataObject) -> None:
+def test_negative_indices_and_slices_are_those_of_a_list(sizes: list[list[int]], data: st.DataObject) -> None:
     space, oracle = space_of(sizes), list(itertools.product(*map(sorted, sizes)))
-    place = data.draw(st.integers(-len(oracle), len(oracle) - 1))
-    assert space[place] == oracle[place]
+    index = data.draw(st.integers(-len(oracle), len(oracle) - 1))
+    assert space[index] == oracle[index]
     chosen = data.draw(st.slices(len(oracle)))
     assert space[chosen] == oracle[chosen]
     for outside in (len(oracle), -len(oracle) - 1):
@@ -58,7 +58,7 @@ def test_contains_exactly_the_members_of_the_product(sizes: list[list[int]], can
 
 @pytest.mark.parametrize("num_layers", [12, 16])
 def test_spaces_of_vgg16_and_resnet18_are_never_listed(num_layers: int) -> None:
-    # 4^12 and 4^16 members: listing them would take minutes and gigabytes, so that a wrong way cannot pass unnoticed.
+    # 4^12 and 4^16 members: listing them would take minutes and gigabytes, which nobody could overlook.
     sizes = [[1, 4, 16, 32]] * num_layers
     space = space_of(sizes)
     assert len(space) == 4**num_layers
@@ -76,15 +76,15 @@ def test_spaces_of_vgg16_and_resnet18_are_never_listed(num_layers: int) -> None:
 @given(
     st.lists(st.lists(st.integers(1, 10**4), min_size=1, max_size=9, unique=True), min_size=1, max_size=12), st.data()
 )
-def test_index_and_place_are_inverse_in_spaces_of_any_size(sizes: list[list[int]], data: st.DataObject) -> None:
+def test_index_and_member_are_inverse_in_spaces_of_any_size(sizes: list[list[int]], data: st.DataObject) -> None:
     space = space_of(sizes)
     assert len(space) == prod(map(len, sizes))
-    place, other = (data.draw(st.integers(0, len(space) - 1)) for _ in range(2))
-    assert space.index(space[place]) == place
-    assert (space[place] < space[other]) == (place < other)
+    first, second = (data.draw(st.integers(0, len(space) - 1)) for _ in range(2))
+    assert space.index(space[first]) == first
+    assert (space[first] < space[second]) == (first < second)
 
 
-def test_repeated_and_unordered_sizes_are_settled() -> None:
+def test_sizes_are_sorted_and_repeats_dropped() -> None:
     space = SearchSpace({"b": [4, 1, 4, np.int64(2)], "a": (8,)})
     assert space.group_sizes == {"b": (1, 2, 4), "a": (8,)}
     assert space.layers == ("b", "a")
@@ -138,7 +138,7 @@ def test_other_text_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 2], [4, -1], [2.5, 4], [2.0], "23", ["2", "4"], [None]])
-def test_what_is_no_configuration_is_refused(sizes: list[int]) -> None:
+def test_other_sizes_than_positive_whole_numbers_are_refused(sizes: list[int]) -> None:
     with pytest.raises(InvalidValueError, match="needs one positive whole group-size for each decomposed layer"):
         Configuration(sizes)
 
@@ -146,7 +146,7 @@ def test_what_is_no_configuration_is_refused(sizes: list[int]) -> None:
 @pytest.mark.parametrize(
     "sizes", [{}, {"conv2": []}, {"conv2": [1], "conv3": ()}, {"conv2": [0, 1]}, {"conv2": [-2]}, {"conv2": [1.5]}]
 )
-def test_what_is_no_space_is_refused(sizes: dict[str, list[int]]) -> None:
+def test_an_invalid_space_is_refused(sizes: dict[str, list[int]]) -> None:
     with pytest.raises(InvalidValueError, match="needs a layer, and positive whole group-sizes") as caught:
         SearchSpace(sizes)
     assert str(sizes) in str(caught.value)
@@ -161,7 +161,7 @@ def test_refusals_name_the_layer_and_its_choices() -> None:
     assert type(space.check([2, 4])) is Configuration
 
 
-def test_a_space_beyond_what_len_can_tell_has_its_size_and_members() -> None:
+def test_a_space_too_large_for_len_has_its_size_and_members() -> None:
     space = SearchSpace({f"layer{number}": (1, 4, 16, 32) for number in range(33)})
     assert space.size == 4**33
     with pytest.raises(OverflowError):

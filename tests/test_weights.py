@@ -1,4 +1,4 @@
-"""Weights from files of one's own."""
+"""Weights from a user's files."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_every_form_of_a_state_dict_is_read(trained: dict[str, Tensor], tmp_path
     assert all(torch.equal(one, trained[name]) for name, one in loaded.state_dict().items())
 
 
-def test_another_networks_weights_are_told_in_a_line(trained: dict[str, Tensor], tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused_in_one_line(trained: dict[str, Tensor], tmp_path: Path) -> None:
     del trained["0.bias"], trained["1.weight"]
     trained |= {"head.weight": torch.zeros(2), "2.bias": torch.zeros(5)}
     save_file(trained, tmp_path / "w.safetensors")
     line = (
-        r"w.safetensors: they are another network's: 2 missing \(0.bias, 1.weight\); 1 unexpected \(head.weight\); "
-        r"1 of another shape \(2.bias \(5,\), not \(2,\)\); give the model that they were trained in$"
+        r"w.safetensors: belong to another network: 2 missing \(0.bias, 1.weight\); 1 unexpected \(head.weight\); "
+        r"1 of another shape \(2.bias \(5,\), not \(2,\)\); name the model that they were trained in$"
     )
     loaded = fresh()
     before = {name: one.clone() for name, one in loaded.state_dict().items()}
@@ -77,7 +77,7 @@ class Evil:
         return print, ("run",)
 
 
-def test_what_is_no_state_dict_is_refused_and_nothing_in_it_runs(
+def test_a_file_without_a_state_dict_is_refused_and_none_of_its_code_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
@@ -91,15 +91,15 @@ def test_what_is_no_state_dict_is_refused_and_nothing_in_it_runs(
     torch.save({0: torch.ones(1)}, tmp_path / "numbered.pt")
     torch.save({"0.weight": torch.eye(2).to_sparse()}, tmp_path / "sparse.pt")
     refused = {
-        "list.pt": "holds a list, no state dict of tensors",
-        "empty.pt": "holds a dict, no state dict",
-        "evil.pt": r"cannot be read \(a pickle of code, or no file of torch.save\); save a state dict",
+        "list.pt": "is a list, not a state dict of tensors",
+        "empty.pt": "is a dict, not a state dict",
+        "evil.pt": r"cannot be read \(a pickle of code, or not a file of torch.save\); save a state dict",
         "plain.pkl": "cannot be read",
         "text.pt": "cannot be read",
         "bytes.pt": "cannot be read",
         "hosts.pt": "cannot be read",
-        "numbered.pt": "holds a dict, no state dict",
-        "sparse.pt": "holds a dict, no state dict",
+        "numbered.pt": "is a dict, not a state dict",
+        "sparse.pt": "is a dict, not a state dict",
         "text.safetensors": "cannot be read",
         "nowhere.pt": "there is no such file",
     }
@@ -111,19 +111,19 @@ def test_what_is_no_state_dict_is_refused_and_nothing_in_it_runs(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1j])
-def test_weights_of_no_finite_real_numbers_are_refused(
+def test_weights_that_are_not_finite_real_numbers_are_refused(
     trained: dict[str, Tensor], tmp_path: Path, value: complex
 ) -> None:
     trained["0.weight"] = trained["0.weight"] * value
     torch.save(trained, tmp_path / "w.pt")
     with pytest.raises(
-        InvalidValueError, match=r"1 hold NaN, infinity or complex numbers \(0.weight\); give those of a"
+        InvalidValueError, match=r"1 contain NaN, infinity or complex numbers \(0.weight\); use weights"
     ):
         load_weights(fresh(), tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_wrappers_are_left_out(trained: dict[str, Tensor], tmp_path: Path, prefix: str) -> None:
+def test_prefixes_of_wrappers_are_dropped(trained: dict[str, Tensor], tmp_path: Path, prefix: str) -> None:
     torch.save({f"{prefix}{name}": tensor for name, tensor in trained.items()}, tmp_path / "w.pt")
     loaded = fresh()
     load_weights(loaded, tmp_path / "w.pt")
@@ -131,7 +131,7 @@ def test_prefixes_of_wrappers_are_left_out(trained: dict[str, Tensor], tmp_path:
 
 
 class Twice(nn.Module):
-    """One convolution under two names, and another like it."""
+    """One convolution under two names, and another of the same shape."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,14 +13,14 @@ from gross_ray.errors import InvalidValueError
 
 
 class BTDStatus(StrEnum):
-    """Why a decomposition ended."""
+    """Why a decomposition stopped."""
 
     CONVERGED = "converged"
-    """The last steps lowered the objective by less than the tolerance each."""
+    """The last steps lowered sqrt(J) by less than the tolerance each, on average."""
     MAX_STEPS = "max_steps"
-    """The steps ran out first; raise `max_steps` or `tolerance`."""
+    """The step limit came first; raise `max_steps` or `tolerance`."""
     ZERO_WEIGHT = "zero_weight"
-    """The weight is zero everywhere, and so are the terms."""
+    """The weight is zero everywhere, so the terms are zero too."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class BlockTerms:
     cancellation: float
     """sqrt(sum over terms of ||T_r||^2) / ||W||: at most 1 for orthogonal terms, large for degenerate ones."""
     steps: int
-    """Steps of the descent taken; 0 for a single term, which has a closed form."""
+    """Number of descent steps; 0 for a single term, which has a closed form."""
     status: BTDStatus
-    """Why it ended."""
+    """Why the decomposition stopped."""
 
     def __post_init__(self) -> None:
         groups, rank_in, rank_out = self.core.shape[:3]
         in_shape, out_shape = tuple(self.factor_in.shape), tuple(self.factor_out.shape)
-        lawful = rank_in == rank_out and in_shape == (groups, groups * rank_in, rank_in)
-        if not lawful or (out_shape[0], out_shape[2]) != (groups, rank_out):
+        fits_in = rank_in == rank_out and in_shape == (groups, groups * rank_in, rank_in)
+        if not fits_in or (out_shape[0], out_shape[2]) != (groups, rank_out):
             raise InvalidValueError(
                 f"block terms of shapes core {tuple(self.core.shape)}, factor_in {in_shape}, factor_out {out_shape}: "
                 "must be (R, g, g, kH, kW), (R, R g, g) and (R, C_out, g)"
@@ -69,8 +69,8 @@ class BlockTerms:
     def to_bottleneck(self) -> Bottleneck:
         """Return the bottleneck that equals the sum of the terms (Table 1).
 
-        The scale of each term is spread evenly over the three convolutions (equal Frobenius norms), so that one
-        learning rate suits them all.
+        Each term contributes with equal Frobenius norms to the three convolutions, so that one learning rate suits
+        them all.
         """
         groups, group_size, _, *kernel = self.core.shape
         channels = groups * group_size
@@ -78,14 +78,11 @@ class BlockTerms:
             weight.flatten(1).norm(dim=1).clamp_min(1e-30) for weight in (self.factor_in, self.core, self.factor_out)
         ]
         even = (norms[0] * norms[1] * norms[2]) ** (1 / 3)
-        scale_in, scale_core, scale_out = (
-            torch.where(even > 1e-20, even / norm, 1.0) for norm in norms
-        )  # a term that is zero keeps its factors
-        factor_in, core, factor_out = (
-            self.factor_in * scale_in[:, None, None],
-            self.core * scale_core[:, None, None, None, None],
-            self.factor_out * scale_out[:, None, None],
-        )
+        # A zero term keeps its factors.
+        scale_in, scale_core, scale_out = (torch.where(even > 1e-20, even / norm, 1.0) for norm in norms)
+        factor_in = self.factor_in * scale_in[:, None, None]
+        core = self.core * scale_core[:, None, None, None, None]
+        factor_out = self.factor_out * scale_out[:, None, None]
         return Bottleneck(
             pointwise_in=factor_in.transpose(1, 2).reshape(channels, channels, 1, 1),
             grouped=core.transpose(1, 2).reshape(channels, group_size, *kernel),
@@ -93,7 +90,7 @@ class BlockTerms:
         )
 
     def expand(self, target_group_size: int) -> BlockTerms:
-        """Return the equal terms of a larger group-size: neighbours merged, their cores on a diagonal (Psi, Eq. 5)."""
+        """Return terms of a larger group-size and the same sum: neighbours merge, cores on a diagonal (Psi, Eq. 5)."""
         if target_group_size % self.group_size or (self.groups * self.group_size) % target_group_size:
             raise InvalidValueError(
                 f"target_group_size (={target_group_size}) must be a multiple of the group-size (={self.group_size}) "
@@ -109,16 +106,11 @@ class BlockTerms:
             return blocks.reshape(groups, factor.shape[1], target_group_size)
 
         core = grid.reshape(groups, target_group_size, target_group_size, *self.core.shape[3:])
-        norms = _term_norms(core, side_by_side(self.factor_in), side_by_side(self.factor_out))
-        ours = _term_norms(self.core, self.factor_in, self.factor_out).square().sum().sqrt()
-        ratio = float(norms.square().sum().sqrt() / ours) if ours > 0 else 1.0
-        return replace(
-            self,
-            core=core,
-            factor_in=side_by_side(self.factor_in),
-            factor_out=side_by_side(self.factor_out),
-            cancellation=self.cancellation * ratio,
-        )
+        factor_in, factor_out = side_by_side(self.factor_in), side_by_side(self.factor_out)
+        norm = _term_norms(core, factor_in, factor_out).square().sum().sqrt()
+        before = _term_norms(self.core, self.factor_in, self.factor_out).square().sum().sqrt()
+        cancellation = self.cancellation * (float(norm / before) if before > 0 else 1.0)
+        return replace(self, core=core, factor_in=factor_in, factor_out=factor_out, cancellation=cancellation)
 
 
 def zero_terms(weight: Tensor, group_size: int) -> BlockTerms:
@@ -137,6 +129,6 @@ def zero_terms(weight: Tensor, group_size: int) -> BlockTerms:
 
 
 def _term_norms(core: Tensor, factor_in: Tensor, factor_out: Tensor) -> Tensor:
-    """Return ||T_r|| of each term, (R,), for factors that need not be orthonormal."""
+    """Return ||T_r|| of each term, (R,), for any factors, orthonormal or not."""
     upper_in, upper_out = torch.linalg.qr(factor_in)[1], torch.linalg.qr(factor_out)[1]
     return torch.einsum("rxa,rabhw,ryb->rxyhw", upper_in, core, upper_out).flatten(1).norm(dim=1)

@@ -1,9 +1,10 @@
 """Limited-memory BFGS over block terms, for many descents at once.
 
 The memory is kept in scaled coordinates (`TermFit.scaled`), in which the Hessian is near the identity, and is carried
-from point to point as it is. The ridge starts high and sinks in stages: with a high ridge the terms stay nearly
+from point to point unchanged. The ridge starts high and sinks in stages: with a high ridge the terms stay nearly
 orthogonal and the objective has fewer poor local minima (docs/method.md has the figures). The last stage's ridge is
-relative to the squared error that is left, so that it weighs alike on weights that fit well and on those that do not.
+relative to the remaining squared error, so that it weighs equally on weights that fit well and on weights that fit
+badly.
 """
 
 from __future__ import annotations
@@ -21,37 +22,37 @@ from gross_ray.btd.term_fit import Factors, Point, TermFit, member_product
 RIDGE_STAGES = (0.3, 0.1, 0.03, 0.01)
 """Ridges of the first stages."""
 STAGE_STEPS = 40
-"""Steps of each stage, at most: fewer where it converges before."""
+"""Most steps of a stage; a stage that converges is shorter."""
 LEAST_SQUARED_ERROR = 1e-12
-"""What the last ridge is relative to where the error is less: else a ridge could not act on an exact fit."""
+"""Lower bound of the squared error to which the last ridge is relative: a ridge must act on an exact fit too."""
 WINDOW = 10
-"""Steps over which the decrease is averaged: one slow step ends nothing."""
+"""Steps over which the decrease is averaged, so that one slow step does not stop a descent."""
 MEMORY = 6
-"""Steps that the Hessian is estimated from."""
+"""Number of past steps that estimate the Hessian."""
 SCALING_STEPS = 5
 """Steps between two updates of the scaling."""
 HALVINGS = 20
-"""Shortenings of a step before it is given up."""
+"""How often a step is shortened before the line search gives up."""
 SUFFICIENT = 1e-4
-"""Part of the promised decrease that a step must give (Armijo)."""
+"""Fraction of the predicted decrease that a step must reach (Armijo)."""
 
 OnStep = Callable[[int, float], object]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one descent."""
+    """The result of one descent."""
 
     factors: Factors
-    """The unknowns, of one member."""
+    """The unknowns of one member."""
     squared_error: float
     """||W - sum_r T_r||^2"""
     ridge: float
-    """The ridge in J of the last stage."""
+    """The ridge in J during the last stage."""
     steps: int
-    """Steps taken."""
+    """Number of steps."""
     status: BTDStatus
-    """Why it ended."""
+    """Why the descent stopped."""
 
 
 def descend(
@@ -66,13 +67,13 @@ def descend(
 ) -> list[Outcome]:
     """Lower J for every member of `fit`, and return one outcome for each.
 
-    The ridge of the last stage is `ridge` times the squared error at its begin. A member has converged when `WINDOW`
-    steps of it lowered sqrt(J) by less than `tolerance` each, on average. `max_steps` (1 or more) limits every member,
-    or has a limit for each. `warm` members are in the last stage from their first step. `on_step` is called with each
-    step's number and the lowest sqrt(J) so far, at the ridge of its step: it never rises.
+    The ridge of the last stage is `ridge` times the squared error at its start. A member has converged when its last
+    `WINDOW` steps lowered sqrt(J) by less than `tolerance` each, on average. `max_steps` is one limit (1 or more) for
+    every member, or a limit for each. `warm` members start in the last stage. `on_step` is called after each step with
+    its number and the lowest sqrt(J) so far, each at the ridge of its step, so the value never rises.
     """
     members = len(factors.core)
-    most = torch.tensor([max_steps] * members if isinstance(max_steps, int) else list(max_steps))
+    limits = torch.tensor([max_steps] * members if isinstance(max_steps, int) else list(max_steps))
     descent = _Descent(fit, factors, ridge, warm or [False] * members)
     outcomes: dict[int, Outcome] = {}
     lowest = float("inf")
@@ -84,17 +85,17 @@ def descend(
         settled = descent.settled(tolerance)
         converged = settled & descent.in_last_stage()
         descent.next_stage(settled)
-        ended = converged | (most <= descent.steps)
+        stopped = converged | (limits <= descent.steps)
         outcomes |= descent.outcomes(converged, BTDStatus.CONVERGED)
-        outcomes |= descent.outcomes(ended & ~converged, BTDStatus.MAX_STEPS)
-        if ended.any() and not ended.all():
-            descent.keep(~ended)
-            most = most[~ended]
+        outcomes |= descent.outcomes(stopped & ~converged, BTDStatus.MAX_STEPS)
+        if stopped.any() and not stopped.all():
+            descent.keep(~stopped)
+            limits = limits[~stopped]
     return [outcomes[number] for number in range(members)]
 
 
 class _Descent:
-    """The state of the members that have not ended."""
+    """The state of the members that are still descending."""
 
     def __init__(self, fit: TermFit, factors: Factors, ridge: float, warm: Sequence[bool]) -> None:
         self.fit = fit
@@ -112,7 +113,7 @@ class _Descent:
         self._last = [self.objective]
 
     def _stage_ridge(self) -> Tensor:
-        """Return the ridges of stages that begin here; they never rise."""
+        """Return each member's ridge for a stage that starts now; a member's ridge never rises."""
         relative = self._relative_ridge * self._point.squared_error.clamp_min(LEAST_SQUARED_ERROR)
         stages = torch.tensor([*RIDGE_STAGES, 0.0])[self._stage].to(relative)
         return torch.minimum(self._ridge, torch.maximum(stages, relative))
@@ -141,17 +142,17 @@ class _Descent:
         self._stage_steps += 1
 
     def settled(self, tolerance: float) -> Tensor:
-        """Return which members' last steps, all of their present stage, gained less than the tolerance each."""
+        """Return which members gained less than the tolerance per step in the last steps of their present stage."""
         gained = self._last[0].sqrt() - self.objective.sqrt()
         return (gained < tolerance * WINDOW).cpu() & (self._stage_steps >= WINDOW)
 
     def in_last_stage(self) -> Tensor:
-        """Return which members have come to their last ridge."""
+        """Return which members are in their last stage."""
         return self._stage == len(RIDGE_STAGES)
 
-    def next_stage(self, early: Tensor) -> None:
-        """Lower the ridge of the members whose stage has had its steps, or early."""
-        going = (early | (self._stage_steps == STAGE_STEPS)) & ~self.in_last_stage()
+    def next_stage(self, settled: Tensor) -> None:
+        """Lower the ridge of the members that have settled or used up the steps of their stage."""
+        going = (settled | (self._stage_steps == STAGE_STEPS)) & ~self.in_last_stage()
         if not going.any():
             return
         self._stage[going] += 1
@@ -163,42 +164,37 @@ class _Descent:
         self._last[-1] = self.objective
 
     def outcomes(self, chosen: Tensor, status: BTDStatus) -> dict[int, Outcome]:
-        """Return the outcomes of some members, by their numbers."""
-        if not chosen.any():  # at nearly every step: nothing is fetched from the device for it
+        """Return the outcomes of the chosen members by member number."""
+        if not chosen.any():  # true at nearly every step: do not wait for the device
             return {}
         squared_error, ridge = self._point.squared_error.tolist(), self._ridge.tolist()
         return {
-            int(self._numbers[place]): Outcome(
-                Factors(*(part[place : place + 1].clone() for part in self._point.factors)),
-                squared_error[place],
-                ridge[place],
+            int(self._numbers[i]): Outcome(
+                Factors(*(part[i : i + 1].clone() for part in self._point.factors)),
+                squared_error[i],
+                ridge[i],
                 self.steps,
                 status,
             )
-            for place in chosen.nonzero()[:, 0].tolist()
+            for i in chosen.nonzero()[:, 0].tolist()
         }
 
     def keep(self, chosen: Tensor) -> None:
-        """Leave only some members."""
+        """Drop all members but the chosen ones."""
         self._numbers = self._numbers[chosen]
         self._stage, self._stage_steps = self._stage[chosen], self._stage_steps[chosen]
         stay = chosen.nonzero()[:, 0].to(self.objective.device)
         self.fit.keep(stay)
         self._memory.keep(stay)
-        self._point, self._gradient, self.objective = (
-            self._point.select(stay),
-            self._gradient[stay],
-            self.objective[stay],
-        )
-        self._scaling = self._scaling.select(stay)
-        self._ridge = self._ridge[stay]
+        self._point, self._scaling = self._point.select(stay), self._scaling.select(stay)
+        self._gradient, self.objective, self._ridge = self._gradient[stay], self.objective[stay], self._ridge[stay]
         self._last = [value[stay] for value in self._last]
 
 
 def _search(
     fit: TermFit, point: Point, direction: Tensor, objective: Tensor, slope: Tensor, ridge: Tensor
 ) -> tuple[Point, Tensor, Tensor]:
-    """Return the first point along each direction that lowers J enough, its J and its length: 0 where there is none."""
+    """Return the first point along each direction that lowers J enough, its J and its length (0 if there is none)."""
     length = torch.ones_like(slope)
     enough = torch.zeros_like(slope, dtype=torch.bool)
     noise = 4 * torch.finfo(slope.dtype).eps * objective
@@ -208,9 +204,9 @@ def _search(
         enough |= reached <= objective + 2 * SUFFICIENT * length * slope + noise
         if enough.all():
             return after, reached, length
-        # The lowest point of the parabola through what is known, if it is a sensible shortening.
-        promised = -slope * length.square() / (reached - objective - 2 * slope * length)
-        shorter = torch.maximum(torch.minimum(promised.nan_to_num(0.0), 0.5 * length), 0.1 * length)
+        # The minimum of the parabola through the known values, if it shortens the step by a sensible factor.
+        minimum = -slope * length.square() / (reached - objective - 2 * slope * length)
+        shorter = torch.maximum(torch.minimum(minimum.nan_to_num(0.0), 0.5 * length), 0.1 * length)
         length = torch.where(enough, length, shorter)
         after = fit.move(point, direction, length)
     length = torch.where(enough | (after.objective(ridge) <= objective), length, torch.zeros_like(length))
@@ -219,20 +215,20 @@ def _search(
 
 
 class _Memory:
-    """The last steps and changes of the gradient of each member, and their products.
+    """The last steps and gradient changes of each member, and their inner products.
 
-    The direction is a combination of them and of the gradient, so that the recursion runs on the products alone
+    The direction is a combination of these vectors and the gradient, so the recursion needs only their inner products
     (small arrays on the host), whatever the number of unknowns.
     """
 
     def __init__(self, members: int, unknowns: int, like: Tensor) -> None:
         self._vectors = like.new_zeros(members, 2 * MEMORY, unknowns)  # steps, then changes
-        self._products = np.zeros((members, 2 * MEMORY + 1, 2 * MEMORY + 1))  # the last one is the gradient
-        self._weights = np.zeros((members, MEMORY))  # 1 / (step . change); 0: not used
+        self._products = np.zeros((members, 2 * MEMORY + 1, 2 * MEMORY + 1))  # the gradient comes last
+        self._weights = np.zeros((members, MEMORY))  # 1 / (step . change); 0 for an unused pair
         self._count = 0
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Return minus the inverse Hessian's estimate times the gradient."""
+        """Return minus the estimated inverse Hessian times the gradient."""
         if not self._count:
             return -gradient
         products = member_product(self._vectors, gradient[:, :, None])
@@ -240,29 +236,29 @@ class _Memory:
         self._products[:, -1] = self._products[:, :, -1] = with_gradient[..., 0].cpu().numpy()
         coefficients = np.zeros(self._products.shape[:2])
         coefficients[:, -1] = 1
-        places = [place % MEMORY for place in range(max(0, self._count - MEMORY), self._count)]
+        pairs = [number % MEMORY for number in range(max(0, self._count - MEMORY), self._count)]  # oldest first
         factors = {}
-        for place in reversed(places):
-            factors[place] = (self._products[:, place] * coefficients).sum(1) * self._weights[:, place]
-            coefficients[:, MEMORY + place] -= factors[place]
-        for place in places:
-            back = (self._products[:, MEMORY + place] * coefficients).sum(1) * self._weights[:, place]
-            coefficients[:, place] += factors[place] - back
+        for k in reversed(pairs):
+            factors[k] = (self._products[:, k] * coefficients).sum(1) * self._weights[:, k]
+            coefficients[:, MEMORY + k] -= factors[k]
+        for k in pairs:
+            back = (self._products[:, MEMORY + k] * coefficients).sum(1) * self._weights[:, k]
+            coefficients[:, k] += factors[k] - back
         combination = torch.from_numpy(-coefficients).to(gradient)
         return torch.baddbmm(
             combination[:, -1:, None] * gradient[:, :, None], self._vectors.mT, combination[:, :-1, None]
         )[..., 0]
 
     def remember(self, step: Tensor, change: Tensor) -> None:
-        place = self._count % MEMORY
+        k = self._count % MEMORY
         self._count += 1
-        self._vectors[:, place], self._vectors[:, MEMORY + place] = step, change
+        self._vectors[:, k], self._vectors[:, MEMORY + k] = step, change
         products = (self._vectors @ torch.stack([step, change], dim=1).mT).cpu().double().numpy()
-        for column, index in enumerate((place, MEMORY + place)):
+        for column, index in enumerate((k, MEMORY + k)):
             self._products[:, :-1, index] = self._products[:, index, :-1] = products[..., column]
-        curvature, size = products[:, place, 1], products[:, MEMORY + place, 1]
+        curvature, size = products[:, k, 1], products[:, MEMORY + k, 1]
         usable = (curvature > 1e-10 * size) & (size > 1e-100)
-        self._weights[:, place] = np.divide(1, curvature, out=np.zeros_like(curvature), where=usable)
+        self._weights[:, k] = np.divide(1, curvature, out=np.zeros_like(curvature), where=usable)
 
     def forget(self, members: Tensor) -> None:
         self._weights[members.cpu().numpy()] = 0

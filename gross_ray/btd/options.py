@@ -15,24 +15,24 @@ class BTDOptions:
     """How a block term decomposition is computed."""
 
     tolerance: float = 1e-6
-    """Stop when ten steps lower sqrt(J) / ||W|| by less each, on average (the relative error, where ridge is 0)."""
+    """Stop when ten steps lower sqrt(J) / ||W|| by less each, on average (with ridge 0: the relative error)."""
     max_steps: int = 500_000
-    """Stop after so many steps."""
+    """Stop after this number of steps."""
     restarts: int = 0
-    """How many starts are tried, all in one pass; the lowest error wins. 0: four for a small weight, one for a large.
+    """Number of starts, all in one pass; the lowest error wins. 0: four for a small weight, one for a large one.
 
-    The local minima of a weight lie the closer together the larger it is (`default_restarts`). Where a start is given,
-    0 means that one alone.
+    The larger a weight, the closer together are its local minima (`default_restarts`). With 0 and a `start`, that start
+    is the only one.
     """
     ridge: float = 0.01
     """Weight of the terms' squared norms in J, relative to the squared error; 0.0: unconstrained, often degenerate.
 
-    With any other value it is raised where needed to keep the cancellation at 1.5 or below.
+    Any other value is raised as needed to keep the cancellation at 1.5 or below.
     """
     init: str = "greedy"
-    """"greedy": each term fits what the earlier ones leave; "random": a random basis shared out among the terms."""
+    """"greedy": each term fits the residual of the earlier ones; "random": the terms share a random basis."""
     precision: str = "auto"
-    """"float64"; "float32": most steps in it, the last ones and all figures in float64; "auto": by the size."""
+    """"float64"; "float32": most steps, but the last ones and all figures in float64; "auto": by the weight's size."""
 
     def __post_init__(self) -> None:
         rules = (
@@ -43,6 +43,6 @@ class BTDOptions:
             (self.init in ("greedy", "random"), "init", "must be 'greedy' or 'random'"),
             (self.precision in PRECISIONS, "precision", f"must be one of {', '.join(PRECISIONS)}"),
         )
-        for holds, name, rule in rules:
-            if not holds:
+        for satisfied, name, rule in rules:
+            if not satisfied:
                 raise InvalidValueError(f"{name} = {getattr(self, name)!r}: {rule}")

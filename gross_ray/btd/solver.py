@@ -1,7 +1,7 @@
 """Block term decomposition of a convolution's weight (Eq. 1 to 3), by a joint descent over all terms.
 
-The paper takes an off-the-shelf framework, which fits one term at a time. Here all factors and cores move at once, by a
-limited-memory BFGS method (`descent`) that lowers
+The paper uses an off-the-shelf framework, which fits one term at a time. Here a limited-memory BFGS method (`descent`)
+moves all factors and cores at once to minimise
 
     J = ||W - sum_r T_r||^2 + ridge * error^2 * sum_r ||T_r||^2,    error: the relative error shortly before the end.
 
@@ -24,27 +24,27 @@ from gross_ray.btd.term_fit import Factors, TermFit, orthonormalised
 from gross_ray.errors import InvalidValueError
 
 SMALL_WEIGHT = 64 * 32 * 9
-"""Elements up to which a weight gets all restarts by default."""
+"""Largest number of elements with which a weight gets all restarts by default."""
 MOST_RESTARTS = 4
 """Restarts of a small weight by default."""
 LARGE_WEIGHT = 256 * 256 * 9
-"""Elements from which most steps are taken in float32 by default: below, a step's cost is not its arithmetic."""
+"""Elements from which most steps are in float32 by default; below, arithmetic is not what a step costs."""
 MAX_CANCELLATION = 1.5
-"""Terms above it count as degenerate: their ridge is raised."""
+"""Cancellation above which terms count as degenerate and their ridge is raised."""
 RIDGE_RAISE = 1.5
-"""Factor by which it is raised, as often as needed."""
+"""Factor by which the ridge is raised, as often as needed."""
 
 
 def default_restarts(weight: Tensor) -> int:
-    """Return how many starts are tried where the options do not say: 4 up to 64 x 32 x 3 x 3, 1 from 128 x 64 x 3 x 3.
+    """Return the default number of starts: 4 up to 64 x 32 x 3 x 3 elements, 1 from 128 x 64 x 3 x 3.
 
-    One pass over so many costs little more than one over a weight that fills the processor by itself.
+    A pass over this many starts costs little more than a pass over one weight that fills the processor on its own.
     """
     return min(max(MOST_RESTARTS * SMALL_WEIGHT // weight.numel(), 1), MOST_RESTARTS)
 
 
 def default_precision(weight: Tensor) -> str:
-    """Return the precision of most steps where the options do not say: float32 from 256 x 256 x 3 x 3, else float64."""
+    """Return the default precision of most steps: float32 from 256 x 256 x 3 x 3 elements, else float64."""
     return "float32" if weight.numel() >= LARGE_WEIGHT else "float64"
 
 
@@ -59,9 +59,9 @@ def block_term_decomposition(
 ) -> BlockTerms:
     """Decompose a convolution's weight into C_in / g block terms of rank (g, g) (Eq. 3, section 4.2).
 
-    `weight` is (C_out, C_in, kH, kW), of a convolution with groups=1; the work is done on its device. `start` replaces
-    the first start; its group-size must divide `group_size`, and the error never ends above its own. `on_step` is
-    called with each step's number and sqrt(J) / ||W||, the ridge being that of the step (`descent`). Raises
+    `weight` is (C_out, C_in, kH, kW), of a convolution with groups=1; the computation runs on its device. `start`
+    replaces the first start; its group-size must divide `group_size`, and the result's error is never above its own.
+    `on_step` is called after each step with its number and sqrt(J) / ||W|| at the step's ridge (`descent`). Raises
     InvalidValueError for a group-size that does not divide C_in, a weight of another rank or one that is not finite.
     """
     return block_term_decompositions(
@@ -78,12 +78,12 @@ def block_term_decompositions(
     seeds: Sequence[int] | None = None,
     on_step: OnStep | None = None,
 ) -> list[BlockTerms]:
-    """Decompose several weights of one shape in one pass: the results of `block_term_decomposition`, to rounding.
+    """Decompose several weights of one shape in one pass, like `block_term_decomposition` for each, up to rounding.
 
-    `starts` and `seeds` have one entry for each weight (default: no start, seed 0). Faster than one by one where the
-    weights are small or the device is a GPU. The result for a weight does not depend on the other weights: `max_steps`
-    limits each start of each weight on its own. `on_step` counts the steps of the whole pass. Raises InvalidValueError
-    also where the weights' shapes differ.
+    `starts` and `seeds` have one entry for each weight (default: no start, seed 0). One pass is faster if the weights
+    are small or the device is a GPU. The result for a weight does not depend on the other weights: `max_steps` limits
+    each start of each weight on its own. `on_step` counts the steps of the whole pass. Raises InvalidValueError also
+    if the weights' shapes differ.
     """
     starts = starts or [None] * len(weights)
     seeds = seeds or [0] * len(weights)
@@ -95,25 +95,20 @@ def block_term_decompositions(
             )
     targets = [weight.detach().to(torch.float64) for weight in weights]
     norms = [float(target.norm()) for target in targets]
-    results = {
-        place: zero_terms(target, group_size)
-        for place, (target, norm) in enumerate(zip(targets, norms, strict=True))
-        if norm == 0
-    }
-    places = [place for place, norm in enumerate(norms) if norm > 0]
-    if places:
-        stack = torch.stack([targets[place] / norms[place] for place in places])
+    results = {i: zero_terms(targets[i], group_size) for i, norm in enumerate(norms) if norm == 0}
+    nonzero = [i for i, norm in enumerate(norms) if norm > 0]
+    if nonzero:
         solved = _solve(
-            stack,
+            torch.stack([targets[i] / norms[i] for i in nonzero]),
             group_size,
-            [norms[place] for place in places],
-            [starts[place] for place in places],
-            [seeds[place] for place in places],
+            [norms[i] for i in nonzero],
+            [starts[i] for i in nonzero],
+            [seeds[i] for i in nonzero],
             options,
             on_step,
         )
-        results |= dict(zip(places, solved, strict=True))
-    return [results[place] for place in range(len(weights))]
+        results |= dict(zip(nonzero, solved, strict=True))
+    return [results[i] for i in range(len(weights))]
 
 
 def _check(weight: Tensor, group_size: int, start: BlockTerms | None) -> None:
@@ -123,7 +118,7 @@ def _check(weight: Tensor, group_size: int, start: BlockTerms | None) -> None:
     if group_size < 1 or in_channels % group_size:
         raise InvalidValueError(f"group_size (={group_size}) must divide in_channels (={in_channels})")
     if not torch.isfinite(weight).all():
-        raise InvalidValueError(f"weight of shape {tuple(weight.shape)} holds NaN or infinity; train the network again")
+        raise InvalidValueError(f"weight of shape {tuple(weight.shape)} has NaN or infinity; train the network again")
     if start is None:
         return
     shape = (start.factor_out.shape[1], start.factor_in.shape[1], *start.core.shape[3:])
@@ -143,7 +138,7 @@ def _solve(
     options: BTDOptions,
     on_step: OnStep | None,
 ) -> list[BlockTerms]:
-    """Decompose weights of norm 1, (L, C_out, C_in, kH, kW)."""
+    """Decompose weights (L, C_out, C_in, kH, kW) of norm 1."""
     kernel = weights.shape[3:]
     singles = [TermFit(weight[None], group_size, [0]) for weight in weights]
     if weights.shape[2] == group_size:
@@ -152,30 +147,29 @@ def _solve(
             for single, norm in zip(singles, norms, strict=True)
         ]
     restarts = [options.restarts or (default_restarts(weights[0]) if start is None else 1) for start in starts]
-    first = [0, *accumulate(restarts)]  # the place of each weight's first start; those of the last weight end the list
-    weight_of = [place for place, count in enumerate(restarts) for _ in range(count)]
-    own = [torch.Generator().manual_seed(seed) for seed in seeds]
-    generators = [own[place] for place in weight_of]
+    first = [0, *accumulate(restarts)]  # index of each weight's first start among all starts, and the number of starts
+    weight_of = [i for i, count in enumerate(restarts) for _ in range(count)]
+    generator_of = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [generator_of[i] for i in weight_of]
     fit = TermFit(weights, group_size, weight_of)
     factors = fit.greedy_start(generators) if options.init == "greedy" else fit.random_start(generators)
     expanded = [None if start is None else start.expand(group_size) for start in starts]
     warm = [False] * len(weight_of)
-    for place, terms in enumerate(expanded):
+    for i, terms in enumerate(expanded):
         if terms is not None:
-            warm[first[place]] = True
-            for part, ours in zip(factors, singles[place].from_terms(terms, norms[place]), strict=True):
-                part[first[place]] = ours[0]
+            warm[first[i]] = True
+            for part, of_start in zip(factors, singles[i].from_terms(terms, norms[i]), strict=True):
+                part[first[i]] = of_start[0]
     outcomes = _descend(weights, group_size, weight_of, factors, warm, options, on_step)
     results = []
-    for place, (single, norm) in enumerate(zip(singles, norms, strict=True)):
-        tried = outcomes[first[place] : first[place + 1]]
-        best = min(tried, key=lambda outcome: outcome.squared_error)
+    for i, (single, norm) in enumerate(zip(singles, norms, strict=True)):
+        best = min(outcomes[first[i] : first[i + 1]], key=lambda outcome: outcome.squared_error)
         terms = single.terms(best.factors, norm, best.steps, best.status, kernel)
-        before = expanded[place]
+        before = expanded[i]
         if before is not None:
             at_start = single.terms(single.from_terms(before, norm), norm, best.steps, best.status, kernel)
             # A lower J can have a slightly higher error; a nested series must not get worse.
-            terms = min(terms, at_start, key=lambda one: one.relative_error)
+            terms = min(terms, at_start, key=lambda candidate: candidate.relative_error)
         results.append(terms)
     return results
 
@@ -189,9 +183,9 @@ def _descend(
     options: BTDOptions,
     on_step: OnStep | None,
 ) -> list[Outcome]:
-    """Run all descents in the chosen precision, then descend again with a higher ridge from those that are degenerate.
+    """Run all descents in the chosen precision, then continue the degenerate ones with a higher ridge.
 
-    Each descent may take `max_steps` in all, whatever the others take.
+    Each descent may take `max_steps` in all, whatever the other descents take.
     """
     outcomes = [
         Outcome(factors.select(slice(i, i + 1)), float("inf"), options.ridge, 0, BTDStatus.MAX_STEPS)
@@ -200,34 +194,33 @@ def _descend(
     on_step = None if on_step is None else _numbered(on_step)
     precision = default_precision(weights[0]) if options.precision == "auto" else options.precision
     if precision == "float32":
-        rough = [replace(one, factors=Factors(*(part.float() for part in one.factors))) for one in outcomes]
+        rough = [replace(start, factors=Factors(*(part.float() for part in start.factors))) for start in outcomes]
         rough = _continue(weights.float(), group_size, weight_of, rough, warm, options, on_step)
         outcomes = [
-            replace(one, factors=orthonormalised(Factors(*(part.double() for part in one.factors)))) for one in rough
+            replace(end, factors=orthonormalised(Factors(*(part.double() for part in end.factors)))) for end in rough
         ]
         warm = [True] * len(weight_of)
     chosen: Sequence[int] = range(len(weight_of))
     ridge = options.ridge
-    while chosen := [place for place in chosen if outcomes[place].steps < options.max_steps]:
+    while chosen := [i for i in chosen if outcomes[i].steps < options.max_steps]:
         again = _continue(
             weights,
             group_size,
-            [weight_of[place] for place in chosen],
-            [outcomes[place] for place in chosen],
-            [warm[place] for place in chosen],
+            [weight_of[i] for i in chosen],
+            [outcomes[i] for i in chosen],
+            [warm[i] for i in chosen],
             replace(options, ridge=ridge),
             on_step,
         )
-        for place, outcome in zip(chosen, again, strict=True):
-            outcomes[place] = outcome
+        for i, outcome in zip(chosen, again, strict=True):
+            outcomes[i] = outcome
         ridge, warm = ridge * RIDGE_RAISE, [True] * len(weight_of)
-        degenerate = [place for place in chosen if float(outcomes[place].factors.core.norm()) > MAX_CANCELLATION]
-        chosen = degenerate if ridge > 0 else []
+        chosen = [i for i in chosen if ridge > 0 and float(outcomes[i].factors.core.norm()) > MAX_CANCELLATION]
     return outcomes
 
 
 def _numbered(on_step: OnStep) -> OnStep:
-    """Return a callback that numbers the steps of several descents, one after the other, from 1."""
+    """Return a callback that numbers the steps of successive descents from 1 without a gap."""
     numbers = count(1)
     return lambda _, value: on_step(next(numbers), value)
 
@@ -241,13 +234,13 @@ def _continue(
     options: BTDOptions,
     on_step: OnStep | None,
 ) -> list[Outcome]:
-    """Descend from where each outcome ended, with the steps that it has left; the new outcomes' steps count all."""
+    """Continue each outcome's descent with its remaining steps; a new outcome's `steps` count the earlier ones too."""
     again = descend(
         TermFit(weights, group_size, weight_of),
-        Factors(*(torch.cat(parts) for parts in zip(*(one.factors for one in outcomes), strict=True))),
+        Factors(*(torch.cat(parts) for parts in zip(*(outcome.factors for outcome in outcomes), strict=True))),
         ridge=options.ridge,
         tolerance=options.tolerance,
-        max_steps=[options.max_steps - one.steps for one in outcomes],
+        max_steps=[options.max_steps - outcome.steps for outcome in outcomes],
         warm=warm,
         on_step=on_step,
     )

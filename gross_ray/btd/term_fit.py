@@ -2,11 +2,11 @@
 
     J = ||W - sum_r T_r||^2 + ridge * sum_r ||T_r||^2,    ||W|| = 1,
 
-over terms whose factors are orthonormal, so that a term's norm is its core's. All members of a batch have the same
-shape; each has its own weight and start.
+over terms with orthonormal factors, so that a term's norm is its core's. All members of a batch have the same shape;
+each has its own weight and start.
 
 Legend of tensor suffixes: n member, r term, i input channel, o output channel, a input rank, b output rank,
-k kernel place. A tensor of n rows of all unknowns (factor_in, factor_out, core, flattened) is called a vector.
+k kernel position. A tensor (n, unknowns) of factor_in, factor_out and core, flattened, is called a vector.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from gross_ray.btd.block_terms import BlockTerms, BTDStatus
 
 GREEDY_ITERATIONS = 2
-"""Orthogonal iterations for each term of the greedy start; more do not lower where the descent ends."""
+"""Orthogonal iterations for each term of the greedy start; more do not lower the final error."""
 SMALLEST_BLOCK = 1e-3
-"""A term's part in the scaling of the unknowns counts at least this part of the mean term's."""
+"""Lower bound of a term's part in the scaling of the unknowns, as a fraction of the mean term's."""
 
 
 class Factors(NamedTuple):
@@ -37,12 +37,12 @@ class Factors(NamedTuple):
     """(n, r, a k, b)"""
 
     def select(self, members: Tensor | slice) -> Factors:
-        """Return the unknowns of some members."""
+        """Return the unknowns of the chosen members."""
         return Factors(*(part[members] for part in self))
 
 
 class Point(NamedTuple):
-    """Unknowns, and what was computed for them."""
+    """Unknowns, and the quantities computed from them."""
 
     factors: Factors
     squared_error: Tensor
@@ -50,19 +50,19 @@ class Point(NamedTuple):
     seen: Tensor
     """(n, r a, k o): the terms without their input factors"""
     rest: Tensor
-    """(n, i, k o): what the terms leave of the weight"""
+    """(n, i, k o): the residual, the weight minus the terms"""
 
     def objective(self, ridge: Tensor) -> Tensor:
         """Return J, (n,)."""
         return self.squared_error + ridge * torch.linalg.vector_norm(self.factors.core, dim=(1, 2, 3)).square()
 
     def select(self, members: Tensor) -> Point:
-        """Return the point of some members."""
+        """Return the point of the chosen members."""
         return Point(self.factors.select(members), *(part[members] for part in self[1:]))
 
 
 class Scaling(NamedTuple):
-    """The Gram matrix of each term's own derivatives, as inverse Cholesky factors: it makes all unknowns alike."""
+    """The Gram matrix of each term's derivatives, as inverse Cholesky factors: it gives all unknowns the same scale."""
 
     lower_in: Tensor
     """(n, r, a, a)"""
@@ -70,7 +70,7 @@ class Scaling(NamedTuple):
     """(n, r, b, b)"""
 
     def select(self, members: Tensor) -> Scaling:
-        """Return the scaling of some members."""
+        """Return the scaling of the chosen members."""
         return Scaling(*(part[members] for part in self))
 
 
@@ -78,7 +78,7 @@ class TermFit:
     """The fit of terms of rank (g, min(g, C_out)) to weights of one shape."""
 
     def __init__(self, weights: Tensor, group_size: int, weight_of: Sequence[int]) -> None:
-        """Take weights (L, C_out, C_in, kH, kW) of norm 1, and for each member the number of its weight."""
+        """Take weights (L, C_out, C_in, kH, kW) of norm 1, and the index of each member's weight."""
         count, self.out_channels, self.in_channels, *kernel = weights.shape
         self.spatial = math.prod(kernel)
         self.rank_in = group_size
@@ -95,7 +95,7 @@ class TermFit:
         self._set_members(torch.tensor(weight_of, device=weights.device))
 
     def keep(self, members: Tensor) -> None:
-        """Leave only some members."""
+        """Drop all members but the chosen ones."""
         self._set_members(self._weight_of[members])
 
     def _set_members(self, weight_of: Tensor) -> None:
@@ -113,7 +113,7 @@ class TermFit:
         return Point(factors, torch.linalg.vector_norm(rest, dim=(1, 2)).square(), seen, rest)
 
     def gradient(self, point: Point, ridge: Tensor) -> Tensor:
-        """Return the gradient of J / 2 along the directions that keep the factors orthonormal, a vector."""
+        """Return the gradient of J / 2, a vector, along the directions that keep the factors orthonormal."""
         factors = point.factors
         seen_in = torch.bmm(self._flat(factors.factor_in), point.rest)
         seen_in = seen_in.view(len(seen_in), self.groups, -1, self.out_channels)
@@ -123,7 +123,7 @@ class TermFit:
         return self._tangent(factors, along_in, along_out, along_core)
 
     def ridge_gradient(self, point: Point) -> Tensor:
-        """Return what a ridge of 1 adds to `gradient`, a vector."""
+        """Return the vector that a ridge of 1 adds to `gradient`."""
         factor_in, factor_out, core = point.factors
         return self._vector(torch.zeros_like(factor_in), torch.zeros_like(factor_out), core)
 
@@ -131,7 +131,7 @@ class TermFit:
         """Return the scaling of the unknowns at a point.
 
         With orthonormal factors, the three parts of a term's derivative are orthogonal to each other, and the core's
-        is the identity already.
+        Gram matrix is the identity.
         """
         core = point.factors.core
         by_input = core.reshape(len(core), self.groups, self.rank_in, -1)
@@ -143,12 +143,12 @@ class TermFit:
         return Scaling(_inverse_cholesky(gram_in), _inverse_cholesky(gram_out))
 
     def scaled(self, gradient: Tensor, scaling: Scaling) -> Tensor:
-        """Return a gradient in the coordinates in which each term's own unknowns are alike, a vector."""
+        """Return a gradient, a vector, in the coordinates in which a term's unknowns have the same scale."""
         along_in, along_out, along_core = self._parts(gradient)
         return self._vector(_product(scaling.lower_in, along_in), _product(scaling.lower_out, along_out), along_core)
 
     def direction(self, scaled: Tensor, scaling: Scaling, point: Point) -> Tensor:
-        """Return the direction that a vector in the scaled coordinates stands for, a vector."""
+        """Return the direction, a vector, that has the given scaled coordinates."""
         along_in, along_out, along_core = self._parts(scaled)
         return self._tangent(
             point.factors,
@@ -158,21 +158,16 @@ class TermFit:
         )
 
     def move(self, point: Point, direction: Tensor, length: Tensor | None = None) -> Point:
-        """Return the point at `length` (n,) times a direction, the factors made orthonormal again."""
+        """Return the point after `length` (n,) times a direction, with the factors orthonormal again."""
         along_in, along_out, along_core = self._parts(direction if length is None else direction * length[:, None])
         factors = point.factors
-        return self.evaluate(
-            Factors(
-                _retract(factors.factor_in, along_in),
-                _retract(factors.factor_out, along_out),
-                factors.core + along_core,
-            )
-        )
+        factor_in, factor_out = _retract(factors.factor_in, along_in), _retract(factors.factor_out, along_out)
+        return self.evaluate(Factors(factor_in, factor_out, factors.core + along_core))
 
     # Starts
 
     def greedy_start(self, generators: Sequence[torch.Generator]) -> Factors:
-        """Fit each term in turn to what the earlier ones leave, by orthogonal iteration from random factors."""
+        """Fit each term in turn to the residual of the earlier ones, by orthogonal iteration from random factors."""
         drawn = [
             [_random_orthonormal(shape, generator, self._weights) for shape in self._shapes[:2]]
             for generator in generators
@@ -195,7 +190,7 @@ class TermFit:
         return Factors(factor_in, factor_out, core)
 
     def random_start(self, generators: Sequence[torch.Generator]) -> Factors:
-        """Share out a random orthonormal basis of the input channels among the terms; fit each term to its share."""
+        """Divide a random orthonormal basis of the input channels among the terms; fit each term to its share."""
         square = (1, self.in_channels, self.in_channels)
         basis = torch.cat([_random_orthonormal(square, generator, self._weights) for generator in generators])
         return self._fit_to_basis(basis)
@@ -212,7 +207,7 @@ class TermFit:
         return Factors(factor_in, factor_out, shares @ factor_out.mT)
 
     def from_terms(self, terms: BlockTerms, norm: float) -> Factors:
-        """Return the unknowns (of one member) for terms of this group-size, of a weight of that norm."""
+        """Return one member's unknowns for the terms of a weight of norm `norm`, at this group-size."""
         factor_in, upper_in = torch.linalg.qr(terms.factor_in)
         factor_out, upper_out = torch.linalg.qr(terms.factor_out)
         core = torch.einsum("rxa,rabk,ryb->rxky", upper_in, terms.core.flatten(3) / norm, upper_out)
@@ -220,7 +215,7 @@ class TermFit:
         return Factors(*(part.to(self._weights).contiguous()[None] for part in parts))
 
     def terms(self, factors: Factors, norm: float, steps: int, status: BTDStatus, kernel: Sequence[int]) -> BlockTerms:
-        """Return the unknowns of a fit of one member as block terms of a weight of that norm; their figures are new."""
+        """Return one member's unknowns as block terms of a weight of norm `norm`; computes their figures."""
         core = factors.core[0].unflatten(1, (self.rank_in, self.spatial)).transpose(2, 3)
         full = core.new_zeros(self.groups, self.rank_in, self.rank_in, self.spatial)
         full[:, :, : self.rank_out] = core * norm
@@ -242,7 +237,7 @@ class TermFit:
         return factor_in.view(len(factor_in), self.in_channels, self.in_channels)
 
     def _parts(self, vector: Tensor) -> list[Tensor]:
-        """Return a vector's parts, contiguous: a product's bits depend on how its factors lie in memory."""
+        """Return a vector's parts, contiguous: the bits of a product depend on its factors' memory layout."""
         sizes = [math.prod(shape) for shape in self._shapes]
         return [
             part.contiguous().view(len(vector), *shape)
@@ -253,7 +248,7 @@ class TermFit:
         return torch.cat([along_in.flatten(1), along_out.flatten(1), along_core.flatten(1)], dim=1)
 
     def _tangent(self, factors: Factors, along_in: Tensor, along_out: Tensor, along_core: Tensor) -> Tensor:
-        """Return a vector without what would only turn the factors within their own spaces."""
+        """Return a vector without the part that only rotates the factors within the spaces they span."""
         factor_in, factor_out = factors.factor_in, factors.factor_out
         return self._vector(
             along_in - _product(_product(along_in, factor_in.mT), factor_in),
@@ -263,7 +258,7 @@ class TermFit:
 
 
 def orthonormalised(factors: Factors) -> Factors:
-    """Return factors of a higher precision that are orthonormal to it; the terms stay what they are."""
+    """Return the same terms with factors that are orthonormal to the precision of their dtype."""
     factor_in, upper_in = torch.linalg.qr(factors.factor_in.mT)
     factor_out, upper_out = torch.linalg.qr(factors.factor_out.mT)
     core = factors.core.unflatten(2, (factor_in.shape[-1], -1))
@@ -274,8 +269,8 @@ def orthonormalised(factors: Factors) -> Factors:
 def member_product(left: Tensor, right: Tensor) -> Tensor:
     """Return left @ right for each member, (n, p, q) and (n, q, s), with the same bits for any number of members.
 
-    torch multiplies a matrix by a single row or column with another routine if there is one member only, and rounds
-    differently: here a single row or column is doubled first.
+    For a single member, torch multiplies a matrix by one row or column with another routine, which rounds differently;
+    so a single row or column is doubled first.
     """
     row, column = left.shape[1] == 1, right.shape[2] == 1
     left = left.expand(-1, 2, -1) if row else left
@@ -285,7 +280,7 @@ def member_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left @ right for each member and term; quicker than `matmul`, which would expand and copy first."""
+    """Return left @ right for each member and term; faster than `matmul`, which would expand and copy first."""
     return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
 
 
@@ -296,13 +291,13 @@ def _inverse_cholesky(gram: Tensor) -> Tensor:
 
 
 def _retract(factor: Tensor, along: Tensor) -> Tensor:
-    """Return rows that span the same space as factor + along, orthonormal; `along` is orthogonal to `factor`."""
+    """Return orthonormal rows that span the same space as factor + along; `along` is orthogonal to `factor`."""
     gram = _product(along, along.mT)
     gram.diagonal(dim1=-1, dim2=-2).add_(1)
     return _product(_inverse_cholesky(gram), factor + along)
 
 
 def _random_orthonormal(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
-    """Return a tensor of the given shape whose rows are orthonormal, of the dtype and device of another."""
+    """Return random orthonormal rows of this shape, in the dtype and on the device of `like`."""
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(drawn.mT)[0].mT.to(like).contiguous()

@@ -1,1 +1,1 @@
-"""Images: datasets as tensors that can stay on a device, and their augmentation."""
+"""Datasets as tensors that can stay on a device, and their augmentation."""

@@ -1,6 +1,6 @@
-"""The identity of a dataset: hashes of the decoded images and labels, which tell whether two loads are the same data.
+"""The identity of a dataset: hashes of the decoded images and labels, to compare two loads.
 
-Where the images come from (a folder, a Parquet file, a function) is no part of it, nor how they lie in memory.
+It does not depend on the images' source (a folder, a Parquet file, a function) or their memory layout.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 SHORT = 12
-"""Hexadecimal digits of a hash in a message."""
+"""How many hexadecimal digits of a hash a message shows."""
 ANOTHER_RUN = (
     "restore the images (a data function must split with a seed, like torch.Generator().manual_seed(0)), "
     "or start another run folder with --out"
 )
-"""The remedy where a run folder was made with other images."""
+"""The remedy if a run folder was made with other images."""
 _IMAGES_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
 class SplitIdentity:
-    """One split: the hash of its images and labels in their order, and their number."""
+    """The identity of one split."""
 
     hash: str
-    """SHA-256 in hexadecimal digits."""
+    """SHA-256 of its images and labels in their order, in hexadecimal digits."""
     count: int
-    """How many images."""
+    """Number of images."""
 
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """The three splits and the names of the classes."""
+    """The identity of the three splits, and the names of the classes."""
 
     train: SplitIdentity
     validation: SplitIdentity
@@ -50,16 +50,16 @@ class DataIdentity:
 
     @property
     def hash(self) -> str:
-        """The hash of everything together, SHA-256 in hexadecimal digits."""
+        """SHA-256 of all of it, in hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON."""
+        """Return the identity as plain values for JSON."""
         return dataclasses.asdict(self) | {"classes": list(self.classes)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DataIdentity:
-        """Read what `to_dict` wrote; raises InvalidValueError for anything else."""
+        """Return the identity that `to_dict` converted; raises InvalidValueError for anything else."""
         try:
             train, validation, test = (
                 SplitIdentity(str(values[split]["hash"]), int(values[split]["count"])) for split in SPLITS
@@ -71,7 +71,7 @@ class DataIdentity:
             ) from None
 
     def check(self, other: DataIdentity, where: str, remedy: str = ANOTHER_RUN) -> None:
-        """Raise DatasetError unless `other`, the images loaded now, equals this identity, which `where` stores.
+        """Raise DatasetError unless `other`, of the images loaded now, equals this identity, stored in `where`.
 
         The message names the first split that differs and both hashes, or the first class name that differs.
         """
@@ -89,16 +89,13 @@ class DataIdentity:
 
 
 def identity_of(splits: Splits) -> DataIdentity:
-    """Return the identity of loaded images: equal for equal images, labels and class names in equal order.
-
-    It is the same on every machine, wherever the images come from and however their tensors are laid out.
-    """
+    """Return the identity of loaded images: equal, on any machine, if images, labels, class names and order are."""
     train, validation, test = (_split_identity(getattr(splits, split)) for split in SPLITS)
     return DataIdentity(train, validation, test, tuple(splits.classes))
 
 
 def _split_identity(images: ImageSet) -> SplitIdentity:
-    """Hash shape, dtype and values of images and labels; in slices, so that no second copy of a split is made."""
+    """Hash shape, dtype and values of images and labels, in slices to avoid a second copy of the split."""
     digest = hashlib.sha256()
     for tensor, dtype in ((images.images, "u1"), (images.labels, "<i8")):
         digest.update(json.dumps([dtype, list(tensor.shape)]).encode())

@@ -1,7 +1,7 @@
-"""Datasets as uint8 tensors: the embedded sample, Fashion-MNIST, CIFAR-10, folders of images, and one's own.
+"""Datasets as uint8 tensors: the embedded sample, Fashion-MNIST, CIFAR-10, folders of images, and the user's own.
 
-Shapes: N images, H height, W width; images are (N, 3, H, W). Every split is shuffled once, in a way that never
-changes, with the classes interleaved: its first n images are balanced by class as far as its classes allow.
+Shapes: N images, H height, W width; images are (N, 3, H, W). Every split has a fixed random order that interleaves the
+classes, so its first n images are as balanced by class as possible.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.names import check_dataset_name
 from gross_ray.data.normalisation import Normalisation
@@ -31,7 +32,6 @@ from gross_ray.data.options import DataOptions
 from gross_ray.data.own import read_own
 from gross_ray.errors import DatasetError, InvalidValueError, one_line
 
-SPLITS = ("train", "validation", "test")
 SAMPLE_FILE = Path(__file__).with_name("sample.parquet")
 SAMPLE_SCHEMA = pa.schema([("split", pa.string()), ("label", pa.int8()), ("png", pa.binary())])
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -54,19 +54,19 @@ FASHION_FILES = tuple(
 )
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 DOWNLOAD_ERRORS = (RuntimeError, OSError, http.client.HTTPException)
-# Found by feeding PIL with damaged files: not all that it raises for them is an OSError.
+# What PIL raised for damaged files in tests: not all are OSErrors.
 PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def load_dataset(options: DataOptions, *, root: str | Path | None = None, download: bool = False) -> Splits:
-    """Load a dataset onto the CPU, cut to the limits of `options`; the same images in the same order every time.
+    """Load a dataset onto the CPU, cut to the limits of `options`, always in the same order.
 
-    Images are (N, 3, H, W), uint8. fashion-mnist and its sample are zero-padded from 28x28 to 32x32 and their grey
-    channel is repeated. `root` is the folder of fashion-mnist's and cifar10's files, ~/.cache/gross_ray unless given;
-    only with `download` is anything fetched into it.
+    Images are (N, 3, H, W), uint8. fashion-mnist and its sample are zero-padded from 28x28 to 32x32, and their grey
+    channel is repeated. `root` (default ~/.cache/gross_ray) is the folder of the files of fashion-mnist and cifar10;
+    `download` fetches missing ones.
 
-    Raises InvalidValueError where the name is unknown or a limit exceeds its split, and DatasetError where a file is
-    missing, damaged or of another kind than it should be; it says which, and the remedy.
+    Raises InvalidValueError for an unknown name or a limit above the split's size, and DatasetError for a file that is
+    missing, damaged or of the wrong kind.
     """
     check_dataset_name(options.name)
     folder = Path("~/.cache/gross_ray" if root is None else root).expanduser()
@@ -79,7 +79,7 @@ def load_dataset(options: DataOptions, *, root: str | Path | None = None, downlo
     elif options.name.startswith("folder:"):
         splits = _load_folder(options.name, Path(options.name.removeprefix("folder:")).expanduser())
     else:
-        splits = _load_own(options.name)
+        splits = _in_three(options.name, *read_own(options.name))
     limits = (options.limit_train, options.limit_validation, options.limit_test)
     normalisation = Normalisation(options.mean, options.std)
     train, validation, test = (
@@ -90,11 +90,11 @@ def load_dataset(options: DataOptions, *, root: str | Path | None = None, downlo
 
 
 def balanced_split(labels: Tensor, proportions: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
-    """Share images out at random in disjoint parts, each with every class in proportion.
+    """Split images at random into disjoint parts with equal proportions of the classes.
 
     `labels` is (N,), int64. `proportions` are the relative sizes of the parts: (4, 1) makes parts of 80 % and 20 %,
-    to the nearest whole number. Returns for each part the positions of its images in `labels`, (N_part,), int64.
-    Within a part the classes take turns, in a random order each turn, for as long as they have images.
+    to the nearest whole number. Returns for each part the indices of its images, (N_part,) int64. Within a part the
+    classes alternate, in a random order each turn, for as long as they have images.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
     classes = labels[shuffled]
@@ -106,8 +106,8 @@ def balanced_split(labels: Tensor, proportions: tuple[int, ...], generator: torc
 
 
 def read_sample(path: Path) -> Splits:
-    """Read a file that scripts/make_sample.py wrote; raises DatasetError where it is damaged."""
-    remedy = "install gross_ray anew, or make the file with scripts/make_sample.py"
+    """Read a file that scripts/make_sample.py wrote; raises DatasetError if it is damaged."""
+    remedy = "reinstall gross_ray, or make the file with scripts/make_sample.py"
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
@@ -136,7 +136,7 @@ def read_sample(path: Path) -> Splits:
 
 
 def _ranks(classes: Tensor) -> Tensor:
-    """Return for each position how many of its class stand before it."""
+    """Return for each position how many positions before it have the same class."""
     order = torch.argsort(classes, stable=True)
     counts = torch.bincount(classes)
     ranks = torch.empty_like(classes)
@@ -146,14 +146,14 @@ def _ranks(classes: Tensor) -> Tensor:
 
 def _split(pool: ImageSet, proportions: tuple[int, ...]) -> list[ImageSet]:
     generator = torch.Generator().manual_seed(0)  # which image is in which split is part of the dataset, not of a run
-    return [pool.part(places) for places in balanced_split(pool.labels, proportions, generator)]
+    return [pool.part(indices) for indices in balanced_split(pool.labels, proportions, generator)]
 
 
 def _limited(splits: Splits, split: str, limit: int) -> ImageSet:
     images: ImageSet = getattr(splits, split)
     size = len(images)
     if size == 0:
-        raise DatasetError(f"{splits.name}: too few images, none is left for the {split} split; add images")
+        raise DatasetError(f"{splits.name}: too few images, the {split} split is empty; add images")
     if limit > size:
         rule = f"the {split} split of {splits.name} has {size} images; use at most {size}, or 0 for all"
         raise InvalidValueError(f"data.limit_{split} = {limit}: {rule}")
@@ -161,15 +161,15 @@ def _limited(splits: Splits, split: str, limit: int) -> ImageSet:
 
 
 def _pixels(source: Path | BytesIO, mode: str) -> np.ndarray:
-    """Return (H, W) or (H, W, 3) uint8 for the mode L or RGB; raises one of PIL_ERRORS."""
+    """Return uint8 pixels, (H, W) for mode L or (H, W, 3) for RGB; raises one of PIL_ERRORS."""
     with Image.open(source) as image:
-        if image.mode.startswith(("I", "F")):  # PIL would clip them to 255 without a word
+        if image.mode.startswith(("I", "F")):  # PIL would silently clip them to 255
             raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
         return np.asarray(image.convert(mode))
 
 
 def _fashion_images(grey: Tensor) -> Tensor:
-    """Return (N, 3, 32, 32) for (N, 28, 28)."""
+    """Return images (N, 28, 28) padded and repeated to (N, 3, 32, 32)."""
     padded = functional.pad(grey, (FASHION_PADDING,) * 4)
     return padded.unsqueeze(1).repeat(1, 3, 1, 1)
 
@@ -177,7 +177,7 @@ def _fashion_images(grey: Tensor) -> Tensor:
 def _load_fashion_mnist(root: Path, download: bool) -> Splits:
     folder = _fashion_folder(root, download)
     train_images, train_labels, test_images, test_labels = (folder / file for file in FASHION_FILES)
-    # 40,000 and 10,000 of the 60,000, the paper's sizes for CIFAR-10; the last 10,000 stay unused.
+    # 40,000 and 10,000 of the 60,000, the paper's sizes for CIFAR-10; the last 10,000 are unused.
     train, validation, _ = _split(_read_idx_pair(train_images, train_labels), (4, 1, 1))
     (test,) = _split(_read_idx_pair(test_images, test_labels), (1,))
     train, validation, test = (ImageSet(_fashion_images(x.images), x.labels) for x in (train, validation, test))
@@ -186,14 +186,14 @@ def _load_fashion_mnist(root: Path, download: bool) -> Splits:
 
 def _fashion_folder(root: Path, download: bool) -> Path:
     torchvision_folder = root / "FashionMNIST" / "raw"
-    places = (root, torchvision_folder, DEBIAN_FOLDER)
-    # The first place with any of the files counts, so that an incomplete set is reported and not passed over.
-    folder = next((place for place in places if any((place / file).is_file() for file in FASHION_FILES)), None)
+    folders = (root, torchvision_folder, DEBIAN_FOLDER)
+    # The first folder with any of the files, so that an incomplete set is reported and not skipped.
+    folder = next((each for each in folders if any((each / file).is_file() for file in FASHION_FILES)), None)
     missing = [file for file in FASHION_FILES if folder is None or not (folder / file).is_file()]
     if folder is not None and not missing:
         return folder
     if not download:
-        where = " or ".join(str(place) for place in ([folder] if folder else (root, DEBIAN_FOLDER)))
+        where = " or ".join(map(str, [folder] if folder else (root, DEBIAN_FOLDER)))
         remedy = "install Debian's dataset-fashion-mnist, or add --download"
         raise DatasetError(f"fashion-mnist: no {missing[0]} in {where}; {remedy}")
     from torchvision.datasets import FashionMNIST
@@ -210,12 +210,9 @@ def _read_idx_pair(images_path: Path, labels_path: Path) -> ImageSet:
     images = _read_idx(images_path, (FASHION_SIZE, FASHION_SIZE))
     labels = _read_idx(labels_path, ()).to(torch.int64)
     if len(images) != len(labels):
-        counts = f"{labels_path} has {len(labels)} labels for the {len(images)} images of {images_path.name}"
-        raise DatasetError(f"fashion-mnist: {counts}; {_fashion_remedy(labels_path)}")
-    num_classes = len(FASHION_CLASSES)
-    if labels.max() >= num_classes:
-        wrong = f"{labels_path} has the label {int(labels.max())}, above {num_classes - 1}"
-        raise DatasetError(f"fashion-mnist: {wrong}; {_fashion_remedy(labels_path)}")
+        raise _damaged(labels_path, f"has {len(labels)} labels for the {len(images)} images of {images_path.name}")
+    if labels.max() >= len(FASHION_CLASSES):
+        raise _damaged(labels_path, f"has the label {int(labels.max())}, above {len(FASHION_CLASSES) - 1}")
     return ImageSet(images, labels)
 
 
@@ -224,30 +221,28 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         content = bytearray(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, zlib.error) as error:
-        raise DatasetError(
-            f"fashion-mnist: {path} cannot be read ({one_line(error)}); {_fashion_remedy(path)}"
-        ) from error
+        raise _damaged(path, f"cannot be read ({one_line(error)})") from error
     num_dimensions = 1 + len(shape)
     magic = bytes((0, 0, 8, num_dimensions))  # 8: uint8
     header = struct.Struct(f">4s{num_dimensions}I")
     if len(content) <= header.size or content[:4] != magic:
-        wrong = f"is no IDX file of uint8 in {num_dimensions} dimensions"
-        raise DatasetError(f"fashion-mnist: {path} {wrong}; {_fashion_remedy(path)}")
+        raise _damaged(path, f"is no IDX file of uint8 in {num_dimensions} dimensions")
     _, *sizes = header.unpack_from(content)
     if tuple(sizes[1:]) != shape or header.size + math.prod(sizes) != len(content):
-        wrong = f"says it holds {tuple(sizes)} values, and holds {len(content) - header.size} for (N, *{shape})"
-        raise DatasetError(f"fashion-mnist: {path} {wrong}; {_fashion_remedy(path)}")
+        held = len(content) - header.size
+        raise _damaged(path, f"declares {tuple(sizes)} values, but holds {held} for (N, *{shape})")
     return torch.frombuffer(content, dtype=torch.uint8, offset=header.size).reshape(sizes)
 
 
-def _fashion_remedy(path: Path) -> str:
+def _damaged(path: Path, problem: str) -> DatasetError:
+    remedy = "replace it by the file of https://github.com/zalandoresearch/fashion-mnist"
     if path.parent == DEBIAN_FOLDER:
-        return "reinstall Debian's dataset-fashion-mnist"
-    return "replace it by the file of https://github.com/zalandoresearch/fashion-mnist"
+        remedy = "reinstall Debian's dataset-fashion-mnist"
+    return DatasetError(f"fashion-mnist: {path} {problem}; {remedy}")
 
 
 def _load_cifar10(root: Path, download: bool) -> Splits:
-    # Imported here, for torchvision takes seconds that nothing else has to wait for.
+    # Imported here, because torchvision takes seconds to import.
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
@@ -283,7 +278,7 @@ def _load_folder(name: str, path: Path) -> Splits:
         return Splits(name, train, validation, test, tuple(files))
     sets: list[ImageSet] = []
     classes: tuple[str, ...] = ()
-    middle = [path / one for one in ("val", "validation") if (path / one).is_dir()][:1]
+    middle = [path / other for other in ("val", "validation") if (path / other).is_dir()][:1]
     for folder in (path / "train", *middle, path / "test"):
         if not folder.is_dir():
             raise DatasetError(f"{name}: there is no folder {folder}; {layout}")
@@ -296,33 +291,30 @@ def _load_folder(name: str, path: Path) -> Splits:
     return _in_three(name, sets, classes)
 
 
-def _load_own(name: str) -> Splits:
-    sets, classes = read_own(name)
-    return _in_three(name, sets, classes)
-
-
 def _in_three(name: str, sets: list[ImageSet], classes: tuple[str, ...]) -> Splits:
-    """Return the splits of train and test, a fifth of the first for validation, or of train, validation and test."""
+    """Make the splits from (train, validation, test), or from (train, test) with a fifth of train for validation."""
     proportions: list[tuple[int, ...]] = [(4, 1), (1,)] if len(sets) == 2 else [(1,)] * 3
-    train, validation, test = (part for one, some in zip(sets, proportions, strict=True) for part in _split(one, some))
+    train, validation, test = (
+        part for pool, share in zip(sets, proportions, strict=True) for part in _split(pool, share)
+    )
     return Splits(name, train, validation, test, classes)
 
 
 def _class_files(name: str, folder: Path, layout: str) -> dict[str, list[Path]]:
-    """Return each class's images, classes and images sorted by name."""
-    classes = sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
-    if not classes:
+    """Return the image files of each class, classes and files sorted by name."""
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
         raise DatasetError(f"{name}: {folder} has no class folders; {layout}")
     files = {}
-    for place in classes:
-        files[place.name] = sorted(file for file in place.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files[place.name]:
-            raise DatasetError(f"{name}: {place} has no {', '.join(IMAGE_SUFFIXES)} images; add some, or remove it")
+    for path in folders:
+        files[path.name] = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not files[path.name]:
+            raise DatasetError(f"{name}: {path} has no {', '.join(IMAGE_SUFFIXES)} images; add some, or remove it")
     return files
 
 
 def _read_images(name: str, files: dict[str, list[Path]], expected: torch.Size | None) -> ImageSet:
-    """Read all images, which must have the size of `expected` (N, 3, H, W), or of the first of them."""
+    """Read all images; their size must be that of `expected` (N, 3, H, W), or without it that of the first image."""
     shape = (*expected[2:], 3) if expected else None
     images: list[np.ndarray] = []
     for file in (file for members in files.values() for file in members):

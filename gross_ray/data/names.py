@@ -1,15 +1,15 @@
-"""How datasets are named."""
+"""The names of datasets."""
 
 from gross_ray.errors import InvalidValueError
 
 WITH_FILES = ("fashion-mnist", "cifar10")
-"""The datasets whose files lie in the data root, and can be downloaded."""
+"""The datasets with files in the data root, which can be downloaded."""
 
 
 def check_dataset_name(name: str) -> None:
     """Raise InvalidValueError unless `name` is sample, fashion-mnist, cifar10, folder:PATH or package.module:function.
 
-    A function of one's own is not looked for: what is stored is read where it is not installed, too.
+    It does not import a function: a stored experiment can be read on machines without the user's code.
     """
     known = name in ("sample", *WITH_FILES) or (name.startswith("folder:") and name != "folder:")
     if not known and not is_function_name(name):
@@ -21,7 +21,6 @@ def check_dataset_name(name: str) -> None:
 
 
 def is_function_name(name: str) -> bool:
-    """Return whether `name` is written like package.module:function."""
-    module_name, separator, attribute = name.partition(":")
-    written = bool(separator) and all(part.isidentifier() for part in [*module_name.split("."), attribute])
-    return written and module_name != "folder"
+    """Return whether `name` has the form package.module:function."""
+    module_name, _, attribute = name.partition(":")
+    return module_name != "folder" and all(part.isidentifier() for part in [*module_name.split("."), attribute])

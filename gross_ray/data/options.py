@@ -1,4 +1,4 @@
-"""The options of the data: which images, and how many of them."""
+"""Options of the data: which images, and how many of them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class DataOptions:
     name: str = "sample"
     """Dataset: sample, fashion-mnist, cifar10, folder:PATH, or package.module:function, which returns datasets."""
     mean: tuple[float, ...] = (MEAN,)
-    """Mean that pixels, from 0 to 1, are normalised by: one for all channels, or one for each of three."""
+    """Mean for the normalisation of pixels (0 to 1): one for all channels, or one for each of three."""
     std: tuple[float, ...] = (DEVIATION,)
-    """Standard deviation that they are normalised by, likewise."""
+    """Standard deviation for the normalisation of pixels: one for all channels, or one for each of three."""
     limit_train: int = 0
-    """Use only the first so many training images (0: all)."""
+    """Use only the first `limit_train` training images (0: all)."""
     limit_validation: int = 0
-    """Use only the first so many validation images (0: all)."""
+    """Use only the first `limit_validation` validation images (0: all)."""
     limit_test: int = 0
-    """Use only the first so many test images (0: all)."""
+    """Use only the first `limit_test` test images (0: all)."""
 
     def __post_init__(self) -> None:
         settle(self, "data.")

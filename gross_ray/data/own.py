@@ -1,4 +1,4 @@
-"""Datasets of one's own: what a function `package.module:function` returns, read into memory as uint8 images.
+"""The user's own datasets: read what a function `package.module:function` returns into uint8 images.
 
 Shapes: N images, H height, W width; images are (N, 3, H, W).
 """
@@ -19,22 +19,22 @@ from gross_ray.errors import DatasetError, one_line
 from gross_ray.own_code import own_function
 
 LAYOUT = "return (train, test) or (train, validation, test), each with a length and items (image, class number)"
-PIXELS = "give images of PIL, uint8 arrays (H, W) or (H, W, 3), or tensors (1 or 3, H, W), uint8 or multiples of 1/255"
+PIXELS = "give PIL images, uint8 arrays (H, W) or (H, W, 3), or tensors (1 or 3, H, W), uint8 or multiples of 1/255"
 EXACT = 1e-3
-"""How far, in steps of 1/255, a floating-point pixel may be from a whole number of them: ToTensor's are exact."""
+"""How far, in units of 1/255, a floating-point pixel may be from a whole number; ToTensor's pixels are exact."""
 
 
 def function_of(name: str) -> Callable[[], Any]:
-    """Return the function called package.module:function; raises DatasetError where there is none."""
-    return own_function(name, "package.module:function", lambda told: DatasetError(f"{name}: {told}"))
+    """Import and return the function package.module:function; raises DatasetError if it does not exist."""
+    return own_function(name, "package.module:function", lambda message: DatasetError(f"{name}: {message}"))
 
 
 def read_own(name: str) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """Call the function `name`, without arguments, and read the datasets that it returns: two or three of them.
+    """Call the function `name` without arguments and read the two or three datasets that it returns.
 
-    Each item is read once, in order: what a dataset draws at random is drawn once. Images of one channel become three
-    equal ones. The names of the classes are the first dataset's `classes`, else their numbers. Raises DatasetError,
-    naming the dataset and the item, where the function or one of its items fails or is not what it should be.
+    Each item is read once, in order, so random augmentations are drawn once. Single-channel images are repeated to
+    three channels. The class names are the first dataset's `classes`, or else the class numbers. Raises DatasetError,
+    naming the dataset and item, if the function or an item fails or has the wrong form.
     """
     function = function_of(name)
     try:
@@ -46,16 +46,16 @@ def read_own(name: str) -> tuple[list[ImageSet], tuple[str, ...]]:
         raise DatasetError(f"{name}: the function returned {found}; {LAYOUT}")
     parts = ("train", "test") if len(datasets) == 2 else ("train", "validation", "test")
     sets = [_read(f"{name}, {part}", dataset) for part, dataset in zip(parts, datasets, strict=True)]
-    for (part, one), (other_part, other) in pairwise(zip(parts, sets, strict=True)):
-        if one.images.shape[1:] != other.images.shape[1:]:
-            sizes = f"{part} has images of {_size(one.images)} pixels, {other_part} of {_size(other.images)}"
+    for (part, images), (other_part, others) in pairwise(zip(parts, sets, strict=True)):
+        if images.images.shape[1:] != others.images.shape[1:]:
+            sizes = f"{part} has images of {_size(images.images)} pixels, {other_part} of {_size(others.images)}"
             raise DatasetError(f"{name}: {sizes}; resize all images to one size")
-    of_each = {part: getattr(one, "classes", None) for part, one in zip(parts, datasets, strict=True)}
+    of_each = {part: getattr(dataset, "classes", None) for part, dataset in zip(parts, datasets, strict=True)}
     named = {part: tuple(map(str, classes)) for part, classes in of_each.items() if classes is not None}
     for part, classes in named.items():
         if classes != named.get("train", classes):
-            given = f"{part} has the classes {', '.join(classes)}, train {', '.join(named['train'])}"
-            raise DatasetError(f"{name}: {given}; give all datasets the same, for images are known by their numbers")
+            differing = f"{part} has the classes {', '.join(classes)}, train {', '.join(named['train'])}"
+            raise DatasetError(f"{name}: {differing}; give all datasets the same, because labels are class numbers")
     return sets, _classes(name, named.get("train"), sets)
 
 
@@ -68,10 +68,10 @@ def _read(where: str, dataset: Any) -> ImageSet:
         raise DatasetError(f"{where}: the dataset is empty; {LAYOUT}")
     images: np.ndarray | None = None
     labels = torch.empty(count, dtype=torch.int64)
-    for place in range(count):
-        item = f"{where}, item {place}"
+    for index in range(count):
+        item = f"{where}, item {index}"
         try:
-            image, label = dataset[place]
+            image, label = dataset[index]
         except Exception as error:  # whatever the user's own code raises
             raise DatasetError(f"{item}: {one_line(error)}; {LAYOUT}") from error
         pixels = _pixels(item, image)
@@ -80,15 +80,15 @@ def _read(where: str, dataset: Any) -> ImageSet:
         if pixels.shape != images.shape[1:]:
             sizes = f"is {pixels.shape[2]}x{pixels.shape[1]} pixels, those before it {_size(images)}"
             raise DatasetError(f"{item}: {sizes}; resize all images to one size")
-        images[place] = pixels
-        labels[place] = _label(item, label)
+        images[index] = pixels
+        labels[index] = _label(item, label)
     return ImageSet(torch.from_numpy(images), labels)
 
 
 def _pixels(item: str, image: Any) -> np.ndarray:
     """Return an image as uint8 (3, H, W)."""
     if isinstance(image, Image.Image):
-        if image.mode.startswith(("I", "F")):  # PIL would clip them to 255 without a word
+        if image.mode.startswith(("I", "F")):  # PIL would silently clip them to 255
             raise DatasetError(f"{item}: an image of mode {image.mode}, more than 8 bits a channel; {PIXELS}")
         values = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     elif isinstance(image, Tensor):
@@ -97,7 +97,7 @@ def _pixels(item: str, image: Any) -> np.ndarray:
     elif isinstance(image, np.ndarray):
         values = image[None] if image.ndim == 2 else image.transpose(2, 0, 1) if image.ndim == 3 else image
     else:
-        raise DatasetError(f"{item}: a {type(image).__name__} is no image; {PIXELS}")
+        raise DatasetError(f"{item}: a {type(image).__name__} is not an image; {PIXELS}")
     if values.ndim != 3 or values.shape[0] not in (1, 3):
         raise DatasetError(f"{item}: an image of shape {tuple(image.shape)}; {PIXELS}")
     if values.dtype.kind == "f":
@@ -118,15 +118,17 @@ def _label(item: str, label: Any) -> int:
     except (TypeError, ValueError):
         number = -1
     if number < 0 or number != label:
-        raise DatasetError(f"{item}: the class is {label!r}; must be a whole number from 0 on")
+        raise DatasetError(f"{item}: the class is {label!r}; must be a whole number, 0 or more")
     return number
 
 
 def _classes(name: str, named: Sequence[str] | None, sets: Sequence[ImageSet]) -> tuple[str, ...]:
-    highest = max(int(one.labels.max()) for one in sets)
+    highest = max(int(images.labels.max()) for images in sets)
     classes = tuple(map(str, range(highest + 1) if named is None else named))
     if highest >= len(classes):
-        raise DatasetError(f"{name}: there is the class {highest}, and names of {len(classes)}; name all classes")
+        raise DatasetError(
+            f"{name}: an image has class {highest}, but only {len(classes)} classes have names; name all"
+        )
     return classes
 
 

@@ -1,4 +1,4 @@
-"""Statistics of batch-norm: those of a whole network do not fit each of the configurations that share its layers."""
+"""Batch-norm statistics: a supernet's do not fit the configurations that share its layers, so recompute them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gross_ray.nn.modes import evaluating
 from gross_ray.nn.precision import products_at
 
 CALIBRATION_IMAGES = 512
-"""Images of the training split from which statistics are taken."""
+"""Number of training images from which statistics are computed."""
 CALIBRATION_BATCH = 128
-"""Of them, how many make a batch: its statistics are those of one forward pass in training, and memory is bounded."""
+"""Largest batch of them: its statistics are like those of a training step, and memory is bounded."""
 
 
 class TrainingImages(Protocol):
-    """What `calibration_images` needs of the training split (an `ImageSet`)."""
+    """The part of an `ImageSet` that `calibration_images` needs."""
 
     @property
     def images(self) -> Tensor:
@@ -29,30 +29,30 @@ class TrainingImages(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The device that takes its batches."""
+        """The device of its batches."""
         ...
 
 
 def calibration_images(train: TrainingImages) -> Tensor:
-    """Return the images, uint8 (N, 3, H, W), from which statistics are taken: the first of the training split."""
+    """Return the first images of the training split, uint8 (N, 3, H, W): statistics are computed from these."""
     return train.images[:CALIBRATION_IMAGES].to(train.device)
 
 
 def calibration_batches(images: Tensor) -> tuple[Tensor, ...]:
-    """Return calibration images (N, ...) as batches of about equal size, at most CALIBRATION_BATCH images each."""
+    """Split calibration images (N, ...) into batches of about equal size, at most CALIBRATION_BATCH images each."""
     return images.chunk(-(-len(images) // CALIBRATION_BATCH))
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Return whether a module is a batch-norm that keeps statistics."""
+    """Return whether a module is a batch-norm with running statistics."""
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the statistics of every batch-norm by those of the responses to `batches`, as a network takes them.
+    """Replace every batch-norm's statistics by those of the responses to `batches`, the network's inputs.
 
-    Each batch (N, C, H, W) counts alike; all else of the network, its modes too, is left as it is. Products are those
-    of float32, as where accuracies are counted, unless autocast is on.
+    Each batch (N, C, H, W) has the same weight; everything else in the network stays unchanged, also its modes. Unless
+    autocast is on, products are in full float32, as in the evaluation of accuracies.
     """
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and has_statistics(module)]
     if not norms:
@@ -62,7 +62,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
         with evaluating(network), torch.no_grad(), products_at("float32", next(norms[0].buffers()).device):
             for norm in norms:
                 for name, buffer in norm.named_buffers(recurse=False):
-                    setattr(norm, name, torch.zeros_like(buffer))  # not in place: weights may be shared, and read-only
+                    setattr(norm, name, torch.zeros_like(buffer))  # not in place: buffers may be shared and read-only
                 norm.momentum = None  # the plain mean over batches
                 norm.train()
             for batch in batches:
@@ -73,13 +73,13 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def statistics_of(network: nn.Module) -> list[dict[str, Tensor]]:
-    """Return the statistics of every batch-norm of `network`, in its order, by the names of their buffers."""
+    """Return the statistics of every batch-norm of `network`, in layer order, as buffers by name."""
     return [dict(norm.named_buffers(recurse=False)) for norm in network.modules() if has_statistics(norm)]
 
 
 @contextmanager
 def with_statistics(network: nn.Module, statistics: list[dict[str, Tensor]]) -> Iterator[None]:
-    """Put what `statistics_of` gave into `network` while it is open, and what it had before at the end."""
+    """Use `statistics`, from `statistics_of`, in `network` within the block; restore its own afterwards."""
     before = statistics_of(network)
     _set(network, statistics)
     try:
@@ -90,7 +90,7 @@ def with_statistics(network: nn.Module, statistics: list[dict[str, Tensor]]) -> 
 
 @contextmanager
 def recalibrated(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
-    """Have the statistics that `recalibrate` gives while it is open, and those of before again at the end."""
+    """Use the statistics that `recalibrate` computes within the block; restore the earlier ones afterwards."""
     with with_statistics(network, statistics_of(network)):
         recalibrate(network, batches)
         yield

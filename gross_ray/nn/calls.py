@@ -1,4 +1,4 @@
-"""The layers that a network calls as it runs an image."""
+"""Trace the layers that a network calls as it runs an image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Call:
     module: nn.Module
     """The layer."""
     input_size: tuple[int, ...]
-    """Shape of its input, (N, C, H, W) or (N, ..., features); N is 1 unless the network folds places into it."""
+    """Shape of its input, (N, C, H, W) or (N, ..., features); N is 1 unless the network folds positions into it."""
     output_size: tuple[int, ...]
     """Shape of its output."""
 
@@ -30,16 +30,15 @@ class Call:
 def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
     """Return each call of a convolution, linear or decomposed layer as `model` runs one image of (C, H, W).
 
-    They are in the order in which they end. Raises InvalidValueError where `model` cannot run such an image.
+    Calls are in the order in which they return. Raises InvalidValueError if `model` cannot run such an image.
     """
     calls: list[Call] = []
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        images = given(args, kwargs)
-        calls.append(Call(module, tuple(images.shape), tuple(output.shape)))
+        calls.append(Call(module, tuple(input_of(args, kwargs).shape), tuple(output.shape)))
 
-    counted = [module for module in model.modules() if _is_counted(module)]
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in counted]
+    traced = [module for module in model.modules() if _is_traced(module)]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in traced]
     try:
         output_of(model, input_shape)
     finally:
@@ -48,29 +47,29 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
     return calls
 
 
-def _is_counted(module: nn.Module) -> bool:
+def _is_traced(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or is_decomposed(module)
 
 
-def given(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
-    """Return what a layer was given, as a hook is told of it: by place, or by name as torch's own layers allow."""
+def input_of(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """Return a layer's input from a hook's arguments: positional, or under the name that torch's own layers use."""
     return args[0] if args else kwargs["input"]
 
 
 def output_of(model: nn.Module, input_shape: Sequence[int]) -> Any:
-    """Return what `model` gives for one black image of (C, H, W), in evaluation mode.
+    """Return the output of `model` for one black image of (C, H, W), in evaluation mode.
 
-    Raises InvalidValueError where `model` cannot run such an image.
+    Raises InvalidValueError if `model` cannot run such an image.
     """
     images = zero_images(model, 1, input_shape)
-    with told_where_it_cannot_run(input_shape), torch.no_grad(), evaluating(model):
+    with network_errors_as_invalid_value(input_shape), torch.no_grad(), evaluating(model):
         return model(images)
 
 
 def zero_images(model: nn.Module, number: int, input_shape: Sequence[int]) -> Tensor:
-    """Return so many images of (C, H, W), zeros of the dtype and on the device of `model`'s first parameter.
+    """Return `number` black images of (C, H, W), in the dtype and on the device of `model`'s first parameter.
 
-    Raises InvalidValueError for what is no shape.
+    Raises InvalidValueError unless `input_shape` is a shape.
     """
     like = next(model.parameters(), torch.empty(0))
     try:
@@ -80,12 +79,12 @@ def zero_images(model: nn.Module, number: int, input_shape: Sequence[int]) -> Te
 
 
 @contextmanager
-def told_where_it_cannot_run(input_shape: Sequence[int]) -> Iterator[None]:
-    """Turn what a network raises for an image of (C, H, W) into InvalidValueError, whose cause it becomes."""
+def network_errors_as_invalid_value(input_shape: Sequence[int]) -> Iterator[None]:
+    """Re-raise any exception of a network that runs images of (C, H, W) as InvalidValueError, with its cause."""
     try:
         yield
     except Exception as error:  # whatever the user's own code raises
         raise InvalidValueError(
             f"the network cannot run an image of {'x'.join(map(str, input_shape))}: {first_line(error)}; "
-            "give images (or --image-size) that fit it, or another model"
+            "choose images (or --image-size) that fit it, or another model"
         ) from error

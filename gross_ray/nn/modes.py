@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, and at the end give each module back the mode that it had: a frozen batch-norm stays frozen.
+    """Set evaluation mode within the block; afterwards restore the mode of each module (one may be frozen).
 
-    Modes that are changed inside it are put back too.
+    Modes that the block itself changes are restored too.
     """
     modes = {module: module.training for module in network.modules()}
     network.eval()

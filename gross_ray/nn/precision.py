@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gross_ray.errors import InvalidValueError
 
-if TYPE_CHECKING:  # imported where it is used: options are checked against PRECISIONS without it
+if TYPE_CHECKING:  # the functions import torch: checking options against PRECISIONS must not
     import torch
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -17,21 +17,21 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 
 @contextmanager
 def at_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Compute in `precision` while it is open; raises InvalidValueError where `device` lacks it."""
+    """Compute in `precision` within the block; raises InvalidValueError if `device` lacks it."""
     with products_at(precision, device), forward_at(precision, device):
         yield
 
 
 @contextmanager
 def products_at(precision: str, device: torch.device) -> Iterator[None]:
-    """Multiply float32 numbers as `precision` says, forwards and backwards; raises InvalidValueError as above."""
+    """Set the precision of float32 products, forward and backward; raises InvalidValueError like `at_precision`."""
     if precision == "tf32" and device.type != "cuda":
         raise InvalidValueError(f"precision = 'tf32' on {device.type}: only CUDA has it; use float32 or bfloat16")
     import torch
 
     with ExitStack() as stack:
         if device.type == "cuda":
-            wanted = "tf32" if precision == "tf32" else "ieee"  # by default torch gives convolutions tf32
+            wanted = "tf32" if precision == "tf32" else "ieee"  # torch's default for convolutions is tf32
             for settings in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):  # type: ignore[attr-defined]
                 stack.callback(setattr, settings, "fp32_precision", settings.fp32_precision)
                 settings.fp32_precision = wanted
@@ -39,7 +39,7 @@ def products_at(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def forward_at(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return autocast for a forward pass in bfloat16; the backward pass follows by itself, outside of it."""
+    """Return autocast for a forward pass in bfloat16; the backward pass, outside of it, uses the same dtypes."""
     import torch
 
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()

@@ -1,4 +1,4 @@
-"""Replacing modules of any network, wherever it keeps them."""
+"""Replace modules of any network, wherever it keeps them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import nn
 
-_TORCHS = frozenset(vars(nn.Module()))
-"""Attributes of every module, its children among them."""
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Attributes that torch gives every module, among them its children."""
 
 
 def replace_modules(
     model: nn.Module, replacements: Mapping[str, nn.Module], *, share_weights: bool = False
 ) -> nn.Module:
-    """Return a deep copy of `model` with the named modules replaced wherever they are used, so that sharing is kept.
+    """Return a deep copy of `model` with the named modules replaced under all their names, so that sharing is kept.
 
-    So they are in lists, tuples and dicts that modules have as plain attributes. With `share_weights` the copy has the
-    parameters and buffers of `model` itself.
+    Modules in plain lists, tuples and dicts are replaced too. With `share_weights` the copy uses the parameters and
+    buffers of `model` itself.
     """
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share_weights else {}
     copied = copy.deepcopy(model, kept)
@@ -32,20 +32,19 @@ def replace_modules(
                 replacement.train(child.training)
                 setattr(parent, attribute, replacement)
         for attribute, value in list(vars(parent).items()):
-            if attribute not in _TORCHS and isinstance(value, list | tuple | dict):
+            if attribute not in _TORCH_ATTRIBUTES and isinstance(value, list | tuple | dict):
                 vars(parent)[attribute] = _replaced(value, new)
     return copied
 
 
 def _replaced(value: Any, new: Mapping[int, nn.Module]) -> Any:
-    """Return a module's replacement, if it has one; lists and dicts get those of their members, tuples become new."""
+    """Return the replacement of a module, if any; replace within lists and dicts in place, and rebuild tuples."""
     if isinstance(value, nn.Module):
         return new.get(id(value), value)
     if type(value) in (list, dict):
-        for key, one in list(value.items() if type(value) is dict else enumerate(value)):
-            if (other := _replaced(one, new)) is not one:
-                value[key] = other
+        for key, item in list(value.items() if type(value) is dict else enumerate(value)):
+            value[key] = _replaced(item, new)
     elif type(value) is tuple:
-        others = tuple(_replaced(one, new) for one in value)
-        return others if any(one is not other for one, other in zip(value, others, strict=True)) else value
+        items = tuple(_replaced(item, new) for item in value)
+        return items if any(item is not old for item, old in zip(items, value, strict=True)) else value
     return value

@@ -1,4 +1,4 @@
-"""What all figures of the page share: colours, layout, and a figure with its words."""
+"""The parts that all figures of the page share: colours, the layout, and a figure with its texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from gross_ray.report.results import FIXED, NAMED, SELECTED, ResultTable
 
 COLOURS = ("#2f7fc1", "#d2691e", "#2a9461", "#b0509c", "#8466cf", "#cf4a4a", "#1d8f9c", "#97803a")
-"""For lines and marks, told apart by the colour-blind as far as eight can be; on light and dark alike (3:1 or more)."""
+"""Colours of lines and marks: as distinct for the colour-blind as eight can be, contrast 3:1 on light and dark."""
 GREY = "#7f7f7f"
 BLUE, ORANGE, GREEN, PURPLE = COLOURS[:4]
 MARKS = {FIXED: (ORANGE, "square"), SELECTED: (PURPLE, "star"), NAMED: (COLOURS[6], "diamond")}
@@ -20,7 +20,7 @@ MARKS = {FIXED: (ORANGE, "square"), SELECTED: (PURPLE, "star"), NAMED: (COLOURS[
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "cross")
 MAX_DETAILS = 200
-"""Rows of a figure's numbers as a table, at most."""
+"""Maximum number of rows in the table of a figure's numbers."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Chart:
     """Its id in the page."""
     title: str
     summary: str
-    """What it shows, with its main numbers, for those who don't see it; stands beneath it too."""
+    """The text beneath it, also for readers who cannot see it: its content with its main numbers."""
     versions: Mapping[str, go.Figure]
-    """By what the chooser calls them; one only: no chooser."""
+    """The versions by their names in the chooser; a single version has no chooser."""
     chooser: str = ""
-    """What is chosen."""
+    """The chooser's label."""
     details: ResultTable | None = None
-    """The numbers behind it."""
+    """Its numbers as a table."""
     budgets: Mapping[str, Any] = field(default_factory=dict)
-    """For each version what the filter by budget needs (see `space_chart`); empty: no filter."""
+    """The data of the filter by budget, for each version (see `space_chart`); empty: no filter."""
     tall: bool = False
 
 
 def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
-    """Return a figure's layout with the titles of its axes; colours of text and grid are the page's."""
+    """Return a figure's layout with its axis titles; the page's script sets the colours of text and grid."""
     axis = {"automargin": True, "zeroline": False}
     return {
         "xaxis": axis | {"title": {"text": x, "standoff": 8}} | more.pop("xaxis", {}),
@@ -58,19 +58,19 @@ def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
 
 
 def shown(text: object) -> str:
-    """Return text of a stored table as plotly's labels take it: theirs is a small HTML."""
+    """Return text escaped for plotly's labels, which are read as HTML."""
     return html.escape(str(text), quote=False)
 
 
 def padded(values: Sequence[float]) -> list[float]:
-    """Return the range of an axis that holds all `values` with some air."""
+    """Return the range of an axis that shows all `values` with a margin."""
     low, high = float(min(values)), float(max(values))
-    air = 0.04 * (high - low) or 0.02 * abs(high) or 1.0
-    return [low - air, high + air]
+    margin = 0.04 * (high - low) or 0.02 * abs(high) or 1.0
+    return [low - margin, high + margin]
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """Return at most `most` (2 or more) of the items, first and last among them, evenly chosen."""
+    """Return at most `most` (2 or more) evenly spaced items, the first and the last among them."""
     if len(items) <= most:
         return list(items)
-    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+    return [items[round(step * (len(items) - 1) / (most - 1))] for step in range(most)]

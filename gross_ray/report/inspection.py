@@ -1,4 +1,4 @@
-"""What decomposing a network would give, before anything is spent."""
+"""A preview of decomposing a network: layers, costs and the size of the space, before any computation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from gross_ray.supernet.layers import LayerChoice, by_reason
 
 
 def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[int]) -> list[ResultTable]:
-    """Return the layers with their costs, the extremes of the space, and the convolutions that are left alone.
+    """Return the decomposed layers with their costs, the extremes of the space, and the convolutions left alone.
 
-    `input_shape` is (C, H, W). Raises InvalidValueError where the network cannot run an image of that shape.
+    `input_shape` is (C, H, W). Raises InvalidValueError if the network cannot run an image of that shape.
     """
     shape = "x".join(map(str, input_shape))
     dense: dict[int, int] = {}
@@ -46,10 +46,10 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     notes = [f"not tried: {by_reason(choice.dropped)}"] if choice.dropped else []
     layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows, notes)
     extremes = [Configuration([pick(sizes) for sizes in space.group_sizes.values()]) for pick in (min, max)]
-    held = f"{most_held(counted.calls):,}"
-    total = [["the network itself", millions(counted.macs), f"{count_parameters(network):,}", held]]
-    held = f"{peak_activations(supernet, input_shape):,}"
-    total += [[str(one), millions(macs.of_one(one)), f"{parameters.of_one(one):,}", held] for one in extremes]
+    activations = f"{most_held(counted.calls):,}"
+    total = [["the network itself", millions(counted.macs), f"{count_parameters(network):,}", activations]]
+    activations = f"{peak_activations(supernet, input_shape):,}"
+    total += [[str(end), millions(macs.of_one(end)), f"{parameters.of_one(end):,}", activations] for end in extremes]
     heads = ["", "M MACs", "parameters", "activations at once"]
     notes = [uncounted_modules(counted)] if counted.uncounted else []
     whole = ResultTable(f"The space: {space.size:,} configurations", heads, total, notes)

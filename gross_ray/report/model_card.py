@@ -1,4 +1,4 @@
-"""What to know of an exported network, as plain JSON values: the model card beside its file."""
+"""The model card beside an exported network's file: what a user needs to know of it, as plain JSON values."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def model_card(
     layers: Sequence[str],
     latency: LatencyModel | Timing | None = None,
 ) -> dict[str, Any]:
-    """Return the card of a validated configuration: accuracies, costs, how to feed it, and where it comes from.
+    """Return the card of a validated configuration: accuracies, costs, expected input, and origin.
 
-    `network` is the configuration as it is exported, whose costs are counted, and `input_shape` is (C, H, W); `layers`
-    names what is decomposed, in order; `latency` predicts its time or is a measured one, if there is one.
+    Costs are those of `network`, the exported form of the configuration, for an input of `input_shape` (C, H, W).
+    `layers` names the decomposed layers in order; `latency` predicts the network's time or is its measured time.
     """
     repeats = store.read_table("validations").query("configuration == @configuration")
     row = repeats.query("seed == @seed").iloc[0]
@@ -65,16 +65,16 @@ def model_card(
 
 
 def foldings_text(objective: str, foldings: Sequence[Folding]) -> str:
-    """Return a line a layer: what it costs in both forms, and which it is written as."""
+    """Return one line for each layer: its cost in both forms, and the form in which it is written."""
     return "\n".join(
-        f"{one.layer} (group-size {one.group_size}): {objective} {one.bottleneck:.6g} as a bottleneck, {one.dense:.6g} "
-        f"dense: {'folded' if one.folded else 'kept'}"
-        for one in foldings
+        f"{layer.layer} (group-size {layer.group_size}): {objective} {layer.bottleneck:.6g} as a bottleneck, "
+        f"{layer.dense:.6g} dense: {'folded' if layer.folded else 'kept'}"
+        for layer in foldings
     )
 
 
 def most_accurate_seed(store: RunStore, configuration: str) -> int | None:
-    """Return the repeat of a validated configuration most accurate on the validation split; None if there is none."""
+    """Return the seed that is most accurate on the validation split; None if the configuration is not validated."""
     repeats = store.read_table("validations").query("configuration == @configuration")
     if repeats.empty:
         return None
@@ -82,7 +82,7 @@ def most_accurate_seed(store: RunStore, configuration: str) -> int | None:
 
 
 def _time(latency: LatencyModel | Timing | None, configuration: Configuration) -> dict[str, Any]:
-    """Return the time of a batch, under which conditions it was measured and, of a prediction, how good it is."""
+    """Return the time of a batch, the conditions of its measurement and, for a prediction, its median error."""
     if latency is None:
         return {"latency_ms": None, "latency of": None}
     conditions = {name: getattr(latency, name) for name in ("device", "host", "batch_size", "threads")}
@@ -93,7 +93,7 @@ def _time(latency: LatencyModel | Timing | None, configuration: Configuration) -
 
 
 def _text(values: Sequence[float]) -> str:
-    """Return a number, or one for each channel."""
+    """Return one number for all channels, or a list with one number for each channel."""
     return str(values[0] if len(values) == 1 else list(values))
 
 

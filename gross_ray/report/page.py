@@ -1,4 +1,4 @@
-"""The page of results: one HTML file with everything in it, built from the stored tables alone."""
+"""The page of results: one self-contained HTML file, built from the stored tables alone."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 
 def check_target(target: Path | None) -> None:
-    """Raise InvalidValueError where `target` is a file that cannot be made, for there is no such folder."""
+    """Raise InvalidValueError if `target` is in a folder that does not exist."""
     if target is not None and not target.absolute().parent.is_dir():
         raise InvalidValueError(f"--to {target}: there is no folder {target.parent}; make it, or name another file")
 
 
 def write_page(store: RunStore, target: Path | None = None, searched: Searched | None = None) -> str:
-    """Write the page of a run to `target`, or else into the run folder, and return where it is.
+    """Write the page of a run to `target`, by default into the run folder, and return its address.
 
-    `searched` is read unless it is given. The file is either whole or the earlier one. Raises InvalidValueError where
-    `target` has no folder, StorageError where nothing can be written, and GrossRayError where plotly or jinja2 is not
-    installed.
+    `searched` is read from the run folder if it is not passed. The file is written atomically. Raises
+    InvalidValueError if the folder of `target` does not exist, StorageError if the page cannot be written, and
+    GrossRayError if plotly or jinja2 is not installed.
     """
     check_target(target)
     page = html_page(store, searched)
@@ -44,9 +44,9 @@ def write_page(store: RunStore, target: Path | None = None, searched: Searched |
 
 
 def html_page(store: RunStore, searched: Searched | None = None) -> str:
-    """Return the page: it needs no network, and says what a run that is not finished lacks.
+    """Return the page: it loads nothing from the network, and says which results are missing.
 
-    Raises GrossRayError where plotly or jinja2 is not installed.
+    Raises GrossRayError if plotly or jinja2 is not installed.
     """
     for package in ("plotly", "jinja2"):
         if importlib.util.find_spec(package) is None:
@@ -78,7 +78,7 @@ def html_page(store: RunStore, searched: Searched | None = None) -> str:
 
 
 def _json(parts: list[Section]) -> str:
-    """Return the figures as JSON that may stand in a script element, whatever names they hold."""
+    """Return the figures as JSON that is safe in a script element, whatever names it contains."""
     from plotly.utils import PlotlyJSONEncoder
 
     figures: dict[str, Any] = {
@@ -94,14 +94,14 @@ def _json(parts: list[Section]) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """Return text that may be broken behind its dashes: configurations of many layers are long."""
+    """Return text that may be broken after its dashes, because configurations of many layers are long."""
     from markupsafe import Markup, escape
 
     return Markup(str(escape(text)).replace("-", "-<wbr>"))
 
 
 def _prose(text: str) -> Markup:
-    """Return text with `commands` set as code."""
+    """Return text in which `commands` are set as code."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))

@@ -1,4 +1,4 @@
-"""The paper's Tables 2 and 3 and the numbers of its Figure 1, from stored tables: what terminal and page both show."""
+"""The paper's Tables 2 and 3 and the numbers of its Figure 1, from stored tables, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling
 
 SHOWN = ("val", "test")
-"""Splits."""
+"""The splits whose accuracies are shown."""
 LEAST_RANKED = 5
-"""Of fewer configurations a rank correlation has no interval: their few resamples say more of their number."""
-
+"""Minimum number of configurations for an interval of their rank correlation: fewer allow too few resamples."""
 
 FIXED, SELECTED, NAMED = "fixed", "selected", "also trained"
-"""What a configuration is to a run: compared with, found by its search, or trained on its own for another reason."""
+"""Why a run trains a configuration: to compare with it, because its search found it, or because the user named it."""
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table as people read it: cells are texts, the first of a row is its head."""
+    """A table for people: all cells are texts, and the first cell of a row is its head."""
 
     title: str
     heads: Sequence[str] = ()
-    """Empty: nothing is stored for it yet."""
+    """Empty if nothing is stored for the table yet."""
     rows: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
-    """What to know beside the numbers."""
+    """Lines beneath the table."""
     missing: Sequence[str] = ()
-    """What is not stored yet, with the command that makes it."""
+    """The results that are not stored yet, each with the command that makes it."""
 
 
 def network_table(store: RunStore) -> ResultTable:
@@ -63,7 +62,7 @@ def network_table(store: RunStore) -> ResultTable:
 
 
 def main_tables(store: RunStore, searched: Searched) -> list[ResultTable]:
-    """Return Tables 2 and 3, the best within each limit, and what else was trained on its own: those asked for."""
+    """Return Tables 2 and 3, the best within each limit, and the named configurations, as far as there are any."""
     by_fixed = [selection_table(store, searched)] if store.experiment.search.budgets else []
     named = named_table(store, searched)
     others = [named] if named.rows else []
@@ -71,10 +70,10 @@ def main_tables(store: RunStore, searched: Searched) -> list[ResultTable]:
 
 
 def selection_table(store: RunStore, searched: Searched | None = None) -> ResultTable:
-    """Return Table 3: under each budget the fixed and the selected configurations, in the supernet and on their own.
+    """Return Table 3: the fixed and the selected configurations of each budget, in the supernet and on their own.
 
-    Its note is how far the supernet ranks all validated configurations as their own training does. Where latencies
-    are stored, they have a column. `searched` is read where it is not given.
+    Its note is the rank correlation of both accuracies over all validated configurations. Latencies have a column if
+    they are stored. `searched` is read from the run folder if it is not passed.
     """
     selections, validations = selected(store), store.read_table("validations")
     title = "Selected under the budget of a fixed configuration (Table 3)"
@@ -116,7 +115,7 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
 
 
 def named_table(store: RunStore, searched: Searched) -> ResultTable:
-    """Return the configurations trained on their own that are not fixed, nor found under a budget or limit."""
+    """Return the configurations trained on their own that are neither fixed nor found under a budget or limit."""
     validations, kinds = store.read_table("validations"), kinds_of(store, searched)
     others = validations[validations["configuration"].map(kinds) == NAMED]
     rows = [
@@ -128,7 +127,7 @@ def named_table(store: RunStore, searched: Searched) -> ResultTable:
 
 
 def kinds_of(store: RunStore, searched: Searched) -> dict[str, str]:
-    """Return which configurations are fixed, selected (under a budget or within a limit), or else only validated."""
+    """Return the kind of each configuration: fixed, selected (under a budget or limit), or only validated."""
     validations, selections = store.read_table("validations", ["configuration", "kind"]), selected(store)
     kinds = dict.fromkeys(validations["configuration"], NAMED)
     for _, best in _within_limits(store, searched):
@@ -139,19 +138,18 @@ def kinds_of(store: RunStore, searched: Searched) -> dict[str, str]:
 
 
 def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> ResultTable:
-    """Return what `best_under` gives, the best first."""
+    """Return the result of `best_under` as a table, the best configuration first."""
     columns = {
         "rank": [str(rank) for rank in range(1, len(best) + 1)],
-        **cost_columns(best, {one.cost for one in budgets}),
+        **cost_columns(best, {budget.cost for budget in budgets}),
     }
     return ResultTable(_within(budgets), list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def limit_tables(store: RunStore, searched: Searched | None = None) -> list[ResultTable]:
-    """Return the best of what was searched within each of the experiment's limits, and what is missing of it.
+    """Return a table of the best evaluated configurations within each of the experiment's limits.
 
-    The last one's notes are how far the supernet ranks all validated configurations as their own training does, unless
-    `selection_table` tells it, and where latencies come from.
+    The notes of the last table are the rank correlation, unless `selection_table` has it, and the source of latencies.
     """
     if not store.experiment.search.limits:
         return []
@@ -163,8 +161,8 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
             continue
         table = budget_table(best, budgets)
         own = [
-            _accuracy(validations.loc[validations["configuration"] == one, "test_accuracy"])[1]
-            for one in best["configuration"]
+            _accuracy(validations.loc[validations["configuration"] == name, "test_accuracy"])[1]
+            for name in best["configuration"]
         ]
         rows = [[*row, accuracy] for row, accuracy in zip(table.rows, own, strict=True)]
         theirs = validations[validations["configuration"].isin(best["configuration"])]
@@ -181,7 +179,7 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
 
 
 def _within_limits(store: RunStore, searched: Searched) -> list[tuple[list[Budget], pd.DataFrame | str]]:
-    """Return each of the experiment's limits with the best within it, or with why there is none."""
+    """Return each of the experiment's limits with the best configurations within it, or the reason why none is."""
     options, found = store.experiment.search, []
     best: pd.DataFrame | str
     for budgets in map(Budget.parse_all, options.limits):
@@ -198,7 +196,7 @@ def _within(budgets: Sequence[Budget]) -> str:
 
 
 def cost_columns(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]]:
-    """Return the cells of configurations with their costs and accuracy, by column."""
+    """Return the columns of a table of configurations with their costs and accuracy, as texts."""
     columns = {"configuration": frame["configuration"].tolist(), "M MACs": [millions(macs) for macs in frame["macs"]]}
     if "macs_paper" in budgeted:
         columns["M MACs (the paper's)"] = [millions(macs) for macs in frame["macs_paper"]]
@@ -210,7 +208,7 @@ def cost_columns(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]
 
 
 def sweep_table(store: RunStore) -> ResultTable:
-    """Return Figure 1's numbers: accuracy in the supernet less that on its own, for each alpha (validation split)."""
+    """Return the numbers of Figure 1: for each alpha, accuracy in the supernet minus on its own (validation split)."""
     sweep = store.read_table("alpha_sweep")
     title = "Sampling temperature: supernet less fixed, percentage points: mean (std) (validation split, Figure 1)"
     if sweep.empty:
@@ -219,7 +217,7 @@ def sweep_table(store: RunStore) -> ResultTable:
     rows = []
     for (alpha, scaling), group in sweep.groupby(["alpha", "scaling"]):
         points = 100 * group.groupby("configuration")["difference"].agg(["mean", "std"]).reindex(configurations)
-        differences = [_mean_and_spread(*one) for one in points.itertuples(index=False)]
+        differences = [_mean_and_spread(*point) for point in points.itertuples(index=False)]
         rows.append([temperature(alpha, scaling), *differences, str(group["seed"].nunique())])
     options = store.experiment.sweep
     planned = {
@@ -234,21 +232,21 @@ def sweep_table(store: RunStore) -> ResultTable:
 
 
 def is_swept(store: RunStore) -> bool:
-    """Return whether the experiment asks for a sweep over alpha, or one is stored though it does not."""
+    """Return whether the experiment has a sweep over alpha, or its folder has results of one."""
     return bool(store.experiment.sweep.alphas) or bool(store.units("alpha_sweep"))
 
 
 def selected(store: RunStore) -> pd.DataFrame:
-    """Return the selections, the largest budget first."""
+    """Return the rows of `selections`, the largest budget first."""
     selections = store.read_table("selections")
     return selections.sort_values(["budget_macs", "budget", "rank"], ascending=[False, True, True], ignore_index=True)
 
 
 def correlation(store: RunStore, supernet: pd.Series, validations: pd.DataFrame) -> RankCorrelation:
-    """Return the rank correlation of the supernet's accuracies and those on their own, both of the validation split.
+    """Return the rank correlation of accuracy in the supernet and on its own, both on the validation split.
 
-    The same intervals each time, for they are drawn from the experiment's seed. Raises InvalidValueError where ranks
-    do not exist.
+    The intervals are reproducible: their generator is derived from the experiment's seed. Raises InvalidValueError if
+    ranks do not exist.
     """
     own = validations.groupby("configuration")["val_accuracy"].mean()
     generator = derived_generator(store.experiment.seed, "report", "rank correlation")
@@ -256,7 +254,7 @@ def correlation(store: RunStore, supernet: pd.Series, validations: pd.DataFrame)
 
 
 def correlation_sentence(store: RunStore, supernet: pd.Series, validations: pd.DataFrame) -> str:
-    """Return a line on `correlation`, or on why there is none."""
+    """Return a sentence with the result of `correlation`, or with the reason why none exists."""
     try:
         found = correlation(store, supernet, validations)
     except InvalidValueError as error:
@@ -274,7 +272,7 @@ def correlation_sentence(store: RunStore, supernet: pd.Series, validations: pd.D
 
 
 def latency_sentences(store: RunStore) -> list[str]:
-    """Return a line on where the latencies in a table come from, for each measurement that is stored."""
+    """Return a sentence for each stored measurement of latency: device, conditions and error."""
     return [
         f"ms: one batch of {model.batch_size} on {model.device}, {model.threads} thread{'s' * (model.threads > 1)}, "
         f"predicted from its layers' times; median error {100 * model.median_error:.1f} % of {model.num_sampled} "
@@ -284,13 +282,19 @@ def latency_sentences(store: RunStore) -> list[str]:
 
 
 def temperature(alpha: float, scaling: str) -> str:
-    """Return how a sampling temperature is called: without one, both scalings are the same."""
+    """Return the label of a sampling temperature; for alpha 0 both scalings are the same."""
     return f"{alpha:g}" if alpha == 0 else f"{alpha:g} {scaling}"
 
 
 def millions(macs: float) -> str:
     """Return a number of MACs in millions."""
     return f"{macs / 1e6:.2f}"
+
+
+def mean_text(mean: float, std: float, count: int, digits: int = 2) -> str:
+    """Return "mean (std, n)", with a dash for the standard deviation of a single value."""
+    spread = "-" if pd.isna(std) else f"{std:.{digits}f}"
+    return f"{mean:.{digits}f} ({spread}, {count:.0f})"
 
 
 def _mean_and_spread(mean: float, deviation: float) -> str:
@@ -304,17 +308,16 @@ def _lacking(num: int, planned: int, what: str) -> list[str]:
 
 
 def _lacking_trainings(validations: pd.DataFrame, num: int, store: RunStore, what: str) -> list[str]:
-    """Return what is missing of the trainings of `num` configurations, of which `validations` are those stored."""
+    """Return how many trainings of `num` configurations are missing; `validations` are the stored ones."""
     seeds = store.experiment.validation.seeds
     planned = num * seeds
-    there = len(validations[validations["seed"] < seeds].drop_duplicates(["configuration", "seed"]))
-    return _lacking(planned - there, planned, f"trainings of {what} on their own (run `gross validate`)")
+    stored = len(validations[validations["seed"] < seeds].drop_duplicates(["configuration", "seed"]))
+    return _lacking(planned - stored, planned, f"trainings of {what} on their own (run `gross validate`)")
 
 
 def _accuracy(values: pd.Series) -> tuple[str, str]:
-    """Return the median, and mean (sample standard deviation, n), in percent."""
+    """Return two texts in percent: the median, and the mean (sample standard deviation, n)."""
     if values.empty:
         return "-", "-"
     percent = 100 * values
-    spread = f"{percent.std(ddof=1):.2f}" if len(percent) > 1 else "-"
-    return f"{percent.median():.2f}", f"{percent.mean():.2f} ({spread}, {len(percent)})"
+    return f"{percent.median():.2f}", mean_text(percent.mean(), percent.std(), len(percent))

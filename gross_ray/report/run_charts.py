@@ -1,4 +1,4 @@
-"""How a run went: the decompositions' errors, the training curves, and what the supernet is worth as a predictor."""
+"""Figures of a run's quality: the decompositions' errors, training curves, and the supernet as a predictor."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from gross_ray.report.charts import (
     padded,
     shown,
 )
-from gross_ray.report.results import ResultTable, correlation_sentence, kinds_of
+from gross_ray.report.results import ResultTable, correlation_sentence, kinds_of, mean_text
 from gross_ray.report.searched import Searched
 from gross_ray.run.store import RunStore
 
 MAX_CURVES = 12
-"""Trainings of one stage that are drawn, at most."""
+"""Maximum number of trainings drawn for one stage."""
 MAX_WORDED = 12
-"""Of more layers the cells are too low for their numbers; the figure is higher then, and each layer has its name."""
+"""Maximum number of layers whose cells show their numbers; with more layers, the figure is higher instead."""
 ROW = 18
-"""Pixels of a layer, where there are more."""
+"""Height of a layer in pixels, if there are more than MAX_WORDED layers."""
 
 
 def retrained_chart(store: RunStore, searched: Searched, validations: pd.DataFrame) -> Chart | None:
-    """Return accuracy in the supernet against that on its own, or None where no configuration has both."""
+    """Return the figure of accuracy in the supernet against accuracy on its own; None if no configuration has both."""
     own = validations.groupby("configuration")["val_accuracy"].agg(["mean", "std", "count"])
     supernet = searched.accuracies.set_index("configuration")["supernet_accuracy"]
     both = own.join(supernet, how="inner")
@@ -54,7 +54,7 @@ def retrained_chart(store: RunStore, searched: Searched, validations: pd.DataFra
                     x=rows["supernet_accuracy"].tolist(),
                     y=rows["mean"].tolist(),
                     error_y={"array": rows["std"].fillna(0).tolist(), "thickness": 1},
-                    customdata=[[shown(one), int(n)] for one, n in zip(rows.index, rows["count"], strict=True)],
+                    customdata=[[shown(name), int(n)] for name, n in zip(rows.index, rows["count"], strict=True)],
                     mode="markers",
                     marker={"color": colour, "symbol": symbol, "size": 11},
                     hovertemplate=f"<b>%{{customdata[0]}}</b> ({kind})<br>%{{x:.2f}} % in the supernet"
@@ -72,7 +72,7 @@ def retrained_chart(store: RunStore, searched: Searched, validations: pd.DataFra
             str(name),
             row["kind"],
             f"{row['supernet_accuracy']:.2f}",
-            f"{row['mean']:.2f} ({_spread(row['std'])}, {row['count']:.0f})",
+            mean_text(row["mean"], row["std"], row["count"]),
         ]
         for name, row in both.sort_values("supernet_accuracy", ascending=False).head(MAX_DETAILS).iterrows()
     ]
@@ -80,13 +80,13 @@ def retrained_chart(store: RunStore, searched: Searched, validations: pd.DataFra
         "In the supernet and on its own, % (val)",
         ["configuration", "kind", "in supernet", "on its own: mean (std, n)"],
         rows,
-        [f"the {len(rows)} of {len(both)} that are the most accurate in the supernet"] if len(rows) < len(both) else [],
+        [f"the {len(rows)} of {len(both)} that are most accurate in the supernet"] if len(rows) < len(both) else [],
     )
     return Chart("retrained", "In the supernet and trained on its own", summary, {"": figure}, details=details)
 
 
 def decomposition_chart(decompositions: pd.DataFrame) -> Chart:
-    """Return the relative error of each layer at each group-size, of which there must be one."""
+    """Return the figure of relative error by layer and group-size; `decompositions` must not be empty."""
     layers = list(dict.fromkeys(decompositions["layer"]))
     sizes = sorted(set(decompositions["group_size"]))
     errors = decompositions.groupby(["layer", "group_size"])["relative_error"].agg(["mean", "std", "count"])
@@ -99,7 +99,7 @@ def decomposition_chart(decompositions: pd.DataFrame) -> Chart:
             customdata=_grid(errors["count"], layers, sizes),
             zmin=0,
             zmax=1,
-            colorscale=[[0, "#ffffff"], [1, BLUE]],  # so light that black can be read on all of it
+            colorscale=[[0, "#ffffff"], [1, BLUE]],  # light enough to read black text everywhere
             texttemplate="%{z:.2f}" if few else "",
             textfont={"color": "#000000"},
             hovertemplate="%{y}, group-size %{x}<br>relative error %{z:.4f}, mean of %{customdata}<extra></extra>",
@@ -119,15 +119,13 @@ def decomposition_chart(decompositions: pd.DataFrame) -> Chart:
     statuses = ", ".join(f"{count} {status}" for status, count in decompositions["status"].value_counts().items())
     summary = (
         f"Relative error of {len(decompositions)} decompositions, {len(layers)} layers at {len(sizes)} group-sizes, "
-        f"each cell the mean of its {_number(errors['count'])}: the norm of what a decomposition misses over that "
-        f"of the weight. The largest is {errors['mean'].max():.4f}, of {layer} at group-size {size}. The largest "
-        f"cancellation is {decompositions['cancellation'].max():.2f}. The solver's ends: {statuses}."
+        f"each cell the mean of its {_number(errors['count'])}: the norm of the residual over the norm of the weight. "
+        f"The largest is {errors['mean'].max():.4f}, of {layer} at group-size {size}. The largest "
+        f"cancellation is {decompositions['cancellation'].max():.2f}. Status of the solver: {statuses}."
     )
-    rows = [
-        [str(layer), *(_error(errors.loc[(layer, size)]) if (layer, size) in errors.index else "-" for size in sizes)]
-        for layer in layers
-    ]
-    notes = ["each by itself, with its steps, cancellation and end: `gross show RUN decompositions --rows 0`"]
+    cells = {key: mean_text(mean, std, count, digits=4) for key, mean, std, count in errors.itertuples(name=None)}
+    rows = [[str(layer), *(cells.get((layer, size), "-") for size in sizes)] for layer in layers]
+    notes = ["each decomposition with steps, cancellation and status: `gross show RUN decompositions --rows 0`"]
     heads = ["layer", *(f"g\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{size}" for size in sizes)]
     details = ResultTable("Relative error by group-size: mean (std, n)", heads, rows, notes)
     return Chart("decompositions", "Error of the decompositions", summary, {"": figure}, details=details)
@@ -143,12 +141,8 @@ def _number(counts: pd.Series) -> str:
     return f"{least} repeat{'s' if least > 1 else ''}" if least == most else f"{least} to {most} repeats"
 
 
-def _error(cell: pd.Series) -> str:
-    return f"{cell['mean']:.4f} ({_spread(cell['std'], 4)}, {cell['count']:.0f})"
-
-
 def curves_chart(history: pd.DataFrame) -> Chart:
-    """Return the curves of each stage's trainings, of which there must be one."""
+    """Return the training curves of each stage; `history` must not be empty."""
     versions, rows = {}, []
     for stage, epochs in history.groupby("stage", sort=False):
         versions[str(stage)] = _curves(epochs)
@@ -160,15 +154,15 @@ def curves_chart(history: pd.DataFrame) -> Chart:
                 str(len(last)),
                 str(epochs["epoch"].max()),
                 f"{last['train_loss'].mean():.4g}",
-                f"{accuracy.mean():.2f} ({_spread(accuracy.std())}, {len(accuracy)})" if len(accuracy) else "-",
+                mean_text(accuracy.mean(), accuracy.std(), len(accuracy)) if len(accuracy) else "-",
             ]
         )
     units = history.groupby("stage", sort=False)["unit"].nunique()
     many = [f"{MAX_CURVES} of the {count} of {stage}" for stage, count in units.items() if count > MAX_CURVES]
     summary = (
-        "Training loss and, where it was measured, accuracy on the validation split after each epoch, of "
+        "Training loss and, if measured, accuracy on the validation split after each epoch, of "
         f"{units.sum()} trainings in {len(units)} stages."
-        + (f" At most {MAX_CURVES} curves are drawn for a stage, evenly chosen: {', '.join(many)}." if many else "")
+        + (f" At most {MAX_CURVES} evenly spaced curves are drawn for a stage: {', '.join(many)}." if many else "")
     )
     heads = ["stage", "trainings", "epochs", "last loss, mean", "last accuracy, %: mean (std, n)"]
     details = ResultTable("Where the trainings ended", heads, rows)
@@ -187,9 +181,9 @@ def _curves(epochs: pd.DataFrame) -> go.Figure:
         )
     )
     units = list(dict.fromkeys(epochs["unit"]))
-    for place, unit in enumerate(evenly(units, MAX_CURVES)):
+    for number, unit in enumerate(evenly(units, MAX_CURVES)):
         rows, name = epochs[epochs["unit"] == unit], shown(unit)
-        colour, dash = COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS)]
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS)]
         style: dict[str, Any] = {
             "mode": "lines+markers" if len(rows) < 40 else "lines",
             "legendgroup": name,
@@ -200,7 +194,7 @@ def _curves(epochs: pd.DataFrame) -> go.Figure:
         x = rows["epoch"].tolist()
         figure.add_trace(go.Scatter(x=x, y=rows["train_loss"].tolist(), hovertemplate=text, **style))
         if measured:
-            y = [None if pd.isna(one) else 100 * one for one in rows["val_accuracy"]]
+            y = [None if pd.isna(accuracy) else 100 * accuracy for accuracy in rows["val_accuracy"]]
             text = "%{fullData.name}<br>epoch %{x}<br>%{y:.2f} % (val)<extra></extra>"
             figure.add_trace(go.Scatter(x=x, y=y, yaxis="y2", showlegend=False, hovertemplate=text, **style))
     return figure
@@ -209,7 +203,3 @@ def _curves(epochs: pd.DataFrame) -> go.Figure:
 def _second_axis() -> dict[str, Any]:
     title = {"text": "accuracy, % (val)", "standoff": 8}
     return {"domain": [0.54, 1.0], "anchor": "x", "automargin": True, "zeroline": False, "title": title}
-
-
-def _spread(deviation: float, digits: int = 2) -> str:
-    return "-" if pd.isna(deviation) else f"{deviation:.{digits}f}"

@@ -1,4 +1,4 @@
-"""What the search has evaluated, one row a configuration."""
+"""The configurations that the search has evaluated, one row for each."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _LAYER = "layer "
 
 @dataclass(frozen=True)
 class Searched:
-    """The configurations of the supernets that are searched (not those of the sweep)."""
+    """The evaluated configurations of the searched supernets (not of the sweep's supernets)."""
 
     accuracies: pd.DataFrame
-    """What `supernet_accuracies` returns; no rows before the search."""
+    """The result of `supernet_accuracies`; without rows before the search."""
     layers: tuple[str, ...]
     """Names of the decomposed layers, in the order of a configuration's group-sizes."""
     num_supernets: int
-    """Supernets that evaluated at least one configuration."""
+    """Supernets with at least one evaluated configuration."""
     num_evaluations: int
-    """Rows behind `accuracies`: fewer than configurations x supernets while a search is unfinished."""
+    """Evaluations behind `accuracies`: fewer than configurations x supernets while a search is unfinished."""
 
     @classmethod
     def of(cls, store: RunStore) -> Searched:
-        """Read the configurations of the experiment's own supernets."""
+        """Read the evaluated configurations of a run folder."""
         options = store.experiment.supernet
         scaling = settled_scaling(options.alpha, options.scaling)
         units = evaluated_units(store)
@@ -44,19 +44,20 @@ class Searched:
         for part in evaluated_parts(store, ("configuration", *COSTS, "val_accuracy"), ours):
             parts.append(supernet_accuracies(part))
             num_rows += len(part)
-        layers = _layers(store, ours["unit"].iloc[0])
+        columns = store.read_units("configurations", [ours["unit"].iloc[0]]).columns
+        layers = tuple(name.removeprefix(_LAYER) for name in columns if name.startswith(_LAYER))
         return cls(pd.concat(parts, ignore_index=True), layers, ours["seed"].nunique(), num_rows)
 
     def space_size(self, store: RunStore) -> int:
-        """Return how many configurations there are, as far as the layers are decomposed."""
+        """Return the number of configurations of the space, as far as its layers are decomposed."""
         sizes = store.read_table("decompositions", ["layer", "group_size"]).groupby("layer")["group_size"].nunique()
         return max(prod(sizes.tolist()), len(self.accuracies))
 
     def missing(self, store: RunStore) -> list[str]:
-        """Return how many evaluations are not stored yet.
+        """Return a line with the number of missing evaluations; no line if the search is finished.
 
-        A search by a strategy may end before it has made all that it was given: its selections say so, or else a
-        checkpoint, which kept results lack.
+        A search by a strategy may finish before it has used all its evaluations. Its selections say so, or else a
+        checkpoint, which published results do not include.
         """
         options = store.experiment
         configurations, at_most = self.space_size(store), ""
@@ -71,10 +72,5 @@ class Searched:
 
     @cached_property
     def costs(self) -> tuple[str, ...]:
-        """The costs that every configuration has, MACs first."""
+        """The costs that are known for every configuration, MACs first."""
         return tuple(cost for cost in COSTS if len(self.accuracies) and self.accuracies[cost].notna().all())
-
-
-def _layers(store: RunStore, unit: str) -> tuple[str, ...]:
-    first = store.read_units("configurations", [unit])
-    return tuple(name.removeprefix(_LAYER) for name in first.columns if name.startswith(_LAYER))

@@ -1,4 +1,4 @@
-"""The parts of the page, in its order: charts and tables, or what is missing and which command makes it."""
+"""The sections of the page: charts and tables, or what is missing and the command that makes it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ import pandas as pd
 
 from gross_ray.data.identity import SHORT, SPLITS
 from gross_ray.report.charts import Chart
-from gross_ray.report.results import (
-    ResultTable,
-    is_swept,
-    main_tables,
-    sweep_table,
-)
+from gross_ray.report.results import ResultTable, is_swept, main_tables, sweep_table
 from gross_ray.report.run_charts import curves_chart, decomposition_chart, retrained_chart
 from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import space_chart
@@ -30,7 +25,7 @@ _VERSIONS = ("gross_ray", "python", "torch", "torchvision", "ray")
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page."""
+    """A section of the page."""
 
     name: str
     """Its id in the page."""
@@ -38,23 +33,23 @@ class Section:
     charts: Sequence[Chart] = ()
     tables: Sequence[ResultTable] = ()
     missing: Sequence[str] = ()
-    """What is not stored yet, with the command that makes it."""
+    """The results that are not stored yet, each with the command that makes it."""
     folded: bool = False
-    """Whether its tables are folded away at first."""
+    """Whether its tables are collapsed at first."""
 
     @property
     def all_missing(self) -> list[str]:
-        """What this part and its tables lack."""
+        """The results that this section and its tables lack."""
         empty = [f"{table.title}: {what}" for table in self.tables for what in table.missing if not table.heads]
         return [*self.missing, *empty, *(what for table in self.tables for what in table.missing if table.heads)]
 
 
 def sections(store: RunStore, searched: Searched | None = None) -> list[Section]:
-    """Read the tables and return all parts; one that the experiment does not ask for is left out."""
+    """Return all sections that the experiment asks for, in the order of the page."""
     searched = searched or Searched.of(store)
     parts = [
         _space(store, searched),
-        _tables(store, searched),
+        Section("tables", "Tables 2 and 3", tables=main_tables(store, searched)),
         _retrained(store, searched),
         _sweep(store),
         _decompositions(store),
@@ -70,10 +65,6 @@ def _space(store: RunStore, searched: Searched) -> Section:
     if searched.accuracies.empty:
         return Section("configurations", title, missing=["the evaluated configurations (run `gross search`)"])
     return Section("configurations", title, [space_chart(store, searched)], missing=searched.missing(store))
-
-
-def _tables(store: RunStore, searched: Searched) -> Section:
-    return Section("tables", "Tables 2 and 3", tables=main_tables(store, searched))
 
 
 def _retrained(store: RunStore, searched: Searched) -> Section:
@@ -113,17 +104,17 @@ def _times(store: RunStore) -> Section:
     title = "Versions and time"
     runs = store.read_table("runs", ["started", *_VERSIONS, "host", "device", "num_cpus"])
     if runs.empty:
-        return Section("time", title, missing=["any start of a stage (run `gross run` or `gross train`)"])
+        return Section("time", title, missing=["the start of any stage (run `gross run` or `gross train`)"])
     images = _images(store)
     starts = ResultTable(
         "Starts of a command on this run folder",
         ["started (UTC)", *_VERSIONS, "host", "device", "cores"],
-        [[_moment(row[0]), *map(str, row[1:])] for row in runs.itertuples(index=False)],
+        [[row[0].partition(".")[0].replace("T", " "), *map(str, row[1:])] for row in runs.itertuples(index=False)],
     )
     trained = store.read_table("history", ["stage", "unit", "seconds"])
     decomposed = store.read_table("decompositions", ["layer", "group_size", "seed", "nested", "seconds"])
     keys = (decomposed[key].astype(str) for key in ("layer", "group_size", "seed", "nested"))
-    unit = reduce(lambda one, other: one + " " + other, keys)
+    unit = reduce(lambda first, second: first + " " + second, keys)
     work = [part for part in (trained, decomposed.assign(stage="decompose", unit=unit)) if len(part)]
     if not work:
         return Section("time", title, tables=[starts, *images], missing=["times of work (run `gross train`)"])
@@ -133,15 +124,15 @@ def _times(store: RunStore) -> Section:
         rows.append([str(stage), str(group["unit"].nunique()), _duration(group["seconds"].sum())])
     rows.append(["these together", "", _duration(total)])
     note = (
-        "Summed over units of work, which run beside each other: the wall clock showed less on more than one worker. "
-        "Evaluations are not counted; what `--reuse` took over from another run is."
+        "Summed over units of work: with several workers, units run at the same time, and the wall-clock time is less. "
+        "Evaluations are not counted; units that `--reuse` took over from another run are."
     )
     times = ResultTable("Time of training and decomposing", ["stage", "units", "h:mm:ss"], rows, [note])
     return Section("time", title, tables=[starts, *images, times])
 
 
 def _images(store: RunStore) -> list[ResultTable]:
-    """Return the table of the images' hashes, if the run folder stores them."""
+    """Return the table of the images' hashes; no table if the run folder has none."""
     stored = stored_data(store)
     if stored is None:
         return []
@@ -159,13 +150,9 @@ def _experiment(store: RunStore) -> Section:
 
 
 def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows in the order of their stages."""
-    place = rows["stage"].map({stage: number for number, stage in enumerate(_STAGES)}).fillna(len(_STAGES))
-    return rows.iloc[place.argsort(kind="stable")]
-
-
-def _moment(started: str) -> str:
-    return started.partition(".")[0].replace("T", " ")
+    """Return the rows in the order of their stages."""
+    position = rows["stage"].map({stage: number for number, stage in enumerate(_STAGES)}).fillna(len(_STAGES))
+    return rows.iloc[position.argsort(kind="stable")]
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The configurations by cost and accuracy: the Pareto front, fixed and selected ones, and what a budget leaves."""
+"""The figure of all configurations by cost and accuracy, with the Pareto front and a filter by budget."""
 
 from __future__ import annotations
 
@@ -10,18 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from gross_ray.report.charts import (
-    BLUE,
-    GREEN,
-    GREY,
-    MARKS,
-    MAX_DETAILS,
-    Chart,
-    evenly,
-    layout,
-    padded,
-    shown,
-)
+from gross_ray.report.charts import BLUE, GREEN, GREY, MARKS, MAX_DETAILS, Chart, evenly, layout, padded, shown
 from gross_ray.report.results import ResultTable, kinds_of
 from gross_ray.report.searched import Searched
 from gross_ray.run.store import RunStore
@@ -29,33 +18,34 @@ from gross_ray.search.selection import pareto_front
 from gross_ray.seeds import derived_generator
 
 MAX_POINTS = 2000
-"""Above so many configurations the figure is a density, with a sample of this size as points."""
+"""With more configurations, the figure is a density, and a sample of this size is drawn as points."""
 MAX_MARKED = 200
-"""Of the front, and of the fixed and selected configurations each, at most so many are points."""
+"""Maximum number of points for each of the Pareto front, the fixed and the selected configurations."""
 BINS = (72, 48)
-"""Of the density: along the cost, along the accuracy."""
+"""Bins of the density along the cost and the accuracy."""
 COST_TITLES = {
     "macs": ("M MACs an image", 1e6),
     "macs_paper": ("M MACs an image, counted the paper's way", 1e6),
     "parameters": ("thousand parameters", 1e3),
     "latency_ms": ("ms a batch (predicted)", 1.0),
 }
-"""Title of each cost's axis, and what one of its unit is in the tables."""
+"""Title of each cost's axis, and the size of its unit in the unit of the tables."""
 _FRONT = "Pareto front"
 _LINE = 32
-"""Characters of a hover's line, so that it fits a telephone."""
+"""Characters in a line of a hover label, so that it fits the screen of a phone."""
 MAX_LINES = 3
-"""Of a hover's group-sizes: plotly cuts a label, or leaves it out, that is too high for the place of its point."""
+"""Lines of group-sizes in a hover label: plotly cuts or omits a label that is too high for its point's position."""
 
 
 def space_chart(store: RunStore, searched: Searched) -> Chart:
-    """Return the figure of all configurations, of which there must be one; a version for each cost measured.
+    """Return the figure of all configurations, with a version for each known cost; `searched` must not be empty.
 
-    `budgets` of the chart holds for each version the staircase of the Pareto front over all configurations, from
-    which the best within any budget follows exactly, whatever sample is drawn.
+    `budgets` of the chart has the Pareto front over all configurations, for each version. The best configuration within
+    any budget follows from it exactly, even if only a sample is drawn.
     """
-    accuracies, marked = searched.accuracies, _marked(store, searched)
-    sample = accuracies
+    accuracies = sample = searched.accuracies
+    kinds = accuracies["configuration"].map(kinds_of(store, searched))
+    marked = {kind: accuracies[kinds == kind] for kind in MARKS}
     if len(accuracies) > MAX_POINTS:
         generator = derived_generator(store.experiment.seed, "report", "sample")
         sample = accuracies.iloc[
@@ -72,7 +62,7 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
             "least": float(accuracies[cost].min()) / unit,
             "most": float(accuracies[cost].max()) / unit,
             "layers": list(searched.layers),
-            "configurations": [shown(one) for one in front["configuration"]],
+            "configurations": [shown(name) for name in front["configuration"]],
             "costs": front[cost].tolist(),
             "accuracies": front["supernet_accuracy"].tolist(),
         }
@@ -86,12 +76,6 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
         budgets,
         tall=True,
     )
-
-
-def _marked(store: RunStore, searched: Searched) -> dict[str, pd.DataFrame]:
-    """Return the rows of each kind of configurations (`kinds_of`) that were evaluated."""
-    kinds = searched.accuracies["configuration"].map(kinds_of(store, searched))
-    return {kind: searched.accuracies[kinds == kind] for kind in MARKS}
 
 
 def _figure(
@@ -145,13 +129,13 @@ def _figure(
             size = 13 if symbol == "star" else 11
             add(kind, rows, mode="markers", marker={"color": colour, "size": size, "symbol": symbol})
     best = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"width": 3}}
-    # For the legend only: the page's script draws the ring where the budget puts it.
+    # For the legend only: the page's script draws the ring at the best configuration.
     figure.add_trace(go.Scatter(name="best within the budget", x=[None], y=[None], mode="markers", marker=best))
     return figure
 
 
 def _stairs(costs: pd.Series, percents: pd.Series) -> go.Scatter:
-    """Return the line through all steps of the front; its marks, which may be fewer, are the legend's entry."""
+    """Return the line through all steps of the front, without a legend entry: its marks have one."""
     line = {"color": BLUE, "shape": "hv", "width": 2}
     x, y = costs.tolist(), percents.tolist()
     group = {"name": _FRONT, "legendgroup": _FRONT, "showlegend": False}
@@ -159,7 +143,7 @@ def _stairs(costs: pd.Series, percents: pd.Series) -> go.Scatter:
 
 
 def _density(costs: pd.Series, percents: pd.Series) -> go.Heatmap:
-    """Return how many configurations there are in each cell, on a scale of tenfold steps; empty cells stay empty."""
+    """Return the number of configurations in each cell as a heatmap on a logarithmic scale; empty cells stay blank."""
     counts, x, y = np.histogram2d(costs, percents, bins=BINS)
     log = np.log10(np.where(counts > 0, counts, np.nan)).T
     tens = range(int(np.nanmax(log)) + 1)
@@ -184,9 +168,9 @@ def _density(costs: pd.Series, percents: pd.Series) -> go.Heatmap:
 
 
 def _about(row: dict[Any, Any], searched: Searched, kinds: dict[str, list[str]]) -> list[str]:
-    """Return of a configuration what a hover shows: its name, kind, costs, and its layers' group-sizes.
+    """Return the texts of a configuration's hover label, shortened to fit: name, kind, costs and group-sizes.
 
-    What is too long for a hover is cut there; the line beneath the figure has all of it, from the whole name, the last.
+    The last item is the whole name, from which the line beneath the figure shows all group-sizes.
     """
     name = row["configuration"]
     costs = [f"{row['macs'] / 1e6:.2f} M\N{NO-BREAK SPACE}MACs", f"{row['parameters']:,}\N{NO-BREAK SPACE}parameters"]
@@ -200,7 +184,7 @@ def _about(row: dict[Any, Any], searched: Searched, kinds: dict[str, list[str]])
 
 
 def _lines(text: str, most: int | None = None) -> list[str]:
-    """Return text as lines for a hover, `most` of them, the last of which tells that there were more."""
+    """Return text as lines of a hover label, at most `most`; an ellipsis marks that text was cut."""
     lines = textwrap.wrap(
         text,
         _LINE,
@@ -227,12 +211,12 @@ def _summary(
     if num_points < num:
         text += (
             f" Above {MAX_POINTS:,} configurations the figure is a density: the stronger a cell's colour, the more "
-            f"configurations; {num_points:,} points, drawn evenly, can be hovered. The front and the best within a "
+            f"configurations; {num_points:,} randomly drawn points have labels. The front and the best within a "
             "budget are those of all configurations."
         )
     many = {"steps of the front": len(front)} | {kind: len(rows) for kind, rows in marked.items()}
     cut = [f"{MAX_MARKED} of {count:,} {what}" for what, count in many.items() if count > MAX_MARKED]
-    return text + (f" Of what is marked, evenly chosen: {', '.join(cut)}." if cut else "")
+    return text + (f" Only evenly spaced ones are marked: {', '.join(cut)}." if cut else "")
 
 
 def _words(row: pd.Series) -> str:
@@ -240,11 +224,11 @@ def _words(row: pd.Series) -> str:
 
 
 def _front_table(front: pd.DataFrame) -> ResultTable:
-    places = evenly(range(len(front)), MAX_DETAILS)
+    steps = evenly(range(len(front)), MAX_DETAILS)
     rows = [
         [str(row.configuration), f"{row.macs / 1e6:.2f}", f"{row.parameters:,}", f"{100 * row.supernet_accuracy:.2f}"]
-        for row in front.iloc[places].itertuples()
+        for row in front.iloc[steps].itertuples()
     ]
-    notes = [] if len(places) == len(front) else [f"{len(places)} of {len(front)} steps, evenly chosen"]
+    notes = [] if len(steps) == len(front) else [f"{len(steps)} of {len(front)} steps, evenly spaced"]
     heads = ["configuration", "M MACs", "parameters", "in supernet (val)"]
     return ResultTable("The Pareto front of MACs and accuracy", heads, rows, notes)

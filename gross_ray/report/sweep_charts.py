@@ -15,14 +15,14 @@ from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 
 MAX_PROFILE_POINTS = 4000
-"""Above so many points the right side of Figure 1 shows means over brackets of MACs."""
+"""With more points, the right side of Figure 1 shows means over brackets of MACs."""
 BRACKETS = 40
-"""How many of them."""
+"""Number of these brackets."""
 _KEY = ["alpha", "scaling", "seed"]
 
 
 def sweep_charts(store: RunStore, sweep: pd.DataFrame) -> list[Chart]:
-    """Return Figure 1 left and right, from rows of `alpha_sweep`, of which there must be one."""
+    """Return the left and the right side of Figure 1; `sweep`, rows of `alpha_sweep`, must not be empty."""
     temperatures = sorted({(row.alpha, row.scaling) for row in sweep.itertuples()})
     alphas = sorted({alpha for alpha, _ in temperatures})
     scalings = sorted({scaling for _, scaling in temperatures})
@@ -44,7 +44,7 @@ def sweep_charts(store: RunStore, sweep: pd.DataFrame) -> list[Chart]:
 
 
 def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) -> Chart:
-    """Draw the accuracy in the supernet less that of the fixed configuration on its own, mean over the seeds."""
+    """Draw the accuracy in the supernet minus that of the fixed configuration on its own, mean over the seeds."""
     configurations = sorted(set(sweep["configuration"]), key=Configuration.parse)
     figure = go.Figure(
         layout=layout(
@@ -53,7 +53,7 @@ def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) 
             xaxis={
                 "type": "category",
                 "categoryorder": "array",
-                "categoryarray": [shown(one) for one in configurations],
+                "categoryarray": [shown(configuration) for configuration in configurations],
             },
             yaxis={"zeroline": True},
         )
@@ -62,13 +62,13 @@ def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) 
     for (alpha, scaling), style in styles.items():
         rows = sweep[(sweep["alpha"] == alpha) & (sweep["scaling"] == scaling)]
         by_configuration = 100 * rows.groupby("configuration")["difference"].agg(["mean", "std"])
-        there = [one for one in configurations if one in by_configuration.index]
-        found, seeds = by_configuration.loc[there], rows["seed"].nunique()
+        compared = [configuration for configuration in configurations if configuration in by_configuration.index]
+        found, seeds = by_configuration.loc[compared], rows["seed"].nunique()
         name = f"alpha {temperature(alpha, scaling)}"
         figure.add_trace(
             go.Scatter(
                 name=shown(name),
-                x=[shown(one) for one in there],
+                x=[shown(configuration) for configuration in compared],
                 y=found["mean"].tolist(),
                 error_y={"array": found["std"].fillna(0).tolist(), "thickness": 1, "visible": seeds > 1},
                 mode="lines+markers",
@@ -79,7 +79,7 @@ def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) 
         spreads.append((float(found["mean"].max() - found["mean"].min()), name))
     flattest = min(spreads)
     summary = (
-        f"Accuracy in the supernet less that of the same configuration trained on its own, at "
+        f"Accuracy in the supernet minus that of the same configuration trained on its own, at "
         f"{len(configurations)} fixed configurations for {len(styles)} sampling temperatures; mean over the seeds, "
         f"bars: standard deviation. The flattest profile is that of {flattest[1]}: its means lie within "
         f"{flattest[0]:.2f} points of each other."
@@ -90,9 +90,9 @@ def _left(sweep: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) 
 
 
 def _profiles(store: RunStore, sweep: pd.DataFrame) -> pd.DataFrame:
-    """Return each temperature's mean accuracy of every configuration, over the seeds that the sweep compared.
+    """Return the mean accuracy of every configuration at each temperature, over the seeds that the sweep compared.
 
-    Beyond MAX_PROFILE_POINTS configurations are not named any more.
+    With more than MAX_PROFILE_POINTS rows, the names of the configurations are dropped.
     """
     compared = sweep[_KEY].drop_duplicates()
     parts: list[pd.DataFrame] = []
@@ -109,7 +109,7 @@ def _profiles(store: RunStore, sweep: pd.DataFrame) -> pd.DataFrame:
 
 
 def _right(profiles: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any]]) -> Chart:
-    """Draw the accuracies of all configurations, by their MACs, in the supernets of each temperature."""
+    """Draw the accuracies of all configurations in the supernets of each temperature against their MACs."""
     named = "configuration" in profiles
     figure = go.Figure(layout=layout("M MACs an image", "accuracy in the supernet, % (val)"))
     limits = np.linspace(profiles["macs"].min(), profiles["macs"].max(), BRACKETS + 1)
@@ -123,11 +123,11 @@ def _right(profiles: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any
         rows.append([name, str(len(ours)), *(f"{part.mean():.2f}" if len(part) else "-" for part in third)])
         if named:
             look = {"mode": "markers", "marker": style["marker"] | {"size": 5, "opacity": 0.75}}
-            text = [shown(one) for one in ours["configuration"]]
+            text = [shown(configuration) for configuration in ours["configuration"]]
         else:
-            place = np.clip(np.searchsorted(limits, ours["macs"], side="right") - 1, 0, BRACKETS - 1)
-            counts = ours.groupby(place).size()
-            ours = ours.groupby(place)[["macs", "accuracy"]].mean()
+            bracket = np.clip(np.searchsorted(limits, ours["macs"], side="right") - 1, 0, BRACKETS - 1)
+            counts = ours.groupby(bracket).size()
+            ours = ours.groupby(bracket)[["macs", "accuracy"]].mean()
             look, text = {"mode": "lines", "line": style["line"]}, [f"{count:,} configurations" for count in counts]
         figure.add_trace(
             go.Scatter(
@@ -140,16 +140,16 @@ def _right(profiles: pd.DataFrame, styles: dict[tuple[float, str], dict[str, Any
             )
         )
     what = (
-        "each a point: its mean accuracy over the seeds."
+        "each point is its mean accuracy over the seeds."
         if named
-        else f"too many for points: the mean of each of {BRACKETS} brackets of MACs."
+        else f"too many for points: the line shows the mean of each of {BRACKETS} brackets of MACs."
     )
-    low, high = (millions(one) for one in (limits[0], limits[-1]))
+    low, high = (millions(limit) for limit in (limits[0], limits[-1]))
     summary = (
         f"Accuracy in the supernet of all configurations, from {low} to {high} M MACs, for each sampling temperature; "
-        f"{what} The table has the means of the cheapest, middle and dearest third."
+        f"{what} The table has the means of the cheapest, middle and most expensive third."
     )
-    heads = ["temperature", "configurations", "cheapest third", "middle third", "dearest third"]
+    heads = ["temperature", "configurations", "cheapest third", "middle third", "most expensive third"]
     details = ResultTable("Mean accuracy in the supernet by thirds of MACs, % (val)", heads, rows)
     return Chart(
         "figure-1-right",

@@ -1,4 +1,4 @@
-"""The paper's Tables 2 and 3, the sweep over alpha and what a search under budgets finds, as text."""
+"""The results as text: the paper's Tables 2 and 3, the sweep over alpha, and the answers of a search."""
 
 from __future__ import annotations
 
@@ -10,63 +10,34 @@ from gross_ray.report import results as stored
 from gross_ray.report.results import ResultTable
 from gross_ray.report.searched import Searched
 from gross_ray.run.store import RunStore
-from gross_ray.search.budgets import Budget
 
 Row = Sequence[str]
 
 
 def results(store: RunStore, *, markdown: bool = False, searched: Searched | None = None) -> str:
-    """Return all results that are stored, and what is missing; `searched` is read unless it is given."""
+    """Return all stored results, and which are missing; `searched` is read from the run folder if not passed."""
     sweep = [stored.sweep_table(store)] if stored.is_swept(store) else []
     tables = [*stored.main_tables(store, searched or Searched.of(store)), *sweep]
     return "\n\n".join(as_text(table, markdown) for table in tables)
 
 
 def stage_results(store: RunStore, stage: str) -> str:
-    """Return what one stage has to show."""
+    """Return the results of one stage."""
     if stage == "validate":
         return "\n\n".join(map(as_text, stored.main_tables(store, Searched.of(store))))
     if stage == "search":
         selected = [_frame(stored.selected(store))] if store.experiment.search.budgets else []
         return "\n\n".join([*selected, *map(as_text, stored.limit_tables(store))])
     if stage == "sweep-alpha":
-        return sweep_table(store)
+        return as_text(stored.sweep_table(store))
     if stage in ("train", "decompose"):
         return _frame(store.read_table({"train": "networks", "decompose": "decompositions"}[stage]))
     history = store.read_table("history")
     return _frame(history[history["stage"] == stage].groupby("unit", sort=False).tail(1))
 
 
-def network_table(store: RunStore, *, markdown: bool = False) -> str:
-    """Return Table 2: the full network and the fixed configurations, accuracy on the test split and MACs."""
-    return as_text(stored.network_table(store), markdown)
-
-
-def selection_table(store: RunStore, *, markdown: bool = False) -> str:
-    """Return Table 3: under each budget the fixed and the selected configurations, in the supernet and on their own.
-
-    Beneath it stands how far the supernet ranks all validated configurations as their own training does.
-    """
-    return as_text(stored.selection_table(store), markdown)
-
-
-def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
-    """Return Figure 1's numbers: accuracy in the supernet less that on its own, for each alpha (validation split)."""
-    return as_text(stored.sweep_table(store), markdown)
-
-
-def inspection_page(tables: Sequence[ResultTable]) -> str:
-    """Return what `inspection` gives as text."""
-    return "\n\n".join(map(as_text, tables))
-
-
-def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
-    """Return what `best_under` gives as text, the best first."""
-    return as_text(stored.budget_table(best, budgets))
-
-
 def front_table(front: pd.DataFrame, costs: Sequence[str]) -> str:
-    """Return what `pareto_front` gives for `costs` as text, the cheapest first."""
+    """Return the result of `pareto_front` for `costs` as text, the cheapest configuration first."""
     columns = stored.cost_columns(front, set(costs))
     rows = list(zip(*columns.values(), strict=True))
     named = ", ".join(costs)
@@ -74,7 +45,7 @@ def front_table(front: pd.DataFrame, costs: Sequence[str]) -> str:
 
 
 def latency_table(store: RunStore) -> str:
-    """Return how well the stored latency models predict the time of whole configurations."""
+    """Return a table of the stored latency models and the error of their predictions."""
     rows = [
         [
             str(model.device),
@@ -94,7 +65,7 @@ def _frame(frame: pd.DataFrame) -> str:
 
 
 def as_text(shown: ResultTable, markdown: bool = False) -> str:
-    """Return a table between its title and its notes; right beneath one in Markdown, a note would be a row of it."""
+    """Return a table with its title and notes; in Markdown, an empty line keeps a note from becoming a row."""
     notes = [*shown.notes, *(f"missing: {what}" for what in shown.missing)]
     if not shown.heads:
         return "\n".join([shown.title, *notes])
@@ -106,12 +77,6 @@ def _table(heads: Row, rows: Sequence[Row], markdown: bool) -> str:
     if markdown:
         lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
         return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    widths = [max(len(line[place]) for line in [heads, *rows]) for place in range(len(heads))]
-    return "\n".join(
-        "  "
-        + "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in [heads, *rows]
-    )
+    lines = [heads, *rows]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join("  ".join(["", line[0].ljust(first), *map(str.rjust, line[1:], others)]) for line in lines)

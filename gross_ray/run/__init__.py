@@ -1,1 +1,1 @@
-"""One run: its folder, the tables and checkpoints in it, their file format, the lock and the storage."""
+"""One run: its folder, its tables and checkpoints, their file formats, the lock and the storage."""

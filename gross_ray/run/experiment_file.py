@@ -1,4 +1,4 @@
-"""The file of a run folder that holds its experiment, and which gross_ray wrote it."""
+"""The file experiment.json of a run folder: its experiment, and the version of gross_ray that wrote it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from gross_ray.run.storage import Storage
 from gross_ray.run.tables import SCHEMA_VERSION
 
 EXPERIMENT = "experiment.json"
-"""Name of the file."""
 _WRITTEN_BY = "gross_ray"
-"""Key of what wrote the run folder: {"version": gross_ray's, "schema": SCHEMA_VERSION}."""
+"""Key of {"version": gross_ray's version, "schema": SCHEMA_VERSION} in the file."""
 
 
 def experiment_content(experiment: Experiment) -> bytes:
-    """Return the content of experiment.json: the version that writes the run folder, then the experiment's fields."""
+    """Return the content of experiment.json: this version of gross_ray, then the experiment's fields."""
     written_by = {"version": version("gross-ray"), "schema": SCHEMA_VERSION}
     return json.dumps({_WRITTEN_BY: written_by, **experiment.to_dict()}, indent=2).encode()
 
@@ -26,9 +25,9 @@ def experiment_content(experiment: Experiment) -> bytes:
 def read_experiment(storage: Storage) -> Experiment:
     """Return the experiment of a run folder.
 
-    Fields that a version before did not know have their defaults, which mean what it did: a change of meaning raises
-    SCHEMA_VERSION. Raises RunFolderError where there is no experiment, and, naming both versions, where the folder has
-    another schema or fields that are unknown here.
+    Fields that are missing because an older version wrote the file get their defaults. That is safe, because any change
+    of meaning raises SCHEMA_VERSION. Raises RunFolderError if the folder has no experiment, or, naming both versions,
+    if its schema differs or a field is unknown.
     """
     written_by: dict[str, Any] = {}
     try:
@@ -38,18 +37,18 @@ def read_experiment(storage: Storage) -> Experiment:
             return Experiment.from_json(json.dumps(values))
     except (FileNotFoundError, NotADirectoryError):
         raise RunFolderError(
-            f"{storage} is not a run folder (it has no {EXPERIMENT}): give the --out of a run"
+            f"{storage} is not a run folder (it has no {EXPERIMENT}): name the --out of a run"
         ) from None
     except (ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(
             f"{storage.shown(EXPERIMENT)} is damaged or of another gross_ray: {error}; {_versions(written_by)}; "
-            "restore it, or give another folder"
+            "restore it, or name another folder"
         ) from None
-    raise RunFolderError(f"{storage}: {_versions(written_by)}: use the gross_ray that wrote it, or give another folder")
+    raise RunFolderError(f"{storage}: {_versions(written_by)}: use the gross_ray that wrote it, or name another folder")
 
 
 def _versions(written_by: Any) -> str:
-    """Return in words which gross_ray wrote a run folder and which one this is."""
+    """Return a clause with the version of gross_ray that wrote the run folder and the version that runs now."""
     known = written_by if isinstance(written_by, dict) else {}
     by = f"gross_ray {known.get('version', 'of before 0.1.0')} (schema {known.get('schema', 'not stored')})"
     return f"it was written by {by}, and this is gross_ray {version('gross-ray')} (schema {SCHEMA_VERSION})"

@@ -1,4 +1,4 @@
-"""The formats of stored files, Parquet tables and safetensors checkpoints: each holds a checksum of the whole file."""
+"""The file formats: Parquet tables and safetensors checkpoints, each with a checksum of the whole file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gross_ray.errors import RunFolderError
 from gross_ray.run.storage import Storage
 from gross_ray.run.tables import SCHEMA_VERSION, VERSION_KEY
 
-if TYPE_CHECKING:  # imported where tensors are read or written: tables are read without torch
+if TYPE_CHECKING:  # torch is imported only to read or write tensors: reading tables does without it
     from torch import Tensor
 
 _DESCRIPTION = "gross_ray.description"
@@ -28,7 +28,7 @@ class DamagedContentError(Exception):
 
 
 def unit_file(arrow: pa.Table) -> memoryview:
-    """Return a Parquet file with a checksum of the whole: Parquet's own ones leave out what says how to read it."""
+    """Return a Parquet file with a checksum of the whole file: Parquet's own checksums leave out the footer."""
     metadata = {key: value for key, value in (arrow.schema.metadata or {}).items() if key != _CHECKSUM.encode()}
     arrow, sink = arrow.replace_schema_metadata(metadata), pa.BufferOutputStream()
     with pq.ParquetWriter(sink, arrow.schema, write_page_checksum=True) as writer:
@@ -38,7 +38,7 @@ def unit_file(arrow: pa.Table) -> memoryview:
 
 
 def checkpoint_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> memoryview:
-    """Return a safetensors file: tensors of any device, stride and sharing, and a description of plain JSON values."""
+    """Return a safetensors file of tensors (any device, stride and sharing) and a description of plain JSON values."""
     import torch
     from safetensors.torch import save
 
@@ -51,9 +51,12 @@ def checkpoint_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any
 
 
 def read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return a unit's table; raises FileNotFoundError, DamagedContentError or, of another schema, RunFolderError."""
-    # ParquetFile, for pyarrow's other readers make columns of folders like seed=0 on the way to the file.
-    # From memory: an error of the disk or the network is none of the file's content.
+    """Return a unit's table.
+
+    Raises FileNotFoundError, DamagedContentError, and RunFolderError for a file with another schema version.
+    """
+    # ParquetFile, because pyarrow's other readers turn folders like seed=0 in the path into columns.
+    # Read from memory, so that an error of the disk or the network is not mistaken for damaged content.
     content = storage.read(file)
     _check_sum(content)
     try:
@@ -65,15 +68,15 @@ def read_unit(storage: Storage, file: str, columns: Sequence[str] | None = None)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedContentError(error) from None
     if stored.num_rows != rows:
-        raise DamagedContentError(f"{stored.num_rows} rows where its footer says {rows}")
+        raise DamagedContentError(f"it has {stored.num_rows} rows, its footer says {rows}")
     metadata = {key: value for key, value in (stored.schema.metadata or {}).items() if key != _CHECKSUM.encode()}
     version = metadata.get(VERSION_KEY, b"none").decode()
-    if version != str(SCHEMA_VERSION):  # whole, only not ours to read: never deleted
+    if version != str(SCHEMA_VERSION):  # the file is whole, so it is never deleted
         raise RunFolderError(
             f"{storage.shown(file)} has schema version {version}, this gross_ray reads {SCHEMA_VERSION}: "
-            "use the gross_ray that wrote it, or give another folder"
+            "use the gross_ray that wrote it, or name another folder"
         )
-    return stored.replace_schema_metadata(metadata)  # the checksum is this file's, not that of one made from its rows
+    return stored.replace_schema_metadata(metadata)  # without the checksum: it is wrong for a file made from these rows
 
 
 def read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,19 +94,19 @@ def read_checkpoint(storage: Storage, file: str) -> tuple[dict[str, Tensor], dic
 
 
 def _summed(content: bytes) -> memoryview:
-    """Return a file with the checksum of all its bytes in place of the last _NO_SUM in it."""
-    place = content.rindex(_NO_SUM)
+    """Return the file's content with the checksum of all its bytes in place of its last _NO_SUM."""
+    start = content.rindex(_NO_SUM)
     summed = bytearray(content)
-    summed[place : place + len(_NO_SUM)] = _SUM % zlib.crc32(content)
+    summed[start : start + len(_NO_SUM)] = _SUM % zlib.crc32(content)
     return memoryview(summed)
 
 
 def _check_sum(content: bytes) -> None:
-    """Raise DamagedContentError unless a file has a checksum and agrees with it."""
-    place = content.rfind(_NO_SUM[:-8])
-    if place < 0:
+    """Raise DamagedContentError unless the file has a checksum and its content agrees with it."""
+    start = content.rfind(_NO_SUM[:-8])
+    if start < 0:
         raise DamagedContentError("it has no checksum, so it is damaged or was not written by this gross_ray")
-    end, view = place + len(_NO_SUM), memoryview(content)
-    found = zlib.crc32(view[end:], zlib.crc32(_NO_SUM, zlib.crc32(view[:place])))
-    if view[place:end] != _SUM % found:
+    end, view = start + len(_NO_SUM), memoryview(content)
+    found = zlib.crc32(view[end:], zlib.crc32(_NO_SUM, zlib.crc32(view[:start])))
+    if view[start:end] != _SUM % found:
         raise DamagedContentError("its content has changed since it was written")

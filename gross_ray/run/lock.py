@@ -1,7 +1,7 @@
-"""One driver a run folder. The lock names host, process and time; a dead owner's is taken over.
+"""The lock of a run folder: one driver at a time. It names host, process and time; a dead owner's lock is taken over.
 
-In a local folder the kernel holds it (flock) and lets go when the process dies. A bucket has no locks: there it is a
-lease, a file that its owner writes again and again. One that stays as it is belongs to nobody any more.
+In a local folder it is the kernel's lock (flock), which is released when the process dies. A bucket has no locks: there
+it is a lease, a file that its owner rewrites regularly. A lease that no longer changes has lost its owner.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from gross_ray.run.storage import Storage
 
 LOCK = ".lock"
 REFRESH_SECONDS = 15.0
-"""How often a lease is written again."""
+"""How often the owner rewrites its lease."""
 STALE_SECONDS = 480.0
-"""How old a lease must be to be taken over: longer than a store may be away while its owner waits for it."""
+"""Age from which a lease is taken over: longer than its owner waits for a store that does not answer."""
 MARGIN_SECONDS = 60.0
-"""So much earlier an owner that could not write its lease gives up: the two clocks may differ."""
+"""How much earlier than STALE_SECONDS an owner that cannot write its lease gives up: the two clocks may differ."""
 WATCH_SECONDS = 20.0
-"""How long an old lease is watched before it is taken over: it may be young, and the clocks differ."""
+"""How long an old lease is watched before it is taken over: its owner may be alive, with a different clock."""
 SETTLE_SECONDS = 1.0
-"""How long after taking a lease another driver may have written its own in its place."""
+"""How long a new owner waits to see whether another driver has overwritten its lease."""
 
 
 @contextmanager
 def held(storage: Storage) -> Iterator[None]:
-    """Hold the lock of a run folder.
+    """Lock a run folder while the block runs.
 
-    Raises RunFolderError naming the host, process and time of a living owner. Where a lease is lost while the block
-    runs (its process was asleep for longer than STALE_SECONDS, say), the block is interrupted by a SIGINT to the main
-    thread, and RunFolderError raised.
+    Raises RunFolderError naming the host, process and time of a living owner. If the lease is lost while the block runs
+    (for example because the process was asleep for longer than STALE_SECONDS), a SIGINT to the main thread interrupts
+    the block, and RunFolderError is raised.
     """
     if storage.folder is not None:
         descriptor = _flock(storage, storage.folder / LOCK)
@@ -61,7 +61,7 @@ def held(storage: Storage) -> Iterator[None]:
             raise
         raise RunFolderError(
             f"run folder {storage} was lost to {lease.lost_to}, while this process could not write its lease: "
-            "what it stored is kept; let one driver go on alone"
+            "what it stored is kept; let one driver continue alone"
         ) from None
     finally:
         lease.give_back()
@@ -81,7 +81,7 @@ def _flock(storage: Storage, path: Path) -> int:
         raise _in_use(storage, owner or "another process") from None
     except OSError as error:
         os.close(descriptor)
-        raise RunFolderError(f"cannot lock {path}: {error}; give an --out on a file system that has locks") from None
+        raise RunFolderError(f"cannot lock {path}: {error}; choose an --out on a file system with locks") from None
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, _owner(_me()).encode())
@@ -92,11 +92,11 @@ def _flock(storage: Storage, path: Path) -> int:
 
 
 class _Lease:
-    """A lock that lives as long as it is written again."""
+    """A lock that stays valid as long as its owner rewrites it."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage, self._me = storage, _me() | {"token": uuid.uuid4().hex}
-        self._ended = threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="gross_ray lease", daemon=True)
         self.lost_to: str | None = None
 
@@ -109,13 +109,13 @@ class _Lease:
         found = self._read()
         if found is None or found.get("token") != self._me["token"]:
             raise _in_use(self._storage, _owner(found or {}))
-        # From here on one attempt at a time: what is written late could be written over another one's lease.
+        # From here on each write is tried once: a delayed write could overwrite the lease of a new owner.
         self._storage = self._storage.impatient()
         self._thread.start()
 
     def give_back(self) -> None:
-        """Delete the lease if it is still this one's; a store that is away lets it grow old instead."""
-        self._ended.set()
+        """Delete the lease if this process still owns it. If the store does not answer, the lease expires instead."""
+        self._stop.set()
         self._thread.join()
         with suppress(StorageError):
             found = self._read()
@@ -123,12 +123,12 @@ class _Lease:
                 self._storage.delete(LOCK)
 
     def _require_stale(self, found: dict[str, Any]) -> None:
-        """Raise unless a lease is old by this machine's clock, and stays as it is while it is watched."""
+        """Raise RunFolderError unless the lease is old by this machine's clock and does not change while watched."""
         age = _age(found)
         if age is not None and age < STALE_SECONDS:
             raise _in_use(
                 self._storage,
-                f"{_owner(found)} (heard of {max(0.0, age):.0f} s ago; free, should it be dead, in "
+                f"{_owner(found)} (last active {max(0.0, age):.0f} s ago; if it is dead, the folder is free in "
                 f"{STALE_SECONDS - max(0.0, age):.0f} s)",
             )
         time.sleep(WATCH_SECONDS)
@@ -138,8 +138,8 @@ class _Lease:
 
     def _keep(self) -> None:
         written = time.monotonic()
-        while not self._ended.wait(REFRESH_SECONDS):
-            with suppress(StorageError):  # away: the work itself waits for it, and will say so
+        while not self._stop.wait(REFRESH_SECONDS):
+            with suppress(StorageError):  # the work waits for the same store, and will report it
                 found = self._read()
                 if found is not None and found.get("token") != self._me["token"]:
                     self.lost_to = _owner(found)
@@ -149,7 +149,7 @@ class _Lease:
             if self.lost_to is None and time.monotonic() - written > STALE_SECONDS - MARGIN_SECONDS:
                 self.lost_to = "nobody yet, but its lease is old"
             if self.lost_to is not None:
-                # A real signal, which ends a wait of the main thread too.
+                # A real signal, because it also interrupts a wait of the main thread.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
 
@@ -184,7 +184,7 @@ def _owner(found: dict[str, Any]) -> str:
 
 
 def _owner_is_dead(found: dict[str, Any]) -> bool:
-    """Whether the owner's process ran below this kernel, where one can look, and is gone."""
+    """Return whether the owner's process ran on this kernel and no longer exists."""
     kernel = _kernel()
     if kernel is None or found.get("kernel") != kernel or not isinstance(found.get("pid"), int):
         return False
@@ -192,7 +192,7 @@ def _owner_is_dead(found: dict[str, Any]) -> bool:
 
 
 def _age(found: dict[str, Any]) -> float | None:
-    """Return the seconds since a lease was written, by the clocks of two machines; None where it does not say."""
+    """Return the seconds since a lease was written, comparing two machines' clocks; None if it has no valid time."""
     try:
         return (datetime.now(UTC) - datetime.fromisoformat(str(found.get("refreshed")))).total_seconds()
     except (ValueError, TypeError):
@@ -200,7 +200,7 @@ def _age(found: dict[str, Any]) -> float | None:
 
 
 def _kernel() -> str | None:
-    """Return what is equal for two processes exactly if they see each other's numbers; None where that is not Linux."""
+    """Return an identifier that processes share exactly if they see each other's process ids; None outside Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -209,7 +209,7 @@ def _kernel() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process began, in the kernel's ticks; None if there is none of that number."""
+    """Return the start time of a process in kernel ticks; None if no such process exists."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -218,7 +218,7 @@ def _started(pid: int) -> str | None:
 
 def _in_use(storage: Storage, owner: str) -> RunFolderError:
     return RunFolderError(
-        f"run folder {storage} is in use by {owner}: wait until it ends, stop it, or give another --out"
+        f"run folder {storage} is in use by {owner}: wait until it finishes, stop it, or choose another --out"
     )
 
 

@@ -1,4 +1,4 @@
-"""One run, opened once: its experiment, its networks and its space, each read or built when first asked for."""
+"""An opened run: its experiment, networks and space, each read or built once, when it is first needed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Base:
-    """The base network that is decomposed: the one of median validation accuracy."""
+    """The base network that is decomposed: the network of median validation accuracy."""
 
     network: nn.Module
-    """On the CPU, as it was stored: nothing changes it."""
+    """On the CPU, exactly as stored; nothing may change it."""
     seed: int
     input_shape: tuple[int, int, int]
     choice: LayerChoice
-    """Which convolutions are decomposed, at which group-sizes, and why the others are not."""
+    """Which convolutions are decomposed at which group-sizes, and why the others are not decomposed."""
     classes: tuple[str, ...]
     _copies: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
@@ -44,9 +44,10 @@ class Base:
         return SearchSpace(self.choice.group_sizes)
 
     def on(self, device: str) -> nn.Module:
-        """Return a copy of the network on `device`, for forward passes: the same one each time.
+        """Return a copy of the network on `device` for forward passes, the same copy at each call.
 
-        A training of a supernet sets its mode and its memory format; the sums in a decomposition depend on the latter.
+        A copy, because training a supernet sets its mode and memory format, and the latter changes how the sums of a
+        decomposition round.
         """
         if device not in self._copies:
             self._copies[device] = copy.deepcopy(self.network).to(device)
@@ -54,13 +55,13 @@ class Base:
 
 
 class Run:
-    """A run folder with what was read from it: pickles to its store, so that each process reads for itself.
+    """A run folder and a cache of what was read from it. It pickles without the cache: each process reads on its own.
 
-    `once` keeps whatever a stage reads of the folder; `changed` drops what the results of a stage may have changed.
+    `once` caches a value; `changed` drops the cached values that new results of a stage may have changed.
     """
 
     def __init__(self, store: RunStore) -> None:
-        """Read nothing yet."""
+        """Nothing is read yet."""
         self.store = store
         self._known: dict[str, Any] = {}
 
@@ -69,36 +70,36 @@ class Run:
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment that the folder belongs to."""
+        """The experiment of the folder."""
         return self.store.experiment
 
     @property
     def base(self) -> Base:
-        """The base network that is decomposed; raises MissingStageError before `train` is done."""
+        """The base network that is decomposed; raises MissingStageError if `train` is not finished."""
         return self.once("base", lambda: _load_base(self.store))
 
     @property
     def space(self) -> SearchSpace:
-        """The space of the base network's configurations; raises MissingStageError before `train` is done."""
+        """The space of the base network's configurations; raises MissingStageError if `train` is not finished."""
         return self.base.space
 
     def once(self, name: str, read: Callable[[], T]) -> T:
-        """Return what `read` returned when it was first called under this name; an error is raised and not kept."""
+        """Return `read()`, called once for each name; an error is raised and not cached."""
         if name not in self._known:
             self._known[name] = read()
         known: T = self._known[name]
         return known
 
     def changed(self) -> None:
-        """Forget what units that were stored meanwhile may have changed: all but the base network."""
+        """Drop every cached value but the base network: newly stored units may have changed them."""
         self._known = {name: value for name, value in self._known.items() if name == "base"}
 
     def new_network(self, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
-        """Return a freshly initialised network of the experiment's kind."""
+        """Return a newly initialised network of the experiment's model."""
         return build_model(self.experiment.model, num_classes=num_classes, image_size=image_size, generator=generator)
 
     def supernet(self, stage: str, unit: str) -> nn.Module:
-        """Return the network that `stage` stored for `unit`, on the CPU, with a series in each decomposed layer."""
+        """Return the supernet that `stage` stored for `unit`, on the CPU."""
         tensors, about = self.store.load_checkpoint(stage, unit)
         supernet = empty_supernet(
             self.base.network, {name: tuple(sizes) for name, sizes in about["group_sizes"].items()}
@@ -109,8 +110,8 @@ class Run:
     def validated(self, configuration: str, seed: int) -> nn.Module:
         """Return a validated configuration as a plain network on the CPU.
 
-        Raises InvalidValueError outside the space, and MissingStageError, naming those that are validated, for one
-        that is not.
+        Raises InvalidValueError if it is outside the space, and MissingStageError, naming the validated ones, if it is
+        not validated.
         """
         chosen = self.space.check(Configuration.parse(configuration))
         unit = validation_unit(chosen, seed)
@@ -130,14 +131,14 @@ def validation_unit(configuration: Configuration, seed: int) -> str:
 
 
 def save_supernet(store: RunStore, stage: str, unit: str, supernet: nn.Module, about: dict[str, Any]) -> None:
-    """Store a network with a series in each decomposed layer, so that `Run.supernet` can build it again."""
+    """Store a supernet with what `Run.supernet` needs to build it again."""
     sizes = {name: list(sizes) for name, sizes in SearchSpace.of(supernet).group_sizes.items()}
     tensors: dict[str, Tensor] = supernet.state_dict()
     store.save_checkpoint(stage, unit, tensors, {"group_sizes": sizes, **about})
 
 
 def layer_choice(network: nn.Module, options: DecompositionOptions, input_shape: Sequence[int]) -> LayerChoice:
-    """Return what becomes of each convolution under an experiment's options; raises as `choice_of` does."""
+    """Return which convolutions an experiment decomposes; raises as `choice_of` does."""
     by_layer = parse_layer_group_sizes(options.layer_group_sizes)
     return choice_of(network, options.layers, options.group_sizes, by_layer, input_shape=input_shape)
 
@@ -153,7 +154,7 @@ def _load_base(store: RunStore) -> Base:
 
 
 def _median_seed(store: RunStore) -> int:
-    """Return the seed of the base network of median validation accuracy (the lower one of an even number)."""
+    """Return the seed of the base network of median validation accuracy (of an even number, the lower middle one)."""
     networks = store.read_table("networks")
     wanted = store.experiment.training.seeds
     if len(networks) < wanted:

@@ -1,4 +1,4 @@
-"""A run folder's images and given weights are pinned: it stores their hashes, and other ones are refused."""
+"""Pins of a run folder: it stores hashes of its images and of the user's weights, and refuses others."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:  # a fingerprint is read without torch
 
     from gross_ray.data.image_set import Splits
 
-_ANOTHER_RUN = "restore the first file, or start another run folder with --out"
+_RESTORE_OR_RESTART = "restore the first file, or start another run folder with --out"
 
 
 def pin(store: RunStore, splits: Splits) -> None:
-    """Store the identity of a run's images, or compare them with the stored one.
+    """Store the identity of a run's images, or compare it with the stored identity.
 
-    Raises DatasetError, naming the split and both hashes, where the images differ from the stored identity.
+    Raises DatasetError, naming the split and both hashes, if they differ.
     """
     stored, loaded = stored_data(store), identity_of(splits)
     if stored is None:
@@ -30,9 +30,9 @@ def pin(store: RunStore, splits: Splits) -> None:
 
 
 def pin_weights(store: RunStore, tensors: Mapping[str, Tensor]) -> None:
-    """Store the hash of the weights that a run was given, or compare `tensors` with the stored one.
+    """Store the hash of the user's weights, or compare it with the stored hash.
 
-    Raises InvalidValueError, naming both hashes, where the tensors differ.
+    Raises InvalidValueError, naming both hashes, if they differ.
     """
     from gross_ray.weights import hash_of_tensors
 
@@ -44,13 +44,13 @@ def pin_weights(store: RunStore, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_data(store: RunStore, splits: Splits, remedy: str = ANOTHER_RUN) -> None:
-    """Raise DatasetError where the images differ from the identity that `store` has, if it has one."""
+    """Raise DatasetError if `store` has an identity of its images and these images differ from it."""
     if (stored := stored_data(store)) is not None:
         stored.check(identity_of(splits), str(store.storage), remedy)
 
 
-def check_weights(store: RunStore, path: str, found: str, remedy: str = _ANOTHER_RUN) -> None:
-    """Raise InvalidValueError where `found`, the hash of the file `path`, is not the one that `store` has, if any."""
+def check_weights(store: RunStore, path: str, found: str, remedy: str = _RESTORE_OR_RESTART) -> None:
+    """Raise InvalidValueError if `store` has a hash of weights and `found`, the hash of the file `path`, differs."""
     stored = stored_weights(store)
     if stored is not None and stored != found:
         raise InvalidValueError(
@@ -60,16 +60,16 @@ def check_weights(store: RunStore, path: str, found: str, remedy: str = _ANOTHER
 
 
 def stored_data(store: RunStore) -> DataIdentity | None:
-    """Return the identity of the images that a run folder was made with; None before any were loaded."""
+    """Return the identity of the images that a run folder was made with; None if none is stored yet."""
     return store.read_pin("data", DataIdentity.from_dict)
 
 
 def stored_weights(store: RunStore) -> str | None:
-    """Return the hash of the weights that a run folder was made with; None where none were given."""
+    """Return the hash of the user's weights that a run folder was made with; None if it trains its own."""
     return store.read_pin("weights", lambda values: str(values["hash"]))
 
 
 def fingerprint(store: RunStore) -> str:
-    """Return the fingerprint of a run's experiment, with the stored hashes in place of its paths."""
+    """Return the fingerprint of a run's experiment, in which the stored hashes replace paths."""
     data = stored_data(store)
     return store.experiment.fingerprint(weights=stored_weights(store) or "", data="" if data is None else data.hash)

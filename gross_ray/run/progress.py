@@ -1,33 +1,32 @@
-"""How far a run is, from the names of its files alone: neither torch nor pandas is imported."""
+"""The progress of a run, from the names of its files alone: neither torch nor pandas is imported."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from gross_ray.run.store import RunStore
 
 Plan = list[list[str]]
-"""For each unit of a stage, the names under which its results are stored: its own, or those of its parts."""
+"""For each unit of a stage, the names under which its results are stored: its own name, or those of its parts."""
 _PLANS = "plans"
 
 
 @dataclass(frozen=True)
 class StoredStage:
-    """Which files show that a unit of a stage is finished: all of those that are listed here."""
+    """The files of a stage's unit: a unit is finished if all of them exist."""
 
     name: str
-    """Name of the stage, and of its checkpoints."""
+    """Name of the stage and of its checkpoints."""
     table: str | None = None
-    """Table that has a file for each unit."""
+    """Table with a file for each unit."""
     checkpoint: bool = True
     """Whether each unit has a checkpoint."""
     history: bool = False
-    """Whether the table `history` has a file for each unit, called STAGE,UNIT."""
+    """Whether the table `history` has a file STAGE,UNIT for each unit."""
 
     def finished(self, store: RunStore) -> set[str]:
-        """Return the names of the finished units, from listings of the folders."""
+        """Return the names of the finished units."""
         units = store.finished_units(self.table) if self.table else store.finished_checkpoints(self.name)
         if self.table and self.checkpoint:
             units &= store.finished_checkpoints(self.name)
@@ -53,12 +52,12 @@ STORED = {
 
 
 def history_unit(stage: str, unit: str) -> str:
-    """Return the name under which `history` has a unit of a stage."""
+    """Return the name of a stage's unit in the table `history`."""
     return f"{stage},{unit}"
 
 
 def finished_units(store: RunStore, stage: str) -> set[str]:
-    """Return the names of a stage's finished units; networks whose weights the user brought have no history."""
+    """Return the names of a stage's finished units; base networks with the user's weights have no history."""
     stored = STORED[stage]
     if stage == "train" and store.experiment.weights:
         stored = replace(stored, history=False)
@@ -72,21 +71,17 @@ def store_plans(store: RunStore, plans: Mapping[str, Plan | None]) -> None:
 
 
 def stored_plans(store: RunStore) -> dict[str, Plan | None] | None:
-    """Return what `store_plans` stored last; None before the first time."""
-    return store.read_pin(_PLANS, _parsed)
+    """Return the plans that `store_plans` stored last; None if none are stored."""
+    return store.read_pin(_PLANS, lambda values: {stage: values[stage] for stage in STORED})
 
 
 def progress(store: RunStore, plans: Mapping[str, Plan | None]) -> list[tuple[str, int, int | None]]:
-    """Return (stage, units finished, units planned) for each; planned is None if an earlier stage decides it."""
+    """Return (stage, units finished, units planned) for each; planned is None if it depends on an earlier stage."""
     rows: list[tuple[str, int, int | None]] = []
     for stage, plan in plans.items():
-        finished = set() if plan is None else finished_units(store, stage)
-        rows.append(
-            (stage, sum(finished.issuperset(names) for names in plan or ()), None if plan is None else len(plan))
-        )
+        if plan is None:
+            rows.append((stage, 0, None))
+        else:
+            finished = finished_units(store, stage)
+            rows.append((stage, sum(map(finished.issuperset, plan)), len(plan)))
     return rows
-
-
-def _parsed(values: Any) -> dict[str, Plan | None]:
-    plans: Sequence[tuple[str, Plan | None]] = [(stage, values[stage]) for stage in STORED]
-    return dict(plans)

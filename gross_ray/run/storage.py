@@ -1,6 +1,6 @@
-"""Files below one root: a local folder, or a bucket that pyarrow's filesystems know. Each is either whole or not there.
+"""Files below one root: a local folder, or a bucket that pyarrow's filesystems know. No file is ever half written.
 
-A store that does not answer is asked again, with growing pauses; one that refuses is not. No message shows a secret.
+A call to a store that does not answer is repeated, with growing pauses; a refusal is final. No message shows a secret.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.errors import InvalidValueError, StorageError
 
 PATIENCE_SECONDS = 300.0
-"""How long a store that does not answer is asked again."""
+"""How long calls to a store that does not answer are repeated."""
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SLIP = re.compile(r"(file|s3|gs|gcs|hdfs|viewfs|abfss?):(?!//)", re.IGNORECASE)
-"""What begins as a URI of pyarrow's and has not both slashes."""
+"""The scheme of one of pyarrow's URIs without both slashes."""
 _NOT_OF_A_CALL = (pa.ArrowMemoryError, pa.ArrowCancelled)
-"""Errors that a call to a store may meet and that say nothing of the store."""
+"""Errors that a call to a store may raise and that have nothing to do with the store."""
 _WITH_PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^@]*:.*@")
 _SECRET_FIELD = re.compile(r"[?&]([^=&]*(?:key|secret|token|password|credential|sig)[^=&]*)=", re.IGNORECASE)
 _SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY")
-# What a repetition would meet again. pyarrow hands on the store's word for it and nothing else.
+# Errors that a repetition would not change. pyarrow passes on the store's error text only, so it is matched.
 _REFUSED = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_TOKEN|"
     r"EXPIRED_TOKEN|TOKEN_REFRESH|UNRECOGNIZED_CLIENT|PERMISSION|PRECONDITION|Unauthenticated|PermissionDenied|"
@@ -47,31 +47,31 @@ _REFUSED = re.compile(
 _REMEDIES = {
     errno.ENOSPC: "free space there; the same command again does what is missing",
     errno.EDQUOT: "free space below your quota; the same command again does what is missing",
-    errno.EACCES: "give yourself the right to it, or give another --out",
-    errno.EPERM: "give yourself the right to it, or give another --out",
-    errno.EROFS: "give an --out that can be written",
+    errno.EACCES: "change its permissions, or choose another --out",
+    errno.EPERM: "change its permissions, or choose another --out",
+    errno.EROFS: "choose an --out that can be written",
 }
 
 Result = TypeVar("Result")
 
 
 class Storage:
-    """The files of one root, by their names below it ("tables/runs/a.parquet"). Pickles to its address."""
+    """The files below one root, by their relative names ("tables/runs/a.parquet"). It pickles to its address."""
 
     patience: float | None = None
-    """Seconds for which a store that does not answer is asked again; None: PATIENCE_SECONDS."""
+    """Seconds for which calls to a store that does not answer are repeated; None: PATIENCE_SECONDS."""
 
     def __init__(self, address: str | Path) -> None:
-        """Take a local path or a URI (s3://bucket/folder, gs://, file://, ...); nothing is made or looked at yet.
+        """Take a local path or a URI (s3://bucket/folder, gs://, file://, ...); no file is made or read yet.
 
-        Raises InvalidValueError for a URI that pyarrow does not know, is incomplete or holds credentials (those are
-        taken from the environment, so that no process list, log or pickle shows them), and StorageError.
+        Raises StorageError, and InvalidValueError for a URI that is unknown to pyarrow, incomplete or holds credentials
+        (they come from the environment, so that no process list, log or pickle shows them).
         """
         self._address = _checked(str(address))
         local = _local_path(self._address)
         if local is not None:
             self.folder: Path | None = Path(local).resolve()
-            """The root where it is a local folder."""
+            """The root if it is a local folder, else None."""
             self.filesystem: fs.FileSystem = fs.LocalFileSystem()
             """pyarrow's filesystem."""
             self.root = str(self.folder)
@@ -87,13 +87,13 @@ class Storage:
         return self._address if self.folder is None else str(self.folder)
 
     def impatient(self) -> Storage:
-        """Return the same files, asked for once and not again where a store does not answer."""
+        """Return a storage of the same files that never repeats a call."""
         other = object.__new__(type(self))
         vars(other).update(vars(self), patience=0.0)
         return other
 
     def shown(self, name: str) -> str:
-        """Return where a file is, as it may be shown."""
+        """Return a file's address for messages, without the URI's query."""
         return f"{str(self).split('?')[0].rstrip('/')}/{name}"
 
     def path(self, name: str) -> str:
@@ -101,12 +101,12 @@ class Storage:
         return f"{self.root}/{name}"
 
     def make(self) -> None:
-        """Make the root where it is a local folder; a bucket's folders are only names. Raises StorageError."""
+        """Make the root if it is a local folder; a bucket's folders are only names. Raises StorageError."""
         if self.folder is not None:
             self._ask("make", "", lambda: self._local("").mkdir(parents=True, exist_ok=True))
 
     def write(self, name: str, data: bytes | memoryview | pa.Buffer) -> None:
-        """Store a file, in place of the one of that name. Raises StorageError, with the old file as it was."""
+        """Store or replace a file. Raises StorageError, and then the old file is unchanged."""
         if self.folder is not None:
             self._ask("write", name, lambda: _replace(self._local(name), data))
         else:
@@ -122,24 +122,24 @@ class Storage:
         return self._ask("read", name, all_of_it)
 
     def exists(self, name: str) -> bool:
-        """Return whether a file is there. Raises StorageError."""
+        """Return whether a file exists. Raises StorageError."""
         info = self._ask("look for", name, lambda: self.filesystem.get_file_info(self.path(name)))
         return info.type == fs.FileType.File
 
     def names(self, folder: str = "") -> list[str]:
-        """Return the names of the files in a folder, without those in folders below. Raises StorageError."""
+        """Return the names of the files directly in a folder. Raises StorageError."""
         return [info.base_name for info in self._list(folder) if info.type == fs.FileType.File]
 
     def folders(self, folder: str) -> list[str]:
-        """Return the names of the folders in a folder. Raises StorageError."""
+        """Return the names of the folders directly in a folder. Raises StorageError."""
         return [info.base_name for info in self._list(folder) if info.type == fs.FileType.Directory]
 
     def entries(self) -> list[str]:
-        """Return the names of what is at the root, hidden files too. Raises StorageError."""
+        """Return the names of all files and folders at the root, hidden ones too. Raises StorageError."""
         return [info.base_name for info in self._list("")]
 
     def delete(self, name: str) -> None:
-        """Delete a file, if it is there. Raises StorageError."""
+        """Delete a file if it exists. Raises StorageError."""
 
         def away() -> None:
             with suppress(FileNotFoundError):
@@ -148,7 +148,7 @@ class Storage:
         self._ask("delete", name, away)
 
     def remove_leftovers(self) -> None:
-        """Delete the temporary files of local writers that were killed; an unfinished upload leaves nothing to see."""
+        """Delete the temporary files of local writers that were killed; an unfinished upload leaves no file."""
         if self.folder is not None:
             for pattern in (".*.tmp", "*/*/.*.tmp"):
                 for file in self.folder.glob(pattern):
@@ -171,17 +171,17 @@ class Storage:
         return self._ask("list", folder, lambda: self.filesystem.get_file_info(selector))
 
     def patiently(self, what: str, name: str, action: Callable[[], Result]) -> Result:
-        """Run work of any length that writes to this store; repeat it when the store does not answer.
+        """Run work of any length that writes to this store; repeat it if the store does not answer.
 
         The time that the work takes is not counted: the patience begins with the first failure of a streak, and an
-        attempt that runs for longer than the patience ends the streak. Raises StorageError where the store refuses or
-        does not answer for too long. All other errors of the work are raised unchanged, a timeout of Ray or of another
-        server too (`_is_of_a_store`).
+        attempt that runs for longer than the patience ends the streak. Raises StorageError if the store refuses or does
+        not answer for too long. All other errors of the work are raised unchanged, such as a timeout of Ray or of
+        another server (`_is_of_a_store`).
         """
         return self._repeated(what, name, action, self._is_of_a_store, long=True)
 
     def _ask(self, what: str, name: str, call: Callable[[], Result]) -> Result:
-        """Make one call to the store, whose every OSError is the store's; repeat it as `patiently` does."""
+        """Make one call to the store, and repeat it as `patiently` does; every OSError counts as the store's."""
         return self._repeated(what, name, call, lambda error: not isinstance(error, _NOT_OF_A_CALL))
 
     def _repeated(
@@ -206,26 +206,27 @@ class Storage:
                     if what == "read":
                         raise
                     raise StorageError(
-                        f"cannot {what} {self.shown(name)}: there is no such folder or bucket; make it, or give another"
+                        f"cannot {what} {self.shown(name)}: no such folder or bucket exists; make it, or name another"
                     ) from None
                 if self.folder is not None or _REFUSED.search(str(error)) or isinstance(error, PermissionError):
                     raise self.refused(what, name, error) from None
                 now = time.monotonic()
-                if first_failure is None or (long and now - begun > patience):  # a call may wait in vain for as long
+                # A single call may itself wait that long for a store that does not answer, so it never ends the streak.
+                if first_failure is None or (long and now - begun > patience):
                     first_failure, pause = now, FIRST_PAUSE_SECONDS
                 if now - first_failure + pause > patience:
                     raise StorageError(
                         f"cannot {what} {self.shown(name)}: no answer for {patience:g} s ({_reason(error)}); "
                         "when the store is back, the same command again does what is missing"
                     ) from None
-            time.sleep(pause * random.uniform(0.5, 1.0))  # not all workers at the same moment
+            time.sleep(pause * random.uniform(0.5, 1.0))  # so that not all workers repeat at the same moment
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _is_of_a_store(self, error: Exception) -> bool:
-        """Return whether the store raised `error`, rather than something else that the work did.
+        """Return whether `error` comes from this store, rather than from anything else that the work did.
 
-        pyarrow raises plain OSErrors without a file name for a store. Other libraries (Ray, urllib, sockets) raise
-        subclasses; Python's own functions name the file, which belongs to a local store where it is in its folder.
+        For a store, pyarrow raises plain OSErrors without a file name. Other libraries (Ray, urllib, sockets) raise
+        subclasses. Python's own functions name the file, which must be in this store's local folder.
         """
         if _raised_by_a_filesystem(error):
             return True
@@ -234,14 +235,14 @@ class Storage:
         return type(error) is OSError
 
     def refused(self, what: str, name: str, error: Exception) -> StorageError:
-        """Return the error for a file that could not be written, read, ... and that would not be the next time."""
+        """Return the StorageError for an action on a file (`what`: write, read, ...) that failed for good."""
         number = error.errno if isinstance(error, OSError) else None
-        remedy = _REMEDIES.get(number or 0, _REMEDY_HERE if self.folder is not None else _REMEDY_THERE)
+        remedy = _REMEDIES.get(number or 0, _REMEDY_LOCAL if self.folder is not None else _REMEDY_REMOTE)
         return StorageError(f"cannot {what} {self.shown(name)}: {_reason(error)}; {remedy}")
 
 
 def _raised_by_a_filesystem(error: Exception) -> bool:
-    """Return whether an error comes out of one of pyarrow's filesystems or its streams."""
+    """Return whether the error was raised inside one of pyarrow's filesystems or streams."""
     frame = error.__traceback__
     while frame is not None:
         if _FILESYSTEMS.search(frame.tb_frame.f_code.co_filename):
@@ -252,12 +253,12 @@ def _raised_by_a_filesystem(error: Exception) -> bool:
 
 _FILESYSTEMS = re.compile(r"pyarrow[/\\](fs\.py|_\w*fs\.pyx|io\.pxi)$")
 """Source files of pyarrow, as tracebacks name them."""
-_REMEDY_HERE = "look at the disk; the same command again does what is missing"
-_REMEDY_THERE = "look at the address and at what its credentials allow"
+_REMEDY_LOCAL = "check the disk; the same command again does what is missing"
+_REMEDY_REMOTE = "check the address and what its credentials allow"
 
 
 def _replace(path: Path, data: bytes | memoryview | pa.Buffer) -> None:
-    """Write `path` whole or not at all; the temporary file has a name that `remove_leftovers` finds."""
+    """Write a file atomically; its temporary file has a name that `remove_leftovers` finds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with whole_or_not_at_all(path, temporary) as partial, partial.open("xb") as file:
@@ -266,35 +267,37 @@ def _replace(path: Path, data: bytes | memoryview | pa.Buffer) -> None:
 
 @lru_cache(maxsize=32)
 def _filesystem(address: str) -> tuple[fs.FileSystem, str]:
-    # Once for each process and address: pyarrow asks the network for a bucket's region.
+    # Cached, because pyarrow asks the network for a bucket's region.
     try:
         if not urlsplit(address).netloc:
             raise ValueError("it names no bucket")
         filesystem, root = fs.FileSystem.from_uri(address)
     except ValueError as error:  # pyarrow's ArrowInvalid is one
         raise InvalidValueError(
-            f"cannot use {address} for a run: {_reason(error)}; give a local folder, or a URI like s3://bucket/folder"
+            f"cannot use {address} for a run: {_reason(error)}; name a local folder, or a URI like s3://bucket/folder"
         ) from None
     return filesystem, root.rstrip("/")
 
 
 def _checked(address: str) -> str:
-    """Return an address that may be shown, its scheme in small letters (RFC 3986, section 3.1).
+    """Return the address with its scheme in lower case (RFC 3986, section 3.1).
 
-    Raises InvalidValueError for one with a password or a key, and for one that is nearly a URI: as a local folder it
-    would be found too late.
+    Raises InvalidValueError if it holds a password or a key, which messages would show, and if it is nearly a URI:
+    taken for a local folder, the mistake would be noticed too late.
     """
     if slip := _SLIP.match(address):
         scheme, rest = slip.group(1).lower(), address[slip.end() :]
         meant = _checked(f"{scheme}://{rest.lstrip('/')}")
         if scheme == "file":
             meant = f"file://{rest}" if rest.startswith("/") else rest or "."
-        raise InvalidValueError(f"{address}: a URI has :// after its scheme: give {meant}, or ./{address} for a folder")
+        raise InvalidValueError(
+            f"{address}: a URI has :// after its scheme: write {meant}, or ./{address} for a folder"
+        )
     password = _WITH_PASSWORD.match(address)
     if password or (_URI.match(address) and _SECRET_FIELD.search(address)):
         where = f"{password.group(1)}***@..." if password else address.split("?")[0]
         raise InvalidValueError(
-            f"{where} holds credentials, which process lists and logs would show: give them to pyarrow by the "
+            f"{where} holds credentials, which process lists and logs would show: pass them to pyarrow through the "
             "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ...), a profile or the machine's role"
         )
     scheme, separator, rest = address.partition("://")
@@ -302,9 +305,9 @@ def _checked(address: str) -> str:
 
 
 def _local_path(address: str) -> str | None:
-    """Return the path of a local folder, of a file:// URI too; None for another URI.
+    """Return the path of a local folder or of a file:// URI; None for any other URI.
 
-    Raises InvalidValueError for a file:// URI of another host: its path would be another folder of this machine.
+    Raises InvalidValueError for a file:// URI with a host: its path would be another folder of this machine.
     """
     if not _URI.match(address):
         return address
@@ -313,14 +316,14 @@ def _local_path(address: str) -> str | None:
     host, slash, path = address.removeprefix("file://").partition("/")
     if host.lower() not in ("", "localhost"):
         raise InvalidValueError(
-            f"{address}: {host!r} is read as a host, and a file:// URI has none: give file:// and an absolute path, "
+            f"{address}: {host!r} is read as a host, and a file:// URI has none: write file:// and an absolute path, "
             f"like file://{Path(host, path).resolve()}"
         )
     return unquote(slash + path)
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error, with every secret of the environment replaced by ***."""
+    """Return the first line of an error's text, in which *** replaces every secret of the environment."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     for name in _SECRET_VARIABLES:
         if secret := os.environ.get(name):

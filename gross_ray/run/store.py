@@ -1,9 +1,9 @@
-"""The run folder: the one module that knows its file names. Whatever is written is either whole or not there.
+"""The run folder: the only module that knows its file names. No file is ever half written.
 
-RUN/experiment.json                         the experiment that the folder belongs to, and the gross_ray that wrote it
-RUN/data.json                               hashes of its images, which commands compare with what they load
+RUN/experiment.json                         the experiment, and the version of gross_ray that wrote it
+RUN/data.json                               hashes of its images, which commands compare with the images that they load
 RUN/weights.json                            the hash of its trained weights, if the user brought them
-RUN/.lock                                   held by the driver that works on it
+RUN/.lock                                   locked by the driver that works on it
 RUN/tables/NAME/UNIT.parquet                one completed unit of work
 RUN/checkpoints/STAGE/UNIT.safetensors      tensors, with their description in the file's metadata
 RUN/checkpoints/STAGE/UNIT.json             the same description, for people; never read
@@ -32,16 +32,16 @@ from gross_ray.run.file_format import DamagedContentError, checkpoint_file, read
 from gross_ray.run.storage import Storage
 from gross_ray.run.tables import TABLES, table
 
-if TYPE_CHECKING:  # pyarrow imports pandas itself where it makes a frame; tensors come from `file_format`
+if TYPE_CHECKING:  # pyarrow imports pandas when it makes a frame, `file_format` imports torch when it reads tensors
     import pandas
     from torch import Tensor
 
-# pyarrow leaves out of a folder what begins with a dot or an underscore: such a unit would silently be missing.
+# pyarrow skips files of a folder that begin with a dot or an underscore: such a unit would silently be missing.
 _NAME = re.compile(r"[A-Za-z0-9=,+-][A-Za-z0-9=,._+-]{0,149}")
 UNDER_WAY = "-under-way"
-"""Ending of the stages whose checkpoints are the state of units between epochs."""
+"""Suffix of the stage under which the state of unfinished units is stored between epochs."""
 SEARCH_ENDED = ("search-rounds", "ended")
-"""Stage and unit of the checkpoint that tells that a search by a strategy has ended."""
+"""Stage and unit of the checkpoint whose existence says that a search by a strategy has finished."""
 _DELETED = "deleted: the same command again makes it anew, or names the stage that does"
 _KEPT = "`gross check RUN` deletes it, and its stage, run again, makes it anew"
 Pin = TypeVar("Pin")
@@ -51,22 +51,22 @@ _REPORT = "report.html"
 class RunStore:
     """A run folder, local or in a bucket: the tables and checkpoints of one experiment.
 
-    Pickles to its address and experiment, so that workers can write into it; they must be able to reach it. A copy that
-    was pickled under the lock works on behalf of the process that holds it.
+    It pickles to its address and experiment, so that workers can write into it; they must be able to reach it. A copy
+    pickled under the lock acts for the process that has the lock.
 
-    What a stage has finished is known by the names of files: no content is read. A file is checked when it is read
-    (`read_table`, `read_units`, `load_checkpoint`): a damaged one raises DamagedFileError; under the lock, it is also
-    deleted and noted in `damaged`, so that its unit is no longer finished. `check` reads everything.
+    Which units are finished follows from file names alone. A file is checked when it is read (`read_table`,
+    `read_units`, `load_checkpoint`): a damaged file raises DamagedFileError; under the lock, it is also deleted and
+    noted in `damaged`, so that its unit is no longer finished. `check` reads everything.
     """
 
     def __init__(self, storage: Storage, experiment: Experiment) -> None:
-        """Hold an existing folder: use `create` or `open`."""
+        """Use `create` or `open`."""
         self.storage = storage
-        """Where its files are; as text, the address as it may be shown."""
+        """Where its files are; its `str` is an address for messages."""
         self.experiment = experiment
-        """The experiment that the folder belongs to."""
+        """The experiment of the folder."""
         self.damaged: list[str] = []
-        """Files, named from the run folder on, that were found damaged and deleted."""
+        """Files, relative to the run folder, that were found damaged and deleted."""
         self._locked = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -74,14 +74,14 @@ class RunStore:
 
     @property
     def path(self) -> Path:
-        """The run folder, absolute; raises InvalidValueError where it is in a bucket."""
+        """The absolute path of the run folder; raises InvalidValueError if it is in a bucket."""
         if self.storage.folder is None:
-            raise InvalidValueError(f"{self.storage} is no folder of this machine: use its tables through read_table")
+            raise InvalidValueError(f"{self.storage} is no folder of this machine: read its tables with read_table")
         return self.storage.folder
 
     @classmethod
     def create(cls, address: str | Path, experiment: Experiment) -> RunStore:
-        """Make the run folder of `experiment` at a path or URI, or open it if it is there already.
+        """Make the run folder of `experiment` at a path or URI, or open it if it exists.
 
         Raises RunFolderError if the folder belongs to another experiment (naming the first field that differs),
         holds other files, or cannot be made, and InvalidValueError for a URI that pyarrow does not know.
@@ -95,19 +95,19 @@ class RunStore:
                 if foreign:
                     raise RunFolderError(
                         f"{storage} is not a run folder and not empty (it holds {min(foreign)!r}): "
-                        "give a new or empty folder with --out"
+                        "name a new or empty folder with --out"
                     )
                 storage.write(EXPERIMENT, experiment_content(experiment))
         except StorageError as error:
             raise RunFolderError(
-                f"cannot make the run folder {storage}: {error}; give another one with --out"
+                f"cannot make the run folder {storage}: {error}; name another one with --out"
             ) from None
         store._check_experiment()
         return store
 
     @staticmethod
     def is_there(address: str | Path) -> bool:
-        """Return whether there is a run folder at a path or URI; raises as `Storage` does."""
+        """Return whether a path or URI is a run folder; raises as `Storage` does."""
         return Storage(address).exists(EXPERIMENT)
 
     @classmethod
@@ -118,10 +118,10 @@ class RunStore:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this driver alone; a dead owner's lock is taken over.
+        """Lock the folder for this driver; a dead owner's lock is taken over.
 
-        Raises RunFolderError naming host, process and time of the driver that holds it, or if it now belongs to
-        another experiment.
+        Raises RunFolderError, naming host, process and time, if another driver has the lock, or if the folder now
+        belongs to another experiment.
         """
         with lock.held(self.storage):
             self._check_experiment()  # two drivers may have created the folder at the same moment
@@ -132,7 +132,7 @@ class RunStore:
                 self._locked = False
 
     def require_here(self) -> None:
-        """Raise RunFolderError unless this machine reaches the folder, as each one that does its work has to."""
+        """Raise RunFolderError unless this machine can reach the folder."""
         if not self.storage.exists(EXPERIMENT):
             raise RunFolderError(
                 f"the run folder {self.storage} is not there on {socket.gethostname()}: give --out a folder that all "
@@ -140,13 +140,13 @@ class RunStore:
             )
 
     def remove_leftovers(self) -> None:
-        """Delete the temporary files of killed writers. Only for a driver that holds the lock; reads no file."""
+        """Delete the temporary files of killed writers. Only for a driver that has the lock."""
         self.storage.remove_leftovers()
 
     def check(self) -> None:
-        """Read every table and checkpoint whole; delete the damaged ones under the lock, and note them in `damaged`.
+        """Read every table and checkpoint; under the lock, delete damaged files and note them in `damaged`.
 
-        Without the lock, raises DamagedFileError for the first one.
+        Without the lock, raises DamagedFileError for the first damaged file.
         """
         for name in TABLES:
             for unit in self.units(name):
@@ -155,12 +155,12 @@ class RunStore:
             for unit in self.checkpoints(stage):
                 self._is_whole(partial(self.load_checkpoint, stage, unit))
 
-    # Hashes of what lies outside the run folder: its images and given weights
+    # Hashes of what is stored outside the run folder: its images and the user's weights
 
     def read_pin(self, name: str, parse: Callable[[Any], Pin]) -> Pin | None:
-        """Return what `parse` makes of the hashes stored under `name`, "data" or "weights"; None where none are stored.
+        """Return the hashes of `name`, "data" or "weights", read by `parse`; None if none are stored.
 
-        Raises RunFolderError where the file is damaged, and StorageError.
+        Raises RunFolderError if the file is damaged, and StorageError.
         """
         file = f"{name}.json"
         try:
@@ -170,15 +170,15 @@ class RunStore:
         except (ValueError, TypeError, KeyError) as error:
             raise RunFolderError(
                 f"{self.storage.shown(file)} is damaged ({error!r}): restore it, or delete it, and the next command "
-                f"that reads the {name} stores what it finds then"
+                f"that reads the {name} stores a new one"
             ) from None
 
     def write_pin(self, name: str, values: Mapping[str, Any]) -> None:
-        """Store hashes under `name`, "data" or "weights". Raises StorageError."""
+        """Store the hashes of `name`, "data" or "weights". Raises StorageError."""
         self.storage.write(f"{name}.json", json.dumps(dict(values), indent=2).encode())
 
     def unpinned(self) -> list[str]:
-        """Return the fields that may hold a path and for whose content no hash is stored: only the path tells."""
+        """Return the experiment's fields that may hold a path to content whose hash is not stored."""
         return [field for field, name in PATH_FIELDS.items() if not self.storage.exists(f"{name}.json")]
 
     # Tables
@@ -186,7 +186,7 @@ class RunStore:
     def write_table(
         self, name: str, unit: str, rows: Sequence[Mapping[str, Any]], *, layers: Sequence[str] = ()
     ) -> None:
-        """Store the rows of a completed unit in table `name`, in place of what the unit stored before.
+        """Store the rows of a completed unit in table `name`, replacing its earlier rows.
 
         Raises ValueError naming the column that is missing, unknown or holds a wrong value, InvalidValueError for an
         unknown table or a unit that cannot be a file's name, and StorageError.
@@ -194,53 +194,36 @@ class RunStore:
         self.write_arrow(name, unit, table(name).to_arrow(rows, layers))
 
     def write_arrow(self, name: str, unit: str, arrow: pa.Table) -> None:
-        """Store an Arrow table of rows that were read from a run folder as a unit of table `name`; raises StorageError.
-
-        Its columns are not checked.
-        """
+        """Store rows read from another run folder as a unit of table `name`, unchecked; raises StorageError."""
         self.storage.write(_table_file(name, unit), unit_file(arrow))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
         """Return the rows of all units, in the natural order of the units' names (seed=2 before seed=10).
 
-        Only `columns`, where they are named: of a million rows that is what fits beside other work.
-
-        Raises DamagedFileError naming a damaged file, and InvalidValueError for an unknown table.
+        `columns` limits what is read, by default all columns. Raises DamagedFileError naming a damaged file, and
+        InvalidValueError for an unknown table or column.
         """
         return self.read_units(name, self.units(name), columns)
 
     def read_units(self, name: str, units: Sequence[str], columns: Sequence[str] | None = None) -> pandas.DataFrame:
-        """Return the rows of some units that are stored, in the order given; of some columns only where they are named.
-
-        Raises DamagedFileError naming a damaged file, RunFolderError naming a missing one, and InvalidValueError for an
-        unknown table.
-        """
-        parts = [self._read_sound_unit(_table_file(name, unit), columns) for unit in units]
-        if not parts:
-            return table(name).schema().empty_table().to_pandas().reindex(columns=columns)
-        return pa.concat_tables(parts).to_pandas()
+        """Return the rows of these units; raises as `read_table`, and RunFolderError for a missing unit."""
+        return _frame(name, [self._read_sound_unit(_table_file(name, unit), columns) for unit in units], columns)
 
     def first_rows(self, name: str, units: Sequence[str], columns: Sequence[str]) -> pandas.DataFrame:
-        """Return the first row of each of some units that are stored, in the order given.
-
-        Raises RunFolderError naming a file that is missing, DamagedFileError for one that is damaged or has no rows,
-        and InvalidValueError for an unknown table.
-        """
+        """Return the first row of each unit; raises as `read_units`, and DamagedFileError for a unit without rows."""
         rows = []
         for unit in units:
             file = _table_file(name, unit)
             rows.append(self._read_sound_unit(file, columns).slice(0, 1))
             if not rows[-1].num_rows:
                 raise self._damage("file", file, DamagedContentError("it has no rows"))
-        if not rows:
-            return table(name).schema().empty_table().to_pandas().reindex(columns=list(columns))
-        return pa.concat_tables(rows).to_pandas()
+        return _frame(name, rows, columns)
 
     def set_column(self, name: str, unit: str, column: str, values: Sequence[Any]) -> None:
-        """Put `values`, one for each row, in place of a column of a stored unit; nothing else of it changes.
+        """Replace one column of a stored unit with `values`, one for each row.
 
-        Raises ValueError for a value that the column may not hold, RunFolderError (DamagedFileError) naming a missing
-        (damaged) file.
+        Raises ValueError for a value that the column must not hold, RunFolderError naming a missing file, and
+        DamagedFileError naming a damaged file.
         """
         file = _table_file(name, unit)
         stored = self._read_sound_unit(file)
@@ -250,20 +233,17 @@ class RunStore:
         self.storage.write(file, unit_file(arrow))
 
     def units(self, name: str) -> list[str]:
-        """Return the units that have a file in table `name`, by natural order; what is in it is not looked at."""
+        """Return the units of table `name` in natural order; their files are not read."""
         files = self.storage.names(f"tables/{table(name).name}")
         units = [file.removesuffix(".parquet") for file in files if file.endswith(".parquet") and file[0] not in "._"]
         return sorted(units, key=_natural)
 
     def finished_units(self, name: str) -> set[str]:
-        """Return the units of table `name` that are stored, from one listing; their content is not read."""
+        """Return the set of `units`."""
         return set(self.units(name))
 
     def read_sound(self, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
-        """Return what `read_table` does, without the units that are damaged.
-
-        Under the lock, these are deleted and noted in `damaged`.
-        """
+        """Return `read_table` without damaged units; under the lock, these are deleted and noted in `damaged`."""
         whole = [
             unit
             for unit in self.units(name)
@@ -272,22 +252,22 @@ class RunStore:
         return self.read_units(name, whole, columns)
 
     def has_unit(self, name: str, unit: str) -> bool:
-        """Return whether a unit of table `name` is stored; its content is not read."""
+        """Return whether a unit of table `name` is stored; its file is not read."""
         return self.storage.exists(_table_file(name, unit))
 
     def delete_unit(self, name: str, unit: str) -> None:
-        """Forget what a unit stored in table `name`, if anything."""
+        """Delete the rows of a unit in table `name`, if it has any."""
         self.storage.delete(_table_file(name, unit))
 
     def copy_unit(self, other: RunStore, name: str, unit: str) -> None:
-        """Store what a unit of table `name` is in another run folder. Raises FileNotFoundError and StorageError."""
+        """Copy a unit of table `name` from another run folder. Raises FileNotFoundError and StorageError."""
         file = _table_file(name, unit)
         self.storage.write(file, other.storage.read(file))
 
     # The page for people
 
     def write_report(self, page: str) -> str:
-        """Store the page of results, in place of the one that is there, and return where. Raises StorageError."""
+        """Store or replace the page of results, and return its address. Raises StorageError."""
         self.storage.write(_REPORT, page.encode())
         return self.storage.shown(_REPORT)
 
@@ -320,31 +300,28 @@ class RunStore:
             raise self._damage("checkpoint", file, error) from None
 
     def has_checkpoint(self, stage: str, unit: str) -> bool:
-        """Return whether a checkpoint is stored; its content is not read.
-
-        For many units of a stage, `finished_checkpoints` asks the store once.
-        """
+        """Return whether a checkpoint is stored; for many units, `finished_checkpoints` is one call to the store."""
         return self.storage.exists(_checkpoint_file(stage, unit))
 
     def finished_checkpoints(self, stage: str) -> set[str]:
-        """Return the units that have a checkpoint of `stage`, from one listing; their content is not read."""
+        """Return the set of `checkpoints`."""
         return set(self.checkpoints(stage))
 
     def checkpoints(self, stage: str) -> list[str]:
-        """Return the units that have a checkpoint of `stage`, by natural order; what is in it is not looked at."""
+        """Return the units with a checkpoint of `stage`, in natural order; their files are not read."""
         files = self.storage.names(f"checkpoints/{_checked(stage, 'stage')}")
         ending = ".safetensors"
         units = [file.removesuffix(ending) for file in files if file.endswith(ending) and file[0] not in "._"]
         return sorted(units, key=_natural)
 
     def copy_checkpoint(self, other: RunStore, stage: str, unit: str) -> None:
-        """Store what a checkpoint is in another run folder. Raises FileNotFoundError and StorageError."""
+        """Copy a checkpoint from another run folder. Raises FileNotFoundError and StorageError."""
         file = _checkpoint_file(stage, unit)
         for part in (_beside(file), file):
             self.storage.write(part, other.storage.read(part))
 
     def delete_checkpoint(self, stage: str, unit: str) -> None:
-        """Delete a checkpoint, if there is one."""
+        """Delete a checkpoint if it exists."""
         file = _checkpoint_file(stage, unit)
         self.storage.delete(file)
         self.storage.delete(_beside(file))
@@ -359,9 +336,9 @@ class RunStore:
         except DamagedContentError as error:
             raise self._damage("file", file, error) from None
         for name in columns or ():
-            if name not in unit.column_names:  # pyarrow leaves it out without a word
-                there = ", ".join(pq.read_schema(pa.BufferReader(self.storage.read(file))).names)
-                raise InvalidValueError(f"table {file.split('/')[1]!r} has no column {name!r}; its columns: {there}")
+            if name not in unit.column_names:  # pyarrow silently leaves it out
+                known = ", ".join(pq.read_schema(pa.BufferReader(self.storage.read(file))).names)
+                raise InvalidValueError(f"table {file.split('/')[1]!r} has no column {name!r}; its columns: {known}")
         return unit
 
     def _damage(self, kind: str, file: str, error: DamagedContentError) -> DamagedFileError:
@@ -373,7 +350,7 @@ class RunStore:
         return DamagedFileError(f"damaged {kind} {self.storage.shown(file)}: {error}; {remedy}")
 
     def _is_whole(self, read: Callable[[], object], *, always: bool = False) -> bool:
-        """Return whether `read` finds no damage; without the lock and `always`, raises its DamagedFileError."""
+        """Return whether `read` finds no damage; its DamagedFileError is raised without the lock, unless `always`."""
         try:
             read()
         except DamagedFileError:
@@ -389,20 +366,25 @@ class RunStore:
         if difference := self.experiment.first_difference(stored, paths=self.unpinned()):
             raise RunFolderError(
                 f"{self.storage} belongs to another experiment; the first field that differs: {difference}. "
-                "Give another folder with --out, or the same settings"
+                "Name another folder with --out, or repeat the folder's settings"
             )
 
 
 def read_table(run: str | Path, name: str, columns: Sequence[str] | None = None) -> pandas.DataFrame:
-    """Return table `name` of the run folder `run`, a path or URI: all units stored so far, all columns or those named.
+    """Return the rows stored so far in table `name` of the run folder `run`, a path or URI; by default all columns.
 
-    docs/tables.md describes them.
-
-    Raises InvalidValueError, listing the tables, for an unknown name, and RunFolderError if `run` is no run folder
-    or holds a damaged file.
+    docs/tables.md describes the tables. Raises InvalidValueError, listing the tables, for an unknown name, and
+    RunFolderError if `run` is no run folder or the table has a damaged file.
     """
     table(name)
     return RunStore.open(run).read_table(name, columns)
+
+
+def _frame(name: str, parts: list[pa.Table], columns: Sequence[str] | None) -> pandas.DataFrame:
+    """Return the parts as one frame; without parts, an empty frame with the table's columns."""
+    if not parts:
+        return table(name).schema().empty_table().to_pandas().reindex(columns=columns)
+    return pa.concat_tables(parts).to_pandas()
 
 
 def _table_file(name: str, unit: str) -> str:
@@ -424,13 +406,13 @@ def _beside(file: str) -> str:
 def _checked(name: str, kind: str) -> str:
     if not _NAME.fullmatch(name):
         raise InvalidValueError(
-            f"{kind} {name!r}: a name has 1 to 150 letters, digits and = , . _ + -, and begins with none of . and _"
+            f"{kind} {name!r}: a name has 1 to 150 letters, digits and = , . _ + -, and does not begin with . or _"
         )
     return name
 
 
 def _natural(name: str) -> tuple[list[Any], str]:
-    # A fraction is a number only after "=", as in alpha=0.25: in a layer's name (features.10) the dot separates.
+    # A dot is a decimal point only after "=", as in alpha=0.25; in a layer's name (features.10) it separates.
     parts: list[Any] = re.split(r"((?<==)\d+\.\d+|\d+)", name)
     parts[1::2] = [float(number) for number in parts[1::2]]
     return parts, name

@@ -1,4 +1,4 @@
-"""Every table that a run stores: its columns with type, unit, range and meaning. docs/tables.md is made from here."""
+"""The tables of a run: their columns with type, unit, range and meaning. docs/tables.md is made from this file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 from gross_ray.errors import InvalidValueError
 
 SCHEMA_VERSION = 3
-"""Rises when a column is added or removed; a column's name never changes its meaning."""
+"""Increases when a column is added or removed; a column's name never changes its meaning."""
 VERSION_KEY = b"gross_ray.schema_version"
-"""Where a schema's metadata, and so each Parquet file, carries the version."""
+"""Key of the schema version in the metadata of a schema, and so of each Parquet file."""
 LAYER = "<layer>"
-"""Stands for a layer's name in the name of a column that exists once for each decomposed layer."""
+"""Placeholder for the layer's name in the name of a column that exists once for each decomposed layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +26,18 @@ class Column:
     """One column of a table."""
 
     name: str
-    """Name; with `LAYER` in it, the column exists once for each decomposed layer."""
+    """If it contains `LAYER`, the column exists once for each decomposed layer."""
     type: pa.DataType
-    """Arrow type."""
     meaning: str
     """One line for docs/tables.md and the field's metadata."""
     unit: str = ""
-    """Unit of the values; empty where they have none."""
+    """Unit of the values; empty if they have none."""
     low: float = -math.inf
     """Smallest value that may be stored."""
     high: float = math.inf
     """Largest value that may be stored."""
     choices: tuple[str, ...] = ()
-    """The only texts that may be stored; empty: any."""
+    """The only texts that may be stored; empty: any text."""
     nullable: bool = False
     """Whether a value may be missing."""
 
@@ -48,7 +47,7 @@ class Column:
         return LAYER in self.name
 
     def range_text(self) -> str:
-        """Return the range as docs/tables.md prints it, like ``[0, 1]`` or ``1 or more``; empty: any value."""
+        """Return the range as docs/tables.md prints it, like ``[0, 1]`` or ``1 or more``; empty for any value."""
         if self.choices:
             return " or ".join(self.choices)
         if self.low == -math.inf:
@@ -61,11 +60,8 @@ class Column:
         return pa.field(name, self.type, nullable=self.nullable, metadata=about)
 
     def array(self, values: list[Any], name: str) -> pa.Array:
-        """Return `values` as Arrow holds them.
-
-        Raises ValueError naming the column and the rule that a value breaks. Real numbers must be finite.
-        """
-        try:  # Arrow refuses a bool in a column of integers by itself, but would silently cut 3.7 to 3
+        """Return `values` as an Arrow array; raises ValueError naming the column and the rule that a value breaks."""
+        try:  # Arrow refuses a bool in a column of integers, but silently cuts 3.7 to 3
             if pa.types.is_integer(self.type):
                 values = [
                     value if value is None or isinstance(value, bool) else operator.index(value) for value in values
@@ -76,10 +72,10 @@ class Column:
         if array.null_count and not self.nullable:
             raise ValueError(f"column {name!r}: a value is missing (None); this column needs one in each row")
         if pa.types.is_floating(self.type):
-            strange = [value for value in array.to_pylist() if value is not None and not math.isfinite(value)]
-            if strange:
+            infinite = [value for value in array.to_pylist() if value is not None and not math.isfinite(value)]
+            if infinite:
                 missing = "; None stands for a value that was not measured" if self.nullable else ""
-                raise ValueError(f"column {name!r}: {strange[0]} is not a finite number{missing}")
+                raise ValueError(f"column {name!r}: {infinite[0]} is not a finite number{missing}")
         if self.low != -math.inf:
             found = pc.min_max(array).as_py()
             if found["min"] is not None and (found["min"] < self.low or found["max"] > self.high):
@@ -95,14 +91,13 @@ class Table:
     """One table: a folder of Parquet files, one for each completed unit of work."""
 
     name: str
-    """Name of the table and of its folder."""
+    """Also the name of its folder."""
     meaning: str
     """What a row is, in one line."""
     columns: tuple[Column, ...]
-    """Columns, in the order they are stored."""
 
     def expand(self, layers: Sequence[str] = ()) -> dict[str, Column]:
-        """Return each column by the name it is stored under: one for each of `layers` where the table has those."""
+        """Return the columns by their stored names; a column per layer appears once for each of `layers`."""
         if layers and not any(column.per_layer for column in self.columns):
             raise ValueError(f"table {self.name!r} has no columns for layers, got layers {list(layers)}")
         expanded: dict[str, Column] = {}
@@ -119,8 +114,8 @@ class Table:
     def to_arrow(self, rows: Sequence[Mapping[str, Any]], layers: Sequence[str] = ()) -> pa.Table:
         """Return `rows` as an Arrow table.
 
-        Raises ValueError naming the column that is missing or unknown, or that holds a value of the wrong type or
-        out of its range. A nullable column must be there too, with None where there is no value.
+        Raises ValueError naming a column that is missing or unknown, or that has a value of the wrong type or outside
+        its range. A nullable column must not be left out: None says that a value is missing.
         """
         columns = self.expand(layers)
         for row in rows:
@@ -152,9 +147,9 @@ _SCALING = _text("scaling", "How Eq. 8 is read: exp(-alpha i) or exp(-alpha i / 
 _ALPHA = _real("alpha", "Temperature of the sampling of group-sizes (Eq. 8); 0 is uniform")
 _MACS = _count("macs", "Multiply-accumulates of one image's forward pass, as the network runs", "MACs an image")
 _MACS_PAPER = _count(
-    "macs_paper", "The same, counted the paper's way: stride and padding on the first 1x1", "MACs an image"
+    "macs_paper", "As macs, but counted the paper's way: stride and padding on the first 1x1", "MACs an image"
 )
-_PARAMETERS = _count("parameters", "Trainable numbers of the network", "parameters")
+_PARAMETERS = _count("parameters", "Trainable parameters of the network", "parameters")
 _VAL_CORRECT = _count("val_correct", "Images of the validation split classified correctly", "images")
 _VAL_TOTAL = _count("val_total", "Images of the validation split", "images", low=1)
 _VAL_ACCURACY = _accuracy("val_accuracy", "Accuracy on the validation split")
@@ -166,8 +161,8 @@ def _seed(meaning: str) -> Column:
     return _count("seed", meaning)
 
 
-_WHERE_TIMED = (
-    _text("device", "What was timed: the processor's or the GPU's name"),
+_CONDITIONS = (
+    _text("device", "Name of the processor or GPU that was timed"),
     _text("host", "Name of the machine"),
     _count("batch_size", "Images of a batch", "images", low=1),
     _count("threads", "CPU threads", "threads", low=1),
@@ -187,7 +182,7 @@ _TABLES = (
             _text("host", "Name of the machine that ran the driver"),
             _text("device", "What the workers computed on, like cpu or the name of the GPU"),
             _count("num_cpus", "CPU cores of the cluster", "cores", low=1),
-            _text("preset", "Preset that the experiment was made from"),
+            _text("preset", "Preset from which the experiment was made"),
             _text("experiment", "The whole experiment", unit="JSON"),
             _text("fingerprint", "16 hexadecimal digits, equal for equal experiments"),
         ),
@@ -205,14 +200,14 @@ _TABLES = (
                 "train_loss", "Mean training loss of the epoch: cross-entropy in nats, or the response error (Eq. 9)"
             ),
             _real("gradient_norm", "Mean over the epoch's steps of the L2 norm of all gradients together"),
-            _accuracy("val_accuracy", "Accuracy on the validation split; missing where not measured", nullable=True),
+            _accuracy("val_accuracy", "Accuracy on the validation split; missing if not measured", nullable=True),
             _SECONDS,
             _real("images_per_second", "Training images a second", "images/s"),
         ),
     ),
     Table(
         name="networks",
-        meaning="One trained base network; the one of median validation accuracy is decomposed.",
+        meaning="One trained base network; the network of median validation accuracy is decomposed.",
         columns=(
             _seed("Which base network"),
             _VAL_CORRECT,
@@ -234,11 +229,11 @@ _TABLES = (
             Column(
                 name="nested",
                 type=pa.bool_(),
-                meaning="Whether it started from the next smaller group-size's expansion, not by itself",
+                meaning="Whether it started from the next smaller group-size's expansion",
             ),
             _real("relative_error", "||weight - reconstruction|| / ||weight||, Frobenius norms"),
             _real("cancellation", "sqrt(sum of ||term||^2) / ||weight||: at most 1 if orthogonal, large if degenerate"),
-            _count("steps", "Steps of the solver, of the start that won", "steps"),
+            _count("steps", "Steps of the solver from the best start", "steps"),
             _text("status", "Why the solver stopped"),
             _SECONDS,
         ),
@@ -264,7 +259,7 @@ _TABLES = (
             _real("val_loss", "Mean cross-entropy on the validation split", "nats"),
             _real(
                 "latency_ms",
-                "Predicted time of one batch's forward pass (see latency_models); missing where not measured",
+                "Predicted time of one batch's forward pass (see latency_models); missing if not measured",
                 "ms",
                 nullable=True,
             ),
@@ -272,9 +267,9 @@ _TABLES = (
     ),
     Table(
         name="latencies",
-        meaning="One decomposed layer at one group-size, or everything else, timed by itself on one device.",
+        meaning="One decomposed layer at one group-size, or all other layers together, timed alone on one device.",
         columns=(
-            *_WHERE_TIMED,
+            *_CONDITIONS,
             _text("part", "Name of the decomposed layer; `rest` for all other layers together"),
             _count("group_size", "Group-size of the layer; missing for `rest`", "channels", 1, nullable=True),
             _real("latency_ms", "Median time of one batch", "ms"),
@@ -284,16 +279,18 @@ _TABLES = (
         name="latency_models",
         meaning="How the sum of the parts' times predicts a whole configuration's: offset_ms + slope x sum.",
         columns=(
-            *_WHERE_TIMED,
+            *_CONDITIONS,
             Column(name="offset_ms", type=pa.float64(), meaning="Fitted to whole configurations", unit="ms"),
             _real("slope", "Fitted to whole configurations"),
             _count("num_sampled", "Whole configurations that were timed", "configurations", low=2),
-            _real("median_error", "Median absolute error of each, predicted from all others", "fraction"),
+            _real(
+                "median_error", "Median relative error of a timed configuration, predicted from the others", "fraction"
+            ),
         ),
     ),
     Table(
         name="alpha_sweep",
-        meaning="One configuration in one supernet of the sweep over alpha, beside the same one trained on its own.",
+        meaning="One fixed configuration: in one supernet of the sweep over alpha, and trained on its own.",
         columns=(
             _ALPHA,
             _SCALING,
@@ -310,7 +307,7 @@ _TABLES = (
         columns=(
             _text("budget", "Fixed configuration whose MACs are the budget, like 16-16-16"),
             _count("budget_macs", "MACs of that configuration", "MACs an image"),
-            _count("rank", "Place among those selected under this budget, from 1 (the most accurate)", low=1),
+            _count("rank", "Rank among the configurations selected under this budget, from 1 (most accurate)", low=1),
             _CONFIGURATION,
             _MACS,
             _accuracy("supernet_accuracy", "Median over the supernets of the accuracy on the validation split"),
@@ -323,7 +320,7 @@ _TABLES = (
             _CONFIGURATION,
             _text(
                 "kind",
-                "The same group-size in every layer, or any other: found by the search or named",
+                "fixed: its MACs are a budget, or the experiment names it; selected: found by the search or asked for",
                 choices=("fixed", "selected"),
             ),
             _seed("Which repeat"),
@@ -341,19 +338,14 @@ TABLES: dict[str, Table] = {table.name: table for table in _TABLES}
 
 
 def table(name: str) -> Table:
-    """Return the table called `name`; raises InvalidValueError, listing the names, if there is none."""
+    """Return the table called `name`; raises InvalidValueError, listing the known names, for an unknown one."""
     if name not in TABLES:
-        raise InvalidValueError(f"unknown table {name!r}; there are: {', '.join(TABLES)}")
+        raise InvalidValueError(f"unknown table {name!r}; known tables: {', '.join(TABLES)}")
     return TABLES[name]
 
 
-def schema(name: str, layers: Sequence[str] = ()) -> pa.Schema:
-    """Return the Arrow schema of the table called `name`, for a network whose decomposed layers are `layers`."""
-    return table(name).schema(layers)
-
-
 _QUERIES = {
-    "One row a configuration, of the supernets of one alpha (those of the sweep are in the table too):": """
+    "One row a configuration, from the supernets of one alpha (the table also has the sweep's supernets):": """
 import pandas as pd
 
 from gross_ray import read_table
@@ -364,14 +356,14 @@ layers = [name for name in configurations if name.startswith("layer ")]
 key = ["configuration", *layers, "macs", "parameters"]
 space = configurations.groupby(key, as_index=False)["val_accuracy"].median()
 """,
-    "1. The best within a budget that also keep a layer's groups small:": """
+    "1. The best configurations within a budget that also keep a layer's group-size small:": """
 small = space.query("`layer conv4` <= 16 and macs <= 2.66e6").nlargest(5, "val_accuracy")
 """,
-    "2. The best in each bracket of MACs:": """
+    "2. The best configuration in each bracket of MACs:": """
 brackets = pd.cut(space["macs"] / 1e6, [0, 2, 2.5, 3, 4, 6])
 best = space.loc[space.groupby(brackets, observed=True)["val_accuracy"].idxmax()]
 """,
-    "3. How each group-size of a layer fares, over all choices for the other layers:": """
+    "3. How accurate each group-size of a layer is, over all choices for the other layers:": """
 fares = space.groupby("layer conv4")["val_accuracy"].agg(["mean", "max", "count"])
 """,
     "4. Whether supernets of different seeds rank the configurations alike, and which they disagree on most:": """
@@ -379,7 +371,7 @@ by_seed = configurations.pivot(index="configuration", columns="seed", values="va
 agreement = by_seed.corr(method="spearman")
 disputed = (by_seed.max(axis="columns") - by_seed.min(axis="columns")).nlargest(5)
 """,
-    "5. What validated configurations reach on their own, beside their place in the supernet:": """
+    "5. The accuracy of validated configurations when trained on their own, and in the supernet:": """
 own = read_table(run, "validations").groupby(["configuration", "kind"], as_index=False)["val_accuracy"].mean()
 joined = own.merge(space, on="configuration", suffixes=("_own", "_supernet"))
 joined["gain"] = joined["val_accuracy_own"] - joined["val_accuracy_supernet"]
@@ -389,15 +381,15 @@ ordered = space.sort_values(["macs", "val_accuracy"], ascending=[True, False])
 front = ordered[ordered["val_accuracy"] > ordered["val_accuracy"].cummax().shift(fill_value=-1)]
 """,
 }
-"""What to ask of the tables, and the code that does; each goes on from the first."""
+"""Questions that the tables answer, each with its code, which continues the first one."""
 
 
 def describe() -> str:
-    """Return docs/tables.md: every table and column as Markdown, and queries to start from."""
+    """Return docs/tables.md: every table and column, and example queries."""
     lines = [
         "# Tables",
         "",
-        "Made from `gross_ray/run/tables.py` by `python scripts/make_tables_doc.py`: change it there.",
+        "Made from `gross_ray/run/tables.py` by `python scripts/make_tables_doc.py`: do not edit it here.",
         "",
         "Each table is a folder of Parquet files, one for each completed unit of work:",
         '`pandas.read_parquet("RUN/tables/NAME")` reads all of them, and `gross_ray.read_table("RUN", "NAME")` does so',
@@ -415,7 +407,7 @@ def describe() -> str:
         "",
         "## Queries",
         "",
-        "`gross search RUN --budget macs=2.66M` answers the commonest question; pandas the others.",
+        "`gross search RUN --budget macs=2.66M` answers the most common question; pandas answers the others.",
     ]
     for question, code in _QUERIES.items():
         lines += ["", question, "", f"```python{code}```"]

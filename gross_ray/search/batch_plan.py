@@ -1,4 +1,4 @@
-"""How many images, and how many prefixes of the tree, run as one batch, so that what is alive fits a memory budget."""
+"""Choose how many images and how many prefixes share a batch, so that the live tensors fit a memory budget."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ CACHES_ON_CPU = 1.0
 SHARE_OF_FREE = 0.5
 """Default budget on a GPU: this share of its free memory."""
 USUAL_CACHE = 32 * 2**20
-"""Bytes of the cache where the system does not tell."""
+"""Cache size in bytes if the system reports none."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What runs together."""
+    """How many images and prefixes run together."""
 
     num_images: int
-    """Images of a batch."""
+    """Images in a batch."""
     limits: tuple[int, ...]
-    """The most prefixes that go on together behind each decomposed layer."""
+    """For each decomposed layer, how many prefixes may continue together after it."""
 
 
 @dataclass(frozen=True)
 class SegmentMemory:
-    """Bytes for each row (an image in one prefix) between a decomposed layer and the next."""
+    """Bytes per row (one image of one prefix) from one decomposed layer to the next."""
 
     start: int
-    """Alive at the start."""
+    """Live bytes at the start."""
     peak: int
-    """Alive at most, up to the next decomposed layer's input."""
+    """The most live bytes up to the next decomposed layer's input."""
     held: int
-    """Alive while that layer runs, and held while its siblings are walked one after the other; 0 at the end."""
+    """Live bytes while the next layer runs; they stay until all its group-sizes are walked. 0 after the last layer."""
     layer: int
-    """What that layer needs for itself at one group-size, its output included; 0 at the end."""
+    """Bytes that the next layer needs at one group-size, its output included; 0 after the last layer."""
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """Return the bytes that a walk may keep alive where none are given: the cache's size, or half of a GPU's rest."""
+    """Return the default memory budget in bytes: the largest CPU cache, or half of the GPU's free memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(SHARE_OF_FREE * (torch.cuda.mem_get_info(device)[0] + unused))
@@ -69,64 +69,59 @@ def plan_batches(
 ) -> BatchPlan:
     """Return the largest batches whose tensors fit `memory_budget` bytes: first of images, then of prefixes.
 
-    `segments` are those of `measure_segments`, `num_siblings` the group-sizes of each decomposed layer. Raises
-    InvalidValueError if one image alone (or a `batch_size` that is given) does not fit.
+    `segments` come from `measure_segments`; `num_siblings` counts the group-sizes of each decomposed layer. Raises
+    InvalidValueError if one image (or `batch_size` images) does not fit.
     """
-
-    def fits(images: int, prefixes: Sequence[int]) -> bool:
-        return images * _bytes_an_image(segments, prefixes) <= memory_budget
-
-    ones = [1] * len(segments)
-    images = images_of_batch(_bytes_an_image(segments, ones), num_images, memory_budget, batch_size)
-    prefixes = list(ones)
+    prefixes = [1] * len(segments)
+    images = images_of_batch(_bytes_per_image(segments, prefixes), num_images, memory_budget, batch_size)
     for depth, siblings in enumerate(num_siblings, start=1):
         for together in range(siblings, 0, -1):
             wider = prefixes[:depth] + [prefixes[depth - 1] * together] * (len(segments) - depth)
-            if fits(images, wider):
+            if images * _bytes_per_image(segments, wider) <= memory_budget:
                 prefixes = wider
                 break
     return BatchPlan(images, tuple(prefixes[1:]))
 
 
-def images_of_batch(bytes_an_image: int, num_images: int, memory_budget: int, batch_size: int | None) -> int:
-    """Return how many images fit `memory_budget` bytes, in batches of about equal size; `batch_size` where it is given.
+def images_of_batch(bytes_per_image: int, num_images: int, memory_budget: int, batch_size: int | None) -> int:
+    """Return `batch_size`, or if it is None, how many images fit `memory_budget` bytes in batches of about equal size.
 
-    Raises InvalidValueError if one image alone, or that many, do not fit.
+    Raises InvalidValueError if `batch_size` images, or a single image, do not fit.
     """
     least = batch_size or 1
-    if least * bytes_an_image > memory_budget:
+    if least * bytes_per_image > memory_budget:
         raise InvalidValueError(
-            f"memory_budget = {memory_budget} bytes: {least} image{'s' * (least > 1)} need {least * bytes_an_image}; "
+            f"memory_budget = {memory_budget} bytes: {least} image{'s' * (least > 1)} need {least * bytes_per_image}; "
             f"give at least that{', or a smaller batch_size' if batch_size else ''}"
         )
     if batch_size is not None:
         return batch_size
-    most = min(memory_budget // max(bytes_an_image, 1), num_images)
+    most = min(memory_budget // max(bytes_per_image, 1), num_images)
     return -(-num_images // -(-num_images // most))
 
 
-def _bytes_an_image(segments: Sequence[SegmentMemory], prefixes: Sequence[int]) -> int:
-    """Return the most bytes alive for each image of a batch, where `prefixes[d]` go on together behind d layers."""
+def _bytes_per_image(segments: Sequence[SegmentMemory], prefixes: Sequence[int]) -> int:
+    """Return the peak of live bytes per image, with `prefixes[d]` prefixes continuing together after d layers."""
     most = held = 0
     for depth, segment in enumerate(segments):
         rows = prefixes[depth]
         most = max(most, held + rows * segment.peak)
         held += rows * segment.held
         if depth + 1 < len(segments):
-            behind, start = prefixes[depth + 1], segments[depth + 1].start
+            after, start = prefixes[depth + 1], segments[depth + 1].start
             output = min(segment.layer, start)
-            # Siblings' outputs exist twice for a moment: as the layer gives them, and one after the other.
-            most = max(most, held + rows * (segment.layer - output) + behind * (start + output * (behind > rows)))
+            # Siblings' outputs briefly exist twice: stacked as the layer returns them, and concatenated.
+            most = max(most, held + rows * (segment.layer - output) + after * (start + output * (after > rows)))
     return most
 
 
 def measure_segments(walk: PrefixWalk, image: Tensor, paths: Sequence[Prefix]) -> list[SegmentMemory]:
-    """Return what each segment needs: the most over passes of `image`, (1, ...), along some trees of one path."""
+    """Return the memory of each segment: the maximum over passes of `image`, (1, ...), along each path."""
     batch = torch.cat([image] * PROBE_IMAGES)
-    found = [_measure_path(walk, batch, path) for path in paths]
+    measured = [_measure_path(walk, batch, path) for path in paths]
     return [
         SegmentMemory(*(max(figures) for figures in zip(*map(astuple, segments), strict=True)))
-        for segments in zip(*found, strict=True)
+        for segments in zip(*measured, strict=True)
     ]
 
 
@@ -138,7 +133,7 @@ def _measure_path(walk: PrefixWalk, batch: Tensor, path: Prefix) -> list[Segment
     layers: list[int] = []
 
     def on_depth(depth: int) -> None:
-        if depth < len(starts):  # a shared layer was met again
+        if depth < len(starts):  # a shared layer is called again
             return
         if depth:
             layers.append(alive.peak - helds[-1])
@@ -157,7 +152,7 @@ def _measure_path(walk: PrefixWalk, batch: Tensor, path: Prefix) -> list[Segment
 
 
 def bytes_of_pass(network: nn.Module, image: Tensor) -> int:
-    """Return the most bytes alive for each image in a forward pass of `network`."""
+    """Return the peak of live bytes per image in a forward pass of `network`."""
     batch = torch.cat([image] * PROBE_IMAGES)
     alive = _AliveBytes(batch)
     with alive:
@@ -166,7 +161,7 @@ def bytes_of_pass(network: nn.Module, image: Tensor) -> int:
 
 
 class _AliveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators return within it, as long as they are alive."""
+    """While active, count the live bytes of `batch` and of the tensors that operators return."""
 
     def __init__(self, batch: Tensor) -> None:
         super().__init__()
@@ -177,33 +172,33 @@ class _AliveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with self:  # what an operator is made of may need more: max-pooling makes its indices
+        with self:  # an operator's parts may need more memory than its result: max-pooling computes indices
             parts = func.decompose(*args, **(kwargs or {}))
         if parts is not NotImplemented:
             return parts
         result = func(*args, **(kwargs or {}))
-        given = {place for place in map(_storage, tree_leaves((args, kwargs))) if place not in self._users}
+        inputs = {address for address in map(_address, tree_leaves((args, kwargs))) if address not in self._users}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _storage(leaf) not in given:  # no view of a weight
+            if isinstance(leaf, Tensor) and _address(leaf) not in inputs:  # a view of a weight takes no memory
                 self._watch(leaf)
         return result
 
     def _watch(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        if place not in self._users:
-            self._users[place] = 0
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in self._users:
+            self._users[address] = 0
             self.now += size
             self.peak = max(self.peak, self.now)
-        self._users[place] += 1
-        weakref.finalize(tensor, self._released, place, size)
+        self._users[address] += 1
+        weakref.finalize(tensor, self._release, address, size)
 
-    def _released(self, place: int, size: int) -> None:
-        self._users[place] -= 1
-        if not self._users[place]:
-            del self._users[place]
+    def _release(self, address: int, size: int) -> None:
+        self._users[address] -= 1
+        if not self._users[address]:
+            del self._users[address]
             self.now -= size
 
 
-def _storage(value: object) -> int | None:
+def _address(value: object) -> int | None:
     return value.untyped_storage().data_ptr() if isinstance(value, Tensor) else None

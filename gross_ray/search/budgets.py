@@ -33,7 +33,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Read ``macs=2.66M``: a cost and a limit, plain or with k (or K), M or G; InvalidValueError for all else."""
+        """Read ``macs=2.66M``: a cost and a limit, plain or with k (or K), M or G; else raise InvalidValueError."""
         found = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9]+\.?[0-9]*|\.[0-9]+)([kKMG]?)\s*", text, re.ASCII)
         if not found:
             raise InvalidValueError(
@@ -46,7 +46,7 @@ class Budget:
 
     @classmethod
     def parse_all(cls, text: str) -> list[Budget]:
-        """Read budgets with commas between, like ``macs=2.66M,latency_ms=1.5``: all hold, each on another cost."""
+        """Read budgets separated by commas, each on another cost, like ``macs=2.66M,latency_ms=1.5``."""
         budgets = [cls.parse(part) for part in text.split(",")]
         costs = [budget.cost for budget in budgets]
         if len(set(costs)) < len(costs):
@@ -54,12 +54,12 @@ class Budget:
         return budgets
 
     def __str__(self) -> str:
-        return f"{self.cost}={written(self.limit)}"
+        return f"{self.cost}={format_amount(self.limit)}"
 
 
-def written(amount: float) -> str:
-    """Return a number as a budget writes it, with k, M or G from a thousand on and no digit lost: 2.66M."""
+def format_amount(amount: float) -> str:
+    """Return a number as budgets are written, like 2.66M: with k, M or G from a thousand on, and every digit."""
     exact = Decimal(repr(float(amount)))
-    suffix = next((one for one in "GMk" if exact >= 10 ** _SUFFIXES[one]), "")
+    suffix = next((letter for letter in "GMk" if exact >= 10 ** _SUFFIXES[letter]), "")
     digits = f"{exact.scaleb(-_SUFFIXES[suffix]):f}"
     return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + suffix

@@ -1,4 +1,4 @@
-"""Whether the supernet ranks configurations as training them on their own does: rank correlation."""
+"""Rank correlation between the accuracy in the supernet and the accuracy after training alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy import stats
 from gross_ray.errors import InvalidValueError
 
 _DIGITS = 12
-"""Accuracies are quotients of whole numbers; what differs only beyond this digit is equal."""
+"""Accuracies are quotients of whole numbers: those that agree in this many decimals are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +24,17 @@ class RankCorrelation:
     spearman: float
     """Spearman's rho, ties at their mean rank."""
     spearman_low: float
-    """Lower end of its interval."""
+    """Lower end of rho's interval."""
     spearman_high: float
-    """Upper end of its interval."""
+    """Upper end of rho's interval."""
     kendall: float
     """Kendall's tau-b, which accounts for ties."""
     kendall_low: float
-    """Lower end of its interval."""
+    """Lower end of tau's interval."""
     kendall_high: float
-    """Upper end of its interval."""
+    """Upper end of tau's interval."""
     num_resamples: int
-    """Resamples that the intervals rest on: without those in which one of the accuracies is constant."""
+    """Resamples used for the intervals: those in which neither accuracy is constant."""
 
 
 def rank_correlation(
@@ -45,12 +45,12 @@ def rank_correlation(
     num_resamples: int = 2000,
     confidence: float = 0.95,
 ) -> RankCorrelation:
-    """Return the rank correlation of the accuracies that both series hold, by the configuration in their index.
+    """Return the rank correlation of two accuracies over the configurations, the index, that both series have.
 
-    The intervals are percentile bootstraps: configurations are drawn with replacement `num_resamples` times. Where a
-    resample holds one value only on either side, a rank correlation is undefined: it is left out, which with few
-    configurations leaves an interval that is too narrow. The order of rows does not matter. Raises InvalidValueError
-    for fewer than three common configurations, or if one side is the same for all of them.
+    The intervals are percentile bootstraps: configurations are drawn with replacement `num_resamples` times. Resamples
+    in which one accuracy is constant have no rank correlation and are left out; with few configurations this makes the
+    interval too narrow. The order of rows does not matter. Raises InvalidValueError for fewer than three common
+    configurations, or if one of the accuracies is the same for all of them.
     """
     both = pd.concat({"supernet": supernet, "retrained": retrained}, axis=1, join="inner").dropna().sort_index()
     if len(both) < 3:
@@ -85,19 +85,19 @@ def rank_correlation(
 
 
 def _constant(values: np.ndarray) -> np.ndarray:
-    """Return for each row (..., n) whether it holds one value only."""
+    """Return for each row (..., n) whether all its values are equal."""
     return (values == values[..., :1]).all(axis=-1)
 
 
 def _spearman(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Return the correlation of the ranks, row by row (..., n): what stats.spearmanr gives, for all rows at once."""
+    """Return Spearman's rho of each row (..., n), as stats.spearmanr computes it, for all rows at once."""
     ranks = [stats.rankdata(values, axis=-1) for values in (ours, theirs)]
     x, y = (rank - rank.mean(axis=-1, keepdims=True) for rank in ranks)
     rho = (x * y).sum(axis=-1) / np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
-    return np.clip(rho, -1, 1)  # rounding may pass the ends by a bit
+    return np.clip(rho, -1, 1)  # rounding may exceed the range slightly
 
 
 def _kendall(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Return tau-b, row by row (rows, n); its p-value, slow to compute exactly, is of no use here."""
+    """Return tau-b of each row (rows, n); "asymptotic" avoids the slow exact p-value, which is not needed."""
     pairs = zip(ours, theirs, strict=True)
     return np.array([stats.kendalltau(x, y, method="asymptotic").statistic for x, y in pairs])

@@ -1,4 +1,4 @@
-"""What networks and configurations cost: multiply-accumulates (MACs), parameters, and any other sum over the layers."""
+"""Costs of networks and configurations: multiply-accumulates (MACs), parameters, and any other sum over the layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 from torch import nn
@@ -19,17 +20,17 @@ from gross_ray.supernet.series import SeriesConv2d
 
 CONVENTIONS = ("actual", "paper")
 COUNTED = ("macs", "macs_paper", "parameters")
-"""The costs that `layer_costs` finds from a supernet alone."""
+"""The costs that `layer_costs` computes from a supernet, without measuring."""
 
 # Shapes: N configurations, L layers, S group-sizes of a layer.
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """Return the MACs of all convolutions and matrix products as `model` runs one image of `input_shape` (C, H, W).
+    """Return the MACs of all convolutions and matrix products when `model` runs one image of `input_shape` (C, H, W).
 
-    Functional operations and attention count too; a supernet counts as its active configuration. Warns, naming them,
-    of modules that have a weight matrix and for which torch's FlopCounterMode counts nothing. Raises InvalidValueError
-    if `model` cannot run such an image.
+    Functional operations and attention count too; a supernet counts as its active configuration. Warns about modules
+    with a weight matrix for which torch's FlopCounterMode counts nothing. Raises InvalidValueError if `model` cannot
+    run such an image.
     """
     counted = count_operations(model, input_shape)
     if counted.uncounted:
@@ -38,7 +39,7 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
 
 
 def uncounted_modules(counted: OperationCount) -> str:
-    """Return one line that names the modules whose MACs are missing from a count."""
+    """Return a one-line warning that names the modules whose MACs are missing from the count."""
     listed = ", ".join(f"{name or 'the network'} ({kind})" for name, kind in counted.uncounted.items())
     return f"the MACs leave out {listed}: torch's FlopCounterMode counts nothing for them"
 
@@ -53,8 +54,8 @@ def configuration_macs(
     """Return the MACs of one configuration for one image of `input_shape` (C, H, W).
 
     "actual" counts all convolutions and matrix products of the extracted network, as `count_macs` does. "paper" counts
-    as the paper's tables do: the bottlenecks of the decomposed layers only, with stride and padding on the first 1x1
-    (its Table 1). Raises InvalidValueError if `supernet` cannot run such an image or has no such configuration.
+    as the paper's tables do: only the bottlenecks of the decomposed layers, with stride and padding on the first 1x1
+    (its Table 1). Raises InvalidValueError if `supernet` cannot run such an image or lacks the configuration.
     """
     if convention not in CONVENTIONS:
         raise InvalidValueError(f"convention = {convention!r}: must be one of {', '.join(CONVENTIONS)}")
@@ -64,27 +65,27 @@ def configuration_macs(
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """A cost that is a sum over the decomposed layers, as MACs, parameters and predicted latency are."""
+    """A cost that is a sum over the decomposed layers: MACs, parameters or predicted latency."""
 
     name: str
-    """The cost: a column of the table `configurations`."""
+    """Name of the cost: a column of the table `configurations`."""
     shared: float
-    """What every configuration costs, whatever its group-sizes. A whole number for MACs and parameters."""
+    """The cost of everything but the decomposed layers; a whole number for MACs and parameters."""
     by_layer: Mapping[str, Mapping[int, float]]
-    """The cost of each decomposed layer, in layer order, at each group-size. Whole numbers for MACs and parameters."""
+    """The cost of each decomposed layer, in layer order, at each group-size; whole numbers for MACs and parameters."""
 
     def of(self, configurations: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Return the cost of each configuration, (N,): int64 if all parts are whole numbers, else float64.
 
-        `configurations` is (N, L): one row of group-sizes for each. Raises InvalidValueError for an unknown group-size.
+        `configurations` is (N, L): one row of group-sizes each. Raises InvalidValueError for an unknown group-size.
         """
-        return self.of_places(group_size_places(self.space, configurations))
+        return self.of_indices(group_size_indices(self.space, configurations))
 
-    def of_places(self, places: np.ndarray) -> np.ndarray:
-        """Return what `of` does; `places` (N, L) are the indices of the group-sizes among those of their layers."""
-        total: np.ndarray = np.full(len(places), self.shared, dtype=self._dtype)
+    def of_indices(self, indices: np.ndarray) -> np.ndarray:
+        """Return the same as `of`, from the index of each group-size among those of its layer, (N, L)."""
+        total: np.ndarray = np.full(len(indices), self.shared, dtype=self._dtype)
         for layer, costs in enumerate(self.parts):
-            total += costs[places[:, layer]]
+            total += costs[indices[:, layer]]
         return total
 
     def of_one(self, configuration: Sequence[int]) -> float:
@@ -98,12 +99,12 @@ class LayerCosts:
 
     @property
     def maximum(self) -> float:
-        """The cost of the dearest configuration."""
+        """The cost of the most expensive configuration."""
         return self.of([[max(costs, key=costs.__getitem__) for costs in self.by_layer.values()]])[0].item()
 
     @property
     def cheapest(self) -> Configuration:
-        """The configuration that costs least, of several the one of the smallest group-sizes."""
+        """The cheapest configuration; of several, the one with the smallest group-sizes."""
         return Configuration([min(sorted(costs), key=costs.__getitem__) for costs in self.by_layer.values()])
 
     @cached_property
@@ -113,39 +114,39 @@ class LayerCosts:
 
     @cached_property
     def space(self) -> SearchSpace:
-        """The configurations that have a cost."""
+        """The configurations whose cost is known."""
         return SearchSpace({layer: tuple(costs) for layer, costs in self.by_layer.items()})
 
     @cached_property
     def _dtype(self) -> type:
-        every = [self.shared, *(cost for costs in self.by_layer.values() for cost in costs.values())]
-        return np.int64 if all(isinstance(cost, int) for cost in every) else np.float64
+        costs = [self.shared, *(cost for costs in self.by_layer.values() for cost in costs.values())]
+        return np.int64 if all(isinstance(cost, int) for cost in costs) else np.float64
 
 
-def group_size_places(space: SearchSpace, configurations: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+def group_size_indices(space: SearchSpace, configurations: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
     """Return the index of each group-size among those of its layer, (N, L) int64; `configurations` is (N, L) too.
 
     Raises InvalidValueError for a group-size that the layer does not have.
     """
     chosen = np.asarray(configurations, dtype=np.int64).reshape(-1, len(space.layers))
-    places = np.empty_like(chosen)
+    indices = np.empty_like(chosen)
     for column, (layer, group_sizes) in enumerate(space.group_sizes.items()):
         sizes = np.array(group_sizes)
-        places[:, column] = np.searchsorted(sizes, chosen[:, column]).clip(max=len(sizes) - 1)
-        unknown = chosen[sizes[places[:, column]] != chosen[:, column], column]
+        indices[:, column] = np.searchsorted(sizes, chosen[:, column]).clip(max=len(sizes) - 1)
+        unknown = chosen[sizes[indices[:, column]] != chosen[:, column], column]
         if len(unknown):
             listed = ", ".join(map(str, group_sizes))
             raise InvalidValueError(f"group-size {unknown[0]} of layer {layer!r}: must be one of {listed}")
-    return places
+    return indices
 
 
 def layer_costs(supernet: nn.Module, input_shape: Sequence[int], cost_name: str) -> LayerCosts:
     """Return one cost of every configuration of `supernet` for an image of `input_shape` (C, H, W).
 
     `cost_name` is one of `COUNTED`. "macs" and "macs_paper" are the two conventions of `configuration_macs`;
-    "parameters" counts biases and all other layers too. The layers' parts are closed forms, and what all configurations
-    share is the rest of the network's total. Raises InvalidValueError for another name, and if `supernet` cannot run
-    such an image.
+    "parameters" counts biases and all other layers too. The costs of decomposed layers are closed forms; the shared
+    cost is the network's counted total minus theirs. Raises InvalidValueError for another name, and if `supernet`
+    cannot run such an image.
     """
     layers = series_layers(supernet)
     if cost_name not in COUNTED:
@@ -153,12 +154,14 @@ def layer_costs(supernet: nn.Module, input_shape: Sequence[int], cost_name: str)
     if cost_name == "parameters":
         series = {id(p) for layer in layers.values() for p in layer.series_parameters()}
         shared = sum(p.numel() for p in supernet.parameters() if id(p) not in series)
-        by_layer = {name: {s: _series_parameters(one, s) for s in one.group_sizes} for name, one in layers.items()}
+        by_layer = {
+            name: {size: _series_parameters(layer, size) for size in layer.group_sizes}
+            for name, layer in layers.items()
+        }
         return LayerCosts(cost_name, shared, by_layer)
     if cost_name == "macs_paper":
-        return LayerCosts(
-            cost_name, 0, _macs_by_layer(layers, network_calls(supernet, input_shape), _series_macs_paper)
-        )
+        calls = network_calls(supernet, input_shape)
+        return LayerCosts(cost_name, 0, _macs_by_layer(layers, calls, _series_macs_paper))
     counted = count_operations(supernet, input_shape)
     by_layer = _macs_by_layer(layers, counted.calls, _series_macs)
     active = sum(by_layer[name][layer.group_size] for name, layer in layers.items())
@@ -168,7 +171,7 @@ def layer_costs(supernet: nn.Module, input_shape: Sequence[int], cost_name: str)
 def _macs_by_layer(
     layers: Mapping[str, SeriesConv2d], calls: Sequence[Call], macs_of: Callable[[Call, int], int]
 ) -> dict[str, dict[int, int]]:
-    """Return the MACs of each layer at each group-size, those of all its calls together."""
+    """Return the MACs of each layer at each group-size, summed over its calls."""
     return {
         name: {size: sum(macs_of(call, size) for call in calls if call.module is layer) for size in layer.group_sizes}
         for name, layer in layers.items()
@@ -181,70 +184,65 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def peak_activations(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """Return the most activations, in elements, that a layer holds as `model` runs one image of (C, H, W).
+    """Return the largest input plus output of a layer, in elements, when `model` runs one image of (C, H, W).
 
-    That is the input and the output of one convolution or linear layer: what a device needs at least, beside the
-    weights, that runs layer after layer; what waits on a shortcut comes on top. A SeriesConv2d counts as a bottleneck,
-    which holds as much at any group-size.
+    Of convolutions and linear layers: a device that runs layer after layer needs at least this beside the weights, and
+    more while a shortcut waits. A SeriesConv2d counts as a bottleneck, which needs the same at any group-size.
     """
     return most_held(network_calls(model, input_shape))
 
 
 def most_held(calls: Sequence[Call]) -> int:
-    """Return `peak_activations` of the network whose calls these are."""
-    return max(_series_held(call) if isinstance(call.module, SeriesConv2d) else held(call) for call in calls)
+    """Return `peak_activations` of the network that made these calls."""
+    return max(
+        _series_activations(call) if isinstance(call.module, SeriesConv2d) else activations(call) for call in calls
+    )
 
 
-def held(call: Call) -> int:
-    """Return the elements of a call's input and output together."""
-    return elements(call.input_size) + elements(call.output_size)
+def activations(call: Call) -> int:
+    """Return the number of elements of a call's input and output together."""
+    return prod(call.input_size) + prod(call.output_size)
 
 
-def elements(size: Sequence[int]) -> int:
-    """Return the elements of a tensor; all of them are the one image's, wherever a network folds places into N."""
-    return _product(size)
-
-
-def _series_held(call: Call) -> int:
+def _series_activations(call: Call) -> int:
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
-    before, after = (layer.in_channels * _places(size) for size in (call.input_size, call.output_size))
-    return max(2 * before, before + after, after + elements(call.output_size))
+    before, after = (layer.in_channels * _positions(size) for size in (call.input_size, call.output_size))
+    return max(2 * before, before + after, after + prod(call.output_size))
 
 
 def plain_macs(call: Call) -> int:
-    """Return the MACs of a call of a convolution, of any kind, or of nn.Linear."""
+    """Return the MACs of a call of a convolution of any kind, or of nn.Linear."""
     module = call.module
     if isinstance(module, nn.modules.conv._ConvTransposeNd):  # each input goes to a window of each output channel
-        return elements(call.input_size) * module.out_channels // module.groups * _product(module.kernel_size)
+        return prod(call.input_size) * module.out_channels // module.groups * prod(module.kernel_size)
     if isinstance(module, nn.modules.conv._ConvNd):
-        return elements(call.output_size) * module.in_channels // module.groups * _product(module.kernel_size)
+        return prod(call.output_size) * module.in_channels // module.groups * prod(module.kernel_size)
     assert isinstance(module, nn.Linear)
-    return elements(call.output_size) * module.in_features
+    return prod(call.output_size) * module.in_features
 
 
 def dense_macs(call: Call) -> int:
-    """Return the MACs of a call of a SeriesConv2d as the dense convolution that it equals."""
+    """Return the MACs of a call of a SeriesConv2d, run as the dense convolution that it equals."""
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
-    return elements(call.output_size) * layer.in_channels * _product(layer.kernel_size)
+    return prod(call.output_size) * layer.in_channels * prod(layer.kernel_size)
 
 
 def _series_macs(call: Call, group_size: int) -> int:
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
-    before, after = _places(call.input_size), _places(call.output_size)
-    return _bottleneck_macs(layer, group_size, before, after)
+    return _bottleneck_macs(layer, group_size, _positions(call.input_size), _positions(call.output_size))
 
 
 def _series_macs_paper(call: Call, group_size: int) -> int:
-    """Count with stride and padding on the first 1x1, as Table 1 of the paper has them."""
+    """Count with stride and padding on the first 1x1, as in Table 1 of the paper."""
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
-    padding = layer._padding_both_sides  # left, right, top, bottom
+    left, right, top, bottom = layer._padding_both_sides
     before = [
-        (size + padding[place] + padding[place + 1] - 1) // stride + 1
-        for size, stride, place in zip(call.input_size[2:], layer.stride, (2, 0), strict=True)
+        (size + padding - 1) // stride + 1
+        for size, stride, padding in zip(call.input_size[2:], layer.stride, (top + bottom, left + right), strict=True)
     ]
     after = [
         size - dilation * (kernel - 1)
@@ -256,28 +254,21 @@ def _series_macs_paper(call: Call, group_size: int) -> int:
             f"input of {tuple(call.input_size[2:])} pixels; count with convention='actual'"
         )
     images = call.input_size[0]
-    return _bottleneck_macs(layer, group_size, images * _product(before), images * _product(after))
+    return _bottleneck_macs(layer, group_size, images * prod(before), images * prod(after))
 
 
-def _bottleneck_macs(layer: SeriesConv2d, group_size: int, places_before: int, places_after: int) -> int:
+def _bottleneck_macs(layer: SeriesConv2d, group_size: int, positions_before: int, positions_after: int) -> int:
     channels = layer.in_channels
-    pointwise_in = places_before * channels * channels
-    grouped = places_after * channels * group_size * _product(layer.kernel_size)
-    return pointwise_in + grouped + places_after * channels * layer.out_channels
+    pointwise_in = positions_before * channels * channels
+    grouped = positions_after * channels * group_size * prod(layer.kernel_size)
+    return pointwise_in + grouped + positions_after * channels * layer.out_channels
 
 
 def _series_parameters(layer: SeriesConv2d, group_size: int) -> int:
     channels = layer.in_channels
-    return channels * (channels + group_size * _product(layer.kernel_size) + layer.out_channels)
+    return channels * (channels + group_size * prod(layer.kernel_size) + layer.out_channels)
 
 
-def _places(size: Sequence[int]) -> int:
-    """Return the places of (N, C, H, W)."""
-    return int(size[0]) * _product(size[2:])
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= int(size)
-    return total
+def _positions(size: Sequence[int]) -> int:
+    """Return N * H * W of a shape (N, C, H, W)."""
+    return size[0] * prod(size[2:])

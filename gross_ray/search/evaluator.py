@@ -1,4 +1,4 @@
-"""Accuracy of many configurations at once, exact, each shared prefix computed once."""
+"""Exact accuracy of many configurations, with each shared prefix computed once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -43,11 +42,10 @@ from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.configure import get_configuration, series_layers, set_configuration
 from gross_ray.supernet.series import SeriesConv2d
 
-COLUMNS = ("configuration", "correct", "total", "accuracy", "loss")
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far the logits of the traced network may be from its own, relative to the largest: float rounding."""
+"""How far the traced network's logits may differ from the network's own, relative to the largest: float rounding."""
 TIMED_MACS = 5e8
-"""About how much of a layer's work is done each time that a form is timed."""
+"""About how many MACs each timing of a layer's form runs."""
 
 
 def evaluate_configurations(
@@ -63,36 +61,32 @@ def evaluate_configurations(
     calibration: Tensor | None = None,
     normalisation: Normalisation = THE_PAPERS,
 ) -> pd.DataFrame:
-    """Return what a forward pass of each configuration over all images would give.
+    """Return accuracy and loss of each configuration, equal to those of one forward pass per configuration.
 
-    `images` are uint8 (N, 3, H, W), brought to what a network takes by `normalisation`, or floating point, taken as
-    they are; on the network's device, or elsewhere: they go to it batch after batch. `labels` are (N,), int64;
-    `configurations` default to the whole space. `calibration`, images like `images` (of the training split), gives each
-    configuration batch-norm statistics of its own. The other arguments are those of `EvaluationOptions`. Columns:
-    configuration (text), correct and total (images), accuracy, loss (mean cross-entropy); rows in the order given. A
-    network that torch.fx cannot trace is evaluated with one pass a configuration, after a NotTraceableWarning that
-    names the cause. Raises InvalidValueError for a configuration outside the space, no images, images that the network
-    cannot run, labels that it does not know, or an option outside its range.
+    `images` are (N, 3, H, W), on any device: uint8, to which `normalisation` is applied, or floating point, used
+    unchanged. `labels` are (N,), int64; `configurations` default to the whole space. With `calibration`, images like
+    `images` (of the training split), each configuration gets batch-norm statistics of its own. The other arguments are
+    those of `EvaluationOptions`. Columns: configuration (text), correct and total (images), accuracy, loss (mean
+    cross-entropy), one row per configuration in their order. A network that torch.fx cannot trace is evaluated one
+    configuration at a time, after a NotTraceableWarning with the cause. Raises InvalidValueError for a configuration
+    outside the space, no images, images that the network cannot run, unknown labels, or an option outside its range.
     """
     options = EvaluationOptions(batch_size=batch_size, memory_budget=memory_budget, form=form, precision=precision)
     space = SearchSpace.of(supernet)
-    chosen = list(space) if configurations is None else [space.check(one) for one in configurations]
+    chosen = list(space) if configurations is None else [space.check(sizes) for sizes in configurations]
     _check_images(supernet, images)
     _check_labels(images, labels, logits_of(output_of(supernet, images.shape[1:]), 1).shape[1])
     evaluator = Evaluator(supernet, options, normalisation=normalisation)
     correct, loss = evaluator.evaluate(images, labels, chosen, calibration)
-    rows = [
-        (str(one), count, len(labels), count / len(labels), total / len(labels))
-        for one, count, total in zip(chosen, correct.tolist(), loss.tolist(), strict=True)
-    ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    columns = {"configuration": list(map(str, chosen)), "correct": correct.numpy(), "total": len(labels)}
+    return pd.DataFrame(columns).assign(accuracy=correct.numpy() / len(labels), loss=loss.numpy() / len(labels))
 
 
 def _check_images(supernet: nn.Module, images: Tensor) -> None:
     dtype = next(supernet.parameters()).dtype
     if not isinstance(images, Tensor) or images.dtype not in (torch.uint8, dtype):
         found = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise InvalidValueError(f"images of {found}: must be a tensor (N, 3, H, W) of torch.uint8, or {dtype} as given")
+        raise InvalidValueError(f"images of {found}: must be a tensor (N, 3, H, W) of torch.uint8 or {dtype}")
 
 
 def _check_labels(images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
@@ -100,20 +94,20 @@ def _check_labels(images: Tensor, labels: Tensor, num_classes: int | None = None
         found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise InvalidValueError(f"labels of {found}: must be a tensor (N,) of torch.int64")
     if len(images) == 0 or len(images) != len(labels):
-        raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one label for each, and some")
+        raise InvalidValueError(f"{len(images)} images and {len(labels)} labels: give one image or more, each a label")
     if num_classes is not None and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise InvalidValueError(
-            f"labels from {int(labels.min())} to {int(labels.max())}: must be from 0 to {num_classes - 1}, for the "
-            f"network tells {num_classes} classes apart"
+            f"labels from {int(labels.min())} to {int(labels.max())}: must be from 0 to {num_classes - 1}, because "
+            f"the network has {num_classes} classes"
         )
 
 
 class Evaluator:
-    """One supernet, ready to evaluate lists of its configurations: what is derived from its weights is kept.
+    """Evaluates configurations of one supernet, and keeps what it derives from the weights between calls.
 
-    A later change of the weights is not seen. `not_traceable` says why the network cannot be traced, if it cannot:
-    configurations are evaluated one by one then, as bottlenecks, whatever the form; so they are with calibration where
-    a batch-norm is used more than once in a pass (`why_one_by_one`).
+    It ignores later changes of the weights. `not_traceable` is the reason if the network cannot be traced: its
+    configurations are then evaluated one by one, as bottlenecks, whatever the form. The same holds with calibration if
+    a pass uses a batch-norm more than once (`why_one_by_one`).
     """
 
     def __init__(
@@ -124,10 +118,10 @@ class Evaluator:
         forms: Mapping[str, LayerForm] | None = None,
         normalisation: Normalisation = THE_PAPERS,
     ) -> None:
-        """Take a supernet; `forms`, by layer name, are taken as given in place of timing them (see `forms`)."""
+        """Prepare `supernet`; layers in `forms` (by name, see the property `forms`) use that form and are not timed."""
         self._supernet, self._options, self._normalisation = supernet, options, normalisation
         self._space = SearchSpace.of(supernet)
-        self._given = dict(forms or {})
+        self._fixed_forms = dict(forms or {})
         self._walk: PrefixWalk | None = None
         self._joined = True
         """Whether rows of several prefixes may share a batch: nothing in the network mixes rows."""
@@ -135,19 +129,19 @@ class Evaluator:
 
     @property
     def forms(self) -> dict[str, LayerForm]:
-        """The form of each decomposed layer that the network uses, by name, once something was evaluated."""
+        """The form of each decomposed layer that the forward pass calls, by name; empty before the first evaluation."""
         if self._walk is None:
             return {}
         layers = series_layers(self._supernet)
         return {name: self._walk.siblings[layer].form for name, layer in layers.items() if layer in self._walk.siblings}
 
     def why_one_by_one(self, *, calibrated: bool) -> str | None:
-        """Return why configurations are evaluated in passes of their own, if they are, once something was evaluated."""
+        """Return why configurations are evaluated in separate passes, or None; valid after the first evaluation."""
         if self._walk is None or not calibrated:
             return self.not_traceable
         uses = Counter(self._walk.norms.values())
-        twice = [node.target for node, norm in self._walk.norms.items() if uses[norm] > 1]
-        return f"batch-norm {str(twice[0])!r} is used more than once in a pass" if twice else None
+        repeated = [node.target for node, norm in self._walk.norms.items() if uses[norm] > 1]
+        return f"batch-norm {str(repeated[0])!r} is used more than once in a pass" if repeated else None
 
     def evaluate(
         self,
@@ -158,9 +152,8 @@ class Evaluator:
     ) -> tuple[Tensor, Tensor]:
         """Return correct images (int64) and summed cross-entropy (float64) of each configuration, on the CPU.
 
-        With `calibration`, images like `images`, each batch-norm has the statistics of its configuration's responses to
-        them in place of its own, as `recalibrate` takes them from `calibration_batches`, which run whatever
-        `memory_budget` is.
+        With `calibration`, images like `images`, each batch-norm uses the statistics of its configuration's responses
+        to these images, as `recalibrate` computes them; their batches (`calibration_batches`) ignore `memory_budget`.
         """
         _check_labels(images, labels)
         parameter = next(self._supernet.parameters())
@@ -172,17 +165,17 @@ class Evaluator:
             return correct, loss
         with torch.inference_mode(), evaluation_mode(self._supernet):
             plan = self._prepared_plan(images, configurations)
-            totals = _Totals(labels, [])
+            counts, losses = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
             with at_precision(self._options.precision, self._device):
-                for found in self._batches(plan, images, labels, configurations, calibration):
-                    totals = found.joined(totals)
-        for leaf, count, total in zip(totals.leaves, totals.correct.tolist(), totals.loss.tolist(), strict=True):
-            correct[leaf.places] = count
-            loss[leaf.places] = total
+                for batch in self._batches(plan, images, labels, configurations, calibration):
+                    counts, losses = torch.cat(batch.correct) + counts, torch.cat(batch.loss) + losses
+        for leaf, count, total in zip(batch.leaves, counts.tolist(), losses.tolist(), strict=True):
+            correct[leaf.positions] = count
+            loss[leaf.positions] = total
         return correct, loss
 
     def _prepared_plan(self, images: Tensor, configurations: Sequence[Configuration]) -> BatchPlan:
-        """Prepare the walk, the first time, and return what runs together."""
+        """Return the batch plan; the first call also builds and checks the walk."""
         if self._walk is None and self.not_traceable is None:
             try:
                 with graph_faults():
@@ -214,41 +207,42 @@ class Evaluator:
         calibration: Tensor | None,
     ) -> Iterator[_Totals]:
         """Evaluate batch after batch, each with the same leaves in the same order."""
-        alone = self.why_one_by_one(calibrated=calibration is not None)
-        root = self._walk.tree(configurations) if self._walk and alone is None else None
+        one_by_one = self.why_one_by_one(calibrated=calibration is not None)
+        root = self._walk.tree(configurations) if self._walk and one_by_one is None else None
         statistics = None
         calibrated: dict[Configuration, list[dict[str, Tensor]]] = {}
         if self._walk is not None and root is not None and self._walk.norms and calibration is not None:
             statistics = self._statistics(self._walk, root, calibration)
         elif calibration is not None and root is None:
-            calibrated = {one: self._calibrated(one, calibration) for one in configurations}
+            calibrated = {name: self._calibrated(name, calibration) for name in configurations}
         for start in range(0, len(labels), plan.num_images):
             batch = self._batch(images[start : start + plan.num_images])
-            found = _Totals(labels[start : start + plan.num_images], [])
+            totals = _Totals(labels[start : start + plan.num_images])
             if self._walk is not None and root is not None:
                 with modules_out_of_place(self._supernet):
                     self._walk.run(
-                        batch, root, found.add, limits=plan.limits, apart=not self._joined, statistics=statistics
+                        batch, root, totals.add, limits=plan.limits, apart=not self._joined, statistics=statistics
                     )
             else:
-                for place, one in enumerate(configurations):
-                    set_configuration(self._supernet, one)
-                    with with_statistics(self._supernet, calibrated.get(one, statistics_of(self._supernet))):
-                        found.add([Prefix(one, [place])], self._supernet(batch.clone()))
-            yield found
+                for position, configuration in enumerate(configurations):
+                    set_configuration(self._supernet, configuration)
+                    own = calibrated.get(configuration, statistics_of(self._supernet))
+                    with with_statistics(self._supernet, own):
+                        totals.add([Prefix(configuration, [position])], self._supernet(batch.clone()))
+            yield totals
 
     def _calibrated(self, configuration: Configuration, calibration: Tensor) -> list[dict[str, Tensor]]:
-        """Return the statistics of one configuration, from forward passes of its own."""
+        """Return the batch-norm statistics of one configuration, from separate forward passes."""
         set_configuration(self._supernet, configuration)
         with recalibrated(self._supernet, map(self._batch, calibration_batches(calibration))):
             return statistics_of(self._supernet)
 
     def _statistics(self, walk: PrefixWalk, root: Prefix, calibration: Tensor) -> Statistics:
-        """Return what each batch-norm is given behind each prefix: the mean over batches, as `recalibrate` takes it."""
+        """Return each batch-norm's statistics after each prefix: the mean over batches, as in `recalibrate`."""
         batches = calibration_batches(calibration)
         statistics: Statistics = {}
         for batch in batches:
-            found: Statistics = {}
+            of_batch: Statistics = {}
             with modules_out_of_place(self._supernet), products_at("float32", batch.device):
                 walk.run(
                     self._batch(batch),
@@ -256,31 +250,32 @@ class Evaluator:
                     lambda *_: None,
                     limits=[1] * (walk.num_layers + 1),
                     apart=True,
-                    statistics=found,
+                    statistics=of_batch,
                 )
-            for key, moments in found.items():
+            for key, moments in of_batch.items():
                 known = statistics.get(key)
                 mean, variance = (moment / len(batches) for moment in moments)
                 statistics[key] = (known[0] + mean, known[1] + variance) if known else (mean, variance)
         return statistics
 
     def _new_walk(self, images: Tensor) -> PrefixWalk:
-        """Return the walk with each layer in its form, timed where it is not given."""
+        """Return the walk with each layer in its fixed form, or else in the fastest one, timed here."""
         try:
             traced = trace(self._supernet)
-        except Exception as error:  # torch.fx raises whatever the model's own code meets on symbolic values
+        except Exception as error:  # whatever the model's own code raises on symbolic values
             if is_of_the_machine(error):
                 raise
             raise NotTraceableError(f"{type(error).__name__}: {error}") from None
-        names = {layer: name for name, layer in series_layers(self._supernet).items()}
-        forms: dict[SeriesConv2d, LayerForm] = {}
-        default = "dense" if self._options.form == "auto" else self._options.form
-        walk = PrefixWalk(self._supernet, traced, {})
-        for layer, name in names.items():
-            forms[layer] = self._given.get(name) or LayerForm.uniform(layer, default)
-        to_time = [layer for layer, name in names.items() if self._options.form == "auto" and name not in self._given]
+        layers = series_layers(self._supernet)
+        auto = self._options.form == "auto"
+        default = "dense" if auto else self._options.form
+        forms = {
+            layer: self._fixed_forms.get(name, LayerForm.uniform(layer, default)) for name, layer in layers.items()
+        }
+        to_time = [layer for name, layer in layers.items() if auto and name not in self._fixed_forms]
+        walk = PrefixWalk(self._supernet, traced)
         if to_time:
-            walk.siblings = {layer: Siblings(layer, LayerForm.uniform(layer, "bottleneck")) for layer in names}
+            walk.siblings = {layer: Siblings(layer, LayerForm.uniform(layer, "bottleneck")) for layer in forms}
 
             def on_layer(layer: SeriesConv2d, inputs: Tensor) -> None:
                 if layer in to_time:
@@ -289,7 +284,7 @@ class Evaluator:
             path, once = walk.tree([self._space[0]]), [1] * walk.num_layers
             with modules_out_of_place(self._supernet):
                 walk.run(self._batch(images[:1]), path, lambda *_: None, limits=once, on_layer=on_layer)
-        with torch.autocast(self._device.type, enabled=False):  # the kernels are as exact as the weights
+        with torch.autocast(self._device.type, enabled=False):  # derive the kernels at the weights' own precision
             walk.siblings = {layer: Siblings(layer, forms[layer]) for layer in walk.layers}
         return walk
 
@@ -297,24 +292,14 @@ class Evaluator:
         return self._options.memory_budget or default_memory_budget(self._device)
 
     def _plan(self, walk: PrefixWalk, images: Tensor) -> BatchPlan:
-        names = {layer: name for name, layer in series_layers(self._supernet).items()}
-        in_form = {
-            form: {
-                names[layer]: next((size for size in layer.group_sizes if siblings.form.by_size[size] == form), None)
-                for layer, siblings in walk.siblings.items()
-            }
-            for form in FORMS
-        }
-        paths = [
-            walk.tree(
-                [
-                    Configuration(
-                        [sizes.get(name) or all_sizes[0] for name, all_sizes in self._space.group_sizes.items()]
-                    )
-                ]
-            )
-            for sizes in in_form.values()
-        ]
+        """Plan for a path on which every layer runs in the same form if it can, dense or bottleneck."""
+
+        def group_size(layer: SeriesConv2d, form: str) -> int:
+            by_size = walk.siblings[layer].form.by_size if layer in walk.siblings else {}
+            return next((size for size in layer.group_sizes if by_size.get(size) == form), layer.group_sizes[0])
+
+        layers = series_layers(self._supernet).values()
+        paths = [walk.tree([Configuration([group_size(layer, form) for layer in layers])]) for form in FORMS]
         with modules_out_of_place(self._supernet), at_precision(self._options.precision, self._device):
             segments = measure_segments(walk, self._batch(images[:1]), paths)
         siblings = [len(layer.group_sizes) for layer in walk.layers]
@@ -323,14 +308,17 @@ class Evaluator:
     def _check(
         self, walk: PrefixWalk, plan: BatchPlan, images: Tensor, configurations: Sequence[Configuration]
     ) -> None:
-        """Compare a few configurations with forward passes of their own, and see whether rows may share a batch."""
-        # Of one configuration alone no two share a batch: those of the space show whether later ones may.
+        """Compare a few configurations with separate forward passes, and find out whether prefixes may share a batch.
+
+        Raises NotTraceableError if the logits differ even when each prefix runs alone.
+        """
+        # A single configuration shares its batch with none: the first and last of the space show whether it may.
         few = list(dict.fromkeys([*configurations[:3], *configurations[-3:], self._space[0], self._space[-1]]))
         batch = self._batch(images[: min(2, plan.num_images)])
-        alone = {}
-        for one in few:
-            set_configuration(self._supernet, one)
-            alone[one] = self._supernet(batch.clone())
+        expected = []
+        for configuration in few:
+            set_configuration(self._supernet, configuration)
+            expected.append(self._supernet(batch.clone()))
 
         def fault(apart: bool) -> str:
             worst = 0.0
@@ -338,15 +326,14 @@ class Evaluator:
             def compare(leaves: list[Prefix], rows: Tensor) -> None:
                 nonlocal worst
                 for leaf, part in zip(leaves, rows.chunk(len(leaves)), strict=True):
-                    expected = alone[few[leaf.places[0]]]
-                    worst = max(worst, _difference(part, expected))
+                    worst = max(worst, _difference(part, expected[leaf.positions[0]]))
 
             try:
                 with modules_out_of_place(self._supernet), graph_faults():
                     walk.run(batch, walk.tree(few), compare, limits=plan.limits, apart=apart)
             except (NotTraceableError, InvalidValueError) as error:
                 return str(error)
-            return f"its graph gives other logits, by {worst:.1e}" if worst > TOLERANCE[self._dtype] else ""
+            return f"its graph's logits differ by {worst:.1e}" if worst > TOLERANCE[self._dtype] else ""
 
         mixed = fault(apart=False)
         self._joined = not mixed
@@ -355,7 +342,7 @@ class Evaluator:
         if reason := fault(apart=True):
             raise NotTraceableError(reason)
         warnings.warn(
-            f"this network mixes the rows of a batch ({mixed}); configurations are evaluated apart behind each "
+            f"this network mixes the rows of a batch ({mixed}); configurations do not share batches after a "
             "decomposed layer, which is slower",
             RowsApartWarning,
             stacklevel=5,
@@ -368,43 +355,26 @@ class Evaluator:
         return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
 
 
-@dataclass
 class _Totals:
-    """Correct images and summed loss of each leaf, on the device, in the order in which the walk meets the leaves."""
+    """Correct images (int64) and summed loss (float64) of one batch for each leaf, on the device, in walk order."""
 
-    labels: Tensor
-    leaves: list[Prefix]
-    _correct: list[Tensor] = field(default_factory=list)
-    _loss: list[Tensor] = field(default_factory=list)
+    def __init__(self, labels: Tensor) -> None:
+        self._labels = labels
+        self.leaves: list[Prefix] = []
+        self.correct: list[Tensor] = []
+        self.loss: list[Tensor] = []
 
     def add(self, leaves: list[Prefix], logits: Tensor) -> None:
-        """Count for some leaves; logits (len(leaves) * N, classes)."""
-        num, truth = len(leaves), self.labels.repeat(len(leaves))
+        """Append the totals of these leaves; logits are (len(leaves) * N, classes)."""
+        num, truth = len(leaves), self._labels.repeat(len(leaves))
         self.leaves += leaves
-        self._correct.append((logits.argmax(dim=1) == truth).view(num, -1).sum(dim=1))
+        self.correct.append((logits.argmax(dim=1) == truth).view(num, -1).sum(dim=1))
         losses = F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, truth, reduction="none")
-        self._loss.append(losses.view(num, -1).sum(dim=1, dtype=torch.float64))
-
-    @property
-    def correct(self) -> Tensor:
-        """Correct images, (leaves,) int64."""
-        return self._correct[0]
-
-    @property
-    def loss(self) -> Tensor:
-        """Summed cross-entropy, (leaves,) float64."""
-        return self._loss[0]
-
-    def joined(self, earlier: _Totals) -> _Totals:
-        """Return these totals of a batch, and those of the batches before it, as one."""
-        correct, loss = torch.cat(self._correct), torch.cat(self._loss)
-        if earlier.leaves:
-            correct, loss = correct + earlier.correct, loss + earlier.loss
-        return _Totals(self.labels, self.leaves, [correct], [loss])
+        self.loss.append(losses.view(num, -1).sum(dim=1, dtype=torch.float64))
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference relative to the largest logit."""
+    """Return the largest absolute difference, relative to the largest expected logit."""
     if found.shape != expected.shape:
         return math.inf
     scale = float(expected.abs().max())
@@ -415,7 +385,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _typical_rows(layer: SeriesConv2d, inputs: Tensor, memory_budget: int) -> Tensor:
-    """Return as many copies of one row as give a form something to do, and fit the memory with all that it makes."""
+    """Return copies of one row, about TIMED_MACS of work for the layer, as far as they fit the memory."""
     kernel, sizes = layer.kernel_size[0] * layer.kernel_size[1], len(layer.group_sizes)
     macs = layer.in_channels * layer.out_channels * kernel * inputs.shape[2] * inputs.shape[3]
     channels = 3 * layer.in_channels + 2 * sizes * layer.out_channels
@@ -426,12 +396,12 @@ def _typical_rows(layer: SeriesConv2d, inputs: Tensor, memory_budget: int) -> Te
 
 @contextmanager
 def evaluation_mode(supernet: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, and weights as channels_last needs them; put all back at the end, the configuration too."""
+    """Within the block, set evaluation mode and channels-last weights; restore both and the configuration after it."""
     active = get_configuration(supernet)
     weights = {module: module.weight.data for module in supernet.modules() if isinstance(module, nn.Conv2d)}
     try:
         with evaluating(supernet):
-            for conv, weight in weights.items():  # else each call would make that copy
+            for conv, weight in weights.items():  # else each call would copy them
                 conv.weight.data = weight.contiguous(memory_format=torch.channels_last)
             yield
     finally:

@@ -1,37 +1,37 @@
-"""Fold a bottleneck of a plain network into the one dense convolution that it equals, where that costs less."""
+"""Fold bottlenecks of a plain network into the dense convolutions that they equal, if those cost less."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
-from gross_ray.nn.calls import given, network_calls, told_where_it_cannot_run
+from gross_ray.nn.calls import input_of, network_calls, network_errors_as_invalid_value
 from gross_ray.nn.modes import evaluating
 from gross_ray.nn.replace import replace_modules
-from gross_ray.search.cost import elements, held, plain_macs
+from gross_ray.search.cost import activations, count_parameters, plain_macs
 from gross_ray.search.latency import LatencyOptions
 from gross_ray.search.timing import threads, timed_device, typical_ms
 from gross_ray.supernet.configure import check_plain
 
 OBJECTIVES = ("macs", "parameters", "activations", "latency_ms")
-"""What may decide: MACs of an image, numbers of weights or of activations held at once, or a measured time."""
+"""The costs to choose by: MACs of one image, weights, activations alive at once, or a measured time."""
 _PARTS = ("pointwise_in", "grouped", "pointwise_out")
 
 
 @dataclass(frozen=True)
 class Folding:
-    """What one layer costs in both forms: all its calls in a forward pass together, of activations the worst one."""
+    """One layer's cost in both forms, summed over its calls in a forward pass; activations: the largest call's."""
 
     layer: str
-    """Its name in the network."""
+    """Name of the layer in the network."""
     group_size: int
-    """That of its bottleneck."""
+    """Group-size of its bottleneck."""
     bottleneck: float
     """Cost as a bottleneck, in the objective's unit."""
     dense: float
@@ -39,7 +39,7 @@ class Folding:
 
     @property
     def folded(self) -> bool:
-        """Whether the dense convolution costs less, and takes the bottleneck's place."""
+        """Whether the dense convolution costs less, and so replaces the bottleneck."""
         return self.dense < self.bottleneck
 
 
@@ -51,32 +51,35 @@ def fold(
     latency: LatencyOptions = LatencyOptions(),  # noqa: B008 (frozen)
     device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, list[Folding]]:
-    """Return a copy of `network` with each bottleneck folded whose dense convolution costs less, and all their costs.
+    """Return a copy of `network` with each bottleneck folded if its dense convolution costs less, and all costs.
 
-    `network` is what `extract` returns, (N, *input_shape) its input. With equal weights in exact arithmetic the outputs
-    are equal; dense kernels are multiplied out in float64 and rounded to the network's dtype. "latency_ms" times both
-    forms of each layer alone, on `device`, as `latency` says (`num_sampled` is not used). Raises InvalidValueError for
-    a supernet, an unknown objective, for cuda where there is none, and where `network` cannot run such an input.
+    `network` is what `extract` returns, (N, *input_shape) its input. In exact arithmetic the outputs are equal; dense
+    kernels are computed in float64 and rounded to the network's dtype. "latency_ms" times both forms of each layer
+    alone, on `device`, as `latency` says (`num_sampled` is not used). Raises InvalidValueError for a supernet, an
+    unknown objective, cuda on a machine without it, and a network that cannot run such an input.
     """
     if objective not in OBJECTIVES:
         raise InvalidValueError(f"objective = {objective!r}: must be one of {', '.join(OBJECTIVES)}")
     check_plain(network, "fold")
-    found = bottlenecks(network)
-    dense = {name: dense_convolution(module) for name, module in found.items()}
+    modules = bottlenecks(network)
+    dense = {name: dense_convolution(module) for name, module in modules.items()}
     if objective == "parameters":
-        costs = {name: (_parameters(found[name]), _parameters(dense[name])) for name in found}
+        costs = {
+            name: (float(count_parameters(modules[name])), float(count_parameters(dense[name]))) for name in modules
+        }
     elif objective == "macs":
-        costs = _macs(network, found, dense, input_shape)
+        costs = _macs(network, modules, dense, input_shape)
     elif objective == "activations":
-        costs = _activations(network, found, input_shape)
+        costs = _activations(network, modules, input_shape)
     else:
-        costs = _milliseconds(network, found, dense, input_shape, latency, timed_device(device))
-    foldings = [Folding(name, _grouped(found[name]).weight.shape[1], *costs[name]) for name in found]
-    return replace_modules(network, {one.layer: dense[one.layer] for one in foldings if one.folded}), foldings
+        costs = _milliseconds(network, modules, dense, input_shape, latency, timed_device(device))
+    foldings = [Folding(name, _grouped(modules[name]).weight.shape[1], *costs[name]) for name in modules]
+    replaced = {folding.layer: dense[folding.layer] for folding in foldings if folding.folded}
+    return replace_modules(network, replaced), foldings
 
 
 def bottlenecks(network: nn.Module) -> dict[str, nn.Sequential]:
-    """Return the bottlenecks of a plain network by name, one that is used in several places once."""
+    """Return the bottlenecks of a plain network by name; one that is used several times appears once."""
     return {
         name: module
         for name, module in network.named_modules()
@@ -89,20 +92,17 @@ def dense_convolution(bottleneck: nn.Sequential) -> nn.Conv2d:
     parts: list[nn.Conv2d] = [getattr(bottleneck, part) for part in _PARTS]
     _, grouped, last = parts
     kernel = Bottleneck(*(part.weight.detach().double() for part in parts)).dense_kernel()
-    place: dict[str, Any] = {
-        "kernel_size": grouped.kernel_size,
-        "stride": grouped.stride,
-        "padding": grouped.padding,
-        "dilation": grouped.dilation,
-    }
     conv = nn.Conv2d(
         kernel.shape[1],
         kernel.shape[0],
+        grouped.kernel_size,  # type: ignore[arg-type]
+        grouped.stride,  # type: ignore[arg-type]
+        grouped.padding,  # type: ignore[arg-type]
+        grouped.dilation,  # type: ignore[arg-type]
         bias=last.bias is not None,
         padding_mode=grouped.padding_mode,
         dtype=grouped.weight.dtype,
         device=grouped.weight.device,
-        **place,
     )
     with torch.no_grad():
         conv.weight.copy_(kernel)
@@ -117,77 +117,73 @@ def _grouped(bottleneck: nn.Sequential) -> nn.Conv2d:
     return conv
 
 
-def _parameters(module: nn.Module) -> float:
-    return float(sum(parameter.numel() for parameter in module.parameters()))
-
-
 def _macs(
-    network: nn.Module, found: dict[str, nn.Sequential], dense: dict[str, nn.Conv2d], input_shape: Sequence[int]
+    network: nn.Module, modules: dict[str, nn.Sequential], dense: dict[str, nn.Conv2d], input_shape: Sequence[int]
 ) -> dict[str, tuple[float, float]]:
-    layer_of = {id(part): name for name, module in found.items() for part in module}
-    costs = dict.fromkeys(found, (0.0, 0.0))
+    layer_of = {id(part): name for name, module in modules.items() for part in module}
+    costs = dict.fromkeys(modules, (0.0, 0.0))
     for call in network_calls(network, input_shape):
         if (name := layer_of.get(id(call.module))) is None:
             continue
         before, as_dense = costs[name]
-        if call.module is _grouped(found[name]):  # of its places are the dense convolution's outputs
-            places = call.output_size[0] * call.output_size[2] * call.output_size[3]
-            as_dense += places * dense[name].weight.numel()
+        if call.module is _grouped(modules[name]):  # the dense convolution has as many output positions
+            positions = call.output_size[0] * call.output_size[2] * call.output_size[3]
+            as_dense += positions * dense[name].weight.numel()
         costs[name] = (before + plain_macs(call), as_dense)
     return costs
 
 
 def _activations(
-    network: nn.Module, found: dict[str, nn.Sequential], input_shape: Sequence[int]
+    network: nn.Module, modules: dict[str, nn.Sequential], input_shape: Sequence[int]
 ) -> dict[str, tuple[float, float]]:
-    layer_of = {id(part): name for name, module in found.items() for part in module}
-    costs = dict.fromkeys(found, (0.0, 0.0))
-    taken: dict[str, int] = {}
+    layer_of = {id(part): name for name, module in modules.items() for part in module}
+    costs = dict.fromkeys(modules, (0.0, 0.0))
+    inputs: dict[str, int] = {}
     for call in network_calls(network, input_shape):
         if (name := layer_of.get(id(call.module))) is None:
             continue
-        parts, (before, as_dense) = found[name], costs[name]
+        parts, (before, as_dense) = modules[name], costs[name]
         if call.module is parts[0]:
-            taken[name] = elements(call.input_size)
+            inputs[name] = prod(call.input_size)
         if call.module is parts[-1]:
-            as_dense = max(as_dense, taken[name] + elements(call.output_size))
-        costs[name] = (max(before, held(call)), as_dense)
+            as_dense = max(as_dense, inputs[name] + prod(call.output_size))
+        costs[name] = (max(before, activations(call)), as_dense)
     return costs
 
 
 def _milliseconds(
     network: nn.Module,
-    found: dict[str, nn.Sequential],
+    modules: dict[str, nn.Sequential],
     dense: dict[str, nn.Conv2d],
     input_shape: Sequence[int],
     options: LatencyOptions,
     device: torch.device,
 ) -> dict[str, tuple[float, float]]:
-    inputs = _inputs(network, found, input_shape, options.batch_size)
+    inputs = _inputs(network, modules, input_shape, options.batch_size)
     works = {
-        (name, form): (replace_modules(module, {}).eval().to(device), [one.to(device) for one in inputs[name]])
-        for name in found
-        for form, module in (("bottleneck", found[name]), ("dense", dense[name]))
+        (name, form): (replace_modules(module, {}).eval().to(device), [images.to(device) for images in inputs[name]])
+        for name in modules
+        for form, module in (("bottleneck", modules[name]), ("dense", dense[name]))
     }
     with threads(options.threads), torch.inference_mode():
         times = typical_ms(works, options.repeats, device)
-    return {name: (times[name, "bottleneck"], times[name, "dense"]) for name in found}
+    return {name: (times[name, "bottleneck"], times[name, "dense"]) for name in modules}
 
 
 def _inputs(
-    network: nn.Module, found: dict[str, nn.Sequential], input_shape: Sequence[int], batch_size: int
+    network: nn.Module, modules: dict[str, nn.Sequential], input_shape: Sequence[int], batch_size: int
 ) -> dict[str, list[Tensor]]:
-    """Return what each bottleneck is given as `network` runs a batch."""
-    inputs: dict[str, list[Tensor]] = {name: [] for name in found}
-    names = {id(module): name for name, module in found.items()}
+    """Return the inputs of each bottleneck when `network` runs a batch of random images."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
+    names = {id(module): name for name, module in modules.items()}
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        inputs[names[id(module)]].append(given(args, kwargs).clone())  # it may be overwritten in place
+        inputs[names[id(module)]].append(input_of(args, kwargs).clone())  # a later module may overwrite the input
 
-    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in found.values()]
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules.values()]
     images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
-        with told_where_it_cannot_run(input_shape), torch.inference_mode(), evaluating(network):
+        with network_errors_as_invalid_value(input_shape), torch.inference_mode(), evaluating(network):
             network(images.to(next(network.parameters())))
     finally:
         for handle in handles:

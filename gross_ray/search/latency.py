@@ -1,9 +1,9 @@
-"""Latency of every configuration on the present device: a time for each layer's options, and a few whole networks.
+"""A model of the latency of every configuration, measured on one device.
 
-Each decomposed layer's bottleneck is timed alone at each group-size, and so is the rest: the network whose decomposed
-layers answer at once with a tensor made beforehand (a difference of two measurements would be less steady). Sampled
-configurations, timed whole, correct the sum of the parts: offset_ms + slope x sum. All run as `extract` leaves them,
-contiguous, in eval and inference mode.
+Each decomposed layer's bottleneck is timed alone at each group-size. The rest is timed as the network with decomposed
+layers that return precomputed tensors (a difference of two measurements would be less steady). A sample of whole
+configurations then corrects the sum of the parts: offset_ms + slope x sum. All modules are contiguous, as `extract`
+returns them, and run in eval and inference mode.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.errors import InvalidValueError, is_whole, one_line
-from gross_ray.nn.calls import given, output_of, told_where_it_cannot_run, zero_images
+from gross_ray.fields import require
+from gross_ray.nn.calls import input_of, network_errors_as_invalid_value, output_of, zero_images
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import LayerCosts
 from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
@@ -32,71 +33,74 @@ from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.configure import extract, series_layers
 
 REST = "rest"
-"""Names, in the table `latencies`, everything but the decomposed layers; there it has no group-size."""
+"""The part of the table `latencies` that is everything but the decomposed layers; it has no group-size."""
 _WHERE = ("device", "host", "batch_size", "threads")
 _SUMMARY = (*_WHERE, "offset_ms", "slope", "num_sampled", "median_error")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyOptions:
-    """What is timed, and how often."""
+    """What latency measurements time, and how often."""
 
     batch_size: int = 1
-    """Images of a batch."""
+    """Images in a batch."""
     threads: int = 1
-    """CPU threads; one is timed by its CPU time, more of them by wall time, which needs a machine left alone."""
+    """CPU threads. One is timed by its CPU time; several by wall time, which needs an otherwise idle machine."""
     repeats: int = 50
     """Rounds; each takes one sample of every part and of every whole network."""
     num_sampled: int = 20
-    """Whole configurations timed; all of them where the space has fewer."""
+    """How many whole configurations are timed; all, if the space has fewer."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("threads", 1), ("repeats", 1), ("num_sampled", 2)):
             value = getattr(self, name)
-            if not is_whole(value, least):
-                raise InvalidValueError(f"latency.{name} = {value!r}: must be a whole number, {least} or more")
+            require(is_whole(value, least), f"latency.{name}", value, f"must be a whole number, {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatencyModel:
-    """Predicts the time of one batch's forward pass: offset_ms + slope x (rest + one time for each layer)."""
-
+class _Conditions:
     device: str
-    """What was timed: the processor's or the GPU's name."""
+    """Name of the processor or GPU."""
     host: str
     """Name of the machine."""
     batch_size: int
-    """Images of a batch."""
+    """Images in a batch."""
     threads: int
     """CPU threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyModel(_Conditions):
+    """Predicts the time of one batch's forward pass: offset_ms + slope x (rest + one time for each layer)."""
+
     rest_ms: float
     """Time of everything but the decomposed layers, in ms."""
     layer_ms: Mapping[str, Mapping[int, float]]
-    """Time of each decomposed layer at each group-size, in ms, all its calls in one forward pass together."""
+    """Time of each decomposed layer at each group-size, in ms, summed over its calls in one forward pass."""
     offset_ms: float
-    """Fitted to whole configurations, in ms; may be negative."""
+    """Offset in ms, fitted to whole configurations; may be negative."""
     slope: float
-    """Fitted to whole configurations; 0 or more."""
+    """Slope fitted to whole configurations; 0 or more."""
     num_sampled: int
-    """Whole configurations that were timed."""
+    """How many whole configurations were timed."""
     median_error: float
-    """Median absolute error, as a fraction, of each of them predicted from all others."""
+    """Median relative error of the timed configurations, each predicted from a fit to the others."""
 
     def predict(self, configuration: Sequence[int]) -> float:
-        """Return the time of one batch in ms, 0 or more; raises InvalidValueError outside the space."""
+        """Return the time of one batch in ms, 0 or more; raises InvalidValueError for an unknown configuration."""
         return max(self.costs.of_one(configuration), 0.0)
 
     @cached_property
     def costs(self) -> LayerCosts:
-        """The prediction as a sum over the layers, in ms; below 0 it means 0."""
+        """The prediction as a sum over the layers, in ms; a negative sum means 0."""
         layers = {name: {size: self.slope * ms for size, ms in times.items()} for name, times in self.layer_ms.items()}
         return LayerCosts("latency_ms", self.offset_ms + self.slope * self.rest_ms, layers)
 
     def predict_many(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Return the time of one batch in ms, 0 or more, of many configurations: float64 (N,).
+        """Return the time of one batch in ms, 0 or more, for many configurations: float64 (N,).
 
-        `columns` holds the group-sizes, (N,), of each decomposed layer by its name. Raises InvalidValueError for a
-        layer that is missing or unknown and for a group-size that was not timed.
+        `columns` maps each decomposed layer's name to its group-sizes, (N,). Raises InvalidValueError for a missing or
+        unknown layer and for a group-size that was not timed.
         """
         if wrong := columns.keys() ^ self.layer_ms.keys():
             timed = ", ".join(self.layer_ms)
@@ -116,14 +120,14 @@ class LatencyModel:
         return {name: getattr(self, name) for name in _SUMMARY}
 
     def save(self, path: Path) -> None:
-        """Write the measurement as one Parquet table, which `load` reads on another machine."""
+        """Write the model as one Parquet table for `load`, which also works on another machine."""
         frame = pd.DataFrame(self.rows()).assign(**self.summary())
         with whole_or_not_at_all(path) as partial:
             frame.astype({"group_size": "Int64"}).to_parquet(partial, index=False)
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:
-        """Read what `save` wrote; raises InvalidValueError where the file is missing, damaged or of another kind."""
+        """Read a file that `save` wrote; raises InvalidValueError if it is missing, damaged or of another kind."""
         columns = [*_WHERE, "part", "group_size", "latency_ms"]
         try:
             frame = pd.read_parquet(path)
@@ -131,22 +135,22 @@ class LatencyModel:
             return cls.from_tables(frame[columns], summary)
         except (OSError, pa.ArrowException, KeyError, TypeError) as error:
             raise InvalidValueError(
-                f"{path}: is no table of latencies ({one_line(error)}); write one with gross latency"
+                f"{path}: not a table of latencies ({one_line(error)}); write one with gross latency"
             ) from None
 
     @classmethod
     def from_tables(cls, latencies: pd.DataFrame, summary: pd.DataFrame) -> LatencyModel:
         """Return the model stored in the tables `latencies` and `latency_models`.
 
-        `summary` has one row; `latencies` may hold other devices, batch sizes and threads too. Raises
-        InvalidValueError unless exactly one measurement is there for that row.
+        `summary` has one row; `latencies` may also contain other devices, batch sizes and threads. Raises
+        InvalidValueError unless exactly one measurement belongs to that row.
         """
         if len(summary) != 1:
             raise InvalidValueError(f"latency_models has {len(summary)} rows: choose the one to predict with")
         row: dict[str, Any] = summary.to_dict("records")[0]
         times = [*latencies["latency_ms"], row["offset_ms"], row["slope"], row["median_error"]]
         if not np.isfinite(np.array(times, dtype=np.float64)).all():
-            raise InvalidValueError("latencies: not all of them are finite numbers; measure them again")
+            raise InvalidValueError("latencies: not all are finite numbers; measure them again")
         parts = latencies[np.logical_and.reduce([latencies[name] == row[name] for name in _WHERE])]
         is_rest = parts["group_size"].isna()
         if not is_rest.any() or is_rest.all() or parts.duplicated(["part", "group_size"]).any():
@@ -170,53 +174,42 @@ def measure_latency(
     device: torch.device | str | None = None,
     on_part: Callable[[int, int], object] | None = None,
 ) -> LatencyModel:
-    """Return a model of the latency of every configuration of `supernet`, measured on `device` (default: its own).
+    """Return a latency model of all configurations of `supernet`, measured on `device` (default: the supernet's).
 
-    `input_shape` is (C, H, W). `generator` draws the whole configurations (all different) and the input. `on_part` is
-    called after each timing of a part or a whole network with the number done and their total. The supernet is left
-    as it was, and so is torch's number of threads. Raises InvalidValueError for a network without decomposed layers,
-    a space of one configuration, a device other than cpu and cuda, and where the network cannot run such an input.
+    `input_shape` is (C, H, W). `generator` draws the sampled configurations (all different) and the input. `on_part` is
+    called after each timing with the number done and the total. The supernet and torch's number of threads stay
+    unchanged. Raises InvalidValueError for a network without decomposed layers, a space of one configuration, a device
+    other than cpu and cuda, and a network that cannot run such an input.
     """
     space = SearchSpace.of(supernet)
     sampled = _sample(space, options.num_sampled, generator)
     parameter = next(supernet.parameters())
-    place = timed_device(parameter.device if device is None else device)
+    target = timed_device(parameter.device if device is None else device)
     images = torch.randn(options.batch_size, *input_shape, generator=generator, device=generator.device)
     with threads(options.threads), torch.inference_mode():
-        works = _works(supernet, sampled, images.to(place, parameter.dtype))
-        times = typical_ms(works, options.repeats, place, on_part)
+        works = _works(supernet, sampled, images.to(target, parameter.dtype))
+        times = typical_ms(works, options.repeats, target, on_part)
     layer_ms = {name: {size: times[name, size] for size in sizes} for name, sizes in space.group_sizes.items()}
     sums = LayerCosts("latency_ms", times[REST], layer_ms).of(sampled)
-    measured = np.array([times[one] for one in sampled])
+    measured = np.array([times[configuration] for configuration in sampled])
     offset_ms, slope = _fit(sums, measured)
     return LatencyModel(
-        device=device_name(place),
-        host=socket.gethostname(),
-        batch_size=options.batch_size,
-        threads=options.threads,
         rest_ms=times[REST],
         layer_ms=layer_ms,
         offset_ms=offset_ms,
         slope=slope,
         num_sampled=len(sampled),
         median_error=_leave_one_out_error(sums, measured),
+        **_conditions(target, options),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """The time of one batch's forward pass of one network, timed whole."""
+class Timing(_Conditions):
+    """The measured time of one batch's forward pass of a network."""
 
     latency_ms: float
-    """Median over the rounds."""
-    device: str
-    """The processor's or the GPU's name."""
-    host: str
-    """Name of the machine."""
-    batch_size: int
-    """Images of a batch."""
-    threads: int
-    """CPU threads."""
+    """Median over the rounds, in ms."""
 
 
 def time_networks(
@@ -226,30 +219,32 @@ def time_networks(
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Return the time of each network on `device`, timed beside one another, in eval and inference mode.
+    """Return the time of each network on `device`, timed alternately, in eval and inference mode.
 
-    `input_shape` is (C, H, W); of `options`, `num_sampled` is not used. The networks are left as they were, and so is
-    torch's number of threads. Raises InvalidValueError for cuda where there is none, and for a network that cannot run
-    such an image.
+    `input_shape` is (C, H, W); `options.num_sampled` is not used. The networks and torch's number of threads stay
+    unchanged. Raises InvalidValueError for cuda on a machine without it, and for a network that cannot run such an
+    image.
     """
-    place = timed_device(device)
+    target = timed_device(device)
     works: dict[Any, Work] = {}
     for name, network in networks.items():
-        copied = replace_modules(network, {}).eval().to(place)
+        copied = replace_modules(network, {}).eval().to(target)
         output_of(copied, input_shape)
         images = torch.randn(options.batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
         works[name] = (copied, [images.to(zero_images(copied, 1, input_shape))])
     with threads(options.threads), torch.inference_mode():
-        times = typical_ms(works, options.repeats, place)
-    conditions = {"device": device_name(place), "host": socket.gethostname()}
-    return {
-        name: Timing(latency_ms=ms, batch_size=options.batch_size, threads=options.threads, **conditions)
-        for name, ms in times.items()
-    }
+        times = typical_ms(works, options.repeats, target)
+    conditions = _conditions(target, options)
+    return {name: Timing(latency_ms=ms, **conditions) for name, ms in times.items()}
 
 
-class _AnswersAtOnce(nn.Module):
-    """In place of a decomposed layer: what it would return, made beforehand."""
+def _conditions(device: torch.device, options: LatencyOptions) -> dict[str, Any]:
+    values = (device_name(device), socket.gethostname(), options.batch_size, options.threads)
+    return dict(zip(_WHERE, values, strict=True))
+
+
+class _Precomputed(nn.Module):
+    """Replaces a decomposed layer and returns a precomputed tensor of the same shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +252,7 @@ class _AnswersAtOnce(nn.Module):
         self.outputs: dict[torch.Size, Tensor] = {}
 
     def record(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        images = given(args, kwargs)
+        images = input_of(args, kwargs)
         self.inputs.append(images)
         self.outputs[images.shape] = torch.zeros_like(output)
 
@@ -266,18 +261,18 @@ class _AnswersAtOnce(nn.Module):
 
 
 def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor) -> dict[Any, Work]:
-    """Return what is timed, and the inputs of its calls: REST, each (layer, group-size), each sampled configuration.
+    """Return the modules to time, with the inputs of their calls: REST, (layer, group-size) and each configuration.
 
-    The networks are those of `extract`, but made of the very modules that are timed alone: twenty with weights of
-    their own may not fit into memory.
+    The whole networks equal those of `extract`, but share the weights of the modules that are timed alone: twenty
+    copies may not fit into memory.
     """
     layers, device = series_layers(supernet), batch.device
     network = extract(supernet, [layer.group_sizes[-1] for layer in layers.values()]).eval().to(device)
-    free = {name: _AnswersAtOnce() for name in layers}
+    free = {name: _Precomputed() for name in layers}
     handles = [
-        network.get_submodule(name).register_forward_hook(one.record, with_kwargs=True) for name, one in free.items()
+        network.get_submodule(name).register_forward_hook(stub.record, with_kwargs=True) for name, stub in free.items()
     ]
-    with told_where_it_cannot_run(batch.shape[1:]):
+    with network_errors_as_invalid_value(batch.shape[1:]):
         network(batch)
     for handle in handles:
         handle.remove()
@@ -285,14 +280,14 @@ def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor)
     for name, layer in layers.items():
         for size in layer.group_sizes:
             works[name, size] = (layer.to_modules(size).eval().to(device), free[name].inputs)
-    for one in sampled:
-        chosen = {name: works[name, size][0] for name, size in zip(layers, one, strict=True)}
-        works[one] = (replace_modules(network, chosen, share_weights=True), [batch])
+    for configuration in sampled:
+        chosen = {name: works[name, size][0] for name, size in zip(layers, configuration, strict=True)}
+        works[configuration] = (replace_modules(network, chosen, share_weights=True), [batch])
     return works
 
 
 def _sample(space: SearchSpace, num_sampled: int, generator: torch.Generator) -> list[Configuration]:
-    """Return different configurations, uniform over the space; all of it where it has no more than that."""
+    """Draw different configurations uniformly from the space; return all of a space no larger than `num_sampled`."""
     sizes = list(space.group_sizes.values())
     total = prod(map(len, sizes))  # len(space) fails above 2^63
     if total < 2:
@@ -301,22 +296,23 @@ def _sample(space: SearchSpace, num_sampled: int, generator: torch.Generator) ->
         return list(space)
     chosen: dict[Configuration, None] = {}
     while len(chosen) < num_sampled:
-        places = [int(torch.randint(len(s), (), generator=generator, device=generator.device)) for s in sizes]
-        chosen[Configuration([s[place] for s, place in zip(sizes, places, strict=True)])] = None
+        indices = [int(torch.randint(len(s), (), generator=generator, device=generator.device)) for s in sizes]
+        chosen[Configuration([s[index] for s, index in zip(sizes, indices, strict=True)])] = None
     return list(chosen)
 
 
 def _fit(sums: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
-    """Return offset (ms) and slope, 0 or more, of least squares; slope 1 where the sums tell nothing of it."""
+    """Return offset (ms) and slope, 0 or more, of a least-squares fit; slope 1 if all sums are equal."""
     spread = sums - sums.mean()
     slope = max(0.0, float(spread @ measured / (spread @ spread))) if np.ptp(sums) else 1.0
     return float(measured.mean() - slope * sums.mean()), slope
 
 
 def _leave_one_out_error(sums: np.ndarray, measured: np.ndarray) -> float:
-    """Return the median over the configurations of |predicted - measured| / measured, each left out of its own fit."""
+    """Return the median of |predicted - measured| / measured, each configuration left out of its own fit."""
     errors = []
-    for place in range(len(sums)):
-        offset_ms, slope = _fit(np.delete(sums, place), np.delete(measured, place))
-        errors.append(abs(max(0.0, offset_ms + slope * sums[place]) - measured[place]) / measured[place])
+    for left_out in range(len(sums)):
+        offset_ms, slope = _fit(np.delete(sums, left_out), np.delete(measured, left_out))
+        predicted = max(0.0, offset_ms + slope * sums[left_out])
+        errors.append(abs(predicted - measured[left_out]) / measured[left_out])
     return float(np.median(errors))

@@ -1,7 +1,7 @@
-"""A decomposed layer run at several group-sizes at once, each as the dense convolution that it equals or as bottleneck.
+"""Run a decomposed layer at several group-sizes at once, each as a bottleneck or as the equal dense convolution.
 
-Between the three convolutions of a bottleneck stands no non-linearity, so both forms give the same numbers up to
-rounding. Which is faster depends on the layer, the group-size and the device: `fastest_form` times them.
+A bottleneck has no non-linearity between its three convolutions, so both forms are equal up to rounding. Which is
+faster depends on the layer, the group-size and the device: `fastest_form` times them.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from gross_ray.search.options import FORMS
 from gross_ray.supernet.series import SeriesConv2d
 
 REPEATS = 3
-"""How often each form is timed; the fastest counts."""
+"""How often each form is timed; the fastest time counts."""
 CLEARLY = 0.8
-"""Another form is taken only if it needs less than this share of the time of the stacked dense convolution: rounding
-then is the same from run to run unless the difference is worth it."""
+"""Another form is chosen only if it needs less than this share of the time of the stacked dense convolution: otherwise
+noise in the timings would change the choice, and with it the rounding, from run to run."""
 
 
 @dataclass(frozen=True)
 class LayerForm:
-    """How one layer is run."""
+    """In which form one layer runs."""
 
     by_size: Mapping[int, str]
     """dense or bottleneck, for each group-size."""
     stacked: bool = True
-    """Whether the dense kernels of siblings run as one convolution with all their output channels."""
+    """Whether dense group-sizes run as one convolution with the output channels of all of them."""
 
     def __post_init__(self) -> None:
         for form in self.by_size.values():
@@ -42,18 +42,18 @@ class LayerForm:
 
     @classmethod
     def uniform(cls, layer: SeriesConv2d, form: str) -> LayerForm:
-        """Return the same form at every group-size of `layer`."""
+        """Return a LayerForm with the same form at every group-size of `layer`."""
         return cls(dict.fromkeys(layer.group_sizes, form))
 
 
 class Siblings:
-    """One decomposed layer, prepared to run at any of its group-sizes; a later change of its weights is not seen."""
+    """One decomposed layer, prepared to run at any of its group-sizes; later changes of its weights are ignored."""
 
     def __init__(self, layer: SeriesConv2d, form: LayerForm) -> None:
-        """Derive from `layer` what `form` needs: one dense kernel or one bottleneck for each group-size."""
+        """Derive one dense kernel or one bottleneck for each group-size, as `form` says."""
         self._layer, self.form = layer, form
         dense = [size for size in layer.group_sizes if form.by_size[size] == "dense"]
-        self._place = {size: place for place, size in enumerate(dense)}
+        self._dense_index = {size: index for index, size in enumerate(dense)}
         kernels = [layer.bottleneck(size).dense_kernel() for size in dense]
         self._kernels = _channels_last(torch.cat(kernels)) if kernels else None
         self._bottlenecks: dict[int, Bottleneck] = {}
@@ -65,10 +65,10 @@ class Siblings:
                 )
 
     def run(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the layer's outputs at `sizes` one after the other, (len(sizes) * N, C_out, H', W')."""
+        """Return the layer's outputs at `sizes`, concatenated: (len(sizes) * N, C_out, H', W')."""
         outputs = []
         for run in self._runs(sizes):
-            if run[0] in self._place:
+            if run[0] in self._dense_index:
                 outputs.append(self._run_dense(images, run))
             else:
                 terms = self._bottlenecks[run[0]]
@@ -76,11 +76,11 @@ class Siblings:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _runs(self, sizes: Sequence[int]) -> list[list[int]]:
-        """Return `sizes` cut where the next one cannot join the convolution of those before."""
+        """Split `sizes` into runs of neighbouring dense group-sizes that one convolution computes, and single ones."""
+        index = self._dense_index
         runs: list[list[int]] = []
         for size in sizes:
-            joins = self.form.stacked and runs and self._place.get(size, -1) == self._place.get(runs[-1][-1], -3) + 1
-            if joins:
+            if self.form.stacked and runs and index.get(size, -1) == index.get(runs[-1][-1], -3) + 1:
                 runs[-1].append(size)
             else:
                 runs.append([size])
@@ -90,7 +90,7 @@ class Siblings:
         layer, channels = self._layer, self._layer.out_channels
         assert self._kernels is not None
         images, padding = layer.padded(images)
-        first = self._place[sizes[0]] * channels
+        first = self._dense_index[sizes[0]] * channels
         kernels = self._kernels[first : first + len(sizes) * channels]
         bias = None if layer.bias is None else layer.bias.repeat(len(sizes))
         stacked = F.conv2d(images, kernels, bias, layer.stride, padding, layer.dilation)
@@ -102,7 +102,7 @@ class Siblings:
 
 
 def fastest_form(layer: SeriesConv2d, images: Tensor) -> LayerForm:
-    """Return the form in which `layer` needs least time on `images`, timed now on their device."""
+    """Time the forms of `layer` on `images`, on their device, and return the fastest."""
     sizes = layer.group_sizes
     stacked = Siblings(layer, LayerForm.uniform(layer, "dense"))
     apart = Siblings(layer, LayerForm(stacked.form.by_size, stacked=False))

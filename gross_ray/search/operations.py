@@ -17,23 +17,23 @@ from gross_ray.nn.calls import Call, network_calls
 
 @dataclass(frozen=True)
 class OperationCount:
-    """What one forward pass of one image costs."""
+    """The operations of one forward pass of one image."""
 
     macs: int
-    """MACs of all convolutions and matrix products, functional ones and those of attention included."""
+    """MACs of all convolutions and matrix products, including functional calls and attention."""
     calls: list[Call]
     """Calls of convolution, linear and decomposed layers, as `network_calls` returns them."""
     uncounted: dict[str, str]
-    """Class name, by module name, of each called module that has a weight matrix and in which nothing was counted."""
+    """Name and class name of each called module that has a weight matrix but no counted operation."""
 
 
 def count_operations(model: nn.Module, input_shape: Sequence[int]) -> OperationCount:
     """Run `model` on one black image of `input_shape` (C, H, W) in evaluation mode, and count its operations.
 
-    Modes, hooks and the state of torch's random generators stay as they were. Raises InvalidValueError if `model`
-    cannot run such an image.
+    Modes, hooks and torch's random generators stay unchanged. Raises InvalidValueError if `model` cannot run such an
+    image.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which the other commands do not need
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it imports triton
 
     counter = FlopCounterMode(display=False, custom_mapping=_vector_products())
     names = {id(module): name for name, module in model.named_modules()}
@@ -43,16 +43,16 @@ def count_operations(model: nn.Module, input_shape: Sequence[int]) -> OperationC
         counts[id(module)].flops_before = counter.get_total_flops()
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        one = counts[id(module)]
-        one.called |= bool(args or kwargs)  # without arguments it derives a weight, as torch's parametrizations do
-        one.counted |= counter.get_total_flops() > one.flops_before
+        count = counts[id(module)]
+        count.called |= bool(args or kwargs)  # torch's parametrizations, which derive weights, take no arguments
+        count.counted |= counter.get_total_flops() > count.flops_before
 
     handles = [
         handle
-        for one in counts.values()
+        for count in counts.values()
         for handle in (
-            one.module.register_forward_pre_hook(enter, with_kwargs=True),
-            one.module.register_forward_hook(leave, with_kwargs=True),
+            count.module.register_forward_pre_hook(enter, with_kwargs=True),
+            count.module.register_forward_hook(leave, with_kwargs=True),
         )
     ]
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
@@ -62,13 +62,14 @@ def count_operations(model: nn.Module, input_shape: Sequence[int]) -> OperationC
     finally:
         for handle in handles:
             handle.remove()
-    uncounted = {names[key]: type(one.module).__name__ for key, one in counts.items() if one.called and not one.counted}
+    missed = [count.module for count in counts.values() if count.called and not count.counted]
+    uncounted = {names[id(module)]: type(module).__name__ for module in missed}
     return OperationCount(counter.get_total_flops() // 2, calls, uncounted)
 
 
 @dataclass
 class _WeightedModule:
-    """A module that has a weight matrix, and what its calls showed."""
+    """A module with a weight matrix, whether it was called, and whether its calls counted operations."""
 
     module: nn.Module
     called: bool = False
@@ -77,7 +78,7 @@ class _WeightedModule:
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
-    """Return whether a module itself has a parameter of two dimensions or more, other than a scale for each element."""
+    """Return whether a module itself has a parameter of two dimensions or more that is no elementwise scale."""
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return False
     return any(sum(size > 1 for size in parameter.shape) > 1 for parameter in module.parameters(recurse=False))
@@ -85,7 +86,7 @@ def _has_weight_matrix(module: nn.Module) -> bool:
 
 @contextmanager
 def _decomposed_attention() -> Iterator[None]:
-    """Run attention as matrix products: FlopCounterMode knows only some of torch's fused kernels."""
+    """Run attention as matrix products: FlopCounterMode does not know all of torch's fused kernels."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -96,13 +97,13 @@ def _decomposed_attention() -> Iterator[None]:
 
 
 def _vector_products() -> dict[Any, Any]:
-    """Return the FLOPs of products that FlopCounterMode does not know, as functions of the operands' shapes."""
+    """Return FLOP formulas, from the operands' shapes, for products that FlopCounterMode does not know."""
     aten = torch.ops.aten
     return {
         aten.mv: lambda matrix, vector, **_: 2 * prod(matrix),
         aten.addmv: lambda added, matrix, vector, **_: 2 * prod(matrix),
-        aten.dot: lambda one, other, **_: 2 * prod(one),
-        aten.vdot: lambda one, other, **_: 2 * prod(one),
-        aten.addbmm: lambda added, one, other, **_: 2 * prod(one) * other[2],
-        aten.addr: lambda added, one, other, **_: 2 * prod(one) * prod(other),
+        aten.dot: lambda left, right, **_: 2 * prod(left),
+        aten.vdot: lambda left, right, **_: 2 * prod(left),
+        aten.addbmm: lambda added, left, right, **_: 2 * prod(left) * right[2],
+        aten.addr: lambda added, left, right, **_: 2 * prod(left) * prod(right),
     }

@@ -1,8 +1,7 @@
-"""A traced supernet run over the prefix tree of a list of configurations, each prefix once.
+"""Run a traced supernet over the prefix tree of a list of configurations, each prefix once.
 
-The same layer input leads to the same output whatever the later layers choose. The walk goes from one decomposed layer
-to the next and branches there, depth first; siblings go on together, as more rows of one batch, as far as their
-number is within the limit for the layers that follow.
+A layer's output does not depend on the group-sizes of later layers. The walk is depth first and branches at each
+decomposed layer; siblings continue together, as rows of one batch, up to the limit for the following layers.
 """
 
 from __future__ import annotations
@@ -27,42 +26,40 @@ from gross_ray.supernet.series import SeriesConv2d
 
 @dataclass(slots=True)
 class Prefix:
-    """A node of the prefix tree: the configurations that end here, or what follows by group-size."""
+    """A node of the prefix tree: an inner node has children, a leaf the positions of its configuration."""
 
     sizes: tuple[int, ...] = ()
-    """The group-sizes chosen so far, in the order in which the graph meets the layers."""
-    places: list[int] = field(default_factory=list)
+    """The group-sizes chosen so far, in the order in which the graph calls the layers."""
+    positions: list[int] = field(default_factory=list)
+    """Where the leaf's configuration occurs in the list of configurations."""
     following: dict[int, Prefix] = field(default_factory=dict)
+    """The children by group-size of the next layer."""
 
 
 Statistics = dict[tuple[fx.Node, tuple[int, ...]], tuple[Tensor, Tensor]]
-"""Mean and variance (C,) of what each batch-norm is given behind each prefix."""
+"""Mean and variance (C,) of each batch-norm's input after each prefix."""
 Values = dict[fx.Node, Any]
-Found = Callable[[list[Prefix], Tensor], None]
+OnLeaves = Callable[[list[Prefix], Tensor], None]
 
 
 class PrefixWalk:
     """The graph of one supernet, ready to run any list of its configurations."""
 
-    def __init__(self, supernet: nn.Module, traced: Traced, siblings: Mapping[SeriesConv2d, Siblings]) -> None:
-        """Take the traced network, and the prepared form of each decomposed layer that it meets."""
+    def __init__(self, supernet: nn.Module, traced: Traced) -> None:
         modules = dict(supernet.named_modules(remove_duplicate=False))
-        in_space = {id(layer): place for place, layer in enumerate(series_layers(supernet).values())}
-        self.siblings = dict(siblings)
+        in_space = {id(layer): index for index, layer in enumerate(series_layers(supernet).values())}
+        self.siblings: Mapping[SeriesConv2d, Siblings] = {}
+        """The prepared form of each decomposed layer; to be set before `run`."""
         self._nodes = list(traced.graph.nodes)
         self._constants = traced.constants
         self._input = next(node for node in self._nodes if node.op == "placeholder")
         self._interpreter = fx.Interpreter(supernet, graph=traced.graph)
-        self._layer_of: dict[fx.Node, SeriesConv2d] = {}
-        for node in self._nodes:
-            module = modules.get(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, SeriesConv2d):
-                self._layer_of[node] = module
         called = {node: modules.get(str(node.target)) for node in self._nodes if node.op == "call_module"}
-        self.norms = {node: one for node, one in called.items() if isinstance(one, _BatchNorm) and has_statistics(one)}
+        self._layer_of = {node: layer for node, layer in called.items() if isinstance(layer, SeriesConv2d)}
+        self.norms = {n: norm for n, norm in called.items() if isinstance(norm, _BatchNorm) and has_statistics(norm)}
         """The batch-norms that keep statistics, by node."""
         self.layers = list(dict.fromkeys(self._layer_of.values()))
-        """The decomposed layers that the graph meets, in that order."""
+        """The decomposed layers that the graph calls, in the order of their first calls."""
         self.num_layers = len(self.layers)
         self._depth_of = {layer: depth for depth, layer in enumerate(self.layers)}
         self._order = [in_space[id(layer)] for layer in self.layers]
@@ -76,23 +73,23 @@ class PrefixWalk:
                 self._from_images.add(node)
 
     def tree(self, configurations: Sequence[Configuration]) -> Prefix:
-        """Return the prefix tree of `configurations`, branching in the order in which the graph meets the layers."""
+        """Return the prefix tree of `configurations`, with layers in the order in which the graph calls them."""
         root = Prefix()
-        for place, configuration in enumerate(configurations):
+        for position, configuration in enumerate(configurations):
             prefix = root
             for layer in self._order:
                 size = configuration[layer]
                 if size not in prefix.following:
                     prefix.following[size] = Prefix((*prefix.sizes, size))
                 prefix = prefix.following[size]
-            prefix.places.append(place)
+            prefix.positions.append(position)
         return root
 
     def run(
         self,
         batch: Tensor,
         root: Prefix,
-        found: Found,
+        on_leaves: OnLeaves,
         *,
         limits: Sequence[int],
         apart: bool = False,
@@ -102,13 +99,13 @@ class PrefixWalk:
     ) -> None:
         """Run all configurations of the tree on `batch`, (N, ...).
 
-        `found(leaves, logits)` is called with logits (len(leaves) * N, classes), leaf after leaf. `limits[d]` is the
-        most prefixes that go on together behind the d-th decomposed layer; with `apart`, none do (but the layer
-        itself still runs so many at once). `on_layer` sees the input of each layer that is chosen, `on_depth(d)` is
-        called where what follows d layers starts. With `statistics`, a batch-norm uses those of its prefix in place of
-        its own; where they are missing, it is run as in training, and they are taken from this batch.
+        `on_leaves(leaves, logits)` gets logits (len(leaves) * N, classes), leaf after leaf. Up to `limits[d]` prefixes
+        continue together after the d-th decomposed layer; with `apart` each continues alone, and the limit holds only
+        for the layer itself. `on_layer` receives the input of each decomposed layer at its first call; `on_depth(d)` is
+        called before the nodes that follow d layers. With `statistics`, a batch-norm uses those of its prefix; if they
+        are missing, it normalises as in training and stores this batch's statistics there.
         """
-        walk = _Walk(self, len(batch), found, limits, apart, on_layer, on_depth, statistics)
+        walk = _Walk(self, len(batch), on_leaves, limits, apart, on_layer, on_depth, statistics)
         walk.go(0, {self._input: batch}, [root])
 
 
@@ -118,7 +115,7 @@ class _Walk:
 
     graph: PrefixWalk
     num_images: int
-    found: Found
+    on_leaves: OnLeaves
     limits: Sequence[int]
     apart: bool
     on_layer: Callable[[SeriesConv2d, Tensor], None] | None
@@ -126,14 +123,15 @@ class _Walk:
     statistics: Statistics | None
 
     def go(self, start: int, values: Values, prefixes: list[Prefix]) -> None:
-        """Run from node `start` on; rows of each value from the images: prefix after prefix, image after image."""
+        """Run from node `start` on; the rows of each value are ordered by prefix, then by image."""
         graph = self.graph
         if self.on_depth is not None:
             self.on_depth(len(prefixes[0].sizes))
         for index in range(start, len(graph._nodes)):
             node = graph._nodes[index]
             if node.op == "output":
-                self.found(prefixes, self._logits(node, values, len(prefixes)))
+                result = values[node.args[0]] if isinstance(node.args[0], fx.Node) else node.args[0]
+                self.on_leaves(prefixes, logits_of(result, len(prefixes) * self.num_images))
                 return
             layer = graph._layer_of.get(node)
             if layer is not None:
@@ -146,17 +144,17 @@ class _Walk:
             self._forget(node, values)
 
     def _branch(self, index: int, node: fx.Node, layer: SeriesConv2d, values: Values, prefixes: list[Prefix]) -> None:
-        """Run the layer at `index` and what follows it; empties `values`, so that nothing outlives its last use."""
+        """Run the layer at `index` and the rest of the graph; empties `values`, so that tensors are freed early."""
         depth = self.graph._depth_of[layer]
-        again = depth < len(prefixes[0].sizes)  # a shared layer met again: its group-size is chosen already
+        again = depth < len(prefixes[0].sizes)  # a shared layer called again: its group-size is already chosen
         images = values[node.args[0]]  # type: ignore[index]
         if self.on_layer is not None and not again:
             self.on_layer(layer, images)
         self._forget(node, values)
         groups: dict[tuple[int, ...], list[int]] = {}
-        for place, prefix in enumerate(prefixes):
+        for member, prefix in enumerate(prefixes):
             sizes = (prefix.sizes[depth],) if again else tuple(sorted(prefix.following))
-            groups.setdefault(sizes, []).append(place)
+            groups.setdefault(sizes, []).append(member)
         pieces = [
             (sizes[first : first + step], members)
             for sizes, members in groups.items()
@@ -171,20 +169,20 @@ class _Walk:
                 del images
             outputs = self.graph.siblings[layer].run(inputs, sizes)
             del inputs
-            chosen = [prefixes[place] for place in members]
+            chosen = [prefixes[member] for member in members]
             following = chosen if again else [prefix.following[size] for size in sizes for prefix in chosen]
             if not self.apart:
                 branch[node] = outputs
                 del outputs
                 self.go(index + 1, branch, following)
                 continue
-            for place, prefix in enumerate(following):
-                one = self._branched(branch, [place], len(following), 1)
-                one[node] = self._rows(outputs, [place])
-                self.go(index + 1, one, [prefix])
+            for member, prefix in enumerate(following):
+                own = self._branched(branch, [member], len(following), 1)
+                own[node] = self._rows(outputs, [member])
+                self.go(index + 1, own, [prefix])
 
     def _normalised(self, node: fx.Node, inputs: Tensor, prefixes: list[Prefix], statistics: Statistics) -> Tensor:
-        """Run a batch-norm on the rows of each prefix with that prefix's statistics."""
+        """Run a batch-norm on the rows of each prefix, with the statistics of that prefix."""
         norm = self.graph.norms[node]
         results = []
         for prefix, rows in zip(prefixes, inputs.chunk(len(prefixes)), strict=True):
@@ -192,14 +190,14 @@ class _Walk:
             mean, variance = known or (None, None)
             results.append(F.batch_norm(rows, mean, variance, norm.weight, norm.bias, known is None, eps=norm.eps))
             if known is None:
-                exact = rows.to(torch.promote_types(rows.dtype, torch.float32))  # autocast's 8 bits are too few
+                exact = rows.to(torch.promote_types(rows.dtype, torch.float32))  # bfloat16's 8 bits are too few
                 variance, mean = torch.var_mean(exact, [dim for dim in range(rows.dim()) if dim != 1])
                 statistics[node, prefix.sizes] = mean, variance
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _run_node(self, node: fx.Node, values: Values) -> Any:
         if node.op == "placeholder":
-            return node.args[0]  # an argument after the images: its default
+            return node.args[0]  # the default of an argument after the images
         if node.op == "get_attr" and node.target in self.graph._constants:
             return self.graph._constants[str(node.target)]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: values[used])
@@ -209,19 +207,15 @@ class _Walk:
         for used in self.graph._last_use.get(node, ()):
             values.pop(used, None)
 
-    def _logits(self, node: fx.Node, values: Values, num_prefixes: int) -> Tensor:
-        result = node.args[0]
-        return logits_of(values[result] if isinstance(result, fx.Node) else result, num_prefixes * self.num_images)
-
     def _rows(self, value: Tensor, members: list[int]) -> Tensor:
-        """Return the rows of some prefixes: a view where they are neighbours."""
+        """Return the rows of the prefixes `members`; a view if these are consecutive."""
         count = self.num_images
         if members == list(range(members[0], members[0] + len(members))):
             return value.narrow(0, members[0] * count, len(members) * count)
-        return torch.cat([value.narrow(0, place * count, count) for place in members])
+        return torch.cat([value.narrow(0, member * count, count) for member in members])
 
     def _branched(self, values: Values, members: list[int], num_prefixes: int, times: int) -> Values:
-        """Return `values` for those of the prefixes that are `members`, so many times."""
+        """Return `values` with only the rows of the prefixes `members`, repeated `times` times."""
         branched = {}
         for node, value in values.items():
             follows_images = node in self.graph._from_images and isinstance(value, Tensor) and value.dim() > 0
@@ -234,7 +228,7 @@ class _Walk:
 
 
 def logits_of(result: Any, num_images: int) -> Tensor:
-    """Return what a network gives for so many images; raises InvalidValueError unless it is logits (N, classes)."""
+    """Return a network's result; raises InvalidValueError unless it is logits (num_images, classes)."""
     if not isinstance(result, Tensor) or result.dim() != 2 or len(result) != num_images:
         found = f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
         raise InvalidValueError(f"the network returns {found}: it must return one tensor of logits (N, classes)")

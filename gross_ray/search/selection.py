@@ -1,6 +1,6 @@
-"""Which configurations to take: the most accurate ones under budgets, and the Pareto front (section 5.1).
+"""Select configurations: the most accurate ones under budgets, and the Pareto front (section 5.1).
 
-Both can be taken chunk by chunk from a space of any size: what is best in the whole is best in its chunk.
+Both work chunk by chunk on a space of any size, because the best of the whole are also the best of their chunk.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ import numpy as np
 import pandas as pd
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.budgets import COSTS, Budget, written
+from gross_ray.search.budgets import COSTS, Budget, format_amount
 from gross_ray.space import Configuration, SearchSpace
 
 
 def supernet_accuracies(configurations: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a configuration: its costs and `supernet_accuracy`, the median over the supernets.
+    """Return one row per configuration: its costs and `supernet_accuracy`, the median over the supernets.
 
-    `configurations` is that table; the accuracies are those of the validation split. Of a table read in chunks, a
-    chunk must hold all supernets' rows of its configurations.
+    `configurations` is the table of that name; its accuracies are on the validation split. A chunk of the table must
+    contain the rows of all supernets for its configurations.
     """
     codes, _ = pd.factorize(configurations["configuration"])
     _, first = np.unique(codes, return_index=True)
-    found = configurations[["configuration", *COSTS]].iloc[first].reset_index(drop=True)
-    # A time that one supernet's row lacks is no time of the configuration.
-    found.loc[np.unique(codes[configurations["latency_ms"].isna()]), "latency_ms"] = math.nan
-    return found.assign(supernet_accuracy=configurations["val_accuracy"].groupby(codes).median())
+    costs = configurations[["configuration", *COSTS]].iloc[first].reset_index(drop=True)
+    # A latency counts only if the rows of all supernets have it.
+    costs.loc[np.unique(codes[configurations["latency_ms"].isna()]), "latency_ms"] = math.nan
+    return costs.assign(supernet_accuracy=configurations["val_accuracy"].groupby(codes).median())
 
 
 def best_under(accuracies: pd.DataFrame, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
     """Return the `top` (1 or more) most accurate configurations within all `budgets`, the best first.
 
-    `accuracies` is what `supernet_accuracies` returns, and so are the columns. Ties in accuracy go to the lower cost
-    (of the first budget, then of the next; MACs if there are no budgets), then to the smaller group-sizes: the order
-    is total, so that the best of several chunks' best are the best of all. Raises InvalidValueError if nothing fits,
-    naming the smallest there is, or if a cost under a budget was not measured.
+    `accuracies` and the result have the columns of `supernet_accuracies`. Ties in accuracy go to the lower cost (of the
+    first budget, then of the next; MACs if there are no budgets), then to the smaller group-sizes: the order is total,
+    so the best of the chunks' best are the best of all. Raises InvalidValueError if nothing fits, naming the smallest
+    costs, or if a cost under a budget was not measured.
     """
     return best_of_chunks([accuracies], budgets, top)
 
 
 def best_of_chunks(chunks: Iterable[pd.DataFrame], budgets: Sequence[Budget], top: int) -> pd.DataFrame:
-    """Return what `best_under` gives for all chunks together; only one of them is held at a time."""
+    """Return `best_under` of all chunks together, with one chunk in memory at a time."""
     best: list[pd.DataFrame] = []
     smallest: dict[str, tuple[float, str]] = {}
     for chunk in chunks:
@@ -56,10 +56,8 @@ def best_of_chunks(chunks: Iterable[pd.DataFrame], budgets: Sequence[Budget], to
         raise InvalidValueError("nothing to choose from: no configuration is evaluated; run `gross search RUN` first")
     merged = _best(pd.concat(best), budgets, top)
     if merged.empty:
-        there = ", ".join(f"{cost}={written(least)} at {name}" for cost, (least, name) in smallest.items())
-        raise InvalidValueError(
-            f"budget {' and '.join(map(str, budgets))}: nothing fits; the smallest there is: {there}"
-        )
+        listed = ", ".join(f"{cost}={format_amount(least)} at {name}" for cost, (least, name) in smallest.items())
+        raise InvalidValueError(f"budget {' and '.join(map(str, budgets))}: nothing fits; the smallest is {listed}")
     return merged
 
 
@@ -68,7 +66,7 @@ def select(accuracies: pd.DataFrame, budget: str, top: int) -> pd.DataFrame:
 
     `accuracies` is what `supernet_accuracies` returns. The fixed configuration itself is left out; ties go to the
     cheaper one, then to the smaller group-sizes. Columns: those of the `selections` table. Raises InvalidValueError
-    if `budget` was not evaluated or nothing else fits under it.
+    if `budget` was not evaluated or no other configuration fits under it.
     """
     fixed = accuracies.loc[accuracies["configuration"] == budget]
     if fixed.empty:
@@ -90,17 +88,17 @@ def select(accuracies: pd.DataFrame, budget: str, top: int) -> pd.DataFrame:
 def pareto_front(
     accuracies: pd.DataFrame, *, cost: str | Sequence[str] = "macs", value: str = "supernet_accuracy"
 ) -> pd.DataFrame:
-    """Return the rows that no other row beats in cost (or in all of several) and value, in ascending order of cost.
+    """Return the rows that no other row dominates in cost (one or several) and value, in ascending order of cost.
 
-    A row is beaten by one that is as good in all of these and better in one. Of rows equal in all, only the one of the
-    smallest group-sizes; so the front of several chunks' fronts is the front of all. Raises InvalidValueError where a
-    cost was not measured.
+    A row dominates another if it is as good in all of these and better in one. Of rows equal in all, only the one with
+    the smallest group-sizes is kept; so the front of several chunks' fronts is the front of all. Raises
+    InvalidValueError if a cost was not measured.
     """
     costs = [cost] if isinstance(cost, str) else list(dict.fromkeys(cost))
     if not costs:
         raise InvalidValueError(f"cost = {cost!r}: must name one or more of {', '.join(COSTS)}")
-    for one in costs:
-        _check_measured(accuracies, one)
+    for column in costs:
+        _check_measured(accuracies, column)
     if len(costs) > 1:
         best = accuracies.loc[_undominated(np.column_stack([accuracies[costs], -accuracies[value]]))]
         return _sorted(best, dict.fromkeys(costs, True) | {value: False}).drop_duplicates(
@@ -109,7 +107,7 @@ def pareto_front(
     (cost,) = costs
     ordered = accuracies.sort_values([cost, value], ascending=[True, False])
     rises = ordered[value] > ordered[value].cummax().shift(fill_value=-math.inf)
-    # Rows equal to one on the front follow it right away: they too are candidates, until the group-sizes decide.
+    # Rows equal to one on the front follow it directly: they stay candidates until the group-sizes decide.
     last_rise = np.maximum.accumulate(np.where(rises, np.arange(len(ordered)), 0))
     equal = (ordered[[cost, value]].to_numpy() == ordered[[cost, value]].to_numpy()[last_rise]).all(axis=1)
     front = _sorted(ordered.loc[equal], {cost: True, value: False})
@@ -117,38 +115,37 @@ def pareto_front(
 
 
 def _undominated(points: np.ndarray, block: int = 512) -> np.ndarray:
-    """Return which of the points (num_points, num_objectives; less is better) no other one dominates, as booleans."""
-    order = np.lexsort(points.T[::-1])  # what dominates a point comes before it
+    """Return whether no other point dominates each of the points (num_points, num_objectives; less is better)."""
+    order = np.lexsort(points.T[::-1])  # a point comes after all that dominate it
     kept = np.empty((0, points.shape[1]))
     mask = np.zeros(len(points), dtype=bool)
-    for places in np.split(order, range(block, len(order), block)):
-        some = points[places]
-        some_kept = ~_dominated(some, kept)
-        some_kept[some_kept] = ~_dominated(some[some_kept], some[some_kept])
-        mask[places] = some_kept
-        kept = np.concatenate([kept, some[some_kept]])
+    for rows in np.split(order, range(block, len(order), block)):
+        rows = rows[~_dominated(points[rows], kept)]
+        rows = rows[~_dominated(points[rows], points[rows])]
+        mask[rows] = True
+        kept = np.concatenate([kept, points[rows]])
     return mask
 
 
 def _dominated(points: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Return which points one of the others is as good as in every objective, and better than in one."""
+    """Return whether a point of `by` is as good as each point in every objective, and better in one."""
     as_good = (by[None] <= points[:, None]).all(axis=2)
     better_in_one = (by[None] < points[:, None]).any(axis=2)
     return np.any(as_good & better_in_one, axis=1)
 
 
 def front_of_chunks(chunks: Iterable[pd.DataFrame], *, cost: str | Sequence[str] = "macs") -> pd.DataFrame:
-    """Return what `pareto_front` gives for all chunks (at least one) together; only one of them is held at a time."""
+    """Return `pareto_front` of all chunks (at least one) together, with one chunk in memory at a time."""
     return pareto_front(pd.concat([pareto_front(chunk, cost=cost) for chunk in chunks]), cost=cost)
 
 
 def _costs(budgets: Sequence[Budget]) -> list[str]:
-    """Return the costs that decide between equal accuracies."""
+    """Return the costs that break ties in accuracy."""
     return list(dict.fromkeys(budget.cost for budget in budgets)) or ["macs"]
 
 
 def _best(accuracies: pd.DataFrame, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
-    """Return the first `top` rows within all budgets, in the order of `best_under`; none if none fits."""
+    """Return the first `top` rows within all budgets, in the order of `best_under`; empty if none fits."""
     fits = np.ones(len(accuracies), dtype=bool)
     for budget in budgets:
         _check_measured(accuracies, budget.cost)
@@ -156,14 +153,14 @@ def _best(accuracies: pd.DataFrame, budgets: Sequence[Budget], top: int) -> pd.D
     order = {"supernet_accuracy": False} | dict.fromkeys(_costs(budgets), True)
     rows = accuracies.loc[fits].nlargest(top, "supernet_accuracy", keep="all")
     rows = rows.sort_values(list(order), ascending=list(order.values()))
-    # Group-sizes are slow to read: only those of rows that are still among the first, or equal to the last of these.
+    # Parsing group-sizes is slow: only for the first `top` rows and those equal to the last of them.
     numbers = rows[list(order)].to_numpy()
     last = (numbers == numbers[top - 1]).all(axis=1) if len(rows) > top else True
     return _sorted(rows.loc[(np.arange(len(rows)) < top) | last], order).head(top)
 
 
 def _sorted(rows: pd.DataFrame, order: dict[str, bool]) -> pd.DataFrame:
-    """Return `rows` by the columns of `order` (whether ascending), then by group-sizes: 2-1 comes before 16-1."""
+    """Sort `rows` by the columns of `order` (True: ascending), then by group-sizes: 2-1 comes before 16-1."""
     parsed = rows.assign(group_sizes=[Configuration.parse(text) for text in rows["configuration"]])
     ordered = parsed.sort_values([*order, "group_sizes"], ascending=[*order.values(), True], ignore_index=True)
     return ordered.drop(columns="group_sizes")
@@ -175,7 +172,7 @@ def _check_measured(accuracies: pd.DataFrame, cost: str) -> None:
 
 
 def uniform(space: SearchSpace, group_size: int) -> Configuration:
-    """Return the configuration with `group_size` in every layer; raises InvalidValueError where a layer lacks it."""
+    """Return the configuration with `group_size` in every layer; raises InvalidValueError if a layer lacks it."""
     for layer, sizes in space.group_sizes.items():
         if group_size not in sizes:
             choices = ", ".join(map(str, sizes))

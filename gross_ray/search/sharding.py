@@ -1,4 +1,4 @@
-"""A search space cut into shards that cost about the same to evaluate, each a run of neighbours in its order."""
+"""Cut a search space into shards of consecutive configurations that cost about the same to evaluate."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from gross_ray.supernet.series import SeriesConv2d
 def segment_macs(supernet: nn.Module, input_shape: Sequence[int]) -> list[int]:
     """Return the MACs for one image of (C, H, W): before any decomposed layer, then from each layer to the next.
 
-    A decomposed layer counts as the dense convolution that it equals, at every group-size. Layers are in the order of
-    the space, that of their definition: where the forward pass meets them in another one, or one of them twice, shards
-    still cost about the same, but share fewer prefixes than they could.
+    A decomposed layer counts as the equal dense convolution at every group-size. Layers are in the order of the space,
+    that of their definition. If the forward pass calls them in another order, or one of them twice, shards still cost
+    about the same, but share fewer prefixes than they could.
     """
-    order = {id(layer): place for place, layer in enumerate(series_layers(supernet).values(), start=1)}
+    order = {id(layer): number for number, layer in enumerate(series_layers(supernet).values(), start=1)}
     macs = [0] * (len(order) + 1)
     segment = 0
     for call in network_calls(supernet, input_shape):
@@ -35,13 +35,13 @@ def segment_macs(supernet: nn.Module, input_shape: Sequence[int]) -> list[int]:
 
 
 class PrefixCosts:
-    """What runs of neighbours in a space cost when each prefix is computed once."""
+    """The cost of consecutive configurations of a space, with each prefix computed once."""
 
     def __init__(self, space: SearchSpace, macs: Sequence[int]) -> None:
         """Take the space and its `segment_macs`."""
         sizes = [len(group_sizes) for group_sizes in space.group_sizes.values()]
         self.num_configurations = len(space)
-        # Neighbours that share the first d group-sizes come in blocks of this many.
+        # For each depth d, the number of configurations that share their first d group-sizes; they are consecutive.
         self._blocks = [prod(sizes[depth:]) for depth in range(len(sizes) + 1)]
         self._macs = list(macs)
 
@@ -55,7 +55,7 @@ class PrefixCosts:
         )
 
     def cut(self, num_shards: int) -> list[range]:
-        """Return the space in at most `num_shards` runs of which the most costly costs as little as possible.
+        """Cut the space into at most `num_shards` shards, the most expensive one as cheap as possible.
 
         Raises InvalidValueError for less than one shard.
         """
@@ -71,7 +71,7 @@ class PrefixCosts:
         return self._filled(low, num_shards)
 
     def _filled(self, limit: int, most: int) -> list[range]:
-        """Return runs that cost no more than `limit` each; stops at one more than `most`."""
+        """Return shards that cost no more than `limit` each; stops after `most` + 1 of them."""
         shards: list[range] = []
         start = 0
         while start < self.num_configurations and len(shards) <= most:

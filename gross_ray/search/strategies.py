@@ -1,8 +1,8 @@
-"""Which configurations to evaluate where a space is too large for all of them: strategies behind one interface.
+"""Search strategies: which configurations of a large space to evaluate.
 
-A strategy proposes configurations that keep to the budgets, and learns from their accuracies; it never proposes one
-that it proposed or learned of before. What it proposes follows from its seed and from what it was told alone, so that
-a search is resumed by telling it again.
+A strategy proposes configurations that fit the budgets and learns from their accuracies; it never proposes one that it
+proposed or learned before. Its proposals depend only on its seed and on the calls of `propose` and `learn`, so a search
+resumes by repeating these calls.
 """
 
 from __future__ import annotations
@@ -20,64 +20,62 @@ from gross_ray.search.surrogate import Surrogate
 from gross_ray.space import Configuration
 
 FEW = 100_000
-"""Up to so many configurations are listed and shuffled, beyond they are drawn."""
+"""A space with at most this many configurations is listed and shuffled; a larger one is drawn from."""
 FEW_ASKED = 8192
-"""A surrogate is asked about all where no more fit; else about so many at most, and the neighbours of the best."""
+"""The surrogate predicts all configurations if no more than this fit; else a sample and neighbours of the best."""
 LEAST_DRAWN = 16
-"""Evaluations before a surrogate is fitted; more where the layers have more group-sizes."""
+"""Configurations proposed before the surrogate is fitted; more if the layers have more group-sizes in all."""
 MOST_FITTED = 1000
-"""Accuracies that it is fitted to, at most: half of them the best."""
+"""The most accuracies that the surrogate is fitted to; half of them are the best."""
 MOST_REPEATS = 20
-"""After so many times FEW known configurations in a row, a strategy ends."""
+"""A strategy stops after this many times FEW known configurations in a row."""
 MOST_ASKED = 32
-"""After so many in a row of NSGA-II's that are known or do not fit, the rest of a batch is drawn."""
+"""After this many proposals of NSGA-II in a row that are known or do not fit, the rest of a batch is drawn."""
 
 
 class Strategy(ABC):
-    """Proposes configurations that fit the budgets, each once, and learns what came of them."""
+    """Proposes configurations that fit the budgets, each once, and learns their accuracies."""
 
     def __init__(self, space: BudgetedSpace, seed: int) -> None:
-        """Take what may be proposed, and the seed of all choices."""
         self.space = space
         self._generator = np.random.default_rng(seed)
         self._known: dict[Configuration, float | None] = {}
 
     def propose(self, num: int) -> list[Configuration]:
-        """Return up to `num` new configurations in the order of the space, which shares prefixes; none at the end."""
-        found = list(itertools.islice(self._new(num), num))
-        self._known |= dict.fromkeys(found)
-        return sorted(found)
+        """Return up to `num` new configurations, sorted as the space is (so they share prefixes); empty at the end."""
+        new = list(itertools.islice(self._new(num), num))
+        self._known |= dict.fromkeys(new)
+        return sorted(new)
 
     def learn(self, accuracies: Mapping[Configuration, float]) -> None:
-        """Take accuracies (0 to 1) of own proposals, or of any others that are known."""
+        """Record accuracies (0 to 1) of proposed configurations, or of any others."""
         self._known |= accuracies
 
     @abstractmethod
     def _candidates(self, num: int) -> Iterator[Configuration]:
-        """Give configurations that fit, new or not, for about `num` new ones."""
+        """Yield configurations that fit, in the order to try, until about `num` of them are new."""
 
     def _new(self, num: int) -> Iterator[Configuration]:
-        given: set[Configuration] = set()
-        in_vain = 0
-        for one in self._candidates(num):
-            in_vain += 1
-            if one not in self._known and one not in given:
-                given.add(one)
-                in_vain = 0
-                yield one
-            elif in_vain == MOST_REPEATS * FEW:
+        proposed: set[Configuration] = set()
+        repeats = 0
+        for candidate in self._candidates(num):
+            repeats += 1
+            if candidate not in self._known and candidate not in proposed:
+                proposed.add(candidate)
+                repeats = 0
+                yield candidate
+            elif repeats == MOST_REPEATS * FEW:
                 return
 
     @property
     def _evaluated(self) -> dict[Configuration, float]:
-        return {one: accuracy for one, accuracy in self._known.items() if accuracy is not None}
+        return {name: accuracy for name, accuracy in self._known.items() if accuracy is not None}
 
 
 class Exhaustive(Strategy):
-    """All that fit, in the order of the space."""
+    """Proposes all configurations that fit, in the order of the space."""
 
     def __init__(self, space: BudgetedSpace, seed: int = 0) -> None:
-        """Take what is to be walked; nothing is drawn."""
         super().__init__(space, seed)
         self._rest = iter(space)
 
@@ -86,10 +84,9 @@ class Exhaustive(Strategy):
 
 
 class Random(Strategy):
-    """Drawn evenly from all that fit, without replacement: what every other strategy has to beat."""
+    """Draws uniformly from all that fit, without replacement: the baseline of the other strategies."""
 
     def __init__(self, space: BudgetedSpace, seed: int) -> None:
-        """Take what is drawn from."""
         super().__init__(space, seed)
         self._drawn = _drawn(space, self._generator)
 
@@ -98,17 +95,16 @@ class Random(Strategy):
 
 
 class BreadthFirst(Strategy):
-    """From the uniform configurations, one layer's group-size exchanged at a time; the best are gone on from first.
+    """Starts from the uniform configurations and changes one layer's group-size at a time, around the best ones first.
 
-    The search of the paper's later version. Of the configurations that are evaluated, the `width` most accurate whose
-    neighbours are not all known are the frontier. Where nothing is left to go on from, it starts from drawn ones.
+    The search of the paper's later version. The frontier is the `width` most accurate evaluated configurations with
+    unknown neighbours. If no evaluated configuration has any, it draws configurations.
     """
 
     def __init__(self, space: BudgetedSpace, seed: int, *, width: int = 4) -> None:
-        """Take the space and the frontier's width."""
         super().__init__(space, seed)
         if width < 1:
-            raise InvalidValueError(f"width = {width}: a frontier has 1 configuration or more")
+            raise InvalidValueError(f"width = {width}: must be 1 or more configurations")
         self._width = width
         self._starts = _starts(space)
         self._closed: set[Configuration] = set()
@@ -117,82 +113,79 @@ class BreadthFirst(Strategy):
     def _candidates(self, num: int) -> Iterator[Configuration]:
         yield from self._starts
         evaluated = self._evaluated
-        ranked = iter(sorted(evaluated.keys() - self._closed, key=lambda one: (-evaluated[one], one)))
+        ranked = iter(sorted(evaluated.keys() - self._closed, key=lambda name: (-evaluated[name], name)))
         while frontier := list(itertools.islice(ranked, self._width)):
-            of_each = [self._new_neighbours(one) for one in frontier]
-            yield from (one for group in itertools.zip_longest(*of_each) for one in group if one is not None)
+            of_each = [self._new_neighbours(configuration) for configuration in frontier]
+            yield from (each for group in itertools.zip_longest(*of_each) for each in group if each is not None)
         yield from self._drawn
 
     def _new_neighbours(self, configuration: Configuration) -> list[Configuration]:
-        neighbours = self.space.configurations(self.space.neighbours(configuration))
-        new = [one for one in neighbours if one not in self._known]
+        new = [neighbour for neighbour in self.space.neighbours(configuration) if neighbour not in self._known]
         if not new:
             self._closed.add(configuration)
         return new
 
 
 class Surrogated(Strategy):
-    """Those that a Gaussian process fitted to all accuracies so far holds for the best, or may: the one to try first.
+    """Proposes the configurations of the highest upper confidence bound of a Gaussian process; the one to try first.
 
-    Starts with the uniform configurations and drawn ones. In a space of many, the process is asked about drawn ones and
-    the best so far, then about the neighbours of those that it likes best.
+    It starts with the uniform configurations and drawn ones. In a large space, the process predicts drawn
+    configurations and neighbours of the best so far, then neighbours of the configurations with the highest bound.
     """
 
     def __init__(self, space: BudgetedSpace, seed: int) -> None:
-        """Take what may be proposed."""
         super().__init__(space, seed)
         self._starts = _starts(space)
         self._drawn = _drawn(space, self._generator)
-        self._few = list(space) if space.most <= FEW_ASKED else None
+        self._few = list(space) if space.size_bound <= FEW_ASKED else None
 
     def _candidates(self, num: int) -> Iterator[Configuration]:
         yield from self._starts
         evaluated = self._evaluated
         enough = max(LEAST_DRAWN, sum(len(sizes) - 1 for sizes in self.space.space.group_sizes.values()))
         if len(self._known) >= enough and len(evaluated) > 1:
-            yield from self._liked(num, evaluated)
+            yield from self._most_promising(num, evaluated)
         yield from self._drawn
 
-    def _liked(self, num: int, evaluated: dict[Configuration, float]) -> list[Configuration]:
-        """Return the `num` unknown ones of the highest mean plus standard deviation."""
-        ranked = sorted(evaluated, key=lambda one: (-evaluated[one], one))
-        kept = ranked[: MOST_FITTED // 2]
+    def _most_promising(self, num: int, evaluated: dict[Configuration, float]) -> list[Configuration]:
+        """Return the `num` unknown configurations with the highest mean plus standard deviation."""
+        ranked = sorted(evaluated, key=lambda name: (-evaluated[name], name))
+        fitted = ranked[: MOST_FITTED // 2]
         others = ranked[MOST_FITTED // 2 :]
-        kept += [others[place] for place in self._generator.permutation(len(others))[: MOST_FITTED // 2]]
-        surrogate = Surrogate.of(self.space.places(kept), np.array([evaluated[one] for one in kept]))
+        fitted += [others[index] for index in self._generator.permutation(len(others))[: MOST_FITTED // 2]]
+        surrogate = Surrogate.of(self.space.indices(fitted), np.array([evaluated[name] for name in fitted]))
         if self._few is not None:
-            self._few = [one for one in self._few if one not in self._known]
+            self._few = [name for name in self._few if name not in self._known]
             return self._best_of(self._few, surrogate, num)
         pool = {*itertools.islice(self._drawn, FEW_ASKED // 4), *self._around(ranked[:num])}
         for _ in range(len(self.space.space.layers)):
-            liked = self._best_of(sorted(pool - self._known.keys()), surrogate, num)
-            pool |= (around := self._around(liked) - pool)
+            best = self._best_of(sorted(pool - self._known.keys()), surrogate, num)
+            pool |= (around := self._around(best) - pool)
             if not around:
                 break
         return self._best_of(sorted(pool - self._known.keys()), surrogate, num)
 
     def _around(self, configurations: list[Configuration]) -> set[Configuration]:
-        found = [self.space.configurations(self.space.neighbours(one)) for one in configurations]
-        return set(itertools.chain.from_iterable(found))
+        return set(itertools.chain.from_iterable(map(self.space.neighbours, configurations)))
 
     def _best_of(self, pool: list[Configuration], surrogate: Surrogate, num: int) -> list[Configuration]:
         if not pool:
             return []
-        mean, deviation = surrogate.predict(self.space.places(pool))
-        return [pool[place] for place in np.argsort(-(mean + deviation), kind="stable")[:num]]
+        mean, deviation = surrogate.predict(self.space.indices(pool))
+        return [pool[index] for index in np.argsort(-(mean + deviation), kind="stable")[:num]]
 
 
 class Evolution(Strategy):
-    """NSGA-II, by Optuna's sampler: accuracy up and every budgeted cost down (MACs where there is no budget)."""
+    """NSGA-II, by Optuna's sampler: maximises accuracy and minimises every budgeted cost (MACs without budgets)."""
 
     def __init__(self, space: BudgetedSpace, seed: int, *, population: int = 32) -> None:
-        """Take the space and the size of a generation. Raises GrossRayError where Optuna is not installed."""
+        """Set up the study; `population` is the size of a generation. Raises GrossRayError without Optuna."""
         super().__init__(space, seed)
         try:
             import optuna
         except ImportError:
             raise GrossRayError(
-                "strategy evolution needs optuna: pip install 'gross-ray[optuna]', or take breadth-first"
+                "strategy evolution needs optuna: pip install 'gross-ray[optuna]', or use breadth-first"
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         names = [budget.cost for budget in space.budgets] or [cost.name for cost in space.costs[:1]]
@@ -201,8 +194,7 @@ class Evolution(Strategy):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
         up, down = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
-        directions = [up, *(down for _ in self._costs)]
-        self._study = optuna.create_study(directions=directions, sampler=sampler)
+        self._study = optuna.create_study(directions=[up, *(down for _ in self._costs)], sampler=sampler)
         self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
             layer: optuna.distributions.IntDistribution(0, len(sizes) - 1)
             for layer, sizes in space.space.group_sizes.items()
@@ -211,45 +203,43 @@ class Evolution(Strategy):
         self._drawn = _drawn(space, self._generator)
 
     def learn(self, accuracies: Mapping[Configuration, float]) -> None:
-        """Take accuracies; those of others become members of the population's history too."""
+        """Record accuracies; configurations that were not proposed join the population's history too."""
         import optuna
 
         super().learn(accuracies)
-        for one, accuracy in accuracies.items():
-            places = self.space.places([one])
-            values = [accuracy, *(float(cost.of_places(places)[0]) for cost in self._costs)]
-            for trial in self._pending.pop(one, []):
-                self._study.tell(trial, values)
-                break
-            else:
-                self._study.add_trial(
-                    optuna.create_trial(
-                        params=dict(zip(self._distributions, places[0].tolist(), strict=True)),
-                        distributions=self._distributions,
-                        values=values,
-                    )
-                )
+        for configuration, accuracy in accuracies.items():
+            indices = self.space.indices([configuration])
+            values = self._values(accuracy, indices)
+            if trials := self._pending.pop(configuration, []):
+                self._study.tell(trials[0], values)
+                continue
+            params = dict(zip(self._distributions, indices[0].tolist(), strict=True))
+            trial = optuna.create_trial(params=params, distributions=self._distributions, values=values)
+            self._study.add_trial(trial)
+
+    def _values(self, accuracy: float, indices: np.ndarray) -> list[float]:
+        return [accuracy, *(float(cost.of_indices(indices)[0]) for cost in self._costs)]
 
     def _candidates(self, num: int) -> Iterator[Configuration]:
         import optuna
 
-        in_vain = 0
-        while in_vain < MOST_ASKED:
-            in_vain += 1
+        repeats = 0
+        while repeats < MOST_ASKED:
+            repeats += 1
             trial = self._study.ask(self._distributions)
-            places = np.array([[trial.params[layer] for layer in self._distributions]])
-            one = self.space.configurations(places)[0]
-            if not self.space.fits(places)[0]:
+            indices = np.array([[trial.params[layer] for layer in self._distributions]])
+            configuration = self.space.configurations(indices)[0]
+            if not self.space.fits(indices)[0]:
                 self._study.tell(trial, state=optuna.trial.TrialState.FAIL)  # never evaluated
                 continue
-            accuracy = self._known.get(one)
+            accuracy = self._known.get(configuration)
             if accuracy is not None:
-                self._study.tell(trial, [accuracy, *(float(cost.of_places(places)[0]) for cost in self._costs)])
+                self._study.tell(trial, self._values(accuracy, indices))
                 continue
-            if one not in self._known and one not in self._pending:
-                in_vain = 0
-            self._pending.setdefault(one, []).append(trial)
-            yield one
+            if configuration not in self._known and configuration not in self._pending:
+                repeats = 0
+            self._pending.setdefault(configuration, []).append(trial)
+            yield configuration
         yield from self._drawn
 
 
@@ -264,30 +254,30 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def strategy(name: str, space: BudgetedSpace, seed: int) -> Strategy:
-    """Return the strategy called `name`; raises InvalidValueError, listing the names, if there is none."""
+    """Return the strategy called `name`; raises InvalidValueError for an unknown name."""
     if name not in STRATEGIES:
-        raise InvalidValueError(f"strategy {name!r}: there are {', '.join(STRATEGIES)}")
+        raise InvalidValueError(f"strategy {name!r}: must be one of {', '.join(STRATEGIES)}")
     return STRATEGIES[name](space, seed)
 
 
 def _drawn(space: BudgetedSpace, generator: np.random.Generator) -> Iterator[Configuration]:
-    """Draw evenly without end where there are many; else all that fit, in an order that is drawn.
+    """Iterate over all that fit in random order, or in a large space draw uniformly without end.
 
-    No generator: `yield from` closes one when its own ends.
+    This is no generator function: a generator would be closed when a `yield from` over it is.
     """
-    if space.most <= FEW:
+    if space.size_bound <= FEW:
         everything = list(space)
-        return iter([everything[place] for place in generator.permutation(len(everything))])
+        return iter([everything[index] for index in generator.permutation(len(everything))])
     draws = (space.configurations(space.draw(256, generator)) for _ in itertools.count())
     return itertools.chain.from_iterable(draws)
 
 
 def _starts(space: BudgetedSpace) -> list[Configuration]:
-    """Return the uniform configurations that fit, the largest group-size first, or else the cheapest one."""
+    """Return the uniform configurations that fit, the largest group-size first; if none does, the cheapest one."""
     sizes = sorted(set.intersection(*(set(each) for each in space.space.group_sizes.values())), reverse=True)
     uniform = [Configuration([size] * len(space.space.layers)) for size in sizes]
-    fitting = [one for one, fits in zip(uniform, space.fits(space.places(uniform)), strict=True) if fits]
-    if fitting:
-        return fitting
-    cheapest = space.costs[0].cheapest
-    return [cheapest] if space.fits(space.places([cheapest])).all() else []
+    for candidates in (uniform, [space.costs[0].cheapest]):
+        fits = space.fits(space.indices(candidates))
+        if fits.any():
+            return list(itertools.compress(candidates, fits))
+    return []

@@ -1,9 +1,8 @@
-"""A Gaussian process over configurations: what is known of some accuracies says which others may be best.
+"""A Gaussian process over configurations, which predicts accuracies from those already evaluated.
 
-Group-sizes of a layer are alike when their places are near. Two kernels are weighed against each other: a sum over the
-layers (each layer's choice adds its part) and a product (layers act together), with a noise of its own. Weights and
-noise are those of the highest evidence on a small grid; constant mean, accuracies standardised (Rasmussen and Williams
-2006, chapters 2 and 5).
+Group-sizes of a layer are similar if their indices are close. The kernel is a weighted mean of a sum over the layers
+(each layer adds its part) and a product (layers interact), plus noise. Weight and noise maximise the evidence on a
+small grid; the mean is constant, the accuracies are standardised (Rasmussen and Williams 2006, chapters 2 and 5).
 """
 
 from __future__ import annotations
@@ -15,64 +14,61 @@ import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
 NOISES = (0.05, 0.15, 0.4)
-"""Variances of the noise that are tried, where what is explained has 1."""
+"""The grid of noise variances, relative to the kernel's variance."""
 SUMS = (0.25, 0.5, 0.85)
-"""Shares of the sum over the layers that are tried; the rest is the product's."""
-_LENGTH = 1.0  # of a layer's likeness, in places
-_PRODUCT_LENGTH = 1.5  # the same in the product, where three layers differ
+"""The grid of the sum kernel's weights; the product kernel has the rest."""
+_LENGTH = 1.0  # length scale of a layer in the sum, in indices
+_PRODUCT_LENGTH = 1.5  # the same in the product, if three layers differ
 
-# Shapes: N configurations known, M asked for, L layers.
+# Shapes: N evaluated configurations, M predicted ones, L layers.
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A Gaussian process given some accuracies."""
+    """A Gaussian process conditioned on evaluated configurations."""
 
-    places: np.ndarray
-    """Those known, (N, L), by the places of their group-sizes."""
+    indices: np.ndarray
+    """The evaluated configurations, (N, L): the index of each group-size among those of its layer."""
     noise: float
-    """Variance of the noise, in those of the accuracies."""
+    """Variance of the noise, relative to the kernel's variance."""
     sum_share: float
-    """Share of the sum over the layers in the kernel."""
+    """Weight of the sum kernel."""
     _factor: np.ndarray
     _weights: np.ndarray
     _mean: float
     _scale: float
 
     @classmethod
-    def of(cls, places: np.ndarray, accuracies: np.ndarray) -> Surrogate:
-        """Fit to N (2 or more) configurations: `places` (N, L), `accuracies` (N,)."""
+    def of(cls, indices: np.ndarray, accuracies: np.ndarray) -> Surrogate:
+        """Fit to N (2 or more) configurations: `indices` (N, L), `accuracies` (N,)."""
         mean, scale = float(accuracies.mean()), float(accuracies.std()) or 1.0
         values = (accuracies - mean) / scale
-        sums, products = _kernels(places, places)
-        found: tuple[float, Surrogate] | None = None
+        sums, products = _kernels(indices, indices)
+        best: tuple[float, Surrogate] | None = None
         for noise, share in itertools.product(NOISES, SUMS):
             factor = cholesky(share * sums + (1 - share) * products + noise * np.eye(len(values)), lower=True)
             white = solve_triangular(factor, values, lower=True)
             evidence = -0.5 * float(white @ white) - float(np.log(np.diag(factor)).sum())
-            if found is None or evidence > found[0]:
+            if best is None or evidence > best[0]:
                 weights = solve_triangular(factor, white, lower=True, trans="T")
-                found = evidence, cls(places, noise, share, factor, weights, mean, scale)
-        assert found is not None
-        return found[1]
+                best = evidence, cls(indices, noise, share, factor, weights, mean, scale)
+        assert best is not None
+        return best[1]
 
-    def predict(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation of M accuracies, (M,) each, as an evaluation would find them."""
-        known = self._kernel(places, self.places)
-        spread = 1 + self.noise - (solve_triangular(self._factor, known.T, lower=True) ** 2).sum(axis=0)
-        return self._mean + self._scale * (known @ self._weights), self._scale * np.sqrt(np.maximum(spread, 0))
-
-    def _kernel(self, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
-        sums, products = _kernels(ones, others)
-        return self.sum_share * sums + (1 - self.sum_share) * products
+    def predict(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation, (M,) each, of the accuracies that evaluations would measure."""
+        sums, products = _kernels(indices, self.indices)
+        kernel = self.sum_share * sums + (1 - self.sum_share) * products
+        variance = 1 + self.noise - (solve_triangular(self._factor, kernel.T, lower=True) ** 2).sum(axis=0)
+        return self._mean + self._scale * (kernel @ self._weights), self._scale * np.sqrt(np.maximum(variance, 0))
 
 
-def _kernels(ones: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return both kernels of all pairs, (N, M) each; 1 between a configuration and itself."""
-    layers = ones.shape[1]
-    sums, squares = np.zeros((len(ones), len(others))), np.zeros((len(ones), len(others)))
+def _kernels(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum and the product kernel of all pairs, (N, M) each; 1 between equal configurations."""
+    layers = left.shape[1]
+    sums, squares = np.zeros((len(left), len(right))), np.zeros((len(left), len(right)))
     for layer in range(layers):
-        square = np.square(ones[:, None, layer] - others[None, :, layer], dtype=np.float64)
+        square = np.square(left[:, None, layer] - right[None, :, layer], dtype=np.float64)
         sums += np.exp(square / (-2 * _LENGTH**2))
         squares += square
     return sums / layers, np.exp(squares / (-2 * _PRODUCT_LENGTH**2 * layers / 3))

@@ -1,9 +1,9 @@
-"""Times of modules beside one another, on a machine that others use too.
+"""Compare the times of modules on a machine that others use too.
 
-A machine changes its speed for seconds at a time, by more than configurations differ. So all are timed in rounds, a
-sample each (the fastest of three calls after an untimed one), and each round's own speed is divided out. A single CPU
-thread is timed by the CPU time it used, which is what a call takes on a free core: on one shared with others, wall
-time was three times as long and told configurations apart no more. Several threads, and GPUs, are timed by wall time.
+A machine changes its speed for seconds at a time, by more than configurations differ. So every module is timed once in
+each round (the fastest of three calls after an untimed one), and each round's own speed is divided out. A single CPU
+thread is timed by its CPU time, which is what a call takes on a free core: on a shared core, wall time was three times
+as long and no longer distinguished configurations. Several threads, and GPUs, are timed by wall time.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Work = tuple[nn.Module, Sequence[Tensor]]
 _WARM_UP_ROUNDS = 2
 _CALLS_PER_SAMPLE = 3
 _POLISHES = 3
-_TICK_MS = 1e-6  # of the clock: a layer that is never called takes less
+_TICK_MS = 1e-6  # the clock's resolution: a layer that is never called takes less
 
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Have torch use so many CPU threads while it is open."""
+    """Let torch use this number of CPU threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -41,25 +41,25 @@ def threads(number: int) -> Iterator[None]:
 
 
 def timed_device(device: torch.device | str) -> torch.device:
-    """Return a device of this machine; raises InvalidValueError for cuda where there is none, and for other kinds."""
+    """Return `device`; raises InvalidValueError if it is not cpu or cuda, or this machine does not have it."""
     kind = str(device).partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise InvalidValueError(f"device = {str(device)!r}: latency is measured on cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise InvalidValueError(f"device = {str(device)!r}: this machine has none that torch can use; take cpu")
+        raise InvalidValueError(f"device = {str(device)!r}: this machine has none that torch can use; use cpu")
     return torch.device(device)
 
 
 def typical_ms(
     works: Mapping[Any, Work], repeats: int, device: torch.device, on_part: Callable[[int, int], object] | None = None
 ) -> dict[Any, float]:
-    """Return the median time of each over the rounds, each round's speed divided out (Tukey's median polish)."""
+    """Return each module's median time over the rounds, with each round's speed divided out (Tukey's median polish)."""
     samples = np.empty((_WARM_UP_ROUNDS + repeats, len(works)))
-    for turn in range(len(samples)):
-        for place, (module, inputs) in enumerate(works.values()):
-            samples[turn, place] = _sample_ms(module, inputs, device)
+    for row in range(len(samples)):
+        for column, (module, inputs) in enumerate(works.values()):
+            samples[row, column] = _sample_ms(module, inputs, device)
             if on_part is not None:
-                on_part(turn * len(works) + place + 1, samples.size)
+                on_part(row * len(works) + column + 1, samples.size)
     logs = np.log(np.maximum(samples[_WARM_UP_ROUNDS:], _TICK_MS))
     slowness = np.zeros((repeats, 1))
     for _ in range(_POLISHES):
@@ -69,7 +69,7 @@ def typical_ms(
 
 
 def _sample_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
-    """Return the fastest of some calls of `module` on all `inputs`, in ms, after one that fills the caches."""
+    """Return the fastest time of `module` on all `inputs`, in ms, after an untimed warm-up that fills the caches."""
     clock = _cuda_ms if device.type == "cuda" else _cpu_ms
     return min([clock(module, inputs, device) for _ in range(1 + _CALLS_PER_SAMPLE)][1:])
 

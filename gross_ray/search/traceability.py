@@ -1,4 +1,4 @@
-"""Whether a network can be traced: errors of its graph, told apart from errors of the machine."""
+"""Decide whether a network can be traced, by distinguishing errors of its graph from errors of the machine."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 
 class NotTraceableWarning(UserWarning):
-    """A network cannot be traced, so that configurations are evaluated one by one."""
+    """A network cannot be traced, so configurations are evaluated one by one."""
 
 
 class RowsApartWarning(NotTraceableWarning):
-    """A network mixes the rows of a batch, so that configurations cannot share one behind a decomposed layer."""
+    """A network mixes the rows of a batch, so configurations cannot share a batch after a decomposed layer."""
 
 
 class NotTraceableError(Exception):
-    """A network cannot be traced, or its graph does something else than the network."""
+    """A network cannot be traced, or its graph computes something else than the network."""
 
 
 _MACHINE = re.compile(
@@ -27,20 +27,20 @@ _MACHINE = re.compile(
     r"device-side assert|could not create a primitive|could not execute a primitive",
     re.IGNORECASE,
 )
-"""What torch says where memory, a device or one of its libraries fails; most of these are plain RuntimeErrors."""
+"""Parts of torch's messages when memory, a device or one of its libraries fails, mostly in plain RuntimeErrors."""
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Return whether an error is about memory or a device, not about the network's code."""
+    """Return whether an error comes from memory or a device, not from the network's code."""
     types = (MemoryError, OSError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
     return isinstance(error, types) or (isinstance(error, RuntimeError) and bool(_MACHINE.search(str(error))))
 
 
 @contextmanager
 def graph_faults() -> Iterator[None]:
-    """Raise NotTraceableError for the errors of a graph that the network itself does not raise.
+    """Within the block, turn errors of the traced graph into NotTraceableError.
 
-    Errors of the machine (`is_of_the_machine`) are raised unchanged: one configuration at a time would hide them.
+    Errors of the machine (`is_of_the_machine`) stay unchanged: evaluating one configuration at a time would hide them.
     """
     try:
         yield

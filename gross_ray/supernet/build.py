@@ -1,4 +1,4 @@
-"""Building supernets: decompose the chosen convolutions of a network, and put series in their place."""
+"""Build supernets: decompose the chosen convolutions of a network and replace them by series."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gross_ray.errors import InvalidValueError, first_line
 from gross_ray.nn.calls import network_calls
 from gross_ray.nn.replace import replace_modules
 from gross_ray.supernet.layers import choice_of, choose_layers
-from gross_ray.supernet.series import SeriesConv2d, check_dense
+from gross_ray.supernet.series import SeriesConv2d
 
 
 def decompose_model(
@@ -30,11 +30,12 @@ def decompose_model(
 ) -> nn.Module:
     """Return a copy of `model` with a SeriesConv2d in place of each chosen convolution: the supernet.
 
-    `layers` are names or globs (default: `decomposable_layers`). `group_sizes` are those to try, or those for each name
-    or glob, where they divide a layer's input channels; the default are the powers of two that do. What is left alone,
-    and why, `choice_of` tells. With `nested`, each group-size starts from the expansion of the next smaller one. The
-    first convolution is left alone: the first that an image of `input_shape` (C, H, W) meets, or else the first
-    registered. Raises InvalidValueError as `choice_of` does, and with `input_shape` as `running_supernet` does.
+    `layers` are names or globs (default: `decomposable_layers`). `group_sizes` are the sizes to try, for all layers or
+    by name or glob; a layer takes the sizes that divide its input channels (default: all powers of two that do). With
+    `nested`, each group-size starts from the expansion of the next smaller one. The network's first convolution stays:
+    with `input_shape` (C, H, W) the first that a forward pass reaches, otherwise the first registered. `choice_of`
+    returns which layers stay, and why. Raises InvalidValueError like `choice_of`, and with `input_shape` also like
+    `running_supernet`.
     """
     if isinstance(group_sizes, Mapping):
         choice = choice_of(model, layers, by_layer=group_sizes, input_shape=input_shape)
@@ -51,21 +52,10 @@ def decompose_model(
     return build_supernet(model, {name: bottlenecks[name] for name in chosen})
 
 
-def decompose_layer(
-    conv: nn.Conv2d, group_sizes: Sequence[int], *, options: BTDOptions, nested: bool = False, seed: int = 0
-) -> list[Bottleneck]:
-    """Return one bottleneck for each group-size of `conv`, in ascending order.
-
-    Raises InvalidValueError for a grouped convolution, or a group-size that does not divide its input channels.
-    """
-    check_dense(conv)
-    return _decompose([conv.weight], group_sizes, options, nested=nested, seed=seed)[0]
-
-
 def _decompose(
     weights: Sequence[Tensor], group_sizes: Sequence[int], options: BTDOptions, *, nested: bool, seed: int
 ) -> list[list[Bottleneck]]:
-    """Return the bottlenecks of each weight, all of one shape and decomposed in one pass for each group-size."""
+    """Return each weight's bottlenecks; weights of one shape are decomposed in one pass per group-size."""
     bottlenecks: list[list[Bottleneck]] = [[] for _ in weights]
     starts: Sequence[BlockTerms | None] = [None] * len(weights)
     for size in sorted(group_sizes):
@@ -77,17 +67,17 @@ def _decompose(
 
 
 def _batches(convs: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[int]]) -> list[list[str]]:
-    """Return the names of layers to decompose in one pass: alike, and small or on a GPU, where that pays."""
+    """Return the names of layers to decompose in one pass: equal in shape and sizes, and small or on a GPU."""
     alike: dict[tuple[object, ...], list[str]] = {}
     for name, conv in convs.items():
         pays = conv.weight.is_cuda or default_restarts(conv.weight) > 1
-        alone = None if pays else name
-        alike.setdefault((conv.weight.shape, conv.weight.device, tuple(group_sizes[name]), alone), []).append(name)
+        own_pass = None if pays else name
+        alike.setdefault((conv.weight.shape, conv.weight.device, tuple(group_sizes[name]), own_pass), []).append(name)
     return list(alike.values())
 
 
 def build_supernet(model: nn.Module, bottlenecks: Mapping[str, Sequence[Bottleneck]]) -> nn.Module:
-    """Return a copy of `model` whose named convolutions are the series of the given bottlenecks."""
+    """Return a copy of `model` with the series of `bottlenecks` in place of the named convolutions."""
     convs = choose_layers(model, list(bottlenecks))
     return replace_modules(
         model, {name: SeriesConv2d.from_bottlenecks(convs[name], bottlenecks[name]) for name in convs}
@@ -95,7 +85,7 @@ def build_supernet(model: nn.Module, bottlenecks: Mapping[str, Sequence[Bottlene
 
 
 def empty_supernet(model: nn.Module, group_sizes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """Return a copy of `model` with series of zeros, to load a checkpoint into."""
+    """Return a copy of `model` with series of zeros in place of the named convolutions, to load a checkpoint into."""
     convs = choose_layers(model, list(group_sizes))
     return replace_modules(model, {name: SeriesConv2d(convs[name], group_sizes[name]) for name in convs})
 
@@ -103,35 +93,35 @@ def empty_supernet(model: nn.Module, group_sizes: Mapping[str, Sequence[int]]) -
 def running_supernet(
     model: nn.Module, group_sizes: Mapping[str, Sequence[int]], input_shape: Sequence[int]
 ) -> nn.Module:
-    """Return `empty_supernet`'s; InvalidValueError, naming the layers, where an image of (C, H, W) would not meet them.
+    """Return `empty_supernet(model, group_sizes)` after checking that a forward pass of (C, H, W) reaches every series.
 
-    So it is where a network uses a convolution other than by calling the module that is registered: its weight, say,
-    or the same module from a function of its own.
+    Raises InvalidValueError, naming the layers, if the network bypasses a replaced module, for example by reading its
+    weight directly.
     """
     supernet = empty_supernet(model, group_sizes)
     before = Counter(id(call.module) for call in network_calls(model, input_shape))
-    reason = _why_not_met(model, supernet, before, list(group_sizes), input_shape)
+    reason = _why_bypassed(model, supernet, before, list(group_sizes), input_shape)
     if reason is None:
         return supernet
     alone = {
-        name: _why_not_met(model, empty_supernet(model, {name: sizes}), before, [name], input_shape)
+        name: _why_bypassed(model, empty_supernet(model, {name: sizes}), before, [name], input_shape)
         for name, sizes in group_sizes.items()
     }
     failing = {name: why for name, why in alone.items() if why is not None} or dict.fromkeys(group_sizes, reason)
     raise InvalidValueError(
-        f"layers {', '.join(failing)}: decomposed, {next(iter(failing.values()))}, for it uses them other than by "
-        "calling the module that is registered; leave them out (decomposition.layers, --layers)"
+        f"layers {', '.join(failing)}: with these decomposed, {next(iter(failing.values()))}, because it does not use "
+        "them by calling the registered modules; leave them out (decomposition.layers, --layers)"
     )
 
 
-def _why_not_met(
+def _why_bypassed(
     model: nn.Module, supernet: nn.Module, before: Mapping[int, int], names: Sequence[str], input_shape: Sequence[int]
 ) -> str | None:
-    """Return why series do not stand in for the convolutions of these names, `before` the calls of each; or None."""
+    """Return how the network bypasses the series of these names, or None; `before` counts each module's calls."""
     try:
         after = Counter(id(call.module) for call in network_calls(supernet, input_shape))
     except InvalidValueError as error:
         return f"the network does not run ({first_line(error.__cause__ or error)})"
     if all(after[id(supernet.get_submodule(name))] == before[id(model.get_submodule(name))] for name in names):
         return None
-    return "the network goes on without them"
+    return "the network bypasses them"

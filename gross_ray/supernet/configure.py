@@ -1,4 +1,4 @@
-"""Configurations of a supernet: make one active, and extract one as a plain network."""
+"""Configurations of a supernet: activate one, or extract one as a plain network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gross_ray.supernet.series import SeriesConv2d
 
 
 def series_layers(supernet: nn.Module) -> dict[str, SeriesConv2d]:
-    """Return the SeriesConv2d of a supernet by name, in layer order; raises InvalidValueError if there are none."""
+    """Return the SeriesConv2d layers of a supernet by name, in layer order; raises InvalidValueError if it has none."""
     found = {name: module for name, module in supernet.named_modules() if isinstance(module, SeriesConv2d)}
     if not found:
         raise InvalidValueError("this network has no decomposed layer; make one with decompose_model")
@@ -21,7 +21,7 @@ def series_layers(supernet: nn.Module) -> dict[str, SeriesConv2d]:
 
 
 def set_configuration(supernet: nn.Module, configuration: Sequence[int]) -> None:
-    """Make `configuration` the active one; raises InvalidValueError (and changes nothing) if it is not in the space."""
+    """Activate `configuration`; raises InvalidValueError (and changes nothing) if it is not in the search space."""
     checked = SearchSpace.of(supernet).check(configuration)
     for layer, group_size in zip(series_layers(supernet).values(), checked, strict=True):
         layer.group_size = group_size
@@ -33,7 +33,7 @@ def get_configuration(supernet: nn.Module) -> Configuration:
 
 
 def extract(supernet: nn.Module, configuration: Sequence[int]) -> nn.Module:
-    """Return the network of one configuration, made of plain torch.nn modules only (a copy)."""
+    """Return a copy of the network at one configuration, with plain torch.nn modules only."""
     checked = SearchSpace.of(supernet).check(configuration)
     layers = series_layers(supernet)
     return replace_modules(
@@ -42,6 +42,8 @@ def extract(supernet: nn.Module, configuration: Sequence[int]) -> nn.Module:
 
 
 def check_plain(network: nn.Module, what: str) -> None:
-    """Raise InvalidValueError for a supernet, saying that `what` was asked for it."""
+    """Raise InvalidValueError if `network` is a supernet; `what` names the refused operation."""
     if any(isinstance(module, SeriesConv2d) for module in network.modules()):
-        raise InvalidValueError(f"{what} of a supernet: take one configuration out of it first, with extract")
+        raise InvalidValueError(
+            f"{what} needs a plain network, not a supernet; extract a configuration first (gross_ray.extract)"
+        )

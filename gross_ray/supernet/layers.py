@@ -1,4 +1,4 @@
-"""Which convolutions of a network are decomposed, at which group-sizes, and why the others are left alone."""
+"""Choose the convolutions of a network to decompose and their group-sizes, with a reason for each of the others."""
 
 from __future__ import annotations
 
@@ -15,59 +15,57 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.nn.calls import network_calls
 
 _MOST_NAMED = 8
-"""Names that an error lists; of more, the closest."""
-_NOT_MET = "no image meets it"
+"""Most names in an error; of more, it lists the closest."""
+_UNREACHED = "the forward pass never reaches it"
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What becomes of each convolution of a network."""
+    """Which convolutions of a network are decomposed, and how."""
 
     convs: dict[str, nn.Conv2d]
-    """Those that are decomposed, in layer order."""
+    """The decomposed convolutions by name, in layer order."""
     group_sizes: dict[str, tuple[int, ...]]
     """Their group-sizes, ascending."""
     left_alone: dict[str, str]
-    """Why each of the others is not, by name."""
+    """Why each other convolution is left alone, by name."""
     dropped: dict[str, str]
-    """Which of the group-sizes asked for a layer that is decomposed does not have, and why, by name."""
+    """For each decomposed layer, the requested group-sizes that it cannot have, and why."""
 
 
 def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Return, in layer order, every dense Conv2d with a kernel larger than 1x1 but the first of all Conv2d's.
+    """Return, in layer order, every dense Conv2d with a kernel larger than 1x1, except the network's first Conv2d.
 
-    Those are left out that have a forward or hooks of their own, which a series would not run.
+    A Conv2d with hooks or an overridden forward, which a series would not run, is left out too.
     """
-    return _usual(model, _Met.of(model))
+    return _usual(model, _Reached.of(model))
 
 
 def choose_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Conv2d]:
-    """Return the named layers in layer order (all `decomposable_layers` where no names are given).
+    """Return the named layers in layer order; without names, all `decomposable_layers`.
 
-    A name with *, ? or [ stands for those of `decomposable_layers` that it matches, as in a shell; a plain one may
-    be any dense convolution. Raises InvalidValueError for a name that is not a dense convolution of `model`, one that
-    matches none, and if nothing is left.
+    A glob (with *, ? or [) selects the `decomposable_layers` that it matches; a plain name may be any dense
+    convolution. Raises InvalidValueError for a name that is no dense convolution of `model`, a glob without a match,
+    and if no layer remains.
     """
-    return _choose(model, names, _Met.of(model))
+    return _choose(model, names, _Reached.of(model))
 
 
-def _choose(model: nn.Module, names: Sequence[str] | None, met: _Met) -> dict[str, nn.Conv2d]:
-    usual = _usual(model, met)
+def _choose(model: nn.Module, names: Sequence[str] | None, reached: _Reached) -> dict[str, nn.Conv2d]:
+    usual = _usual(model, reached)
     if not names:
         if not usual:
             raise InvalidValueError("this network has no dense convolution with a kernel above 1x1 after its first one")
         return usual
     modules = dict(model.named_modules())
-    dense = {name: one for name, one in modules.items() if isinstance(one, nn.Conv2d) and one.groups == 1}
+    dense = {name: conv for name, conv in modules.items() if isinstance(conv, nn.Conv2d) and conv.groups == 1}
     chosen: set[str] = set()
     for name in names:
         if name not in modules and any(sign in name for sign in "*?["):
-            matching = {one for one in usual if fnmatchcase(one, name)}
+            matching = {layer for layer in usual if fnmatchcase(layer, name)}
             if not matching:
-                hint = _other_names(model, name, usual) or _there(name, usual)
-                raise InvalidValueError(
-                    f"layers {name!r}: no convolution that can be decomposed has such a name; {hint}"
-                )
+                hint = _other_names(model, name, usual) or _known_names(name, usual)
+                raise InvalidValueError(f"layers {name!r}: matches no convolution that can be decomposed; {hint}")
             chosen |= matching
             continue
         if isinstance(conv := modules.get(name), nn.Conv2d) and conv.groups != 1:
@@ -75,15 +73,18 @@ def _choose(model: nn.Module, names: Sequence[str] | None, met: _Met) -> dict[st
                 f"layer {name!r} has groups = {conv.groups} of {conv.in_channels} input channels: only a convolution "
                 "with groups=1 can be decomposed"
             )
-        if name in dense and (own := _own_way(dense[name])):
-            raise InvalidValueError(f"layer {name!r} is {own}: only plain nn.Conv2d's can be decomposed; leave it out")
-        if name in dense and not met.has(dense[name]):
-            raise InvalidValueError(f"layer {name!r}: {_NOT_MET}; leave it out")
+        if name in dense and (custom := _custom(dense[name])):
+            raise InvalidValueError(
+                f"layer {name!r} is {custom}: only a plain nn.Conv2d can be decomposed; leave it out"
+            )
+        if name in dense and not reached.has(dense[name]):
+            raise InvalidValueError(f"layer {name!r}: {_UNREACHED}; leave it out")
         if name not in dense:
-            same = next((one for one, conv in dense.items() if conv is _module_at(model, name)), None)
+            shared = dict(model.named_modules(remove_duplicate=False)).get(name)
+            same = next((other for other, conv in dense.items() if conv is shared), None)
             if same is not None:
-                raise InvalidValueError(f"layer {name!r} is the same module as {same!r}: name that one")
-            raise InvalidValueError(f"{name!r} is not a dense convolution of this network; {_there(name, dense)}")
+                raise InvalidValueError(f"layer {name!r} is the same module as {same!r}: write {same!r}")
+            raise InvalidValueError(f"{name!r} is not a dense convolution of this network; {_known_names(name, dense)}")
         chosen.add(name)
     return {name: conv for name, conv in dense.items() if name in chosen}
 
@@ -96,41 +97,42 @@ def choice_of(
     *,
     input_shape: Sequence[int] | None = None,
 ) -> LayerChoice:
-    """Return what becomes of each convolution: `names` as in `choose_layers`, each at those of `sizes` that fit it.
+    """Choose the layers to decompose and their group-sizes, and say why each other convolution is left alone.
 
-    `by_layer` has other sizes for some of them, by name or glob; the first that names a layer counts. Without sizes, a
-    layer is decomposed at all of `default_group_sizes`. One whose input channels no size divides is left alone, unless
-    it is named plainly or by `by_layer`. With `input_shape`, the network's first convolution, which no glob names, is
-    the first that an image of (C, H, W) meets, not the first registered, and one that none meets is left alone. Raises
-    InvalidValueError for a layer that is named and fits no size or is not met, for group-sizes that are no whole
-    numbers above 0 or of which one does not divide the next, for a name in `by_layer` that no layer has, as
-    `choose_layers` does, if none is left, and where the network cannot run such an image.
+    `names` selects layers as in `choose_layers`. Each layer takes those of `sizes` that divide its input channels;
+    `by_layer` replaces `sizes` for single layers, by name or glob, and the first match counts. Without sizes a layer
+    takes all of `default_group_sizes`. A layer that no size divides is left alone, unless `names` or `by_layer` names
+    it. With `input_shape` (C, H, W), the first convolution, which globs never match, is the first that the forward
+    pass reaches instead of the first registered, and layers that it never reaches are left alone. Raises
+    InvalidValueError like `choose_layers`; for a named layer that no size divides or the forward pass never reaches;
+    for group-sizes that are not whole numbers above 0, or do not divide each other; for a name in `by_layer` that no
+    layer has; if no layer remains; and if the network cannot run such an image.
     """
-    met = _Met.of(model, input_shape)
-    convs = _choose(model, names, met)
+    reached = _Reached.of(model, input_shape)
+    convs = _choose(model, names, reached)
     sizes = _whole_numbers(sizes)
-    own = _sizes_by_layer(convs, {name: _whole_numbers(some) for name, some in (by_layer or {}).items()})
-    group_sizes, dropped, left_alone = {}, {}, _reasons(model, convs, met)
+    own = _sizes_by_layer(convs, {name: _whole_numbers(values) for name, values in (by_layer or {}).items()})
+    group_sizes, dropped, left_alone = {}, {}, _reasons(model, convs, reached)
     for name, conv in convs.items():
-        asked = own.get(name, sizes)
-        fitting = tuple(sorted({size for size in asked if conv.in_channels % size == 0}))
+        requested = own.get(name, sizes)
+        fitting = tuple(sorted({size for size in requested if conv.in_channels % size == 0}))
         for smaller, larger in pairwise(fitting):
             if larger % smaller:
                 raise InvalidValueError(
                     f"layer {name!r}: group-sizes {_listed(fitting)}: {smaller} does not divide {larger}, and in a "
-                    "series each divides the next; leave one out (decomposition.layer_group_sizes, --layer-group-sizes)"
+                    "series each must divide the next; omit one (decomposition.layer_group_sizes, --layer-group-sizes)"
                 )
-        if fitting or not asked:
+        if fitting or not requested:
             group_sizes[name] = fitting or default_group_sizes(conv.in_channels)
-            if rest := sorted(set(asked).difference(fitting)):
+            if rest := sorted(set(requested).difference(fitting)):
                 dropped[name] = f"group-sizes {_listed(rest)}: no divisor of {conv.in_channels} input channels"
             continue
-        left_alone[name] = f"none of the group-sizes {_listed(asked)} divides its {conv.in_channels} input channels"
+        left_alone[name] = f"none of the group-sizes {_listed(requested)} divides its {conv.in_channels} input channels"
         if name in (names or ()) or name in own:
             raise InvalidValueError(f"layer {name!r}: {left_alone[name]}; name other group-sizes or leave it out")
     if not group_sizes:
         name = next(iter(convs))
-        raise InvalidValueError(f"no layer is left to decompose; {name!r}: {left_alone[name]}")
+        raise InvalidValueError(f"no layer remains to decompose; {name!r}: {left_alone[name]}; name other group-sizes")
     in_order = [name for name, module in model.named_modules() if name in left_alone]
     return LayerChoice(
         {name: conv for name, conv in convs.items() if name in group_sizes},
@@ -141,12 +143,12 @@ def choice_of(
 
 
 def default_group_sizes(in_channels: int) -> tuple[int, ...]:
-    """Return the powers of two that divide `in_channels` (section 4.2: all that do not exceed them)."""
+    """Return the powers of two that divide `in_channels` (section 4.2: all that do not exceed it)."""
     return tuple(2**power for power in range(in_channels.bit_length()) if in_channels % 2**power == 0)
 
 
 def _whole_numbers(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return group-sizes, NumPy's too, as ints; raises InvalidValueError for what is none."""
+    """Return group-sizes, also NumPy's, as ints; raises InvalidValueError unless all are whole numbers above 0."""
     try:
         found = tuple(0 if isinstance(size, bool) else operator.index(size) for size in sizes)
     except TypeError:
@@ -159,19 +161,19 @@ def _whole_numbers(sizes: Sequence[int]) -> tuple[int, ...]:
 def _sizes_by_layer(
     layers: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[int]]
 ) -> dict[str, Sequence[int]]:
-    """Return the sizes of each layer that is named plainly, or else by a glob: the first that fits it."""
+    """Return the sizes of each layer that has its own: those under its plain name, else under the first glob."""
     found: dict[str, Sequence[int]] = {}
     for name, sizes in group_sizes.items():
-        matching = [one for one in layers if one == name or fnmatchcase(one, name)]
+        matching = [layer for layer in layers if layer == name or fnmatchcase(layer, name)]
         if not matching:
-            raise InvalidValueError(f"group-sizes for {name!r}, which is not decomposed; {_there(name, layers)}")
-        for one in matching:
-            found.setdefault(one, sizes)
+            raise InvalidValueError(f"group-sizes for {name!r}, which is not decomposed; {_known_names(name, layers)}")
+        for layer in matching:
+            found.setdefault(layer, sizes)
     return found | {name: sizes for name, sizes in group_sizes.items() if name in layers}
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
-    """Return layers in a line by their reasons, of many the first."""
+    """Return one line that lists the layers of each reason, the first few by name."""
     alike: dict[str, list[str]] = {}
     for layer, reason in reasons.items():
         alike.setdefault(reason, []).append(layer)
@@ -183,79 +185,79 @@ def by_reason(reasons: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Met:
-    """The modules that an image meets, in their order; where nothing is known of that, all that are registered."""
+class _Reached:
+    """The modules that a forward pass reaches, in order; without an image's shape, all registered modules."""
 
     modules: Sequence[nn.Module]
 
     @classmethod
-    def of(cls, model: nn.Module, input_shape: Sequence[int] | None = None) -> _Met:
+    def of(cls, model: nn.Module, input_shape: Sequence[int] | None = None) -> _Reached:
         if input_shape is None:
             return cls(list(model.modules()))
         return cls([call.module for call in network_calls(model, input_shape)])
 
     @property
     def first(self) -> nn.Conv2d | None:
-        return next((one for one in self.modules if isinstance(one, nn.Conv2d)), None)
+        return next((module for module in self.modules if isinstance(module, nn.Conv2d)), None)
 
     def has(self, conv: nn.Module) -> bool:
-        return any(one is conv for one in self.modules)
+        return any(module is conv for module in self.modules)
 
 
-def _usual(model: nn.Module, met: _Met) -> dict[str, nn.Conv2d]:
+def _usual(model: nn.Module, reached: _Reached) -> dict[str, nn.Conv2d]:
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     return {
         name: conv
         for name, conv in convs.items()
-        if conv is not met.first
-        and met.has(conv)
+        if conv is not reached.first
+        and reached.has(conv)
         and conv.groups == 1
         and max(conv.kernel_size) > 1
-        and not _own_way(conv)
+        and not _custom(conv)
     }
 
 
-def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], met: _Met) -> dict[str, str]:
+def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], reached: _Reached) -> dict[str, str]:
     """Return why each convolution that is not chosen is left alone."""
-    convs = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.modules.conv._ConvNd)]
+    convs = {name: conv for name, conv in model.named_modules() if isinstance(conv, nn.modules.conv._ConvNd)}
     reasons = {}
-    for name, conv in convs:
+    for name, conv in convs.items():
         if name in chosen:
             continue
         if isinstance(conv, nn.modules.conv._ConvTransposeNd):
             reasons[name] = "a transposed convolution"
         elif not isinstance(conv, nn.Conv2d):
-            reasons[name] = f"a {type(conv).__name__}, no Conv2d"
-        elif own := _own_way(conv):
-            reasons[name] = own
+            reasons[name] = f"a {type(conv).__name__}, not a Conv2d"
+        elif custom := _custom(conv):
+            reasons[name] = custom
         elif conv.groups == conv.in_channels > 1:
             reasons[name] = "depthwise"
         elif conv.groups > 1:
-            reasons[name] = f"grouped already ({conv.groups} groups)"
+            reasons[name] = f"already grouped ({conv.groups} groups)"
         elif max(conv.kernel_size) == 1:
             reasons[name] = "1x1"
-        elif not met.has(conv):
-            reasons[name] = _NOT_MET
-        elif conv is met.first:
+        elif not reached.has(conv):
+            reasons[name] = _UNREACHED
+        elif conv is reached.first:
             reasons[name] = "the network's first convolution"
         else:
             reasons[name] = "not named"
     return reasons
 
 
-def _own_way(conv: nn.Conv2d) -> str | None:
-    """Return what a convolution does that a series would not do: a forward or hooks of its own; None if nothing."""
+def _custom(conv: nn.Conv2d) -> str | None:
+    """Return what a convolution has that a series would not run (hooks, an overridden forward), or None."""
     kind = type(conv)
     if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
-        return f"a {kind.__name__}, which computes in a way of its own"
+        return f"a {kind.__name__}, which overrides the forward of nn.Conv2d"
     hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
-    return f"a {kind.__name__} with hooks of its own" if any(hooks) else None
+    return f"a {kind.__name__} with hooks" if any(hooks) else None
 
 
-def _there(name: str, known: Mapping[str, object]) -> str:
+def _known_names(name: str, known: Mapping[str, object]) -> str:
     if len(known) <= _MOST_NAMED:
-        return f"there are: {', '.join(known)}"
-    return f"the closest: {', '.join(difflib.get_close_matches(name, known, _MOST_NAMED, cutoff=0.0))}"
+        return f"known names: {', '.join(known)}"
+    return f"closest names: {', '.join(difflib.get_close_matches(name, known, _MOST_NAMED, cutoff=0.0))}"
 
 
 def _listed(sizes: Sequence[int]) -> str:
@@ -263,7 +265,7 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def _other_names(model: nn.Module, glob: str, known: Mapping[str, nn.Module]) -> str | None:
-    """Return which known modules have a second name that fits the glob, told; None if none has."""
+    """Return a hint at the known modules whose second name matches the glob, or None."""
     first = {id(module): name for name, module in known.items()}
     again = {
         first[id(module)]
@@ -271,12 +273,4 @@ def _other_names(model: nn.Module, glob: str, known: Mapping[str, nn.Module]) ->
         if id(module) in first and fnmatchcase(name, glob)
     }
     named = ", ".join(name for name in known if name in again)
-    return f"it fits other names of {named}: name these" if again else None
-
-
-def _module_at(model: nn.Module, name: str) -> nn.Module | None:
-    """Return the module of that name, a second one of a shared module too, or None."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+    return f"it matches second names of {named}: write those" if again else None

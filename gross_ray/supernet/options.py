@@ -1,4 +1,4 @@
-"""The options of a supernet's decompositions: those of each one, and which layers and group-sizes."""
+"""Options of a supernet's decompositions: how each is computed, and for which layers and group-sizes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class DecompositionOptions(BTDOptions):
     layers: tuple[str, ...] = ()
     """Names or globs of layers to decompose; empty: every dense convolution with a kernel above 1x1 but the first."""
     group_sizes: tuple[int, ...] = ()
-    """Group-sizes to try where they divide a layer's input channels; empty: the powers of two up to them."""
+    """Group-sizes to try, if they divide a layer's input channels; empty: the powers of two that do."""
     layer_group_sizes: tuple[str, ...] = ()
-    """Other ones for single layers, like "layer4.*=16,32": a name, or a glob; the first that fits a layer counts."""
+    """Other group-sizes for single layers, like "layer4.*=16,32" (a name or glob); the first match counts."""
     nested: bool = False
-    """Start each group-size from the expansion of the next smaller one (a chain), not by itself (parallel)."""
+    """Start each group-size from the expansion of the next smaller one (one after the other), not on its own."""
 
     def __post_init__(self) -> None:
         settle(self, "decomposition.")
         super().__post_init__()
-        named = all(self.layers) and len(set(self.layers)) == len(self.layers)
-        require(named, "decomposition.layers", self.layers, "must be names of layers, each named once")
+        unique = all(self.layers) and len(set(self.layers)) == len(self.layers)
+        require(unique, "decomposition.layers", self.layers, "must be names of layers, each named once")
         require_group_sizes("decomposition.group_sizes", self.group_sizes)
         try:
             parse_layer_group_sizes(self.layer_group_sizes)
@@ -36,15 +36,13 @@ class DecompositionOptions(BTDOptions):
 
 
 def parse_layer_group_sizes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Read texts like ``layer4.*=16,32``, a layer's name or glob and its group-sizes; InvalidValueError for others."""
+    """Parse texts like ``layer4.*=16,32``, a layer's name or glob and its sizes; else raises InvalidValueError."""
     found: dict[str, tuple[int, ...]] = {}
     for text in texts:
         name, _, listed = text.rpartition("=")
         sizes = [part.strip() for part in listed.split(",")]
-        lawful = all(part.isascii() and part.isdigit() and int(part) for part in sizes) and len(set(sizes)) == len(
-            sizes
-        )
-        if not name.strip() or not lawful or name.strip() in found:
+        valid = all(part.isascii() and part.isdigit() and int(part) for part in sizes)
+        if not name.strip() or not valid or len(set(sizes)) < len(sizes) or name.strip() in found:
             rule = "write GLOB=SIZES, like layer4.*=16,32, each glob once and whole numbers above 0"
             raise InvalidValueError(f"group-sizes {text!r}: {rule}")
         found[name.strip()] = tuple(map(int, sizes))

@@ -1,4 +1,4 @@
-"""SeriesConv2d: one layer's decompositions at all group-sizes, as a series whose terms add up (Eq. 6, 7)."""
+"""SeriesConv2d: one layer's decompositions at all group-sizes, as a sum of terms (Eq. 6, 7)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class SeriesConv2d(nn.Module):
     """A convolution whose bottleneck at group-size s_n is the sum of the first n terms of a series (Eq. 6).
 
     The n-th terms are the differences p_n, r_n, q_n to the next smaller group-size (Eq. 7), so that a step at a large
-    group-size trains the smaller ones too. `group_size` chooses the active one. Stride, padding and dilation sit on
-    the grouped convolution. Input (N, C_in, H, W), output (N, C_out, H', W'), as of the convolution it replaces.
+    group-size trains the smaller ones too. `group_size` is the active one. Stride, padding and dilation belong to the
+    grouped convolution. Input (N, C_in, H, W) and output (N, C_out, H', W') are those of the replaced convolution.
     """
 
     def __init__(self, conv: nn.Conv2d, group_sizes: Iterable[int]) -> None:
         """Make a series of zeros in place of `conv`; `from_bottlenecks` fills it.
 
-        Raises InvalidValueError for a grouped convolution, or group-sizes of which one does not divide the next.
+        Raises InvalidValueError for a grouped convolution, or if a group-size does not divide the next.
         """
         super().__init__()
         self.group_sizes = tuple(sorted(set(group_sizes)))
@@ -49,30 +49,30 @@ class SeriesConv2d(nn.Module):
 
     @classmethod
     def from_bottlenecks(cls, conv: nn.Conv2d, bottlenecks: Iterable[Bottleneck]) -> SeriesConv2d:
-        """Return the series that is, at each bottleneck's group-size, exactly that bottleneck (Eq. 7).
+        """Return the series that equals each bottleneck at its group-size (Eq. 7).
 
-        The differences are taken in the bottlenecks' dtype and stored in that of `conv`, whose bias is kept. Raises
+        The differences are computed in the bottlenecks' dtype and stored in that of `conv`, whose bias is kept. Raises
         InvalidValueError for bottlenecks of another convolution, or two of the same group-size.
         """
         ordered = sorted(bottlenecks, key=lambda bottleneck: bottleneck.group_size)
         series = cls(conv, [bottleneck.group_size for bottleneck in ordered])
         _check_bottlenecks(conv, ordered)
         with torch.no_grad():
-            for place, bottleneck in enumerate(ordered):
+            for n, bottleneck in enumerate(ordered):
                 terms = (bottleneck.pointwise_in, bottleneck.grouped, bottleneck.pointwise_out)
-                if place:
-                    smaller = ordered[place - 1].expand(bottleneck.group_size)
+                if n:
+                    smaller = ordered[n - 1].expand(bottleneck.group_size)
                     before = (smaller.pointwise_in, smaller.grouped, smaller.pointwise_out)
                     terms = cast(
                         tuple[Tensor, Tensor, Tensor], tuple(a - b for a, b in zip(terms, before, strict=True))
                     )
                 for parameters, term in zip(series._terms(), terms, strict=True):
-                    parameters[place].copy_(term)
+                    parameters[n].copy_(term)
         return series
 
     @property
     def group_size(self) -> int:
-        """The active group-size; setting one that is not in `group_sizes` raises InvalidValueError."""
+        """The active group-size; setting a value that is not in `group_sizes` raises InvalidValueError."""
         return self._active
 
     @group_size.setter
@@ -88,19 +88,19 @@ class SeriesConv2d(nn.Module):
         return Bottleneck(_total(pointwise_in), sum_of_expansions(grouped), _total(pointwise_out))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Run the bottleneck of the active group-size; the argument is named as nn.Conv2d's is."""
+        """Run the bottleneck of the active group-size; the argument has the same name as nn.Conv2d's."""
         weights = self.bottleneck(self._active)
         return self.convolve(input, weights.pointwise_in, weights.grouped, weights.pointwise_out)
 
     def convolve(self, images: Tensor, pointwise_in: Tensor, grouped: Tensor, pointwise_out: Tensor) -> Tensor:
-        """Run a bottleneck of any group-size in place of the active one, with this layer's stride, padding and bias."""
+        """Run a bottleneck of any group-size with this layer's stride, padding, dilation and bias."""
         hidden, padding = self.padded(F.conv2d(images, pointwise_in))
         groups = self.in_channels // grouped.shape[1]
         hidden = F.conv2d(hidden, grouped, None, self.stride, padding, self.dilation, groups)
         return F.conv2d(hidden, pointwise_out, self.bias)
 
     def padded(self, images: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
-        """Return the input of the spatial convolution, padded unless with zeros, and the padding left to F.conv2d."""
+        """Return the grouped convolution's input, padded unless with zeros, and the padding that F.conv2d must add."""
         if self.padding_mode == "zeros":
             return images, self.padding
         return F.pad(images, self._padding_both_sides, mode=self.padding_mode), (0, 0)
@@ -108,37 +108,29 @@ class SeriesConv2d(nn.Module):
     def to_modules(self, group_size: int) -> nn.Sequential:
         """Return the bottleneck at `group_size` as three plain torch.nn.Conv2d."""
         bottleneck = self.bottleneck(group_size)
-        channels, groups = self.in_channels, self.in_channels // group_size
-        like: dict[str, Any] = {"dtype": bottleneck.grouped.dtype, "device": bottleneck.grouped.device}
-        place: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        pointwise_in = nn.Conv2d(channels, channels, 1, bias=False, **like)
-        grouped = nn.Conv2d(
-            channels,
-            channels,
-            self.kernel_size,
-            groups=groups,
-            bias=False,
+        grouped = _plain_conv(
+            bottleneck.grouped,
+            groups=self.in_channels // group_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
             padding_mode=self.padding_mode,
-            **place,
-            **like,
         )
-        pointwise_out = nn.Conv2d(channels, self.out_channels, 1, bias=self.bias is not None, **like)
-        with torch.no_grad():
-            pointwise_in.weight.copy_(bottleneck.pointwise_in)
-            grouped.weight.copy_(bottleneck.grouped)
-            pointwise_out.weight.copy_(bottleneck.pointwise_out)
-            if self.bias is not None and pointwise_out.bias is not None:
-                pointwise_out.bias.copy_(self.bias)
-        named = {"pointwise_in": pointwise_in, "grouped": grouped, "pointwise_out": pointwise_out}
-        return nn.Sequential(OrderedDict(named))
+        return nn.Sequential(
+            OrderedDict(
+                pointwise_in=_plain_conv(bottleneck.pointwise_in),
+                grouped=grouped,
+                pointwise_out=_plain_conv(bottleneck.pointwise_out, self.bias),
+            )
+        )
 
     def extra_repr(self) -> str:
-        """Return what `print(model)` shows of the layer."""
+        """Return the layer's text in `print(model)`."""
         sizes = ", ".join(map(str, self.group_sizes))
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, group_sizes=({sizes})"
 
     def series_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the series' terms: all but the bias."""
+        """Return the parameters of all terms: everything but the bias."""
         return [parameter for terms in self._terms() for parameter in terms]
 
     def _terms(self) -> tuple[nn.ParameterList, nn.ParameterList, nn.ParameterList]:
@@ -147,11 +139,23 @@ class SeriesConv2d(nn.Module):
     def _check_group_size(self, group_size: int) -> None:
         if group_size not in self.group_sizes:
             choices = ", ".join(map(str, self.group_sizes))
-            raise InvalidValueError(f"group-size {group_size} is not in this layer's series; there are: {choices}")
+            raise InvalidValueError(f"group-size {group_size} is not in this layer's series; choose one of: {choices}")
 
 
 def _total(terms: list[nn.Parameter]) -> Tensor:
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum(dim=0)  # type: ignore[arg-type]
+
+
+def _plain_conv(weight: Tensor, bias: Tensor | None = None, *, groups: int = 1, **geometry: Any) -> nn.Conv2d:
+    out_channels, inputs, *kernel = weight.shape
+    like = {"dtype": weight.dtype, "device": weight.device}
+    options = {"groups": groups, "bias": bias is not None} | geometry | like
+    conv = nn.Conv2d(inputs * groups, out_channels, (kernel[0], kernel[1]), **options)
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+        if bias is not None and conv.bias is not None:
+            conv.bias.copy_(bias)
+    return conv
 
 
 def _check_bottlenecks(conv: nn.Conv2d, ordered: list[Bottleneck]) -> None:
@@ -159,29 +163,24 @@ def _check_bottlenecks(conv: nn.Conv2d, ordered: list[Bottleneck]) -> None:
         shape = (bottleneck.pointwise_out.shape[0], bottleneck.grouped.shape[0], *bottleneck.grouped.shape[2:])
         if shape != tuple(conv.weight.shape):
             raise InvalidValueError(
-                f"a bottleneck of (C_out, C_in, kH, kW) = {shape} cannot stand for a convolution of weight "
+                f"a bottleneck of (C_out, C_in, kH, kW) = {shape} cannot replace a convolution of weight "
                 f"{tuple(conv.weight.shape)}"
             )
     sizes = [bottleneck.group_size for bottleneck in ordered]
     if len(set(sizes)) < len(sizes):
         raise InvalidValueError(
-            f"bottlenecks of group-sizes {', '.join(map(str, sizes))}: give one for each group-size"
+            f"bottlenecks of group-sizes {', '.join(map(str, sizes))}: must differ; give one for each group-size"
         )
 
 
-def check_dense(conv: nn.Conv2d) -> None:
-    """Raise InvalidValueError for a grouped convolution."""
+def _check_series(conv: nn.Conv2d, group_sizes: tuple[int, ...]) -> None:
     if conv.groups != 1:
         raise InvalidValueError(
             f"groups = {conv.groups} of {conv.in_channels} input channels: only a convolution with groups=1 can be "
             "decomposed"
         )
-
-
-def _check_series(conv: nn.Conv2d, group_sizes: tuple[int, ...]) -> None:
-    check_dense(conv)
     if not group_sizes:
-        raise InvalidValueError("a series needs one group-size or more")
+        raise InvalidValueError("group-sizes (): a series needs one or more")
     for smaller, larger in zip(group_sizes, (*group_sizes[1:], conv.in_channels), strict=True):
         if smaller < 1 or larger % smaller:
-            raise InvalidValueError(f"group-size {smaller} must divide {larger}, the next one of the series or C_in")
+            raise InvalidValueError(f"group-size {smaller} must divide {larger}, the next group-size or C_in")

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: the many small kernels of a small network become a single launch."""
+"""Run a training step as one CUDA graph: one launch instead of many small kernels."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.training.options import EngineOptions
 
 WARM_UP = 2
-"""Steps of one shape that are done as they are before it is captured: they make what later steps only change."""
+"""Uncaptured steps of each shape before the capture: they create the state that later steps only change."""
 
 Step = Callable[..., tuple[Tensor, ...]]
-"""Takes tensors, changes what it trains in place, and returns tensors."""
+"""A step takes tensors, changes the trained parameters in place, and returns tensors."""
 
 
 def captures(engine: EngineOptions, device: torch.device) -> bool:
-    """Return whether steps on `device` are captured: graphs are CUDA's, so on a CPU nothing is."""
+    """Return whether steps on `device` are captured; a CPU has no CUDA graphs."""
     return engine.capture and device.type == "cuda"
 
 
 class Graph:
-    """One captured call, replayed on the same memory."""
+    """A captured call, which replays on the same memory."""
 
     def __init__(
         self,
@@ -32,9 +32,9 @@ class Graph:
         generators: Sequence[torch.Generator],
         stream: torch.cuda.Stream | None,
     ) -> None:
-        """Capture `call` on `stream`, without running it; random numbers of `generators` go on with each replay.
+        """Capture `call` on `stream` without running it; each replay draws new numbers from `generators`.
 
-        Raises InvalidValueError for a call that no graph can hold.
+        Raises InvalidValueError for a call that cannot be captured.
         """
         self._graph = torch.cuda.CUDAGraph()
         for generator in generators:
@@ -44,33 +44,33 @@ class Graph:
                 self._results = call()
         except RuntimeError as error:
             raise InvalidValueError(
-                f"engine.capture = True: a step of this network cannot be captured ({str(error).splitlines()[0]}); "
-                "it waits for a number on the device, say: set engine.capture=false"
+                f"engine.capture = True: a step of this network cannot be captured ({str(error).splitlines()[0]}), "
+                "for example because it reads a value from the device; set engine.capture=false"
             ) from error
 
     def replay(self) -> tuple[Tensor, ...]:
-        """Run it; the results are overwritten by the next replay."""
+        """Run the call; the next replay overwrites the results."""
         self._graph.replay()
         return self._results
 
 
 class CapturedStep:
-    """A step whose calls are replays of a graph, one for each shape of its arguments.
+    """A step that is captured once for each shape of its arguments, and replayed from then on.
 
-    The step must not look at any number on the device, and takes the same path through Python each time: what it reads
-    that is no tensor (the learning rate, a configuration) is that of the capture, until `forget`.
+    The step must not read values from the device and must take the same path through Python each time. What it reads
+    besides tensors (the learning rate, a configuration) keeps its value of the capture until `forget`.
     """
 
     def __init__(self, step: Step, generators: Sequence[torch.Generator] = ()) -> None:
-        """Prepare to capture `step`, which draws from `generators`, and from torch's own, alone."""
+        """Prepare to capture `step`, which may draw only from `generators` and torch's global ones."""
         self._step, self._generators = step, generators
-        # Autograd ties what it keeps of a parameter to the stream of its first use: the warm-up is on the capture's.
+        # Autograd binds a parameter's AccumulateGrad to the stream of its first use: warm up on the capture's stream.
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._done: Counter[tuple[torch.Size, ...]] = Counter()
         self._graphs: dict[tuple[torch.Size, ...], tuple[list[Tensor], Graph]] = {}
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        """Do one step; the results are the caller's own."""
+        """Do one step; the results are copies."""
         shapes = tuple(argument.shape for argument in arguments)
         if self._done[shapes] < WARM_UP:
             self._done[shapes] += 1
@@ -79,8 +79,8 @@ class CapturedStep:
             own = [argument.clone() for argument in arguments]
             self._graphs[shapes] = own, Graph(lambda: self._step(*own), self._generators, self._stream)
         own, graph = self._graphs[shapes]
-        for place, argument in zip(own, arguments, strict=True):
-            place.copy_(argument)
+        for captured, argument in zip(own, arguments, strict=True):
+            captured.copy_(argument)
         return tuple(result.clone() for result in graph.replay())
 
     def _warm_up(self, *arguments: Tensor) -> tuple[Tensor, ...]:
@@ -94,5 +94,5 @@ class CapturedStep:
         return results
 
     def forget(self) -> None:
-        """Drop the graphs, and their memory: something that they were captured with is another now."""
+        """Delete the graphs and free their memory, because a value that they captured has changed."""
         self._graphs.clear()

@@ -1,4 +1,4 @@
-"""What an epoch draws at random: the order, the crops, the configurations and dropout, all from the epoch's seed."""
+"""The random numbers of an epoch, all from its seed: the order, crops, configurations and dropout."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from gross_ray.seeds import derive_seed
 from gross_ray.training.options import Schedule
 
 Keep = Callable[[nn.Dropout, Tensor], Tensor]
-"""Gives the factors by which a dropout multiplies its input: zeros, and 1 / (1 - p)."""
+"""Returns the factors by which a dropout multiplies its input: 0 or 1 / (1 - p)."""
 
 
 class EpochDraws:
-    """The random numbers of one epoch of one training: they depend on its seed, not on what else is drawn."""
+    """The random numbers of one epoch of one training, which depend on the epoch's seed alone."""
 
     def __init__(self, images: ImageSet, seed: int, schedule: Schedule, dropout: torch.Generator | None = None) -> None:
         """Draw the order and the crops of the whole epoch, so that no step waits for a copy to the device.
 
-        `dropout`, a generator on the device, is seeded anew and drawn from; without it one is made.
+        `dropout`, a generator on the device, is reseeded and used; without it, one is created.
         """
         self.num_images = schedule.images_of(len(images))
-        """How many images the epoch takes."""
+        """Number of images in the epoch."""
         self.device = device = images.device
         self._images = images
         self.generator = torch.Generator().manual_seed(seed)
-        """On the CPU; behind the order and the crops, it draws the configurations."""
+        """On the CPU; it drew the order and the crops, and draws the configurations next."""
         order = torch.randperm(len(images), generator=self.generator)[: self.num_images]
         self._order = order.to(images.images.device)
         self._crops = draw_crops(self.num_images, self.generator).to(device) if schedule.augment else None
         self._dropout = torch.Generator(device) if dropout is None else dropout
         self._dropout.manual_seed(derive_seed(seed, "dropout"))
         self.global_seed = derive_seed(seed, "global")
-        """For what draws from torch's global generators."""
+        """The seed for torch's global generators."""
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the images (B, 3, H, W), uint8, and labels (B,) of each step, cropped and flipped if so asked."""
+        """Yield the images (B, 3, H, W), uint8, and labels (B,) of each step, cropped and flipped if augmented."""
         for number, (inputs, labels) in enumerate(self._images.batches(size, self._order)):
             if self._crops is not None:
                 inputs = cropped_and_flipped(inputs, self._crops[:, number * size : (number + 1) * size])
@@ -48,9 +48,9 @@ class EpochDraws:
 
     @staticmethod
     def batches_of_all(several: Sequence[EpochDraws], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what `batches` of each would, stacked: (S, B, 3, H, W) and (S, B).
+        """Yield the `batches` of several trainings, stacked: (S, B, 3, H, W) and (S, B).
 
-        Images that reside on the device are gathered and cropped for all of them at once.
+        Images on the device are gathered and cropped for all trainings at once.
         """
         first = several[0]
         if first._images.streamed_to is not None or any(each._images is not first._images for each in several):
@@ -59,15 +59,15 @@ class EpochDraws:
             return
         order = torch.stack([each._order for each in several])
         for start in range(0, order.shape[1], size):
-            places = order[:, start : start + size]
-            inputs = first._images.images[places.flatten()]
+            indices = order[:, start : start + size]
+            inputs = first._images.images[indices.flatten()]
             if first._crops is not None:
                 crops = [each._crops[:, start : start + size] for each in several if each._crops is not None]
                 inputs = cropped_and_flipped(inputs, torch.cat(crops, dim=1))
-            yield inputs.unflatten(0, places.shape), first._images.labels[places]
+            yield inputs.unflatten(0, indices.shape), first._images.labels[indices]
 
     def keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
-        """Draw what a dropout keeps of `inputs`, of their shape (a `Keep`)."""
+        """Draw the factors of a dropout, in the shape of its `inputs` (a `Keep`)."""
         if dropout.p == 1:
             return torch.zeros_like(inputs)
         kept = torch.empty(inputs.shape, device=inputs.device).bernoulli_(1 - dropout.p, generator=self._dropout)
@@ -76,9 +76,9 @@ class EpochDraws:
 
 @contextmanager
 def dropout_by(network: nn.Module, keep: Keep) -> Iterator[None]:
-    """Let the `nn.Dropout`s of `network` ask `keep` while the block runs; by themselves they draw what no seed decides.
+    """Within the block, let each `nn.Dropout` of `network` use the factors of `keep` instead of torch's global state.
 
-    Dropout of other kinds, and dropout called as a function, draw from torch's global generators as ever.
+    Dropout of other kinds, and dropout called as a function, still draw from torch's global generators.
     """
     dropouts = [module for module in network.modules() if type(module) is nn.Dropout]
     before = [vars(dropout).get("forward") for dropout in dropouts]

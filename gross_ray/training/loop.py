@@ -1,6 +1,6 @@
-"""The one training loop: SGD with step decay over device-resident images, resumable at every epoch.
+"""The training loop: SGD with step decay, resumable at every epoch.
 
-All random numbers of an epoch come from (seed, epoch), so that a resumed training is equal to an undisturbed one.
+All random numbers of an epoch come from (seed, epoch), so a resumed training equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from gross_ray.training.options import EngineOptions, Schedule
 from gross_ray.weights import restore_state
 
 EVALUATION_BATCH = 250
-"""Images a forward pass when only the accuracy is wanted; larger ones leave the CPU's cache."""
+"""Images per forward pass that measures accuracy on a CPU; more do not fit its cache."""
 EVALUATION_BATCH_CUDA = 2500
-"""The same on a GPU, which smaller ones leave idle."""
+"""Images per forward pass that measures accuracy on a GPU; fewer do not fill it."""
 PART = 64
-"""Images of one pass of a CPU within a step: more leave its cache. The same everywhere, for rounding depends on it."""
+"""Images per pass within a step on a CPU; more do not fit its cache. A constant, because rounding depends on it."""
 
 FLOAT32 = EngineOptions()
-"""The default: nothing compiled, one training at a time."""
+"""The default engine: float32, nothing compiled, one training at a time."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Takes normalised images (B, 3, H, W), channels last, and labels (B,)."""
@@ -39,7 +39,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch did: the columns of the `history` table."""
+    """The results of one epoch: columns of the `history` table."""
 
     epoch: int
     lr: float
@@ -51,14 +51,14 @@ class EpochRecord:
 
 
 class CheckpointSlot(Protocol):
-    """Where one unit of work keeps its state between epochs."""
+    """Stores the state of one training between epochs."""
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return what was saved last, or None."""
+        """Return the last saved state, or None."""
         ...
 
     def save(self, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-        """Replace what was saved, atomically."""
+        """Replace the saved state atomically."""
         ...
 
 
@@ -78,20 +78,20 @@ def train(
     checkpoint: CheckpointSlot | None = None,
     on_epoch: Callable[[EpochRecord], object] | None = None,
 ) -> list[EpochRecord]:
-    """Train `parameters` of `network` in place and return one record an epoch.
+    """Train `parameters` of `network` in place and return one record per epoch.
 
-    `loss` returns a scalar. `before_step` is given the epoch's generator (it draws the configuration), `set_mode` is
-    called before each epoch (train or eval), `measure` returns the validation accuracy after one. Epochs found in
-    `checkpoint` are not done again. With `in_parts`, for a loss that is a mean over images, a CPU takes a batch in
-    parts that fit its cache; the step is the same but for rounding.
+    `loss` returns a scalar. `before_step` receives the epoch's generator, to draw the configuration; `set_mode` is
+    called before each epoch (train or eval); `measure` returns the validation accuracy after each. Epochs stored in
+    `checkpoint` are not repeated. With `in_parts`, for a loss that is a mean over images, a CPU computes a batch in
+    parts that fit its cache; the step is the same up to rounding.
 
-    Raises DivergedError, naming the step and the learning rate, if a loss or a gradient is not finite, and
-    InvalidValueError where `engine` captures steps that `before_step` changes.
+    Raises DivergedError, naming the step and the learning rate, if a loss or gradient is not finite, and
+    InvalidValueError if `engine` captures steps and `before_step` is set.
     """
-    if captures(engine, images.device) and before_step is not None:  # another configuration is another graph
+    if captures(engine, images.device) and before_step is not None:  # each configuration would need its own graph
         raise InvalidValueError(
-            "engine.capture = True: steps that each draw a configuration cannot be captured here; train the supernet "
-            "with reconstruct_together or finetune_together, or set engine.capture=false"
+            "engine.capture = True: this loop cannot capture steps that draw a configuration; train the supernet with "
+            "reconstruct_together or finetune_together, or set engine.capture=false"
         )
     history, momenta = restore(network, checkpoint)
     steps = _Steps(network, images, schedule, parameters, loss, engine=engine, in_parts=in_parts, momenta=momenta)
@@ -116,14 +116,14 @@ def train(
         )
         history.append(record)
         if checkpoint is not None:
-            checkpoint.save(state(network, steps.momenta()), {"history": [asdict(one) for one in history]})
+            checkpoint.save(state(network, steps.momenta()), {"history": [asdict(each) for each in history]})
         if on_epoch is not None:
             on_epoch(record)
     return history
 
 
 class _Steps:
-    """The steps of one training: stochastic gradient descent on some parameters, as one CUDA graph if `engine` says."""
+    """The steps of one training: stochastic gradient descent on `parameters`, captured if `engine` says so."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class _Steps:
         in_parts: bool,
         momenta: Mapping[str, Tensor],
     ) -> None:
-        """Continue with `momenta`, by the names of their parameters."""
+        """Start from `momenta`, by the names of their parameters."""
         self._network, self._images, self._schedule = network, images, schedule
         self._parameters, self._engine, self._in_parts = parameters, engine, in_parts
         self._loss: Loss = torch.compile(loss) if engine.compile else loss
@@ -145,10 +145,10 @@ class _Steps:
             list(parameters.values()), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
         )
         for name, momentum in momenta.items():
-            buffer = torch.empty_like(parameters[name])  # keeps the parameter's memory format, so every rounding too
+            buffer = torch.empty_like(parameters[name])  # its memory format, and so the rounding, is the parameter's
             self._optimizer.state[parameters[name]]["momentum_buffer"] = buffer.copy_(momentum)
         self.dropout = torch.Generator(images.device)
-        """Draws what dropout drops."""
+        """Draws the factors of dropout."""
         self._captured = CapturedStep(self._step, [self.dropout]) if captures(engine, images.device) else None
 
     def set_lr(self, lr: float) -> None:
@@ -161,8 +161,8 @@ class _Steps:
     def of_epoch(
         self, draws: EpochDraws, before_step: Callable[[torch.Generator], object] | None
     ) -> tuple[Tensor, Tensor]:
-        """Do the steps of one epoch; return each one's loss and the norm of its gradients: (steps,) both."""
-        found: list[tuple[Tensor, ...]] = []
+        """Do the steps of one epoch; return the loss and the gradient norm of each, (steps,) both."""
+        results: list[tuple[Tensor, ...]] = []
         with (
             random_numbers_of(draws, self._network, compiled=self._engine.compile),
             products_at(self._engine.precision, self._images.device),
@@ -170,37 +170,38 @@ class _Steps:
             for inputs, labels in draws.batches(self._schedule.batch_size):
                 if before_step is not None:
                     before_step(draws.generator)
-                found.append((self._captured or self._step)(inputs, labels))
-        losses, norms = (torch.stack(values) for values in zip(*found, strict=True))
+                results.append((self._captured or self._step)(inputs, labels))
+        losses, norms = (torch.stack(values) for values in zip(*results, strict=True))
         return losses, norms
 
     def _step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         trained = list(self._parameters.values())
         part = images_of_part(self._network, inputs) if self._in_parts else len(inputs)
-        value, gradients = _gradients(self._on_pixels, trained, inputs, labels, part, self._engine.precision)
+
+        def loss(pixels: Tensor, labels: Tensor) -> Tensor:
+            return self._loss(self._images.as_inputs(pixels), labels)
+
+        value, gradients = _gradients(loss, trained, inputs, labels, part, self._engine.precision)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
         self._optimizer.step()
         return value, norm
 
-    def _on_pixels(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        return self._loss(self._images.as_inputs(pixels), labels)
-
     def momenta(self) -> dict[str, Tensor]:
-        """Return the momenta by the names of their parameters; parameters that took no part yet have none."""
+        """Return the momenta by the names of their parameters; parameters without a gradient so far have none."""
         state = self._optimizer.state
-        found = {name: state.get(one, {}).get("momentum_buffer") for name, one in self._parameters.items()}
-        return {name: momentum for name, momentum in found.items() if momentum is not None}
+        buffers = {name: state.get(term, {}).get("momentum_buffer") for name, term in self._parameters.items()}
+        return {name: momentum for name, momentum in buffers.items() if momentum is not None}
 
 
 def accuracy(network: nn.Module, images: ImageSet) -> float:
-    """Return the fraction of correctly classified images; the network is left in eval mode."""
+    """Return the fraction of correctly classified images; leaves the network in eval mode."""
     return count_correct(network, images) / len(images)
 
 
 def count_correct(network: nn.Module, images: ImageSet, *, batch_size: int | None = None) -> int:
-    """Return the number of correctly classified images; the network is left in eval mode."""
+    """Return the number of correctly classified images; leaves the network in eval mode."""
     device = images.device
     size = batch_size or (EVALUATION_BATCH_CUDA if device.type == "cuda" else EVALUATION_BATCH)
     network.eval()
@@ -214,10 +215,9 @@ def count_correct(network: nn.Module, images: ImageSet, *, batch_size: int | Non
 def _gradients(
     loss: Loss, parameters: list[nn.Parameter], inputs: Tensor, labels: Tensor, part: int, precision: str
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the batch's loss and its gradients, None where a parameter takes no part, from `part` images at a time.
+    """Return the batch's loss and gradients (None for an unused parameter), computed from `part` images at a time.
 
-    Not by `backward`, which would add the next part's gradients in place: those of a sum's
-    terms may lie in one memory.
+    `backward` would accumulate in place, which is wrong for gradients that share memory, like those of a sum's terms.
     """
     total: Tensor | None = None
     gradients: list[Tensor | None] = [None] * len(parameters)
@@ -226,31 +226,31 @@ def _gradients(
             value = loss(inputs_part, labels_part)
         if len(inputs_part) < len(inputs):
             value = value * (len(inputs_part) / len(inputs))
-        some = torch.autograd.grad(value, parameters, allow_unused=True)
-        gradients = [_sum(one, other) for one, other in zip(gradients, some, strict=True)]
+        of_part = torch.autograd.grad(value, parameters, allow_unused=True)
+        gradients = [_sum(so_far, more) for so_far, more in zip(gradients, of_part, strict=True)]
         total = _sum(total, value.detach())
     assert total is not None
     return total, gradients
 
 
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return one + other if one is not None and other is not None else one if other is None else other
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return left + right if left is not None and right is not None else left if right is None else right
 
 
 def images_of_part(network: nn.Module, inputs: Tensor) -> int:
-    """Return how many images of a batch go through `network` at once: all of them, but for the sake of a CPU's cache.
+    """Return how many images of a batch go through `network` at once: PART on a CPU, else all.
 
-    All too where batch-norm is in training, for there an image's response depends on the others of its batch.
+    All on a CPU too if a batch-norm is in training mode: an image's response then depends on the rest of its batch.
     """
-    normalises = any(isinstance(one, nn.modules.batchnorm._BatchNorm) and one.training for one in network.modules())
+    normalises = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in network.modules())
     return PART if inputs.device.type == "cpu" and not normalises else len(inputs)
 
 
 @contextmanager
 def random_numbers_of(draws: EpochDraws, network: nn.Module, *, compiled: bool) -> Iterator[None]:
-    """Let dropout draw from the epoch's seed, what is no nn.Dropout too: torch's own generators are lent a seed."""
+    """Within the block, seed dropout and torch's global generators from the epoch's seed."""
     device = draws.device
-    # A compiled graph cannot draw from a generator of its own: there dropout draws from torch's, with the lent seed.
+    # A compiled graph cannot draw from a generator of ours: its dropout uses torch's global one.
     own = nullcontext() if compiled else dropout_by(network, draws.keep)
     with own, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(draws.global_seed)
@@ -276,7 +276,7 @@ def state(network: nn.Module, momenta: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def restore(network: nn.Module, checkpoint: CheckpointSlot | None) -> tuple[list[EpochRecord], dict[str, Tensor]]:
-    """Put what a checkpoint holds, if anything, into `network`; return its history and momenta."""
+    """Load the checkpoint's state, if any, into `network`; return its history and momenta."""
     saved = None if checkpoint is None else checkpoint.load()
     if saved is None:
         return [], {}

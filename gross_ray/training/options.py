@@ -1,4 +1,4 @@
-"""The options of every training: schedules, sampling of group-sizes, repeats, and how steps are computed."""
+"""Options of every training: schedules, sampling of group-sizes, repeats, and how steps are computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCALINGS = ("index", "normalised")
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """One run of stochastic gradient descent with step decay."""
+    """A training by stochastic gradient descent with step decay."""
 
     epochs: int
     """Passes over the training split."""
@@ -29,9 +29,9 @@ class Schedule:
     weight_decay: float = 1e-3
     """Weight decay (L2) of SGD."""
     batch_size: int = 256
-    """Images a step."""
+    """Images per step."""
     images: int = 0
-    """Images an epoch, drawn anew for each; 0, or more than there are: every image of the training split once."""
+    """Images per epoch, drawn anew for each epoch; 0, or more than the training split has: every image once."""
     augment: bool = True
     """Random crop from a 2-pixel padding and horizontal flip."""
 
@@ -48,7 +48,7 @@ class Schedule:
         require(ordered, "milestones", self.milestones, "must be positive and ascending")
 
     def images_of(self, num_images: int) -> int:
-        """Return how many of a training split's `num_images` an epoch takes."""
+        """Return the number of images in an epoch, if the training split has `num_images`."""
         return min(self.images or num_images, num_images)
 
     def lr_at(self, epoch: int) -> float:
@@ -64,7 +64,7 @@ class TrainingOptions(Schedule):
     lr: float = 0.1
     milestones: tuple[int, ...] = (50, 75)
     seeds: int = 5
-    """How many networks are trained; the one of median validation accuracy is decomposed."""
+    """How many networks are trained; the one with the median validation accuracy is decomposed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +96,7 @@ class SupernetOptions:
     seeds: int = 5
     """How many supernets are trained; a configuration's accuracy is their median."""
     alpha: float = 0.0
-    """Temperature of the sampling of group-sizes (Eq. 8); 0 is uniform, the paper's is 4 (docs/method.md)."""
+    """Temperature of the sampling of group-sizes (Eq. 8): 0 is uniform, the paper uses 4 (docs/method.md)."""
     scaling: str = "normalised"
     """"index" samples with exp(-alpha i), Eq. 8 as printed; "normalised" with exp(-alpha i / N)."""
 
@@ -112,11 +112,11 @@ class SweepOptions:
     """The sweep over sampling temperatures (section 5.2, Figure 1)."""
 
     alphas: tuple[float, ...] = (0.0, 2.0, 4.0, 8.0)
-    """Temperatures to train a supernet with."""
-    scalings: tuple[str, ...] = ("index", "normalised")
+    """Temperatures to train supernets with."""
+    scalings: tuple[str, ...] = SCALINGS
     """Ways to read Eq. 8 (see `supernet.scaling`)."""
     seeds: int = 5
-    """Supernets for each temperature and scaling."""
+    """How many supernets are trained for each temperature and scaling."""
 
     def __post_init__(self) -> None:
         settle(self, "sweep.")
@@ -132,9 +132,9 @@ class ValidationOptions:
     """Fixed and selected configurations, decomposed and trained on their own (sections 4.5 and 5.1)."""
 
     fixed: tuple[int, ...] = (32, 16, 4, 1)
-    """Group-sizes of the fixed configurations, if any; those of the budgets are always added."""
+    """Group-sizes of the fixed configurations; those of `search.budgets` are always added."""
     seeds: int = 5
-    """Repeats of each configuration."""
+    """How often each configuration is decomposed and trained."""
     reconstruction: Schedule = field(default_factory=lambda: Schedule(epochs=30, lr=0.01, milestones=(20,)))
     """Response reconstruction of one configuration."""
     finetuning: Schedule = field(default_factory=lambda: Schedule(epochs=100, lr=0.001, milestones=(80,)))
@@ -152,18 +152,18 @@ _OFF = {"parallel_seeds": "1", "compile": "false", "capture": "false"}
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How trainings compute, and what evaluations are given."""
+    """How trainings compute, and whether evaluations recalibrate batch-norm."""
 
     precision: str = "float32"
-    """Of trainings: float32, tf32 (CUDA only) or bfloat16 (autocast). `search.precision` is that of the search."""
+    """Precision of trainings: float32, tf32 (CUDA only) or bfloat16 (autocast). The search has `search.precision`."""
     compile: bool = False
     """Compile losses with torch.compile, which needs a C++ compiler; a supernet becomes one graph."""
     capture: bool = False
-    """On a GPU, replay each step as one CUDA graph; not for a network whose path depends on numbers or on chance."""
+    """On a GPU, replay each step as one CUDA graph; the network's control flow must not depend on data or chance."""
     parallel_seeds: int = 1
-    """Supernets trained in one batched pass, where a GPU is not filled by one; equal to one by one but for rounding."""
+    """How many supernets are trained in one batched pass, to fill a GPU; equal to separate trainings up to rounding."""
     recalibrate: bool = True
-    """Give each configuration batch-norm statistics of its own, from training images, in a network that has them."""
+    """Give each configuration batch-norm statistics of its own, computed from training images."""
 
     def __post_init__(self) -> None:
         settle(self, "engine.")
@@ -176,6 +176,6 @@ class EngineOptions:
                 not stacks or self.precision != "bfloat16",
                 "engine.precision",
                 self.precision,
-                f"must be float32 or tf32 with engine.{name} = {getattr(self, name)}: supernets are then stacked by "
-                f"torch.func.vmap, which knows no autocast; set engine.{name}={_OFF[name]}, or another precision",
+                f"must be float32 or tf32 with engine.{name} = {getattr(self, name)}, because torch.func.vmap, which "
+                f"stacks supernets, has no autocast; set engine.{name}={_OFF[name]}, or another precision",
             )

@@ -1,4 +1,4 @@
-"""The stages of the paper that train: base network, response reconstruction (Eq. 9), fine-tuning."""
+"""The trainings of the paper: base network, response reconstruction (Eq. 9), fine-tuning."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def train_network(
     checkpoint: CheckpointSlot | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:
-    """Train every parameter of `network` in place on the classification task (section 4.2).
+    """Train the parameters of `network` that require gradients, in place, on the classification task (section 4.2).
 
-    One that does not require gradients stays as it is. Raises InvalidValueError where none does.
+    Raises InvalidValueError if no parameter does.
     """
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -55,9 +55,9 @@ def train_network(
 
 
 def response_error(response: Tensor, target: Tensor) -> Tensor:
-    """Return ||response - target|| / ||target||, Frobenius norms over all elements, a scalar (Eq. 9).
+    """Return ||response - target|| / ||target||, a scalar: Frobenius norms over all elements (Eq. 9).
 
-    Of 16-bit responses it is taken in float32.
+    16-bit responses are converted to float32 first.
     """
     if response.dtype in (torch.bfloat16, torch.float16):
         response, target = response.float(), target.float()
@@ -65,9 +65,9 @@ def response_error(response: Tensor, target: Tensor) -> Tensor:
 
 
 def total_response_error(responses: Mapping[str, Sequence[Tensor]], targets: Mapping[str, Sequence[Tensor]]) -> Tensor:
-    """Return the sum of Eq. 9 over every call of every layer, a scalar; both map a layer's name to its calls' outputs.
+    """Return the sum of Eq. 9 over all calls of all layers, a scalar; both map a layer's name to its calls' outputs.
 
-    Raises InvalidValueError for a layer without calls, or with other numbers of calls in the two networks.
+    Raises InvalidValueError for a layer without calls, or with different numbers of calls in the two networks.
     """
     for name, calls in targets.items():
         if not calls or len(responses[name]) != len(calls):
@@ -91,13 +91,12 @@ def reconstruct(
     checkpoint: CheckpointSlot | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochRecord]:
-    """Train the series of `supernet` in place to give the responses of `original` (section 3.3.2, 4.3).
+    """Train the series of `supernet` in place to reproduce the responses of `original` (sections 3.3.2 and 4.3).
 
-    All decomposed layers at once: the loss is the sum over them of Eq. 9, each layer's input being what the decomposed
-    network gives it, its target the response of the full network to the same images. Of a layer that the network calls
-    more than once, each call counts as a layer. Raises InvalidValueError where the two networks call a layer different
-    numbers of times. With `sampler`, a configuration
-    is drawn each step; without, the active one is trained. Everything but the series is frozen.
+    The loss is the sum of Eq. 9 over all decomposed layers, and over all calls of a layer: the response in the
+    decomposed network against that in the full network, to the same images. With `sampler`, each step draws a
+    configuration; without, the active one is trained. Everything but the series is frozen. Raises InvalidValueError if
+    the two networks call a layer different numbers of times.
     """
     parameters = freeze_all_but_series(supernet)
     names = list(series_layers(supernet))
@@ -106,7 +105,7 @@ def reconstruct(
     with Responses(supernet, names) as ours, Responses(original, names) as theirs:
 
         def loss(inputs: Tensor, _: Tensor) -> Tensor:
-            ours.take()  # of passes between two steps, like those that measure a supernet after an epoch
+            ours.take()  # drop the responses of passes between two steps, like measurements after an epoch
             theirs.take()
             with torch.no_grad():
                 original(inputs)
@@ -141,9 +140,9 @@ def finetune(
 ) -> list[EpochRecord]:
     """Train the series of `supernet` in place on the classification task (section 4.4).
 
-    With `sampler`, a configuration is drawn each step; without, the active one is trained. Everything but the series
-    is frozen, the statistics of batch-norm too. The validation accuracy of each record is that of the active
-    configuration, with `sampler` that of the largest group-sizes.
+    With `sampler`, each step draws a configuration; without, the active one is trained. Everything but the series is
+    frozen, including batch-norm statistics. The records' validation accuracy is that of the active configuration, or
+    with `sampler` that of the largest group-sizes.
     """
     parameters = freeze_all_but_series(supernet)
     largest = [layer.group_sizes[-1] for layer in series_layers(supernet).values()]
@@ -171,7 +170,7 @@ def finetune(
 
 
 def freeze_all_but_series(supernet: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Leave only the series' terms trainable (biases frozen, section 4.3) and return them by name."""
+    """Make only the terms of the series trainable (biases frozen, section 4.3), and return them by name."""
     trainable = {id(p) for layer in series_layers(supernet).values() for p in layer.series_parameters()}
     for parameter in supernet.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
@@ -179,7 +178,7 @@ def freeze_all_but_series(supernet: nn.Module) -> Mapping[str, nn.Parameter]:
 
 
 def train_with_fixed_statistics(network: nn.Module) -> None:
-    """Set training mode, but for batch-norm, and other norms with statistics, which keep those they have."""
+    """Set training mode, but keep batch-norm, and other norms with statistics, in eval mode."""
     network.train()
     for module in network.modules():
         if isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.track_running_stats):
@@ -187,7 +186,7 @@ def train_with_fixed_statistics(network: nn.Module) -> None:
 
 
 class Responses:
-    """Keeps the outputs of each named layer, one for each call in order, until they are taken or it is closed."""
+    """Records the outputs of each named layer, in the order of its calls, until `take` or the end of the block."""
 
     def __init__(self, network: nn.Module, names: list[str]) -> None:
         self.of: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -204,10 +203,10 @@ class Responses:
         self.take()
 
     def take(self) -> dict[str, list[Tensor]]:
-        """Return the outputs since the last time, and forget them: else a step's graph would outlive the step."""
+        """Return the outputs since the last `take`, and forget them, so that a step's graph is freed with the step."""
         taken = {name: list(calls) for name, calls in self.of.items()}
         for calls in self.of.values():
-            calls.clear()  # the same list: a compiler would make what it still holds a result of the graph
+            calls.clear()  # torch.compile would return tensors that are left in the list from the graph
         return taken
 
     def _keep(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -1,7 +1,7 @@
-"""Several supernets trained in one batched pass, each as it would be by itself but for rounding.
+"""Train several supernets in one batched pass, each as if it were trained alone, up to rounding.
 
-S supernets, B images of a batch. What one of them draws (order, crops, configurations, dropout) is what it would draw
-by itself, and its checkpoints are those of a training by itself.
+Each supernet draws the same random numbers (order, crops, configurations, dropout) and writes the same checkpoints as
+if it were trained alone. Shapes: S supernets, B images of a batch.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from gross_ray.training.stages import (
 
 Outcome = list[EpochRecord] | DivergedError
 Goal = Tensor | dict[str, list[Tensor]]
-"""What a loss compares with: labels (S, B), or by layer the responses of each call (S, B, ...)."""
+"""The target of a loss: labels (S, B), or the responses (S, B, ...) of each call, by layer."""
 MemberLoss = Callable[[Callable[[Tensor], Tensor], Any, Tensor, Any], Tensor]
-"""Given the network of one member, what watches it, its inputs (B, 3, H, W) and goal: a scalar."""
+"""Takes one member's network, its recorder (`_Stage.watch`), inputs (B, 3, H, W) and goal; returns a scalar."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One supernet of several, and what its training is given, as by itself."""
+    """One of several supernets, with the arguments of its training."""
 
     supernet: nn.Module
     seed: int
@@ -66,14 +66,14 @@ class Member:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What tells the stages apart."""
+    """The differences between reconstruction and fine-tuning."""
 
     loss: MemberLoss
     set_mode: Callable[[nn.Module], object]
     targets: Callable[[Tensor], Goal] | None = None
-    """Gives the goal for inputs (S, B, 3, H, W); None: the labels, and a loss that is a mean over images."""
-    watch: Callable[[nn.Module], Any] | None = None
-    """Given the template, which runs all members, returns what the loss sees of its passes."""
+    """Returns the goal for inputs (S, B, 3, H, W); None: the labels, and the loss is a mean over images."""
+    watch: Callable[[nn.Module], Responses] | None = None
+    """Takes the template network, which runs all members, and returns the recorder that the loss reads."""
 
 
 def reconstruct_together(
@@ -84,9 +84,9 @@ def reconstruct_together(
     *,
     engine: EngineOptions = FLOAT32,
 ) -> list[Outcome]:
-    """Do for each member what `reconstruct` does; of one that diverges, return the error in place of its history.
+    """Run `reconstruct` for all members together; a member that diverges gets the error in place of its history.
 
-    Raises InvalidValueError for supernets of different networks, or one that cannot be batched.
+    Raises InvalidValueError for supernets of different networks, and for networks that cannot be batched.
     """
     original.eval().to(memory_format=torch.channels_last)
     names = list(series_layers(members[0].supernet))
@@ -95,66 +95,56 @@ def reconstruct_together(
         with Responses(original, names) as theirs, torch.no_grad():
             original(inputs.flatten(0, 1))
             calls = theirs.take()
-            return {name: [one.unflatten(0, inputs.shape[:2]) for one in calls[name]] for name in names}
+            return {name: [output.unflatten(0, inputs.shape[:2]) for output in calls[name]] for name in names}
 
     def loss(network: Callable[[Tensor], Tensor], ours: Responses, inputs: Tensor, goal: Any) -> Tensor:
         network(inputs)
         return total_response_error(ours.take(), goal)
 
-    def watch(template: nn.Module) -> Responses:
-        return Responses(template, names)
-
-    return _train(members, splits, schedule, engine, _Stage(loss, nn.Module.eval, targets, watch))
+    stage = _Stage(loss, nn.Module.eval, targets, lambda template: Responses(template, names))
+    with _naming_options(engine):
+        return _train_all(members, splits, schedule, engine, stage)
 
 
 def finetune_together(
     members: Sequence[Member], splits: Splits, schedule: Schedule, *, engine: EngineOptions = FLOAT32
 ) -> list[Outcome]:
-    """Do for each member what `finetune` does; of one that diverges, return the error in place of its history.
+    """Run `finetune` for all members together; a member that diverges gets the error in place of its history.
 
-    Raises InvalidValueError for supernets of different networks, or one that cannot be batched.
+    Raises InvalidValueError for supernets of different networks, and for networks that cannot be batched.
     """
-    return _train(members, splits, schedule, engine, _FINETUNING)
+    with _naming_options(engine):
+        return _train_all(members, splits, schedule, engine, _FINETUNING)
 
 
-def _cross_entropy(network: Callable[[Tensor], Tensor], _: None, inputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(network(inputs), labels)
-
-
-_FINETUNING = _Stage(_cross_entropy, train_with_fixed_statistics)
+_FINETUNING = _Stage(
+    lambda network, _, inputs, labels: F.cross_entropy(network(inputs), labels), train_with_fixed_statistics
+)
 
 
 def check_stackable(supernet: nn.Module, shape: Sequence[int], engine: EngineOptions) -> None:
-    """Raise InvalidValueError where `finetune_together` could not train `supernet` on images (C, H, W).
+    """Raise InvalidValueError if `finetune_together` could not train `supernet` on images (C, H, W).
 
-    It names what `engine` would have to be. The supernet is left as it is.
+    The error names the engine options to change. The supernet stays unchanged.
     """
     images = ImageSet(torch.zeros(2, *shape, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     member = Member(copy.deepcopy(supernet), 0, ConfigurationSampler(SearchSpace.of(supernet), 0.0))
     plain = replace(engine, compile=False, capture=False, precision="float32")
-    with _told_of(engine):
+    splits = Splits("", images, images, images, ())
+    with _naming_options(engine):
         try:
-            _train_all(
-                [member], Splits("", images, images, images, ()), Schedule(epochs=1, lr=1e-9), plain, _FINETUNING
-            )
-        except (RuntimeError, NotImplementedError) as error:  # what torch.func has no rule for
+            _train_all([member], splits, Schedule(epochs=1, lr=1e-9), plain, _FINETUNING)
+        except (RuntimeError, NotImplementedError) as error:  # torch.func lacks a rule for an operation
             raise _NoStackError(f"the network cannot be mapped over several supernets: {one_line(error)}") from None
 
 
-def _train(
-    members: Sequence[Member], splits: Splits, schedule: Schedule, engine: EngineOptions, stage: _Stage
-) -> list[Outcome]:
-    with _told_of(engine):
-        return _train_all(members, splits, schedule, engine, stage)
-
-
 class _NoStackError(Exception):
-    """Says why a supernet cannot be part of a stack."""
+    """A supernet cannot be part of a stack."""
 
 
 @contextmanager
-def _told_of(engine: EngineOptions) -> Iterator[None]:
-    """Let what is no stack be told together with the options to change."""
+def _naming_options(engine: EngineOptions) -> Iterator[None]:
+    """Re-raise `_NoStackError` as InvalidValueError, naming the engine options to change."""
     stacking = {
         "engine.parallel_seeds=1": engine.parallel_seeds > 1,
         "engine.capture=false": engine.capture,
@@ -164,32 +154,31 @@ def _told_of(engine: EngineOptions) -> Iterator[None]:
     try:
         yield
     except _NoStackError as error:
-        raise InvalidValueError(f"{error}: train such supernets each by itself ({', '.join(options)})") from None
+        raise InvalidValueError(f"{error}: train such supernets one by one ({', '.join(options)})") from None
 
 
 def _train_all(
     members: Sequence[Member], splits: Splits, schedule: Schedule, engine: EngineOptions, stage: _Stage
 ) -> list[Outcome]:
-    """Train each member from where its checkpoint leaves it; those that are equally far go together."""
+    """Train each member from its checkpoint on; members with equally many finished epochs are trained together."""
     starts = []
     for member in members:
         freeze_all_but_series(member.supernet)
         starts.append(restore(member.supernet, member.checkpoint))
     outcomes: dict[int, Outcome] = {}
     for done in sorted({len(history) for history, _ in starts}):
-        places = [place for place, (history, _) in enumerate(starts) if len(history) == done]
-        steps = _Steps(
-            [members[place] for place in places], [starts[place][1] for place in places], schedule, engine, stage
-        )
-        histories = [starts[place][0] for place in places]
-        outcomes |= dict(zip(places, _epochs(steps, histories, splits, schedule, stage), strict=True))
-    return [outcomes[place] for place in range(len(members))]
+        group = [index for index, (history, _) in enumerate(starts) if len(history) == done]
+        momenta = [starts[index][1] for index in group]
+        steps = _Steps([members[index] for index in group], momenta, schedule, engine, stage)
+        histories = [starts[index][0] for index in group]
+        outcomes |= dict(zip(group, _epochs(steps, histories, splits, schedule, stage), strict=True))
+    return [outcomes[index] for index in range(len(members))]
 
 
 def _epochs(
     steps: _Steps, histories: list[list[EpochRecord]], splits: Splits, schedule: Schedule, stage: _Stage
 ) -> list[Outcome]:
-    """Train to the last epoch, without those that diverge; return what became of each."""
+    """Train to the last epoch, dropping members that diverge; return each member's history or error."""
     outcomes: list[Outcome] = list(histories)
     alive = list(range(len(histories)))
     for epoch in range(len(histories[0]), schedule.epochs):
@@ -197,17 +186,17 @@ def _epochs(
             break
         started = time.perf_counter()
         lr = schedule.lr_at(epoch)
-        losses, norms = (each.cpu() for each in steps.epoch(splits.train, epoch, lr))  # its end is waited for
+        losses, norms = (each.cpu() for each in steps.epoch(splits.train, epoch, lr))  # .cpu() waits for the device
         seconds = (time.perf_counter() - started) / len(alive)
-        sound = []
-        for column, place in enumerate(alive):
+        finite = []
+        for column, index in enumerate(alive):
             try:
                 check_finite(losses[:, column], norms[:, column], epoch, lr)
             except DivergedError as error:
-                outcomes[place] = error
+                outcomes[index] = error
                 continue
-            sound.append(column)
-            member, supernet = steps.members[column], steps.write_back(column)
+            finite.append(column)
+            member, supernet = steps.members[column], steps.stack.write_back(column)
             if stage.targets is None:
                 set_configuration(supernet, [layer.group_sizes[-1] for layer in series_layers(supernet).values()])
             record = EpochRecord(
@@ -219,21 +208,21 @@ def _epochs(
                 seconds=seconds,
                 images_per_second=schedule.images_of(len(splits.train)) / seconds,
             )
-            histories[place].append(record)
+            histories[index].append(record)
             if member.checkpoint is not None:
-                history = [asdict(one) for one in histories[place]]
+                history = [asdict(each) for each in histories[index]]
                 member.checkpoint.save(state(supernet, steps.momenta(column)), {"history": history})
             if member.on_epoch is not None:
                 member.on_epoch(record)
-        if len(sound) < len(alive):
-            alive = [alive[column] for column in sound]
+        if len(finite) < len(alive):
+            alive = [alive[column] for column in finite]
             if alive:
-                steps.select(sound)
+                steps.select(finite)
     return outcomes
 
 
 class _Steps:
-    """The steps of members that have done the same number of epochs."""
+    """The steps of members that have finished the same number of epochs."""
 
     def __init__(
         self,
@@ -246,18 +235,18 @@ class _Steps:
         self.members = members
         self._schedule, self._engine, self._stage = schedule, engine, stage
         device = next(members[0].supernet.parameters()).device
-        self._stack = SupernetStack([member.supernet for member in members])
-        trained = (
-            {name: one for name, one in each.supernet.named_parameters() if one.requires_grad} for each in members
+        self.stack = SupernetStack([member.supernet for member in members])
+        zeros = (
+            {name: torch.zeros_like(term) for name, term in member.supernet.named_parameters() if term.requires_grad}
+            for member in members
         )
-        zeros = ({name: torch.zeros_like(one) for name, one in terms.items()} for terms in trained)
-        self._momenta = self._stack.stack([none | dict(some) for none, some in zip(zeros, momenta, strict=True)])
+        self._momenta = self.stack.stack([zero | dict(known) for zero, known in zip(zeros, momenta, strict=True)])
         self._lay_flat()
         self._dropouts = {
-            module: name for name, module in self._stack.template.named_modules() if type(module) is nn.Dropout
+            module: name for name, module in self.stack.template.named_modules() if type(module) is nn.Dropout
         }
-        # Once, and not in each pass: what is compiled cannot register hooks.
-        self._watched = None if stage.watch is None else stage.watch(self._stack.template)
+        # Registered once, because compiled code cannot register hooks.
+        self._watched = None if stage.watch is None else stage.watch(self.stack.template)
         self._masks: dict[str, Tensor] = {}
         self._shapes: dict[str, torch.Size] | None = None
         batched = vmap(self._loss)
@@ -267,8 +256,8 @@ class _Steps:
         self._captured = CapturedStep(self._whole_step) if captures(engine, device) else None
 
     def epoch(self, images: ImageSet, epoch: int, lr: float) -> tuple[Tensor, Tensor]:
-        """Do one epoch; return the losses and gradient norms of its steps: (steps, S) each."""
-        size, template = self._schedule.batch_size, self._stack.template
+        """Do one epoch; return the losses and gradient norms of its steps, (steps, S) each."""
+        size, template = self._schedule.batch_size, self.stack.template
         self._stage.set_mode(template)
         if lr != self._lr and self._captured is not None:
             self._captured.forget()
@@ -278,7 +267,7 @@ class _Steps:
             [member.sampler.draw(each.generator) for _ in range(0, each.num_images, size)]
             for member, each in zip(self.members, draws, strict=True)
         ]
-        actives = self._stack.active(list(zip(*drawn, strict=True)))
+        actives = self.stack.active(list(zip(*drawn, strict=True)))
         steps: list[tuple[Tensor, ...]] = []
         with dropout_by(template, self._keep), products_at(self._engine.precision, images.device):
             for active, (inputs, labels) in zip(actives, EpochDraws.batches_of_all(draws, size), strict=True):
@@ -291,32 +280,28 @@ class _Steps:
         return losses, norms
 
     def _lay_flat(self) -> None:
-        """Put all terms of a member into one row, and all momenta: a step of SGD is then a few kernels."""
-        terms = self._stack.terms
-        self._flat_terms, self._stack.terms = _rows(terms)
+        """Put all terms of a member into one row, and all momenta too, so that a step of SGD is a few kernels."""
+        terms = self.stack.terms
+        self._flat_terms, self.stack.terms = _rows(terms)
         self._flat_momenta, self._momenta = _rows(self._momenta)
         starts, count = {}, 0
-        for name, layer in self._stack.layers.items():
+        for name, layer in self.stack.layers.items():
             starts[name], count = count, count + len(layer.group_sizes)
-        # For each number of a row the place of its mask, those of all layers being one after the other.
-        places = [
+        # For each element of a row, the index of its mask among the concatenated masks of all layers.
+        indices = [
             (starts[name.rpartition(".")[0]] + torch.arange(term.shape[1])).repeat_interleave(term[0, 0].numel())
             for name, term in terms.items()
         ]
-        self._mask_of = torch.cat(places).to(self._flat_terms.device)
+        self._mask_of = torch.cat(indices).to(self._flat_terms.device)
 
     def momenta(self, member: int) -> dict[str, Tensor]:
         """Return one member's momenta, by the names of its parameters."""
-        return self._stack.unstack(self._momenta, member)
-
-    def write_back(self, member: int) -> nn.Module:
-        """Put what was trained into a member's supernet, and return it."""
-        return self._stack.write_back(member)
+        return self.stack.unstack(self._momenta, member)
 
     def select(self, members: list[int]) -> None:
-        """Go on with some of the members."""
+        """Continue with these members only."""
         self.members = [self.members[member] for member in members]
-        self._stack.select(members)
+        self.stack.select(members)
         self._momenta = {name: momentum[members] for name, momentum in self._momenta.items()}
         self._lay_flat()
         if self._captured is not None:
@@ -325,24 +310,25 @@ class _Steps:
     def _step(
         self, inputs: Tensor, labels: Tensor, active: dict[str, Tensor], draws: Sequence[EpochDraws]
     ) -> tuple[Tensor, Tensor]:
-        """Do one step, of a batch in parts on a CPU; return the losses and gradient norms (S,)."""
+        """Do one step, on a CPU in parts of the batch; return the losses and gradient norms, (S,) each."""
         count = inputs.shape[1]
         whole = self._stage.targets is not None
-        part = count if whole else images_of_part(self._stack.template, inputs[0])
+        part = count if whole else images_of_part(self.stack.template, inputs[0])
         total: Tensor | None = None
         gradients: list[Tensor] = []
-        for some, theirs in zip(inputs.split(part, dim=1), labels.split(part, dim=1), strict=True):
-            masks = self._draw_masks(some, active, draws)
-            losses, found = self._gradients(some, theirs, active, masks, some.shape[1] / count)
+        for inputs_part, labels_part in zip(inputs.split(part, dim=1), labels.split(part, dim=1), strict=True):
+            masks = self._draw_masks(inputs_part, active, draws)
+            share = inputs_part.shape[1] / count
+            losses, more = self._gradients(inputs_part, labels_part, active, masks, share)
             total = losses if total is None else total + losses
-            gradients = [one + other for one, other in zip(gradients, found, strict=True)] if gradients else found
+            gradients = [so_far + term for so_far, term in zip(gradients, more, strict=True)] if gradients else more
         assert total is not None
         return total, self._update(gradients, active)
 
     def _whole_step(self, inputs: Tensor, labels: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Do one step of a whole batch; `masks` are those of the layers and then those of the dropouts."""
+        """Do one step of a whole batch; `masks` are those of the layers, followed by those of the dropouts."""
         assert self._shapes is not None
-        names = [f"{layer}.active" for layer in self._stack.layers]
+        names = [f"{layer}.active" for layer in self.stack.layers]
         active = dict(zip(names, masks[: len(names)], strict=True))
         kept = dict(zip(self._shapes, masks[len(names) :], strict=True))
         losses, gradients = self._gradients(inputs, labels, active, kept, 1.0)
@@ -351,9 +337,9 @@ class _Steps:
     def _gradients(
         self, pixels: Tensor, labels: Tensor, active: dict[str, Tensor], masks: dict[str, Tensor], share: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the losses (S,) times `share`, and the gradients of the stacked terms."""
+        """Return the losses (S,) times `share`, and their gradients for the stacked terms."""
         images = self._as_inputs(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        terms = {name: term.detach().requires_grad_() for name, term in self._stack.terms.items()}
+        terms = {name: term.detach().requires_grad_() for name, term in self.stack.terms.items()}
         with forward_at(self._engine.precision, pixels.device):
             goal = labels if self._stage.targets is None else self._stage.targets(images)
             values = self._batched(terms, active, masks, images, goal) * share
@@ -361,8 +347,8 @@ class _Steps:
 
     @torch.no_grad()
     def _update(self, gradients: list[Tensor], active: dict[str, Tensor]) -> Tensor:
-        """Take a step of SGD with the terms that took part, as torch does with those; return the norms (S,)."""
-        gradient = torch.cat([one.flatten(1) for one in gradients], dim=1)
+        """Take a step of SGD for the active terms, as torch.optim.SGD would; return the gradient norms (S,)."""
+        gradient = torch.cat([term.flatten(1) for term in gradients], dim=1)
         part = torch.cat(list(active.values()), dim=1)[:, self._mask_of]
         step = gradient.add(self._flat_terms, alpha=self._schedule.weight_decay)
         step.add_(self._flat_momenta, alpha=self._schedule.momentum)
@@ -371,7 +357,7 @@ class _Steps:
         return gradient.square().sum(1).sqrt()
 
     def _batched(self, *arguments: Any) -> Tensor:
-        """Return the losses of all members (S,)."""
+        """Return the losses of all members, (S,)."""
         try:
             return self._compiled(*arguments)
         except RuntimeError as error:
@@ -382,13 +368,13 @@ class _Steps:
     def _loss(
         self, terms: dict[str, Tensor], active: dict[str, Tensor], masks: dict[str, Tensor], images: Tensor, goal: Any
     ) -> Tensor:
-        """Return the loss of one member: what is mapped over all of them."""
+        """Return the loss of one member; vmap maps this function over all members."""
         self._masks = masks
-        template = self._stack.template
+        template = self.stack.template
         loss = self._stage.loss(
             lambda inputs: functional_call(template, {**terms, **active}, (inputs,)), self._watched, images, goal
         )
-        self._masks = {}  # what is mapped must not be seen outside: a compiler would make it a result of the graph
+        self._masks = {}  # torch.compile would return tensors that stay referenced from the graph
         if self._watched is not None:
             self._watched.take()
         return loss
@@ -397,7 +383,7 @@ class _Steps:
         return self._masks[self._dropouts[dropout]].to(inputs.dtype)
 
     def _draw_masks(self, pixels: Tensor, active: dict[str, Tensor], draws: Sequence[EpochDraws]) -> dict[str, Tensor]:
-        """Draw what each dropout keeps, as the members by themselves would: by name (S, B, ...)."""
+        """Draw each dropout's factors, (S, B, ...) by name, as each member would draw them alone."""
         if self._shapes is None:
             self._shapes = self._dropout_shapes(self._as_inputs(pixels[0]), active)
         modules = {name: module for module, name in self._dropouts.items()}
@@ -406,29 +392,29 @@ class _Steps:
             for name, shape in self._shapes.items():
                 like = torch.empty(pixels.shape[1], *shape, device=pixels.device)
                 masks[name].append(each.keep(modules[name], like))
-        return {name: torch.stack(some) for name, some in masks.items()}
+        return {name: torch.stack(of_members) for name, of_members in masks.items()}
 
     def _dropout_shapes(self, images: Tensor, active: dict[str, Tensor]) -> dict[str, torch.Size]:
-        """Return the shape of an image at each dropout, in the order in which a pass meets them."""
+        """Return the shape of one image at each dropout, in the order of their calls."""
         shapes: dict[str, torch.Size] = {}
 
-        def look(dropout: nn.Dropout, inputs: Tensor) -> Tensor:
+        def record(dropout: nn.Dropout, inputs: Tensor) -> Tensor:
             name = self._dropouts[dropout]
             if name in shapes:
                 raise _NoStackError(f"dropout {name!r} is used twice in one pass")
             shapes[name] = inputs.shape[1:]
             return torch.ones_like(inputs)
 
-        first = {name: tensor[0] for name, tensor in (self._stack.terms | active).items()}
-        with torch.no_grad(), dropout_by(self._stack.template, look):
-            functional_call(self._stack.template, first, (images,))
+        first = {name: tensor[0] for name, tensor in (self.stack.terms | active).items()}
+        with torch.no_grad(), dropout_by(self.stack.template, record):
+            functional_call(self.stack.template, first, (images,))
         if self._watched is not None:
-            self._watched.take()  # this pass is no part of a step
+            self._watched.take()  # drop the responses: this pass belongs to no step
         return shapes
 
 
 def _rows(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return tensors (S, ...) as rows of one (S, n), and views of it in their shapes."""
+    """Return the tensors (S, ...) concatenated to (S, n), and views of the result in their own shapes."""
     rows = torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
     parts = rows.split([tensor[0].numel() for tensor in tensors.values()], dim=1)
-    return rows, {name: part.view(one.shape) for (name, one), part in zip(tensors.items(), parts, strict=True)}
+    return rows, {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}

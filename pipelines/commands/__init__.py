@@ -1,1 +1,1 @@
-"""The bodies of the commands, and what they share: options, one-line errors, progress on a terminal."""
+"""The bodies of the commands, and the parts that they share: options, one-line errors, progress on a terminal."""

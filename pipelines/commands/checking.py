@@ -1,4 +1,4 @@
-"""The command `gross check`: every stored file is read, and the damaged ones are deleted."""
+"""The command `gross check`: read every stored file, and delete damaged ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipelines.driver import locked, report_damage
 
 
 def check(run: str) -> None:
-    """Read every table and checkpoint of a run, delete the damaged ones, and print how many there were."""
+    """Read every table and checkpoint of a run, delete the damaged ones, and print their number."""
     store, reporter = RunStore.open(run), Reporter()
     with locked(store, reporter):
         store.check()

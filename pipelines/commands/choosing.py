@@ -1,4 +1,4 @@
-"""`gross search` with --budget or --pareto: answers from a finished search, without a write lock or any work."""
+"""`gross search` with --budget or --pareto: answer from a finished search, without a lock or any computation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import click
 
 from gross_ray.errors import MissingStageError
-from gross_ray.report.terminal import budget_table, front_table
+from gross_ray.report.results import budget_table
+from gross_ray.report.terminal import as_text, front_table
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import Budget
@@ -15,9 +16,9 @@ from pipelines.stages import rounds, search
 
 
 def best_and_front(run: str, *, budgets: Sequence[Budget], top: int, pareto: bool, costs: Sequence[str] | None) -> None:
-    """Print the `top` most accurate configurations within `budgets` if there are any, and the front if `pareto`.
+    """Print the `top` most accurate configurations within `budgets`, and, with `pareto`, the Pareto front.
 
-    Raises MissingStageError, naming the command to run, unless the search is finished.
+    Raises MissingStageError, naming the command to run, if the search is not finished.
     """
     opened = Run(RunStore.open(run))
     parts = []
@@ -25,7 +26,7 @@ def best_and_front(run: str, *, budgets: Sequence[Budget], top: int, pareto: boo
         if search.by_strategy(opened) and not rounds.ended(opened) and not opened.store.units("selections"):
             raise MissingStageError("its strategy still proposes configurations")
         if budgets:
-            parts.append(budget_table(search.best(opened, budgets, top), budgets))
+            parts.append(as_text(budget_table(search.best(opened, budgets, top), budgets)))
         if pareto:
             costs = costs or [budgets[0].cost if budgets else "macs"]
             parts.append(front_table(search.front(opened, costs), costs))

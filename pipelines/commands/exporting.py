@@ -1,4 +1,4 @@
-"""A validated configuration of a run, out to production: its network in a file, and its model card beside it."""
+"""The command `gross export`: write a validated configuration as a network file with its model card beside it."""
 
 from __future__ import annotations
 
@@ -31,64 +31,43 @@ def export(
     batch_size: int,
     device: str | None,
 ) -> None:
-    """Write a configuration of a run to `target`, and print what was written (`export_validated`)."""
-    lines = export_validated(
-        RunStore.open(run),
-        configuration,
-        target,
-        seed=seed,
-        objective=objective,
-        latency=LatencyOptions(batch_size=batch_size),
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
-    click.echo("\n".join(lines))
-
-
-def export_validated(
-    store: RunStore,
-    configuration: str,
-    target: Path,
-    *,
-    seed: int | None = None,
-    objective: str | None = None,
-    latency: LatencyOptions = LatencyOptions(),  # noqa: B008 (frozen)
-    device: torch.device | str = "cpu",
-) -> list[str]:
-    """Write a configuration's own training as a plain network, and its card beside it; return what to tell of it.
+    """Write a validated configuration as a plain network and its card to `target`, and print a summary.
 
     `seed` is the repeat, by default the most accurate one on the validation split. With an `objective`, layers are
-    folded where that costs less (`fold`); by "latency_ms" layers, and then the whole, are timed on `device`. Raises
-    InvalidValueError for a file that cannot be written or a configuration outside the space, MissingStageError for one
-    that is not validated, and GrossRayError where the format cannot hold the network; then nothing is written.
+    folded if that costs less (`fold`). For "latency_ms", batches of `batch_size` images are timed on `device`, by
+    default a GPU if there is one. Raises InvalidValueError for a file that cannot be written or a configuration outside
+    the space, MissingStageError if it is not validated, and GrossRayError if the format cannot represent the network;
+    then nothing is written.
     """
     check_format(target)
-    configuration = str(Configuration.parse(configuration))
+    store, configuration = RunStore.open(run), str(Configuration.parse(configuration))
     if seed is None:
         seed = most_accurate_seed(store, configuration) or 0
-    run = Run(store)
-    network, base = run.validated(configuration, seed), run.base
+    opened = Run(store)
+    network, base = opened.validated(configuration, seed), opened.base
     shape = base.input_shape
-    told: list[str] = []
     folding: dict[str, Any] = {}
-    time: LatencyModel | Timing | None = latencies.in_force(run)
+    time: LatencyModel | Timing | None = latencies.in_force(opened)
+    lines: list[str] = []
     if objective is not None:
-        bottlenecks = network
-        network, foldings = fold(bottlenecks, shape, objective=objective, latency=latency, device=device)
-        told.append(foldings_text(objective, foldings))
-        folded = [asdict(one) for one in foldings if one.folded]
+        bottlenecks, options = network, LatencyOptions(batch_size=batch_size)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        network, foldings = fold(bottlenecks, shape, objective=objective, latency=options, device=device)
+        lines.append(foldings_text(objective, foldings))
+        folded = [asdict(layer) for layer in foldings if layer.folded]
         folding = {"folded by": objective, "folded": folded}
         if objective == "latency_ms":
-            both = time_networks({"as bottlenecks": bottlenecks, "as written": network}, shape, latency, device=device)
+            both = time_networks({"as bottlenecks": bottlenecks, "as written": network}, shape, options, device=device)
             time = both["as written"]
-            told.append("whole: " + ", ".join(f"{one.latency_ms:.6g} ms {form}" for form, one in both.items()))
+            lines.append("whole: " + ", ".join(f"{timing.latency_ms:.6g} ms {form}" for form, timing in both.items()))
         elif folded:
-            time = None  # what is predicted is the time of the bottlenecks
+            time = None  # the predicted time is that of the bottlenecks
     card = model_card(store, configuration, seed, network, shape, base.classes, layers=base.space.layers, latency=time)
     card |= {**folding, "file": target.name}
     if target.suffix == ".safetensors":
         card["network"] = str(network).splitlines()
     beside = card_path(target)
-    with whole_or_not_at_all(beside) as partial:  # both, or none of them
+    with whole_or_not_at_all(beside) as partial:  # both files are written, or neither
         partial.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         export_network(network, target, shape)
-    return [*told, f"{configuration} (seed {seed}) written to {target}, its card to {beside}"]
+    click.echo("\n".join([*lines, f"{configuration} (seed {seed}) written to {target}, its card to {beside}"]))

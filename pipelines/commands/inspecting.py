@@ -1,4 +1,4 @@
-"""The command `gross inspect`: what decomposing a network would give, before anything is spent."""
+"""The command `gross inspect`: preview the decomposition of a network before any computation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 from gross_ray.models import model_of
 from gross_ray.report.inspection import inspection
-from gross_ray.report.terminal import inspection_page
+from gross_ray.report.terminal import as_text
 from gross_ray.supernet.layers import choice_of
 from gross_ray.supernet.options import parse_layer_group_sizes
 
@@ -22,9 +22,9 @@ def inspect(
     image_size: int,
     num_classes: int,
 ) -> None:
-    """Print the layers of a network, the space that they span, and its cheapest configuration."""
+    """Print the layers of a network, the size of their space, and its cheapest and largest configuration."""
     network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
     shape = (3, image_size, image_size)
     by_layer = parse_layer_group_sizes(layer_group_sizes)
     choice = choice_of(network, layers, group_sizes, by_layer, input_shape=shape)
-    click.echo(inspection_page(inspection(network, choice, shape)))
+    click.echo("\n\n".join(map(as_text, inspection(network, choice, shape))))

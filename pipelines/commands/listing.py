@@ -1,4 +1,4 @@
-"""The command `gross presets`."""
+"""The command `gross presets`: list the named experiments."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gross_ray.presets import PRESETS, preset
 
 
 def presets(name: str | None) -> None:
-    """Print the named experiments and their cost, or the fields of the one called `name`, as --set takes them."""
+    """Print the presets and their cost, or the fields of the preset `name` in the form that --set takes."""
     if name is not None:
         for field, value in preset(name).fields().items():
             click.echo(f"{field}={value if isinstance(value, str) else json.dumps(value)}")
         return
-    for each, entry in PRESETS.items():
-        click.echo(f"{each:<12} {entry.description}\n{'':<12} Cost: {entry.cost}.")
+    for known, entry in PRESETS.items():
+        click.echo(f"{known:<12} {entry.description}\n{'':<12} Cost: {entry.cost}.")

@@ -1,4 +1,4 @@
-"""The command `gross latency`: layers timed on this machine, or the times of another one read from a file."""
+"""The command `gross latency`: time the layers on this machine, or read another machine's times from a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import torch
 
+from gross_ray.report.page import check_target
 from gross_ray.report.terminal import latency_table
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
@@ -22,13 +23,12 @@ def latency(
 ) -> None:
     """Store the times of the layers, measured here or read from `source`, and also write them to `target`.
 
-    `asked` are fields of LatencyOptions; None where the default holds.
+    `asked` are fields of LatencyOptions; None keeps the default.
     """
     options = {name: value for name, value in asked.items() if value is not None}
     if source is not None and (options or device or target):
         raise click.UsageError(f"--from {source} times nothing: leave the other options out")
-    if target is not None and not target.absolute().parent.is_dir():
-        raise click.UsageError(f"--to {target}: there is no folder {target.parent}; make it, or name another file")
+    check_target(target)
     opened = Run(RunStore.open(run))
     with locked(opened.store, Reporter()):
         model = _measured(opened, device, LatencyOptions(**options)) if source is None else LatencyModel.load(source)
@@ -39,11 +39,11 @@ def latency(
 
 
 def _measured(run: Run, device: str | None, options: LatencyOptions) -> LatencyModel:
-    """Time the layers on `device`, by default a GPU where there is one, with a bar on stderr."""
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with click.progressbar(length=1000, label=f"latency on {place}", file=sys.stderr) as bar:
+    """Time the layers on `device`, by default a GPU if there is one, with a progress bar on stderr."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with click.progressbar(length=1000, label=f"latency on {device}", file=sys.stderr) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.update(1000 * done // total - bar.pos)
 
-        return latencies.measure(run, place, options, advance)
+        return latencies.measure(run, device, options, advance)

@@ -1,4 +1,4 @@
-"""What a user's mistake ends with: one line on stderr and an exit status, never a traceback."""
+"""Errors on the command line: a user's mistake ends with one line on stderr and an exit status, never a traceback."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipelines.execution import signals
 
 
 class OneLineErrors(click.Group):
-    """A group of commands that exits with status 2 and one line for a user's mistake, with 1 where units failed."""
+    """A group of commands that prints one line for an error, and exits with 2 for a user's mistake, else with 1."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        """Run the command line, and exit with its status unless `standalone_mode` is off."""
+        """Run the command line, and exit with its status if `standalone_mode`."""
         run = functools.partial(super().main, *args, standalone_mode=False, **kwargs)
         if not standalone_mode:
             return run()
@@ -32,12 +32,12 @@ class OneLineErrors(click.Group):
             where = f" (see {context.command_path} --help)" if context else ""
             click.echo(f"Error: {error.format_message()}{where}", err=True)
             sys.exit(2)
-        except (click.Abort, KeyboardInterrupt):  # click's versions differ in which of the two it is
+        except (click.Abort, KeyboardInterrupt):  # which of the two is raised depends on click's version
             click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
             signals.leave(signals.exit_status())
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an error that the project raises for its users becomes a line and a status."""
+        """Run a command; an error that is meant for users becomes one line and an exit status."""
         try:
             return super().invoke(ctx)
         except (UnitsFailedError, DivergedError, StorageError) as error:
@@ -46,12 +46,12 @@ class OneLineErrors(click.Group):
         except GrossRayError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
-        except OSError as error:  # of a file that the user named, outside any run folder
+        except OSError as error:  # from a file that the user named, outside any run folder
             if error.filename is None:
                 raise
             click.echo(f"Error: {error.filename}: {error.strerror}; name another file, or make room for it", err=True)
             ctx.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the commands in the order of the stages, as they are defined."""
+        """Return the commands in the order of their definition, which is that of the stages."""
         return list(self.commands)

@@ -16,17 +16,17 @@ from gross_ray.search.budgets import COSTS, Budget
 from gross_ray.space import Configuration
 from pipelines.resources import DEVICES, Resources
 
-if TYPE_CHECKING:  # loaded by the commands that do work: it brings torch
+if TYPE_CHECKING:  # it imports torch, which only the commands that do work need
     from pipelines.driver import DataSource
 
 PRESET_HELP = "Named experiment (see `gross presets`)."
 SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
 MODEL_HELP = "Network: four-conv, vgg16, resnet18, or a function of your own, package.module:factory."
 DATA_HELP = "Dataset: sample, fashion-mnist, cifar10, folder:PATH, or a function of your own, package.module:function."
-WEIGHTS_HELP = "Its trained weights: safetensors, or a state dict by torch.save [they are trained]."
+WEIGHTS_HELP = "Trained weights of the network: safetensors, or a state dict by torch.save [train them]."
 IN_PROCESS_HELP = "Do the units one after another in this process, without Ray."
 CALLBACK_HELP = (
-    "A ray.tune.Callback, or a function that makes one, which is notified of the trials of validate and sweep-alpha; "
+    "A ray.tune.Callback, or a function that makes one, to be notified of the trials of validate and sweep-alpha; "
     "may be repeated."
 )
 WORK_PARAMETERS = (
@@ -40,26 +40,26 @@ Command = Callable[..., None]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a command does its work, and where it finds the images."""
+    """Where a command runs its units, and where it finds the images."""
 
     resources: Resources
-    """The machines."""
+    """The machine or cluster."""
     in_process: bool
-    """Do the units in this process, without Ray."""
+    """Run the units in this process, without Ray."""
     data_root: str | None
     """Folder of the dataset's files; None: ~/.cache/gross_ray."""
     download: bool
-    """Fetch a dataset that is missing."""
+    """Download the dataset if it is missing."""
 
     def source(self) -> DataSource:
-        """Return where the images are found."""
+        """Return the source of the images."""
         from pipelines.driver import DataSource
 
         return DataSource(root=self.data_root, download=self.download)
 
 
 def experiment_options(command: Command, *, preset_required: bool = False) -> Command:
-    """Add the options that make an experiment; the command gets `preset_name` and `settings`, which change it."""
+    """Add the options that define an experiment; the command gets `preset_name` and the `settings` that change it."""
 
     @functools.wraps(command)
     def wrapped(
@@ -67,7 +67,7 @@ def experiment_options(command: Command, *, preset_required: bool = False) -> Co
     ) -> None:
         own = [] if model is None else [f"model={json.dumps(model)}"]
         own += [] if data is None else [f"data.name={json.dumps(data)}"]
-        if weights is not None:  # what is trained is one network
+        if weights is not None:  # one trained network
             own += [f"weights={json.dumps(str(weights.absolute()))}", "training.seeds=1"]
         command(settings=(*own, *settings), **rest)
 
@@ -105,8 +105,8 @@ def work_options(command: Command) -> Command:
         command(place=place, **rest)
 
     for decorate in (
-        click.option("--download", is_flag=True, help="Fetch a dataset that is missing."),
-        click.option("--data-root", metavar="FOLDER", help="Where the dataset's files are [~/.cache/gross_ray]."),
+        click.option("--download", is_flag=True, help="Download the dataset if it is missing."),
+        click.option("--data-root", metavar="FOLDER", help="Folder of the dataset's files [~/.cache/gross_ray]."),
         click.option(
             "--gpus-per-unit", type=float, default=0.25, show_default=True, help="GPUs for each unit of work on cuda."
         ),
@@ -115,7 +115,7 @@ def work_options(command: Command) -> Command:
             type=click.Choice(DEVICES),
             default="auto",
             show_default=True,
-            help="auto: cuda where the cluster has a GPU.",
+            help="auto: cuda if the cluster has a GPU.",
         ),
         click.option("--num-cpus", type=int, help="CPU cores of this machine to use [all]."),
         click.option("--in-process", is_flag=True, help=IN_PROCESS_HELP),
@@ -126,7 +126,7 @@ def work_options(command: Command) -> Command:
 
 
 def callback_option(command: Command) -> Command:
-    """Add --callback; the command gets the callbacks themselves. Belongs above `work_options`."""
+    """Add --callback; the command gets the callback objects. Put this decorator above `work_options`."""
 
     @click.option("--callback", "callbacks", metavar="MODULE:NAME", multiple=True, help=CALLBACK_HELP)
     @functools.wraps(command)
@@ -140,17 +140,17 @@ def callback_option(command: Command) -> Command:
     return wrapped
 
 
-def refuse_alone(owner: str, given: bool, options: Mapping[str, object]) -> None:
-    """Raise UsageError for those of `options` that are set, unless the option that they belong to is given."""
+def refuse_alone(owner: str, owner_is_set: bool, options: Mapping[str, object]) -> None:
+    """Raise UsageError if one of `options` is set without `owner`, the option to which they belong."""
     for name, value in options.items():
-        if value is not None and not given:
+        if value is not None and not owner_is_set:
             raise click.UsageError(
                 f"{name} {value} without {owner}: it has no effect then; add {owner} or leave it out"
             )
 
 
 def refuse_beside(owner: str, *names: str) -> None:
-    """Raise UsageError for a parameter among `names` that stands on the command line together with `owner`."""
+    """Raise UsageError if the command line has one of the parameters `names` together with `owner`."""
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""
@@ -184,7 +184,7 @@ def configurations_of(
 
 
 def whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
-    """Read a list like 1,4,16 given to `option`; no numbers for None."""
+    """Read the value of `option`, a list like 1,4,16; no numbers for None."""
     parts = () if text is None else tuple(part.strip() for part in text.split(","))
     if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise click.UsageError(f"{option} {text}: must be whole numbers above 0 with commas between, like 1,4,16,32")

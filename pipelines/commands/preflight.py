@@ -1,4 +1,4 @@
-"""What only a network and images can tell of an experiment, found out before a run folder is made."""
+"""Checks of a new experiment that need its network and images, before the run folder is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gross_ray.data.image_set import Splits
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
-from gross_ray.nn.calls import told_where_it_cannot_run
+from gross_ray.nn.calls import network_errors_as_invalid_value
 from gross_ray.nn.modes import evaluating
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgeted import BudgetedSpace
@@ -32,12 +32,12 @@ _LIMITS_ALONE = (
 
 
 def check_experiment(experiment: Experiment, splits: Splits) -> None:
-    """Raise InvalidValueError for what a stage of `experiment` on `splits` would meet, the last ones too.
+    """Raise InvalidValueError for any mistake that would make a stage of `experiment` on `splits` fail later.
 
-    That is: weights of another network, images that the network cannot run, an output that is no logits, layers and
-    group-sizes that it does not have, fixed configurations and budgets outside the space, limits below its cheapest
-    configuration, supernets that cannot be stacked where the engine stacks them, a last batch too small, and a space
-    too large for the strategy. Limits on a latency are not looked at: it is measured after the training.
+    Checked are: weights of another network, images that the network cannot run, an output that is not logits, unknown
+    layers and group-sizes, fixed configurations and budgets outside the space, limits below its cheapest configuration,
+    supernets that the engine cannot stack, a last batch that is too small, and a space that is too large for the
+    strategy. Limits on latency are not checked: it is measured after the training.
     """
     shape = splits.train.images.shape[1:]
     network = build_model(
@@ -62,26 +62,26 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
 
 
 def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts) -> None:
-    """Raise InvalidValueError for a fixed configuration that the space does not have, and a budget that leaves none."""
+    """Raise InvalidValueError for a fixed configuration outside the space, and for a budget that nothing else fits."""
     common = sorted(set.intersection(*map(set, space.group_sizes.values())))
     budgets = [size for size in common if _leaves_some(space, uniform(space, size), macs)]
-    for name, sizes, lawful in (
+    for name, sizes, allowed in (
         ("search.budgets", experiment.search.budgets, budgets),
         ("validation.fixed", experiment.validation.fixed, common),
     ):
         for size in sizes:
-            if size in lawful:
+            if size in allowed:
                 continue
             try:
                 why = f"{uniform(space, size)} is the cheapest configuration, nothing else fits under it"
             except InvalidValueError as error:
                 why = str(error)
-            remedy = f"name such as every layer has: {', '.join(map(str, lawful))}" if lawful else _LIMITS_ALONE
+            remedy = f"name such as every layer has: {', '.join(map(str, allowed))}" if allowed else _LIMITS_ALONE
             raise InvalidValueError(f"{name} = {sizes}: {why}; {remedy}")
 
 
 def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:
-    with told_where_it_cannot_run(shape), torch.no_grad(), evaluating(network):
+    with network_errors_as_invalid_value(shape), torch.no_grad(), evaluating(network):
         logits = network(torch.zeros(1, *shape))
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if not isinstance(found, tuple) or len(found) != 2 or found[1] < num_classes:
@@ -92,10 +92,10 @@ def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_c
 
 
 def _check_training(network: torch.nn.Module, shape: torch.Size, model: str) -> None:
-    """Raise InvalidValueError for a network that a stage could not train, copy or store."""
-    strange = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise InvalidValueError(f"model {model!r}: {strange[0]} of its state dict is no tensor; keep it elsewhere")
+    """Raise InvalidValueError for a network that cannot be trained, copied or stored."""
+    others = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise InvalidValueError(f"model {model!r}: {others[0]} of its state dict is no tensor; keep it elsewhere")
     try:
         with torch.random.fork_rng(devices=[]):
             copied = copy.deepcopy(network).train()
@@ -110,7 +110,7 @@ def _check_training(network: torch.nn.Module, shape: torch.Size, model: str) -> 
 
 
 def _check_last_batch(network: torch.nn.Module, shape: torch.Size, experiment: Experiment, num_images: int) -> None:
-    """Raise InvalidValueError where an epoch ends with one image, and the network cannot be trained on a single one."""
+    """Raise InvalidValueError if the last batch is a single image, and the network cannot be trained on one."""
     options = experiment.training
     count, size = options.images_of(num_images), options.batch_size
     if experiment.weights or count % size != 1:
@@ -118,7 +118,7 @@ def _check_last_batch(network: torch.nn.Module, shape: torch.Size, experiment: E
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             copy.deepcopy(network).train()(torch.zeros(1, *shape))
-    except Exception as error:  # whatever the user's own code raises; batch-norm over one value does
+    except Exception as error:  # whatever the user's code raises; batch-norm over one value raises
         raise InvalidValueError(
             f"training.batch_size = {size}: the last of {count} images is a batch by itself, which model "
             f"{experiment.model!r} cannot be trained on: {one_line(error)}; set another training.batch_size"
@@ -126,7 +126,7 @@ def _check_last_batch(network: torch.nn.Module, shape: torch.Size, experiment: E
 
 
 def _leaves_some(space: SearchSpace, fixed: Configuration, macs: LayerCosts) -> bool:
-    """Return whether another configuration than the fixed one has no more MACs than it."""
+    """Return whether another configuration has at most the MACs of the fixed one."""
     spare = macs.of_one(fixed) - macs.minimum
     least_more = min((np.partition(parts, 1)[1] - parts.min() for parts in macs.parts if len(parts) > 1), default=1)
     return bool(spare >= least_more)

@@ -1,4 +1,4 @@
-"""The command `gross report`: the results of a run as text, and as a page."""
+"""The command `gross report`: print the results of a run, and write its HTML page."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gross_ray.run.store import RunStore
 
 
 def report(run: str, *, markdown: bool, target: Path | None) -> None:
-    """Print the results, and write the page to `target` or else into the run folder; as Markdown, no page."""
+    """Print the results; unless as Markdown, also write the page to `target`, by default into the run folder."""
     check_target(target)
     store = RunStore.open(run)
-    searched = Searched.of(store)  # once, for both: it is most of what is read
+    searched = Searched.of(store)  # read once for both, because it is most of the data
     click.echo(results(store, markdown=markdown, searched=searched))
     if not markdown:
         click.echo(f"page: {write_page(store, target, searched)}", err=True)

@@ -1,4 +1,4 @@
-"""A run folder as a command gets it: opened, or made for a new experiment once that is known to work."""
+"""The run folder of a command: an existing one is opened, a new one is made after its experiment was checked."""
 
 from __future__ import annotations
 
@@ -23,16 +23,12 @@ from pipelines.stages.train import check_given
 
 
 def run_folder(
-    run: str,
-    preset_name: str | None,
-    settings: tuple[str, ...],
-    source: DataSource,
-    reuse: RunStore | None = None,
+    run: str, preset_name: str | None, settings: tuple[str, ...], source: DataSource, reuse: RunStore | None = None
 ) -> RunStore:
-    """Open a run folder, or make it for a preset and its settings. Where both exist, they must agree.
+    """Open a run folder, or make it for a preset and its settings; an existing folder must agree with them.
 
-    A new experiment is first checked against the network, the images of `source` and the run folder `reuse`: a mistake
-    leaves nothing behind.
+    A new experiment is first checked against the network, the images of `source` and the run folder `reuse`, so that a
+    mistake leaves nothing behind.
     """
     if preset_name is None:
         if settings:
@@ -42,7 +38,7 @@ def run_folder(
     if not RunStore.is_there(run):
         return _new_run_folder(run, experiment, source, reuse)
     store = RunStore.create(run, experiment)
-    if RunStore.open(run).experiment.data.name != experiment.data.name:  # another path: its images decide
+    if RunStore.open(run).experiment.data.name != experiment.data.name:  # another path may have the same images
         pin(store, source.load(experiment.data))
     if experiment.weights:
         check_given(store)
@@ -50,8 +46,8 @@ def run_folder(
 
 
 def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse: RunStore | None) -> RunStore:
-    """Check a new experiment with its weights and images, make its run folder, and pin them there."""
-    weights = read_weights(experiment.weights) if experiment.weights else {}  # before the images, which take longer
+    """Check a new experiment, make its run folder, and pin its images and weights there."""
+    weights = read_weights(experiment.weights) if experiment.weights else {}  # first, because images take longer
     if reuse is not None:
         check_reusable(experiment, reuse)
     splits = source.load(experiment.data)
@@ -73,7 +69,7 @@ def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse:
 
 
 def _experiment_of(preset_name: str, settings: tuple[str, ...]) -> Experiment:
-    """Return the experiment; raises InvalidValueError also where a function that it names cannot be imported."""
+    """Return the experiment; raises InvalidValueError also if a function that it names cannot be imported."""
     experiment = preset(preset_name).override(list(settings))
     factory_of(experiment.model)
     if is_function_name(experiment.data.name):

@@ -1,4 +1,4 @@
-"""The commands that do work: they open a session on a run folder, do one stage or all, and print the results."""
+"""The commands that run stages: they open a session on a run folder, do one stage or all, and print the results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(
     reuse: str | None,
     reuse_evaluations: bool,
 ) -> None:
-    """Do every stage, then print the results and write the page; takes over from the run folder `reuse` first."""
+    """Take over units from the run folder `reuse`, do every stage, print the results and write the page."""
     other = None if reuse is None else RunStore.open(reuse)
     store = run_folder(out, preset_name, settings, place.source(), other)
 
@@ -59,7 +59,7 @@ def run(
 def run_stage(
     name: str, run: str, preset_name: str | None, settings: Settings, place: Place, callbacks: Sequence[Any] = ()
 ) -> None:
-    """Do what one stage lacks, and print what it has stored."""
+    """Do one stage's missing units, and print the stage's results."""
     store = run_folder(run, preset_name, settings, place.source())
     click.echo(work(store, place, STAGES[name].do, lambda: stage_results(store, name), callbacks))
 
@@ -72,7 +72,7 @@ def validate_named(
     place: Place,
     callbacks: Sequence[Any],
 ) -> None:
-    """Train these configurations on their own, and print all that are trained."""
+    """Train these configurations on their own, and print the results of all validated ones."""
     store = run_folder(run, preset_name, settings, place.source())
 
     def do(session: Session) -> None:
@@ -88,17 +88,17 @@ def work(
     show: Callable[[], Shown],
     callbacks: Sequence[Any] = (),
 ) -> Shown:
-    """Call `do` with a session on a run folder, which reports its progress on stderr, and return what `show` returns.
+    """Call `do` with a session on a run folder, which reports progress on stderr, and return `show()`.
 
-    Both are called under the folder's lock, and again if a damaged file was found and deleted.
+    Both are called under the folder's lock, and called again if a damaged file was found and deleted.
     """
     opened = Session.opened(
         store, place.resources, place.source(), Reporter(), callbacks=callbacks, in_process=place.in_process
     )
     with opened as session:
 
-        def all_of_it() -> Shown:
+        def do_and_show() -> Shown:
             do(session)
             return show()
 
-        return redone_after_damage(session, all_of_it)
+        return redone_after_damage(session, do_and_show)

@@ -1,4 +1,4 @@
-"""The command `gross show`: a stored table as text or CSV."""
+"""The command `gross show`: print a stored table as text or CSV."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gross_ray.run.store import read_table
 
 
 def show(run: str, table: str, *, rows: int, csv: bool) -> None:
-    """Print the first `rows` of a table (0: all of them), or the whole table as CSV."""
+    """Print the first `rows` of a table (0: all), or the whole table as CSV."""
     frame = read_table(run, table)
     if csv:
         click.echo(frame.to_csv(index=False), nl=False)

@@ -1,4 +1,4 @@
-"""The command `gross status`: how far each stage of a run is."""
+"""The command `gross status`: print the finished and planned units of each stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gross_ray.run.store import RunStore
 
 
 def status(run: str) -> None:
-    """Print how far each stage is; imports torch only for a run folder without stored plans."""
+    """Print the finished and planned units of each stage; torch is imported only if no plans are stored."""
     store = RunStore.open(run)
     click.echo(f"{store.storage}: {store.experiment.name}, experiment {fingerprint(store)}")
     plans = stored_plans(store)

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, plain lines elsewhere."""
+"""Progress of stages: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipelines.watching import StageProgress
 
 SECONDS_BETWEEN_LINES = 5.0
-"""Where the output is no terminal: how often a stage in which no unit finishes prints the state of its units, if it
-has changed."""
+"""Outside a terminal: how often the state of the running units is printed, if it has changed."""
 SECONDS_OF_SILENCE = 60.0
-"""Where the output is no terminal: after how long the same state is printed once more."""
+"""Outside a terminal: how often an unchanged state is printed."""
 
 
 class _Lines(StageProgress):
     def __init__(self, name: str, total: int, done: int, out: TextIO) -> None:
         super().__init__(name, total, done)
         self._out = out
-        self._last, self._told = time.monotonic(), ""
+        self._last, self._printed = time.monotonic(), ""
         already = f", {done} done already" if done else ""
         self._print(f"{name}: {total} units{already}")
 
@@ -33,10 +32,10 @@ class _Lines(StageProgress):
         self._print(f"{self.name}: {self.done}/{self.total} {unit} {text}")
 
     def under_way(self, states: dict[str, tuple[float, str]]) -> None:
-        told, silence = "; ".join(f"{unit} {text}" for unit, (_, text) in states.items()), time.monotonic() - self._last
-        if told and silence >= (SECONDS_OF_SILENCE if told == self._told else SECONDS_BETWEEN_LINES):
-            self._print(f"{self.name}: {told}")
-            self._told = told
+        state, silence = _text(states), time.monotonic() - self._last
+        if state and silence >= (SECONDS_OF_SILENCE if state == self._printed else SECONDS_BETWEEN_LINES):
+            self._print(f"{self.name}: {state}")
+            self._printed = state
 
     def note(self, text: str) -> None:
         self._print(f"{self.name}: {text}")
@@ -59,15 +58,18 @@ class _Bar(StageProgress):
     def under_way(self, states: dict[str, tuple[float, str]]) -> None:
         if states:
             share = sum(share for share, _ in states.values())
-            state = "; ".join(f"{unit} {text}" for unit, (_, text) in states.items())
-            self._bar.update(self._task, completed=min(self.total, self.done + share), state=state)
+            self._bar.update(self._task, completed=min(self.total, self.done + share), state=_text(states))
 
     def note(self, text: str) -> None:
         self._bar.console.print(f"{self.name}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _text(states: dict[str, tuple[float, str]]) -> str:
+    return "; ".join(f"{unit} {text}" for unit, (_, text) in states.items())
+
+
 class Reporter:
-    """Shows the progress of stages on a stream."""
+    """Shows the progress of stages on a stream (a `ProgressReporter`)."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = sys.stderr if out is None else out
@@ -94,5 +96,5 @@ class Reporter:
             yield _Bar(name, total, done, bar)
 
     def note(self, text: str) -> None:
-        """Print an event outside any stage."""
+        """Print one line outside any stage."""
         print(text, file=self._out, flush=True)

@@ -1,1 +1,1 @@
-"""How units of work are executed: in this process, on Ray actors, or as trials of Ray Tune. Only here: Ray."""
+"""Executors of units: in this process, on Ray actors, or as trials of Ray Tune. Only this folder imports Ray."""

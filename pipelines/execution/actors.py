@@ -1,4 +1,4 @@
-"""Long-lived actors fed one unit at a time: retries, progress, each result stored as it comes."""
+"""Execution on long-lived Ray actors: each does one unit after another, and dead actors are replaced."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import Any
 import ray
 import torch
 
-from gross_ray.errors import GrossRayError
+from gross_ray.errors import GrossRayError, one_line
 from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
-from pipelines.execution.base import do_unit, told
+from pipelines.execution.base import do_unit
 from pipelines.execution.versions import Versions
 from pipelines.units import Context, Group, Job, Unit, Work, room_for_images, unpack_splits
 from pipelines.watching import Furthest, Patience, StageProgress
 
 MAX_ATTEMPTS = 3
-"""How often a unit is tried whose worker dies before the unit has come any further."""
+"""How often a unit is tried if its worker dies each time before the unit has got any further."""
 START_ATTEMPTS = 3
-"""How many starts of workers may fail one after another before the stage goes on with the workers that it has."""
+"""How many starts of workers may fail in a row before the stage continues with the workers that it has."""
 SECONDS_TO_NEXT_START = 60.0
-"""How long the stage goes on with fewer workers than there is room for, before it starts another one."""
+"""How long a stage continues with too few workers before it starts another one."""
 IN_FLIGHT = 2
-"""Units that an actor has at most: one under way, and the next so that it never waits for the driver."""
+"""Maximum number of units of an actor: a running one, and the next, so that the actor never waits for the driver."""
 POLL_SECONDS = 1.0
-"""How often the units under way are asked for their state."""
+"""How often the running units are asked for their state."""
 
 
 def gpu_share() -> float:
-    """Return the share of a GPU that Ray gave the process that this runs in."""
+    """Return the share of a GPU that Ray assigned to this process."""
     return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0))
 
 
 class _Worker:
-    """One process that does units, one after the other; a second thread answers how far it is."""
+    """A process that does one unit after another; a second thread answers requests for its state."""
 
     def __init__(self, packed: dict[str, Any], device: str, versions: Versions, run: Run) -> None:
         self._device, self._run = device, run
@@ -48,7 +48,7 @@ class _Worker:
         try:
             versions.check()
             run.store.require_here()
-        except GrossRayError as error:  # raised in here, it would reach the driver as text alone
+        except GrossRayError as error:  # raised in a constructor, it would reach the driver as text only
             self._refused = error
         else:
             self._splits = unpack_splits(packed, device, room_for_images(device, gpu_share()))
@@ -56,7 +56,7 @@ class _Worker:
     def do(self, stage: str, work: Work, unit: Unit, threads: int, shared: Any) -> str:
         torch.set_num_threads(threads)
         self._state = (unit.name, 0.0, "started")
-        if stage != self._stage:  # since the last stage, other workers have stored what this one may have read
+        if stage != self._stage:  # other workers' results of the last stage may differ from what this one has cached
             self._stage = stage
             self._run.changed()
         context = Context(self._run, self._splits, self._device, self._report, shared, self._kept)
@@ -64,7 +64,7 @@ class _Worker:
 
     @ray.method(concurrency_group="state")
     def state(self) -> tuple[str, float, str]:
-        """Return the unit that it did last, the share of it that is done, and in words."""
+        """Return the current unit's name, its share that is done, and its state in words."""
         if self._refused is not None:
             raise self._refused
         return self._state
@@ -74,13 +74,13 @@ class _Worker:
 
 
 class Actors:
-    """The actors of one connection, which all stages that run on them share (an `Executor`)."""
+    """The actors of one connection to Ray, which stages share (an `Executor`)."""
 
     starts_the_most_costly_first = True
     survives_deaths = True
 
     def __init__(self, capacity: Capacity, packed_splits: ray.ObjectRef, run: Run) -> None:
-        """Start nothing yet: actors are started as a stage needs them."""
+        """Actors are started only when a stage needs them."""
         self._capacity, self._packed, self._run = capacity, packed_splits, run
         self._actors: list[Any] = []
         self._reserved = 0
@@ -94,10 +94,10 @@ class Actors:
     def do(self, job: Job, units: Sequence[Unit], *, threads: int, progress: StageProgress) -> dict[str, str]:
         """Do the units, the most costly first (see `Executor`).
 
-        What `job.shared` loads goes into Ray's object store once for each name, and out again after its last unit.
+        Data of `job.shared` is put into Ray's object store once for each name, and released after its last unit.
 
-        Raises VersionMismatchError as soon as a worker comes up that runs other versions than this driver, and
-        RunFolderError or StorageError for one that does not reach the run folder.
+        Raises VersionMismatchError if a worker runs other versions than this driver, and RunFolderError or StorageError
+        if it cannot reach the run folder.
         """
         if threads != self._reserved:
             self.close()
@@ -107,7 +107,7 @@ class Actors:
             self._actors.append(self._start())
         stage = _StageOnActors(job, units, threads, progress)
         queues: dict[Any, deque[_Task]] = {}
-        # Units go only to actors that are up: one for which the cluster has no room any more would keep them for ever.
+        # Only running actors get units: an actor for which the cluster has no room any more would keep them forever.
         starting = {actor.state.remote(): actor for actor in self._actors[:wanted]}
         self._start_failures, patience = 0, Patience(progress, autoscales=self._capacity.autoscales)
         while stage.todo or any(queues.values()):
@@ -137,7 +137,7 @@ class Actors:
         return stage.failed
 
     def _take_up(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]]) -> None:
-        """Move the actors that are up from `starting` to `queues`; try again those that failed to start."""
+        """Move running actors from `starting` to `queues`; replace those that failed to start."""
         ready, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0) if starting else ([], [])
         for reference in ready:
             actor = starting.pop(reference)
@@ -146,7 +146,7 @@ class Actors:
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
-                if actor in self._were_up:  # it died between two stages, with its node, say
+                if actor in self._were_up:  # it died between two stages, for example with its node
                     self._replace(actor, starting)
                     continue
                 self._start_failures += 1
@@ -159,24 +159,24 @@ class Actors:
             else:
                 queues[actor] = deque()
                 self._were_up.add(actor)
-                self._start_failures = 0  # nodes of a cluster come and go: only failures in a row count
+                self._start_failures = 0  # only failures in a row count, because nodes of a cluster come and go
 
     def _start_again(self, starting: dict[ray.ObjectRef, Any], num_up: int, wanted: int) -> None:
-        """Start one more actor if the stage has had fewer than `wanted` for a while."""
+        """Start another actor if there have been fewer than `wanted` for a while."""
         if num_up + len(starting) < wanted and time.monotonic() - self._given_up_at > SECONDS_TO_NEXT_START:
             self._given_up_at = time.monotonic()
             self._actors.append(self._start())
             starting[self._actors[-1].state.remote()] = self._actors[-1]
 
     def _replace(self, actor: Any, starting: dict[ray.ObjectRef, Any]) -> None:
-        """Start an actor in place of one that is dead."""
-        ray.kill(actor)  # one that Ray's memory monitor took a task from may live on
+        """Replace a dead actor with a new one."""
+        ray.kill(actor)  # an actor whose task Ray's memory monitor killed may still be alive
         self._actors.remove(actor)
         self._actors.append(self._start())
         starting[self._actors[-1].state.remote()] = self._actors[-1]
 
     def _give_back(self, starting: dict[ray.ObjectRef, Any], queues: dict[Any, deque[_Task]]) -> None:
-        """End the actors for which no unit is left, so that the autoscaler takes their nodes back or starts none."""
+        """End the actors for which no unit remains, so that the autoscaler removes their nodes or starts none."""
         for actor in [*starting.values(), *(actor for actor, queue in queues.items() if not queue)]:
             ray.kill(actor)
             self._actors.remove(actor)
@@ -184,7 +184,7 @@ class Actors:
         starting.clear()
 
     def close(self) -> None:
-        """End the actors, so that their cores are free."""
+        """End the actors and free their cores."""
         for actor in self._actors:
             ray.kill(actor)
         self._actors.clear()
@@ -206,7 +206,7 @@ class _Task:
 
 
 class _StageOnActors:
-    """The units of one stage: what is still to do, who gets it, and what became of it."""
+    """The units of one stage: which are still to do, which actor gets them, and how they finished."""
 
     def __init__(self, job: Job, units: Sequence[Unit], threads: int, progress: StageProgress) -> None:
         self.todo = deque(sorted(units, key=lambda unit: -unit.cost))
@@ -218,7 +218,7 @@ class _StageOnActors:
         self._users = Counter(unit.shared for unit in units)
 
     def hand_out(self, queues: Mapping[Any, deque[_Task]], num_workers: int) -> None:
-        """Give each actor a unit, and the next one while there are enough for all workers, those still starting too."""
+        """Give each actor a unit, and a second one as long as units suffice for all workers, also starting ones."""
         for length in range(IN_FLIGHT):
             for actor, queue in queues.items():
                 enough = length == 0 or len(self.todo) >= num_workers
@@ -229,14 +229,14 @@ class _StageOnActors:
                     queue.append(_Task(unit, task))
 
     def under_way(self, states: dict[str, tuple[float, str]]) -> None:
-        """Tell how far the units under way are. One further than ever before has all its attempts again."""
+        """Report the state of the running units; reset the attempts of a unit that has got further than ever before."""
         for name, (share, _) in states.items():
-            if self._furthest.came_on(name, share):
+            if self._furthest.advanced(name, share):
                 self._attempts.pop(name, None)
         self._progress.under_way(states)
 
     def collect(self, queue: deque[_Task]) -> ray.exceptions.RayError | None:
-        """Take from the queue what has ended; return what is known of its actor's death, where it is found dead."""
+        """Remove finished units from an actor's queue; return the error if the actor is dead."""
         while queue:
             ready, _ = ray.wait([queue[0].reference], timeout=0)
             if not ready:
@@ -244,29 +244,29 @@ class _StageOnActors:
             try:
                 text = ray.get(queue[0].reference)
             except ray.exceptions.RayTaskError as error:
-                unit = self._ended(queue)
-                self.failed[unit.name] = told(error.cause)
+                unit = self._finished(queue)
+                self.failed[unit.name] = one_line(error.cause)
                 expected = isinstance(error.cause, GrossRayError)
                 self._progress.note(f"{unit.name}: failed: {error.cause if expected else error}")
-            except ray.exceptions.RayError as error:  # it died, or its node did, or the memory monitor killed it
+            except ray.exceptions.RayError as error:  # the actor or its node died, or the memory monitor killed it
                 return error
             else:
-                self._progress.unit_done(self._ended(queue).name, text)
+                self._progress.unit_done(self._finished(queue).name, text)
         return None
 
     def lost(self, queue: deque[_Task], death: ray.exceptions.RayError) -> None:
-        """Take back the units of a dead actor: the first was under way, the others had not been started.
+        """Take back the units of a dead actor: the first one was running, the others had not been started.
 
-        Units that are stored had finished: the actor died before the driver heard of it.
+        Units that are stored had finished before the driver noticed.
         """
         stored = self._job.done()
         while queue and _names(queue[0].unit) <= stored:
-            self._progress.unit_done(self._ended(queue).name, "stored as its worker died")
+            self._progress.unit_done(self._finished(queue).name, "stored as its worker died")
         if not queue:
             return
         unit, waiting = queue[0].unit, [task.unit for task in queue][1:]
         lost_node = "node has died" in str(death)
-        if not getattr(death, "preempted", False):  # what takes a spot machine back does not mind the unit
+        if not getattr(death, "preempted", False):  # that a spot machine was taken back is not the unit's fault
             self._attempts[unit.name] = self._attempts.get(unit.name, 0) + 1
         if self._attempts.get(unit.name, 0) < MAX_ATTEMPTS:
             self._progress.note(f"{unit.name}: its {'node was lost' if lost_node else 'worker died'}; trying again")
@@ -281,11 +281,11 @@ class _StageOnActors:
         self.todo.extendleft(reversed(waiting))
 
     def give_up(self, reason: str) -> None:
-        """Fail what is still to do."""
+        """Let all units that are still to do fail."""
         self.failed |= dict.fromkeys((unit.name for unit in self.todo), reason)
         self.todo.clear()
 
-    def _ended(self, queue: deque[_Task]) -> Unit:
+    def _finished(self, queue: deque[_Task]) -> Unit:
         unit = queue.popleft().unit
         self._release(unit)
         return unit
@@ -315,7 +315,7 @@ def _states(queues: Mapping[Any, deque[_Task]]) -> dict[str, tuple[float, str]]:
         try:
             name, share, text = ray.get(reference)
         except ray.exceptions.RayError:
-            continue  # its unit reports the death
-        if name in (task.unit.name for task in asked[reference]):  # else one that has just ended
+            continue  # `collect` finds the death
+        if name in (task.unit.name for task in asked[reference]):  # else that unit has just finished
             states[name] = (share, text)
     return states

@@ -1,6 +1,6 @@
-"""What an autoscaler may add to the cluster: read on the head, for Ray itself does not tell.
+"""The nodes that an autoscaler may add to a cluster, read on its head, because Ray has no interface for them.
 
-This runs on the head, which may have no torch: the standard library, Ray and PyYAML (Ray's own) only.
+This module runs on the head, which may lack torch: it imports only the standard library, Ray and Ray's PyYAML.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pipelines.nodes import NodeKind
 
 
 def autoscaling_config(gcs_address: str, processes: Path = Path("/proc")) -> dict[str, Any] | None:
-    """Return the configuration of the autoscaler of the cluster at `gcs_address`, of which this machine is the head.
+    """Return the configuration of the autoscaler of the cluster at `gcs_address`, whose head this machine is, or None.
 
-    Its monitor is a process here, or under KubeRay a container of its own. None where there is none: a cluster of fixed
-    size. Raises OSError where Kubernetes does not answer.
+    The autoscaler's monitor is a process on the head, or with KubeRay a separate container. Raises OSError if
+    Kubernetes does not answer.
     """
     if (config := kuberay_config()) is not None:
         return config
     for file in processes.glob("[0-9]*/cmdline"):
         try:
             words = file.read_text(errors="replace").split("\0")
-        except OSError:  # the process has ended
+        except OSError:  # the process no longer exists
             continue
         options = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
         path = options.get("--autoscaling-config")
@@ -35,12 +35,12 @@ def autoscaling_config(gcs_address: str, processes: Path = Path("/proc")) -> dic
 
 
 def kuberay_config(account: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount")) -> dict[str, Any] | None:
-    """Return what KubeRay's autoscaler reads from the RayCluster that this pod belongs to; None for any other machine.
+    """Return the configuration that KubeRay's autoscaler reads from this pod's RayCluster; None on any other machine.
 
-    None too for a RayCluster without `enableInTreeAutoscaling`, and where the pod's account may not read it: KubeRay
-    gives that right to the head's account with the autoscaler. Raises OSError where Kubernetes does not answer.
+    None also for a RayCluster without `enableInTreeAutoscaling`, and if the pod's account must not read it: KubeRay
+    grants that right to the head's account with the autoscaler. Raises OSError if Kubernetes does not answer.
     """
-    name, namespace = os.environ.get("RAY_CLUSTER_NAME"), account / "namespace"  # KubeRay sets it in each pod
+    name, namespace = os.environ.get("RAY_CLUSTER_NAME"), account / "namespace"  # set by KubeRay in each pod
     if not name or not namespace.exists():
         return None
     import requests
@@ -58,10 +58,10 @@ def kuberay_config(account: Path = Path("/var/run/secrets/kubernetes.io/servicea
     return reading._derive_autoscaling_config_from_ray_cr(cluster)
 
 
-def may_come(config: dict[str, Any], there: list[NodeKind]) -> list[NodeKind]:
-    """Return the nodes that an autoscaler with this configuration may add to those that are `there`, the head included.
+def may_come(config: dict[str, Any], running: list[NodeKind]) -> list[NodeKind]:
+    """Return the nodes that an autoscaler with this configuration may add to the `running` ones, including the head.
 
-    Nodes with GPUs first, then the larger ones, as far as `max_workers` of the whole cluster goes.
+    Nodes with GPUs come first, then larger nodes, up to `max_workers` of the whole cluster.
     """
     most = config.get("max_workers", 0)
     kinds = []
@@ -70,9 +70,9 @@ def may_come(config: dict[str, Any], there: list[NodeKind]) -> list[NodeKind]:
             continue
         resources = kind.get("resources") or {}
         num_cpus, num_gpus = int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
-        up = sum(node.count for node in there if (node.num_cpus, node.num_gpus) == (num_cpus, num_gpus))
+        up = sum(node.count for node in running if (node.num_cpus, node.num_gpus) == (num_cpus, num_gpus))
         kinds.append(NodeKind(num_cpus, num_gpus, max(0, min(kind.get("max_workers", most), most) - up)))
-    room = max(0, most + 1 - sum(node.count for node in there))
+    room = max(0, most + 1 - sum(node.count for node in running))
     added = []
     for kind in sorted(kinds, key=lambda kind: (-kind.num_gpus, -kind.num_cpus)):
         count = min(kind.count, room)

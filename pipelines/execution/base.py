@@ -1,4 +1,4 @@
-"""The seam between what is done and who does it: an executor does units of a job, and knows no stage."""
+"""The interface of executors: an executor does the units of a job, and knows nothing of stages."""
 
 from __future__ import annotations
 
@@ -10,35 +10,28 @@ from pipelines.watching import StageProgress
 
 
 class Executor(Protocol):
-    """Does units: in this process, on actors, or as trials; test_executors.py is the contract."""
+    """Does units in this process, on actors, or as trials; test_executors.py tests every implementation."""
 
     starts_the_most_costly_first: bool
-    """Whether units are started in the order of their cost; else in their own order."""
+    """Whether units are started by decreasing cost; if not, in their order."""
     survives_deaths: bool
-    """Whether a unit whose process dies is done again, without harm to the others."""
+    """Whether a unit whose process dies is done again, without effect on other units."""
 
     def do(self, job: Job, units: Sequence[Unit], *, threads: int, progress: StageProgress) -> dict[str, str]:
-        """Do some of a job's units, with so many CPU threads each, and return why those failed that did, by name.
+        """Do these units of a job, with `threads` CPU threads each; return the failed units' errors by name.
 
-        The work stores each unit's result. A unit that raises an exception is not done again, and does not keep the
-        others from being done; a unit that is neither stored nor in what is returned was interrupted. Raises
-        KeyboardInterrupt on SIGINT and SIGTERM, when what is stored is whole.
+        The work stores each unit's result. A unit that raises an exception is not done again, and the others are still
+        done. A unit that is neither stored nor in the returned errors was interrupted. On SIGINT and SIGTERM, raises
+        KeyboardInterrupt once every stored file is complete.
         """
-        ...
 
     def close(self) -> None:
-        """Give back processes, if there are any; `do` starts new ones."""
-        ...
+        """End the executor's processes, if it has any; `do` starts new ones."""
 
 
 def do_unit(work: Work, context: Context, unit: Unit) -> str:
-    """Do a unit, and return its few words, with the damaged files that it deleted and did without."""
+    """Do a unit, and return its text, to which the damaged files that it deleted are added."""
     text = work(context, unit)
     lost = "".join(f"; damaged file {file}: deleted, its work was done again" for file in context.store.damaged)
     context.store.damaged.clear()
     return text + lost
-
-
-def told(error: BaseException) -> str:
-    """Return an error in one line, with its kind."""
-    return f"{type(error).__name__}: {error}"

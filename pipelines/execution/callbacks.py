@@ -1,4 +1,4 @@
-"""The user's callbacks for Ray Tune, found by name."""
+"""The user's callbacks for Ray Tune, imported by name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from gross_ray.own_code import hidden_module
 
 
 def load_callbacks(names: Sequence[str]) -> list[Any]:
-    """Return a `ray.tune.Callback` for each MODULE:NAME: a subclass, a function that makes one, or one that is made.
+    """Return a `ray.tune.Callback` for each MODULE:NAME of a subclass, a function that makes one, or an instance.
 
-    Modules are looked for where Python finds them, and in the current folder. Raises InvalidValueError for a name that
-    is none of these.
+    Modules are searched on Python's path and in the current folder. Raises InvalidValueError for any other name.
     """
     return [_load(name) for name in names]
 
@@ -48,17 +47,17 @@ def _load(name: str) -> Any:
 
 def _module(module_name: str, name: str) -> Any:
     folder = str(Path.cwd())
-    if folder not in sys.path:  # a console script does not look there by itself
+    if folder not in sys.path:  # a console script does not search it
         sys.path.append(folder)
     if (hidden := hidden_module(module_name)) is not None:
         raise InvalidValueError(
             f"callback {name!r}: {module_name} is a module of gross_ray itself, which hides your {hidden}; rename yours"
         )
     try:
-        there = find_spec(module_name) is not None
-    except (ImportError, ValueError):  # its package is missing, or is no package
-        there = False
-    if not there:
+        exists = find_spec(module_name) is not None
+    except (ImportError, ValueError):  # its package is missing, or is not a package
+        exists = False
+    if not exists:
         raise InvalidValueError(
             f"callback {name!r}: there is no module {module_name!r} in the current folder or among the installed "
             "packages; look at its spelling, or set PYTHONPATH"

@@ -1,4 +1,4 @@
-"""Ray: joined at an address or started on this machine, quietly, and left as it was found."""
+"""The connection to Ray: join a cluster or start Ray on this machine, without output, and clean up afterwards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Before Ray is imported: no usage statistics, no boxes from Tune, its token authentication explicitly on.
+# These must be set before Ray is imported: no usage statistics, no tables from Tune, token authentication on.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-if "ray" not in sys.modules:  # set later, its server would ask for the token and this process not send it
+if "ray" not in sys.modules:  # set later, the server would ask for a token that this process does not send
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -29,7 +29,7 @@ import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 
 from gross_ray.errors import ResourcesError  # noqa: E402
-from gross_ray.own_code import own_place  # noqa: E402
+from gross_ray.own_code import own_folder  # noqa: E402
 from pipelines.capacity import Capacity  # noqa: E402
 from pipelines.execution import signals  # noqa: E402
 from pipelines.execution.autoscaler import autoscaling_config, may_come  # noqa: E402
@@ -40,19 +40,20 @@ from pipelines.resources import Resources  # noqa: E402
 CONNECT_SECONDS = 10.0
 """How long a named cluster may take to answer."""
 HEAD_SECONDS = 120.0
-"""How long a cluster's head may take to run a first small task, the code's way there included."""
+"""How long a cluster's head may take to run a first small task, including the transfer of the code."""
 ORPHAN_SECONDS = 10.0
-"""How long what is left of a Ray that was started here is looked for and ended."""
+"""How long to search for and end remaining processes of a Ray that was started here."""
 _MARK = "GROSS_RAY_STARTED"
-_SESSION_TIME = "%Y-%m-%d_%H-%M-%S_%f"  # Ray's own, of the local time
 """Environment variable of all processes of a Ray that is started here."""
+_SESSION_TIME = "%Y-%m-%d_%H-%M-%S_%f"
+"""Format of the local time in the names of Ray's sessions."""
 
 
 @contextmanager
 def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator[Capacity]:
-    """Connect to Ray while the block runs; to a running cluster the code of gross_ray travels along, and `own_modules`.
+    """Connect to Ray while the block runs; a running cluster gets the code of gross_ray and `own_modules`.
 
-    Raises ResourcesError if the cluster cannot be reached, or will never have what is asked for.
+    Raises ResourcesError if the cluster cannot be reached, or can never have the requested resources.
     """
     started_here = not ray.is_initialized()
     mark, began = uuid.uuid4().hex, datetime.now()
@@ -69,7 +70,7 @@ def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator
 
 
 def put(value: Any) -> ray.ObjectRef:
-    """Lay a value out in Ray's object store."""
+    """Put a value into Ray's object store."""
     return ray.put(value)
 
 
@@ -83,13 +84,13 @@ def _connect(resources: Resources, own_modules: Sequence[str]) -> None:
         else:
             cores = resources.num_cpus or os.cpu_count() or 1
             with _loopback_alone():
-                # Of a thread that is not the main one, glibc's arena gives memory back and faults it in again.
+                # With several arenas, glibc returns memory of threads to the system and has to fault it in again.
                 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
                 ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
     except (KeyboardInterrupt, SystemExit) as error:
         signals.start_interrupted()
-        signal.alarm(0)  # of Ray's handler of SIGTERM (absl's): this process would be aborted three seconds later
-        if isinstance(error, SystemExit):  # Ray's own answer
+        signal.alarm(0)  # set by Ray's SIGTERM handler (absl's): it would abort this process three seconds later
+        if isinstance(error, SystemExit):  # raised by Ray's own SIGTERM handler
             raise signals.terminated() from None
         raise
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -113,9 +114,9 @@ def _connect(resources: Resources, own_modules: Sequence[str]) -> None:
 
 @contextmanager
 def _loopback_alone() -> Iterator[None]:
-    """Let Ray start on 127.0.0.1: by itself it listens on all of this machine's addresses.
+    """Let Ray listen on 127.0.0.1 only, instead of on all addresses of this machine.
 
-    It has this for machines other than Linux, read as it is imported, here and in the processes that it starts.
+    Ray has this setting for systems other than Linux, and reads it on import, here and in the processes that it starts.
     """
     was_on = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -128,7 +129,7 @@ def _loopback_alone() -> Iterator[None]:
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable for the processes that the block starts."""
+    """Set an environment variable while the block runs, for the processes that it starts."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -141,18 +142,18 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _end_orphans(mark: str, began: datetime | None) -> None:
-    """End what is left of a Ray that was started here: agents outlive a node that is ended while it starts them.
+    """End remaining processes of a Ray that was started here: agents survive a node that is ended while it starts them.
 
-    `began` is when that was; None where a running one was joined, which this process may have started, too. A node that
-    is looked at after its agents' places may start them meanwhile, so that one look is not enough.
+    `began` is the time of the start; None if a running cluster was joined, which this process may have started, too. A
+    node may start agents while the processes are listed, so the search ends after two empty ones in a row.
     """
-    calm, deadline = 0, time.monotonic() + ORPHAN_SECONDS
-    while calm < 2 and time.monotonic() < deadline:
+    num_empty, deadline = 0, time.monotonic() + ORPHAN_SECONDS
+    while num_empty < 2 and time.monotonic() < deadline:
         found = [process for process in map(int, _processes()) if _is_ours(process, mark, began)]
         for process in found:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        calm = 0 if found else calm + 1
+        num_empty = 0 if found else num_empty + 1
         time.sleep(0.05)
 
 
@@ -160,29 +161,25 @@ def _processes() -> list[str]:
     return [name for name in os.listdir("/proc") if name.isdecimal()] if os.path.isdir("/proc") else []
 
 
-def _is_marked(process: int, mark: str) -> bool:
-    try:
-        return f"{_MARK}={mark}".encode() in Path(f"/proc/{process}/environ").read_bytes()
-    except OSError:  # another user's, or gone
-        return False
-
-
 def _is_ours(process: int, mark: str, began: datetime | None) -> bool:
-    return _is_marked(process, mark) or (began is not None and _logs_here(process, began))
+    with suppress(OSError):  # another user's process, or no longer running
+        if f"{_MARK}={mark}".encode() in Path(f"/proc/{process}/environ").read_bytes():
+            return True
+    return began is not None and _logs_here(process, began)
 
 
 def _logs_here(process: int, began: datetime) -> bool:
-    """Return whether a process is one of Ray's, with a log open of a session that this process started after `began`.
+    """Return whether a process of Ray has an open log of a session that this process started after `began`.
 
-    Sessions are named after the time and the process that started them. Ray's agents write their titles over their
-    environment, and the mark with it.
+    A session's name has the time and the process that started it. The mark is not enough, because Ray's agents
+    overwrite their environment with their titles.
     """
     session = re.compile(rf"/session_([^/]*)_{os.getpid()}/")
     try:
         if not Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
             return False
         descriptors = os.listdir(f"/proc/{process}/fd")
-    except OSError:  # another user's, or gone
+    except OSError:  # another user's process, or no longer running
         return False
     for descriptor in descriptors:
         with suppress(OSError):  # closed meanwhile
@@ -193,15 +190,16 @@ def _logs_here(process: int, began: datetime) -> bool:
 
 
 def module_of(model: str) -> str | None:
-    """Return the folder or file of the package that a model package.module:factory is in; None for a built-in one.
+    """Return the folder or file of the package with a model package.module:factory; None for a built-in model.
 
-    None too for one that is installed: on a cluster it is installed there as well.
+    None also for an installed package, which must be installed on a cluster as well.
     """
     if ":" not in model:
         return None
-    if (folder := own_place(model.partition(":")[0])) is not None:  # a folder called like our package
+    module = model.partition(":")[0]
+    if (folder := own_folder(module)) is not None:  # in a user's folder `pipelines`
         return str(folder)
-    spec = find_spec(model.partition(":")[0].partition(".")[0])
+    spec = find_spec(module.partition(".")[0])
     if spec is None or spec.origin is None or "site-packages" in Path(spec.origin).parts:
         return None
     file = Path(spec.origin)
@@ -209,7 +207,7 @@ def module_of(model: str) -> str | None:
 
 
 def _runtime_env(own_modules: Sequence[str]) -> dict[str, Any]:
-    """Return what workers of a running cluster need: this code, whatever is installed there, and the user's."""
+    """Return the runtime environment of a running cluster's workers: this checkout's code, and the user's modules."""
     return {
         "py_modules": [*(str(package) for package in PACKAGES), *own_modules],
         "excludes": ["__pycache__"],
@@ -218,14 +216,14 @@ def _runtime_env(own_modules: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_listening(address: str) -> None:
-    """Raise OSError where nothing listens at HOST:PORT: Ray itself would knock for many minutes."""
+    """Raise OSError if nothing listens at HOST:PORT: Ray itself would try for many minutes."""
     host, separator, port = address.rpartition("://")[2].rpartition(":")
     if separator and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def _autoscaling_config() -> dict[str, Any] | None:
-    """Return what the cluster's autoscaler was configured with, None if it has none, through a task on the head."""
+    """Return the configuration of the cluster's autoscaler, read by a task on the head; None without an autoscaler."""
     read = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(autoscaling_config)
     try:
         return ray.get(read.remote(ray.get_runtime_context().gcs_address), timeout=HEAD_SECONDS)
@@ -237,22 +235,22 @@ def _autoscaling_config() -> dict[str, Any] | None:
 
 
 def _describe(resources: Resources, config: dict[str, Any] | None) -> Capacity:
-    """Count what is there and what may come; `config` is the autoscaler's."""
+    """Return the capacity of the running nodes and of those that an autoscaler of this configuration may add."""
     alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
     shapes = Counter((int(has.get("CPU", 0)), float(has.get("GPU", 0))) for has in alive)
-    there = [NodeKind(*shape, count) for shape, count in shapes.items()]
-    coming = may_come(config, there) if config is not None else []
+    running = [NodeKind(*shape, count) for shape, count in shapes.items()]
+    coming = may_come(config, running) if config is not None else []
     device = resources.device
     if device == "auto":
-        device = "cuda" if any(node.num_gpus for node in there + coming) else "cpu"
+        device = "cuda" if any(node.num_gpus for node in running + coming) else "cpu"
     asked = resources.gpus_per_unit if device == "cuda" else 0.0
-    fitting = [node for node in there + coming if node.num_cpus >= 1 and node.num_gpus >= asked]
+    fitting = [node for node in running + coming if node.num_cpus >= 1 and node.num_gpus >= asked]
     if not fitting:
-        raise ResourcesError(_what_is_missing(asked, there, coming if config is not None else None))
+        raise ResourcesError(_what_is_missing(asked, running, coming if config is not None else None))
     return Capacity(nodes=tuple(fitting), device=device, gpus_per_unit=asked, autoscales=config is not None)
 
 
-def _what_is_missing(asked: float, there: list[NodeKind], coming: list[NodeKind] | None) -> str:
+def _what_is_missing(asked: float, running: list[NodeKind], coming: list[NodeKind] | None) -> str:
     unit, remedy = "1 CPU core", "start a node with cores"
     if asked:
         unit += f" and {asked:g} GPU on one node"
@@ -260,4 +258,4 @@ def _what_is_missing(asked: float, there: list[NodeKind], coming: list[NodeKind]
     added = "no autoscaler on its head"
     if coming is not None:
         added = f"an autoscaler that may add {', '.join(map(str, coming)) or 'no node more'}"
-    return f"a unit of work asks for {unit}; the cluster has {', '.join(map(str, there))}, and {added}: {remedy}"
+    return f"a unit of work asks for {unit}; the cluster has {', '.join(map(str, running))}, and {added}: {remedy}"

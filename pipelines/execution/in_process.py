@@ -1,4 +1,4 @@
-"""Units one after another in this process, without Ray: for a debugger, a notebook, a machine with one GPU."""
+"""Execution in this process, one unit after another, without Ray: for debuggers, notebooks, machines with one GPU."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 import torch
 
 from gross_ray.data.image_set import Splits
-from gross_ray.errors import GrossRayError
+from gross_ray.errors import GrossRayError, one_line
 from gross_ray.run.opened import Run
-from pipelines.execution.base import do_unit, told
+from pipelines.execution.base import do_unit
 from pipelines.units import Context, Job, Unit, pack_splits, room_for_images, unpack_splits
 from pipelines.watching import StageProgress
 
 
 class InProcess:
-    """Does units in the order in which they are given (an `Executor`)."""
+    """Does units in their order (an `Executor`)."""
 
     starts_the_most_costly_first = False
     survives_deaths = False
 
     def __init__(self, run: Run, splits: Splits, device: str) -> None:
-        """Put the images on `device`, cpu or cuda; more than fit are streamed to it."""
+        """Put the images on `device`, cpu or cuda; images that do not fit are streamed to it."""
         self._run, self._device = run, device
         self._splits = unpack_splits(pack_splits(splits), device, room_for_images(device))
         self._kept: dict[str, Any] = {}
 
     def do(self, job: Job, units: Sequence[Unit], *, threads: int, progress: StageProgress) -> dict[str, str]:
-        """Do the units (see `Executor`); progress is reported whenever a unit reports."""
+        """Do the units (see `Executor`)."""
         failed: dict[str, str] = {}
         loaded: dict[str, Any] = {}
         users = Counter(unit.shared for unit in units)
@@ -42,7 +42,7 @@ class InProcess:
                         loaded[unit.shared] = job.shared(unit.shared)
                     text = do_unit(job.work, self._context(unit, loaded.get(unit.shared), progress), unit)
                 except Exception as error:
-                    failed[unit.name] = told(error)
+                    failed[unit.name] = one_line(error)
                     ours = isinstance(error, GrossRayError)
                     progress.note(f"{unit.name}: failed: {error if ours else traceback.format_exc()}")
                 else:
@@ -54,7 +54,7 @@ class InProcess:
         return failed
 
     def close(self) -> None:
-        """Nothing is held besides the images."""
+        """Do nothing: there are no processes to end."""
 
     def _context(self, unit: Unit, shared: Any, progress: StageProgress) -> Context:
         def report(share: float, text: str, **_: float) -> None:

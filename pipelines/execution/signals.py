@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run in order: what is stored stays, Ray's processes end, the exit status says which."""
+"""SIGINT and SIGTERM end a run in order: results are kept, Ray's processes end, the exit status tells the signal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import NoReturn
 
-# Tune's own handler makes `fit` return as if all were done; here the interrupt goes on to who started it.
+# Tune's own handler would make `fit` return as if all trials were done; here it is interrupted like all other code.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _received: list[int] = []
 _half_started = False
 _blocks = 0
-"""How many blocks of `orderly` are under way."""
+"""Number of `orderly` blocks that are running."""
 
 
 @contextmanager
@@ -36,17 +36,17 @@ def orderly() -> Iterator[None]:
 
 
 def raise_on_signals() -> None:
-    """Install the handlers of `orderly`, in such a block, again: Ray puts its own in their place as it starts."""
+    """Within an `orderly` block, install its handlers again, which Ray replaces when it starts."""
     if _blocks:
         _set(dict.fromkeys(SIGNALS, _raise))
 
 
 @contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-    """Only note the first signal while the block runs, and raise KeyboardInterrupt at its end; raise at the second.
+    """Record the first signal while the block runs, and raise KeyboardInterrupt at its end; a second raises at once.
 
-    Gives the block a function that tells whether one came: it has to ask. For code of others that an exception between
-    any two of its instructions may leave with a lock that nobody holds.
+    The block gets a function that returns whether a signal came, and must call it. This is for other people's code, in
+    which an exception at any moment may leave a lock locked forever.
     """
     before = {number: signal.getsignal(number) for number in SIGNALS}
     came = threading.Event()
@@ -69,7 +69,7 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def ignored() -> Iterator[None]:
-    """Let the block, a cleaning up, end whatever arrives."""
+    """Ignore all signals while the block, which cleans up, runs."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     _set(dict.fromkeys(SIGNALS, signal.SIG_IGN))
     try:
@@ -80,7 +80,7 @@ def ignored() -> Iterator[None]:
 
 @contextmanager
 def closed_in_peace(manager: AbstractContextManager[object]) -> Iterator[None]:
-    """Enter a context, and let its end run to its end whatever arrives."""
+    """Enter a context, and ignore signals while it exits."""
     manager.__enter__()
     try:
         yield
@@ -95,24 +95,24 @@ def closed_in_peace(manager: AbstractContextManager[object]) -> Iterator[None]:
 
 
 def exit_status() -> int:
-    """Return the status of a command that a signal ended: 128 and its number."""
+    """Return the exit status of a command that a signal ended: 128 plus the signal's number."""
     return 128 + (_received[-1] if _received else signal.SIGINT)
 
 
 def terminated() -> KeyboardInterrupt:
-    """Return the error to raise for a SIGTERM that another handler has taken."""
+    """Return the error to raise for a SIGTERM that another handler received."""
     _received.append(signal.SIGTERM)
     return KeyboardInterrupt()
 
 
 def start_interrupted() -> None:
-    """Note that Ray was interrupted as it started."""
+    """Record that Ray was interrupted while it started."""
     global _half_started
     _half_started = True
 
 
 def leave(status: int) -> NoReturn:
-    """End this process: at once where Ray was interrupted as it started, for it may crash as Python then closes."""
+    """End this process; at once if Ray was interrupted while it started, because it may then crash as Python exits."""
     if _half_started:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -121,11 +121,11 @@ def leave(status: int) -> NoReturn:
 
 
 def _raise(number: int, _: FrameType | None) -> None:
-    _received.append(number)  # asked for at the end: within its own waits Ray raises an error of its own making
+    _received.append(number)  # `exit_status` reads it: inside its own waits, Ray turns the interrupt into another error
     raise KeyboardInterrupt
 
 
 def _set(handlers: Mapping[signal.Signals, signal._HANDLER]) -> None:
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
         for number, handler in handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)

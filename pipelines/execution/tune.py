@@ -1,4 +1,4 @@
-"""Ray Tune: one trial a unit of work. Resuming is by units and their epoch checkpoints, never by Tune's pickles."""
+"""Execution in Ray Tune, one trial for each unit. A run resumes from units and epochs, not from Tune's pickles."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.stopper import NoopStopper
 
-from gross_ray.errors import GrossRayError
+from gross_ray.errors import GrossRayError, one_line
 from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution import signals
 from pipelines.execution.actors import gpu_share
-from pipelines.execution.base import do_unit, told
+from pipelines.execution.base import do_unit
 from pipelines.execution.versions import Versions
 from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
 from pipelines.watching import Furthest, Patience, StageProgress
 
 MAX_FAILURES = 2
-"""How often a trial is started again whose process died before the trial had come any further than it was before.
+"""How often a trial is restarted if its process dies each time before the trial has got any further.
 
-It goes on from its last epoch. Tune does not count a machine that its owner took back.
+A restarted trial continues from its last epoch. Tune does not count a spot machine that was taken back.
 """
 
 
@@ -44,24 +44,26 @@ class Trials:
     def __init__(
         self, capacity: Capacity, packed_splits: ray.ObjectRef, run: Run, callbacks: Sequence[Callback] = ()
     ) -> None:
-        """Start nothing yet; `callbacks` are the user's, and get every event of the trials."""
+        """Start nothing yet; the user's `callbacks` get every event of the trials."""
         self._capacity, self._packed, self._run, self._callbacks = capacity, packed_splits, run, callbacks
 
     def do(self, job: Job, units: Sequence[Unit], *, threads: int, progress: StageProgress) -> dict[str, str]:
         """Do the units (see `Executor`).
 
-        Tune's own files (results, TensorBoard events) are under RUN/tune; raises OSError if it cannot write them.
+        Tune writes its own files (results, TensorBoard events) under RUN/tune; raises OSError if it cannot.
         """
         store, capacity = self._run.store, self._capacity
         gpus = capacity.gpus_per_unit if capacity.device == "cuda" else 0
         by_name = {unit.name: unit for unit in units}
+        by_cost = sorted(units, key=lambda unit: -unit.cost)
         setup = _Setup(job.work, by_name, self._run, capacity.device, threads, Versions.here())
         trainable = tune.with_parameters(_trial, packed=_Reference(self._packed), setup=setup)
         with _quiet(progress), signals.noted() as interrupted:
             watch = _Watch(progress, Patience(progress, autoscales=capacity.autoscales))
             tuner = tune.Tuner(
                 tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
-                param_space={"unit": tune.grid_search([_config(unit) for unit in _longest_first(units)])},
+                # Callbacks and Tune's files show this configuration; the trial takes the unit itself from `_Setup`.
+                param_space={"unit": tune.grid_search([{"name": unit.name, **unit.values()} for unit in by_cost])},
                 tune_config=tune.TuneConfig(
                     reuse_actors=True, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
                 ),
@@ -83,11 +85,11 @@ class Trials:
         return failed
 
     def close(self) -> None:
-        """Nothing is held: an experiment's processes end with it."""
+        """Do nothing: an experiment's processes end with the experiment."""
 
 
 class _Reference:
-    """Hides an object reference from Tune, which would fetch it on the driver."""
+    """Hides an object reference from Tune, which would fetch the object on the driver."""
 
     def __init__(self, reference: ray.ObjectRef) -> None:
         self.reference = reference
@@ -95,7 +97,7 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Setup:
-    """What all trials of an experiment share."""
+    """The arguments that all trials of an experiment share."""
 
     work: Work
     units: dict[str, Unit]
@@ -119,10 +121,10 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
         splits = unpack_splits(ray.get(packed.reference), setup.device, room_for_images(setup.device, gpu_share()))
         context = Context(setup.run, splits, setup.device, report)
         text = do_unit(setup.work, context, setup.units[_name_of(config)])
-    except ray.exceptions.RayError:  # a node or process is gone, not an error of the work: tried again
+    except ray.exceptions.RayError:  # a node or process was lost: Tune tries again
         raise
-    except Exception as error:  # a repetition would fail alike
-        failure = {"state": "failed", "failed": str(error) if isinstance(error, GrossRayError) else told(error)}
+    except Exception as error:  # the work failed, and would fail again
+        failure = {"state": "failed", "failed": str(error) if isinstance(error, GrossRayError) else one_line(error)}
         if not isinstance(error, GrossRayError):
             failure["traceback"] = traceback.format_exc()
         tune.report({**last, **failure})
@@ -130,23 +132,18 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
         tune.report({**last, "share": 1.0, "state": text})
 
 
-def _config(unit: Unit) -> dict[str, Any]:
-    """Return a unit as Tune's configuration, which its files and callbacks show; `_Setup.units` has the unit itself."""
-    return {"name": unit.name, **unit.values()}
-
-
 def _name_of(config: dict[str, Any]) -> str:
     return str(config["unit"]["name"])
 
 
 class _Interruption(tune.Stopper):
-    """Stops all trials once a signal came."""
+    """Stops all trials once a signal has come."""
 
     def __init__(self, interrupted: Callable[[], bool]) -> None:
         self._interrupted = interrupted
 
     def __reduce__(self) -> tuple[type[tune.Stopper], tuple[()]]:
-        """Tune pickles it for a restoration that we never ask for."""
+        """Tune pickles its stopper for a restoration that we never ask for."""
         return NoopStopper, ()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -172,8 +169,8 @@ class _Watch(Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         name, share = _name_of(trial.config), float(result["share"])
         self._states[name] = (share, str(result["state"]))
-        if self._furthest.came_on(name, share):
-            trial.run_metadata.num_failures = 0  # it comes further: what it died of before does not count
+        if self._furthest.advanced(name, share):
+            trial.run_metadata.num_failures = 0  # earlier deaths do not count for a trial that gets further
         self._progress.under_way({unit: state for unit, state in self._states.items() if state[0] < 1})
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
@@ -181,9 +178,7 @@ class _Watch(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name, result = _name_of(trial.config), trial.last_result
-        if "share" not in result:  # taken from the queue before it began
-            return
-        if result["share"] < 1 and "failed" not in result:  # interrupted
+        if "share" not in result or (result["share"] < 1 and "failed" not in result):  # not begun, or interrupted
             return
         self._states.pop(name, None)
         failed = result.get("failed")
@@ -194,16 +189,12 @@ class _Watch(Callback):
             self._progress.note(f"{name}: failed: {result.get('traceback', failed)}")
 
 
-def _longest_first(units: Sequence[Unit]) -> list[Unit]:
-    return sorted(units, key=lambda unit: -unit.cost)
-
-
 def _trial_name(trial: Any) -> str:
     return f"{_name_of(trial.config)}_{trial.trial_id}"
 
 
 class _Notes(logging.Handler):
-    """Turns Tune's log into notes: what the disk, the network or a lost process did is one line, shown once."""
+    """Turns Tune's log into notes: an error of the disk, the network or a lost process is one line, shown once."""
 
     def __init__(self, progress: StageProgress) -> None:
         super().__init__(logging.ERROR)
@@ -225,7 +216,7 @@ class _Notes(logging.Handler):
 
 @contextlib.contextmanager
 def _quiet(progress: StageProgress) -> Iterator[None]:
-    """Keep Tune's own advice off the terminal; the progress shows its errors and what happens to the trials."""
+    """Keep Tune's advice off the terminal; `progress` shows its errors and the state of the trials."""
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
     before = [(logger.level, logger.propagate) for logger in loggers]
     notes = _Notes(progress)

@@ -1,4 +1,4 @@
-"""What a process runs: a worker whose gross_ray, torch or Python differs from its driver's is refused."""
+"""Versions of a process: a worker whose gross_ray, torch or Python differs from its driver's is refused."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import gross_ray
 from gross_ray.errors import VersionMismatchError
 
 PACKAGES = (Path(gross_ray.__file__).parent, Path(__file__).parents[1])
-"""The folders of gross_ray and pipelines, as this process imports them."""
+"""The folders from which this process imports gross_ray and pipelines."""
 
 
 @dataclass(frozen=True)
 class Versions:
-    """The versions that a run depends on; Ray compares its own."""
+    """The versions on which a run depends, without Ray's, which Ray compares itself."""
 
     gross_ray: str
-    """Version, and a hash of the sources: two checkouts of one version may differ."""
+    """Version and a hash of the sources, because two checkouts of one version may differ."""
     torch: str
-    """Without what it was built for: 2.9.0+cpu and 2.9.0+cu128 may work together."""
+    """Version without the build: 2.9.0+cpu and 2.9.0+cu128 may work together."""
     python: str
     """Major and minor version."""
 
@@ -37,7 +37,7 @@ class Versions:
         return cls(sources, torch.__version__.partition("+")[0], ".".join(platform.python_version_tuple()[:2]))
 
     def check(self) -> None:
-        """Raise VersionMismatchError unless this process, a worker, runs what the recorded driver runs."""
+        """Raise VersionMismatchError unless this process, a worker, has these versions, which are its driver's."""
         here = Versions.here()
         different = [
             f"{field.name} {getattr(here, field.name)}, the driver {getattr(self, field.name)}"

@@ -1,1 +1,1 @@
-"""The stages of a run: what is to be done, what is done, and how one unit is done. No Ray in here."""
+"""The stages of a run: the units of each, which of them are done, and the work on one unit. No Ray in here."""

@@ -1,4 +1,4 @@
-"""The contract of a stage, and what a stage may ask of the driver that runs it."""
+"""The interface of a stage, and the interface of the driver that a stage uses."""
 
 from __future__ import annotations
 
@@ -12,54 +12,44 @@ from pipelines.units import Job, Unit
 
 
 class Driver(Protocol):
-    """Executes the jobs of stages, wherever that is; `pipelines.driver.Session` is the one that there is."""
+    """Executes the jobs of stages; `pipelines.driver.Session` implements it."""
 
     @property
     def run(self) -> Run:
-        """The run that is worked on."""
-        ...
+        """The opened run."""
 
     def do(self, job: Job) -> None:
         """Do the units of a job that are not done; raises UnitsFailedError, naming them, if any fails."""
-        ...
 
     @property
     def capacity(self) -> Capacity:
         """What can run at the same time."""
-        ...
 
     def threads(self, kind: str, num_equal: int | None) -> int:
-        """Return the CPU threads of each unit of a kind, of which the experiment has about `num_equal` (`Job`)."""
-        ...
+        """Return the CPU threads of each unit of a kind; `num_equal` as in `Job`."""
 
     def note(self, text: str) -> None:
         """Show one line to the user."""
-        ...
 
 
 class Stage(Protocol):
-    """A stage: each module of `pipelines.stages.pipeline.STAGES` is one."""
+    """A stage; each module in `pipelines.stages.pipeline.STAGES` implements it."""
 
     NAME: str
     """Name of its command and of its checkpoints."""
-    DESCRIPTION: str
-    """One line for `gross --help`."""
 
     def plan(self, run: Run) -> Sequence[Unit]:
-        """Return all of its units; raises MissingStageError where an earlier stage decides which they are."""
-        ...
+        """Return all of its units; raises MissingStageError if they depend on an earlier stage that is unfinished."""
 
     def done(self, run: Run) -> set[str]:
         """Return the names of its units that are stored."""
-        ...
 
     def do(self, driver: Driver) -> None:
-        """Do what is missing of it."""
-        ...
+        """Do its units that are missing."""
 
 
 def metrics(record: EpochRecord) -> dict[str, float]:
-    """Return an epoch's numbers by name, without those that were not measured."""
+    """Return an epoch's measured numbers by name."""
     return {name: value for name, value in vars(record).items() if value is not None}
 
 

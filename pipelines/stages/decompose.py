@@ -1,4 +1,4 @@
-"""Stage `decompose`: layer x group-size x seed, each decomposed alone, or as a chain where nested (section 3)."""
+"""Stage `decompose`: every layer at every group-size and seed, alone or as a nested chain (section 3)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from pipelines.stages.base import Driver
 from pipelines.units import Context, Job, Unit, require
 
 NAME = "decompose"
-DESCRIPTION = "Decompose every layer at every group-size (BTD)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class Decomposition(Unit):
     group_size: int
     seed: int
     nested: bool = False
-    """Whether it starts from the next smaller group-size's expansion."""
+    """Whether it starts from the expansion of the next smaller group-size."""
 
     @property
     def name(self) -> str:
@@ -41,7 +40,7 @@ class Decomposition(Unit):
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(Unit):
-    """One layer at all of its group-sizes, each of which starts from the one before."""
+    """One layer at all of its group-sizes, each of which starts from the previous one."""
 
     layer: str
     group_sizes: tuple[int, ...]
@@ -59,14 +58,14 @@ class Chain(Unit):
 
     @property
     def links(self) -> list[Decomposition]:
-        """The decompositions that the chain consists of, in their order."""
+        """The decompositions of the chain, in order."""
         return [
             Decomposition(layer=self.layer, group_size=size, seed=self.seed, nested=True) for size in self.group_sizes
         ]
 
 
 def plan(run: Run) -> Sequence[Decomposition | Chain]:
-    """Return a unit for each layer, group-size and seed of the supernets; where nested, for each layer and seed."""
+    """Return a unit for each layer, group-size and seed of the supernets; if nested, for each layer and seed."""
     return run.once(f"{NAME} plan", lambda: _plan(run))
 
 
@@ -84,12 +83,12 @@ def _plan(run: Run) -> Sequence[Decomposition | Chain]:
 
 
 def unit(run: Run, layer: str, group_size: int, seed: int) -> Decomposition:
-    """Return the unit of one decomposition that starts from no other."""
+    """Return the unit of one decomposition that does not start from another."""
     return Decomposition(layer=layer, group_size=group_size, seed=seed, cost=_cost(run, layer, group_size))
 
 
 def _cost(run: Run, layer: str, group_size: int) -> float:
-    """Estimate the work: a step costs alike at every group-size, larger ones take more; a single term takes none."""
+    """Estimate the work: a step costs the same at every group-size, larger ones need more steps, a single term none."""
     weight = run.base.choice.convs[layer].weight
     channels = weight.shape[1]
     if group_size == channels:
@@ -99,14 +98,14 @@ def _cost(run: Run, layer: str, group_size: int) -> float:
 
 
 def done(run: Run) -> set[str]:
-    """Return the names of the units that are stored, chains and single decompositions alike."""
+    """Return the names of the stored units, both chains and single decompositions."""
     stored = finished_units(run.store, NAME)
     chains = plan(run) if run.experiment.decomposition.nested else ()
     return stored | {chain.name for chain in chains if stored.issuperset(chain.stored_as)}
 
 
 def do(driver: Driver) -> None:
-    """Decompose what is missing, after reporting which convolutions are left alone."""
+    """Report which convolutions are left alone, then do the missing decompositions."""
     run = driver.run
     units, choice = plan(run), run.base.choice
     if not {unit.name for unit in units} <= done(run):
@@ -117,7 +116,7 @@ def do(driver: Driver) -> None:
 
 
 def job(run: Run, units: Sequence[Decomposition | Chain]) -> Job:
-    """Return the job of doing some decompositions."""
+    """Return the job of these decompositions."""
     return Job(stage=NAME, units=units, work=work, done=lambda: done(run), kind=NAME, num_equal=len(plan(run)))
 
 
@@ -127,17 +126,17 @@ def require_all(run: Run) -> None:
 
 
 def work(context: Context, unit: Decomposition | Chain) -> str:
-    """Decompose one layer at one group-size, or at all of them where nested."""
+    """Decompose one layer at one group-size, or, for a chain, at all of them."""
     terms: BlockTerms | None = None
-    for one in unit.links if isinstance(unit, Chain) else [unit]:
-        stored = _stored_link(context.store, one) if isinstance(unit, Chain) else None
-        terms = stored or _decompose(context, one, start=terms)
+    for link in unit.links if isinstance(unit, Chain) else [unit]:
+        stored = _stored_link(context.store, link) if isinstance(unit, Chain) else None
+        terms = stored or _decompose(context, link, start=terms)
     assert terms is not None
     return f"error {terms.relative_error:.4f}, {terms.steps} steps"
 
 
 def supernet_terms(run: Run, group_sizes: Mapping[str, Iterable[int]], seed: int) -> dict[str, list[BlockTerms]]:
-    """Return the stored decompositions of a supernet's layers, by layer, in the order of the group-sizes."""
+    """Return the stored decompositions of a supernet by layer, in the order of the group-sizes."""
     nested = run.experiment.decomposition.nested
     return {
         layer: [
@@ -156,9 +155,9 @@ def load_terms(store: RunStore, unit: Decomposition) -> BlockTerms:
 
 
 def _stored_link(store: RunStore, unit: Decomposition) -> BlockTerms | None:
-    """Return a decomposition of a chain that was interrupted after it; None if it is not stored whole."""
+    """Return a decomposition that an interrupted chain has stored; None if it is missing or damaged."""
     if store.has_unit("decompositions", unit.name) and store.has_checkpoint(NAME, unit.name):
-        with suppress(DamagedFileError):  # deleted by now: computed again
+        with suppress(DamagedFileError):  # the file was deleted, and is computed again
             return load_terms(store, unit)
     return None
 

@@ -1,4 +1,4 @@
-"""Stage `finetune`: the reconstructed supernets are trained on the classification task (Eq. 8, section 4.4)."""
+"""Stage `finetune`: train the reconstructed supernets on the classification task (Eq. 8, section 4.4)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pipelines.stages.supernets import Measure, Supernet, Training
 from pipelines.units import Context, Group, Job, require
 
 NAME = "finetune"
-DESCRIPTION = "Fine-tune the supernet, group-sizes sampled per step (Eq. 8)."
 
 
 def plan(run: Run) -> Sequence[Supernet]:
@@ -37,7 +36,7 @@ def do(driver: Driver) -> None:
 
 
 def job(run: Run, units: Sequence[Supernet], *, shown: str | None = None) -> Job:
-    """Return the job of fine-tuning some supernets."""
+    """Return the job of fine-tuning these supernets."""
     return supernets.job(run, NAME, units, work, work_on_group, shown=shown)
 
 

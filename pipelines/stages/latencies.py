@@ -1,4 +1,4 @@
-"""Latencies in a run folder: measured in this process, stored, and predicted for the searched configurations."""
+"""Latencies of a run: measured in this process, stored, and predicted for the evaluated configurations."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ TABLES = ("latencies", "latency_models")
 _IN_FORCE = "in-force"
 
 OnPart = Callable[[int, int], object]
-"""Called with the number of timings that are done, and of all."""
+"""Called with the number of finished timings and the number of all timings."""
 
 
 def measure(run: Run, device: str, options: LatencyOptions, on_part: OnPart | None = None) -> LatencyModel:
     """Time the parts of the supernet in this process, on `device` of this machine, cpu or cuda.
 
-    Raises MissingStageError before the base networks are trained, as `measure_latency` does, and InvalidValueError for
-    cuda where there is none.
+    Raises MissingStageError if the base networks are not trained, InvalidValueError for cuda without a GPU, and as
+    `measure_latency` does.
     """
-    place = timed_device(device)
+    timed_on = timed_device(device)
     generator = derived_generator(run.experiment.seed, "latency")
     supernet = empty_supernet(run.base.network, run.space.group_sizes)
-    with torch.no_grad():  # any weights: zeros alone might be faster
+    with torch.no_grad():  # any weights but zeros, which might be faster
         for parameter in supernet.parameters():
             parameter.normal_(std=0.1, generator=generator)
-    return measure_latency(supernet, run.base.input_shape, options, generator=generator, device=place, on_part=on_part)
+    shape = run.base.input_shape
+    return measure_latency(supernet, shape, options, generator=generator, device=timed_on, on_part=on_part)
 
 
 def put(run: Run, model: LatencyModel) -> None:
-    """Store a measurement, of this machine or another, and `latency_ms` of what is searched.
+    """Store a measurement of this or another machine, and the `latency_ms` that it predicts.
 
-    Raises InvalidValueError, and stores nothing, if it is of other layers or group-sizes than the run's.
+    Raises InvalidValueError, and stores nothing, if its layers or group-sizes differ from the run's.
     """
     store, sizes = run.store, run.space.group_sizes
     timed = {name: tuple(sorted(times)) for name, times in model.layer_ms.items()}
@@ -64,10 +65,10 @@ def _listed(group_sizes: Mapping[str, Sequence[int]]) -> str:
 
 
 def in_force(run: Run) -> LatencyModel | None:
-    """Return the measurement that predicts `latency_ms`: the one that was stored last; None without it.
+    """Return the measurement that predicts `latency_ms`: the one stored last; None if it is missing.
 
-    In a folder that does not say which that was: the only one, unless a part of another one, whose rest was damaged,
-    lies beside it.
+    If the folder does not say which one was stored last, return its only measurement; None if it has another one, whole
+    or in part.
     """
     return run.once("latency in force", lambda: _in_force(run.store))
 
@@ -87,30 +88,29 @@ def _model(store: RunStore, unit: str) -> LatencyModel:
 
 
 def measured(store: RunStore) -> set[str]:
-    """Return the measurements that are stored whole."""
+    """Return the names of the completely stored measurements."""
     return set.intersection(*map(store.finished_units, TABLES))
 
 
 def fill(run: Run, model: LatencyModel) -> None:
-    """Put what `model` predicts into the rows of `configurations`."""
+    """Put the predictions of `model` into the rows of `configurations`."""
     store, layers = run.store, run.space.layers
-    changed = [unit for unit in sorted(store.finished_units("configurations")) if _differs(store, model, unit, layers)]
-    for unit in changed:  # first none, then all: a run killed in between never mixes two measurements
+    changed = []
+    for unit in sorted(store.finished_units("configurations")):
+        predicted, stored = _predicted(store, model, unit, layers)
+        if predicted != stored:
+            changed.append(unit)
+    for unit in changed:  # first clear all, so that a run that is killed in between never mixes two measurements
         missing = [None] * len(store.read_units("configurations", [unit], ["latency_ms"]))
         store.set_column("configurations", unit, "latency_ms", missing)
     for unit in changed:
         store.set_column("configurations", unit, "latency_ms", _predicted(store, model, unit, layers)[0])
 
 
-def _differs(store: RunStore, model: LatencyModel, unit: str, layers: Sequence[str]) -> bool:
-    predicted, stored = _predicted(store, model, unit, layers)
-    return predicted != stored
-
-
 def _predicted(
     store: RunStore, model: LatencyModel, unit: str, layers: Sequence[str]
 ) -> tuple[list[float], list[float]]:
-    """Return what the model predicts for a shard's rows, and what is stored."""
+    """Return the latencies that the model predicts for a unit's rows, and the stored latencies."""
     rows = store.read_units("configurations", [unit], [*(f"layer {layer}" for layer in layers), "latency_ms"])
     predicted = model.predict_many({layer: rows[f"layer {layer}"].to_numpy() for layer in layers})
     return predicted.tolist(), rows["latency_ms"].tolist()

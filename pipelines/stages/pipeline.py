@@ -1,4 +1,4 @@
-"""All stages in order, and how far each is."""
+"""All stages in order, and the status of each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ STAGES: dict[str, Stage] = {stage.NAME: stage for stage in _STAGES}
 
 
 def do_all(driver: Driver) -> None:
-    """Do every stage; what is stored is not done again.
+    """Do every stage; stored units are not done again.
 
-    If units fail, the stages that do not need them still run; UnitsFailedError, naming them, is raised at the end. A
-    limit on a latency that is not measured, or below the fastest configuration, is an error once the networks are
-    trained.
+    If units fail, the stages that do not need them still run, and UnitsFailedError, naming them, is raised at the end.
+    After the training of the base networks, a limit on a latency that is not measured, or below the fastest
+    configuration, is an error.
     """
     failures: list[str] = []
     for name, stage in STAGES.items():
@@ -31,7 +31,7 @@ def do_all(driver: Driver) -> None:
         except MissingStageError:
             if not failures:
                 raise
-            break  # it needs what failed
+            break  # this stage needs the failed units
     if failures:
         raise UnitsFailedError("\n".join(failures))
 

@@ -1,4 +1,4 @@
-"""Stage `reconstruct`: the supernets are trained to give the responses of the full network (Eq. 9, section 4.3)."""
+"""Stage `reconstruct`: train the supernets to reproduce the responses of the full network (Eq. 9, section 4.3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from pipelines.stages.supernets import Measure, Supernet, Training
 from pipelines.units import Context, Group, Job
 
 NAME = "reconstruct"
-DESCRIPTION = "Reconstruct the responses of the full network in the supernet (Eq. 9)."
 
 
 def plan(run: Run) -> Sequence[Supernet]:
@@ -40,7 +39,7 @@ def do(driver: Driver) -> None:
 
 
 def job(run: Run, units: Sequence[Supernet], *, shown: str | None = None) -> Job:
-    """Return the job of reconstructing some supernets."""
+    """Return the job of reconstructing these supernets."""
     return supernets.job(run, NAME, units, work, work_on_group, shown=shown)
 
 
@@ -65,8 +64,8 @@ def work_on_group(context: Context, group: Group) -> str:
 
 
 def _decomposed(context: Context, unit: Supernet) -> nn.Module:
-    """Return the supernet of a unit's decompositions, on the context's device."""
+    """Return the supernet built from a unit's decompositions, on the context's device."""
     run = context.run
     terms = decompose.supernet_terms(run, run.space.group_sizes, unit.seed)
-    bottlenecks = {name: [one.to_bottleneck() for one in terms[name]] for name in terms}
+    bottlenecks = {name: [term.to_bottleneck() for term in terms[name]] for name in terms}
     return build_supernet(run.base.network, bottlenecks).to(context.device)

@@ -1,4 +1,4 @@
-"""What a new run folder takes over from another: the units that do not depend on a setting in which the two differ."""
+"""Reuse of another run: a new run folder takes over the units that do not depend on any setting that differs."""
 
 from __future__ import annotations
 
@@ -18,26 +18,18 @@ from pipelines.stages import decompose, finetune, latencies, reconstruct, rounds
 
 @dataclass(frozen=True)
 class _Part:
-    """What a stage stores, and the fields and groups of fields of the experiment that decide it."""
+    """The results of a stage, and the experiment's fields and groups of fields on which they depend."""
 
     stage: str
     fields: tuple[str, ...]
     tables: tuple[str, ...] = ()
-    """Tables that hold nothing but this stage's units."""
+    """Tables that contain only this stage's units."""
     trains: bool = False
-    """Whether units named after the stage are in `history`."""
+    """Whether `history` has units named after the stage."""
 
 
-_NETWORKS = (
-    "seed",
-    "model",
-    "weights",
-    "data",
-    "training",
-    "engine.precision",
-    "engine.compile",
-)
-"""Without those of the engine that change rounding alone, as devices and threads do: capture, parallel_seeds."""
+_NETWORKS = ("seed", "model", "weights", "data", "training", "engine.precision", "engine.compile")
+"""Without engine.capture and engine.parallel_seeds, which change rounding alone, like devices and threads."""
 _TERMS = (*_NETWORKS, "decomposition")
 _SUPERNETS = (*_TERMS, "supernet", "reconstruction")
 
@@ -46,7 +38,7 @@ _EVALUATIONS = (
     *(f"search.{name}" for name in ("form", "precision", "memory_budget")),
 )
 
-_REMEDY = "give the same ones, or leave --reuse out"
+_REMEDY = "use the same ones, or leave --reuse out"
 
 PARTS = (
     _Part(train.NAME, _NETWORKS, ("networks",), trains=True),
@@ -58,15 +50,15 @@ PARTS = (
         validate.NAME, (*_TERMS, "validation", "search.budgets", "engine.recalibrate"), ("validations",), trains=True
     ),
 )
-"""The parts in the order of the stages. A search is not among them, for what it evaluates, its strategy decides."""
+"""The parts in the order of the stages, without the search: its strategy decides which configurations it evaluates."""
 
 
 def take_over(store: RunStore, other: RunStore) -> dict[str, int]:
-    """Copy from `other` what `store` lacks and would make alike; return the number of units by stage.
+    """Copy the units of `other` that `store` lacks and would compute equally; return their number by stage.
 
-    Nothing of `other` changes. Stages that depend on a field in which the two differ are left out. `store` is pinned to
-    the images and weights that the units were made with. Raises DatasetError or InvalidValueError where it is pinned to
-    others.
+    Stages that depend on a field in which the two experiments differ are left out. `other` does not change. `store` is
+    pinned to the images and weights of `other`; raises DatasetError or InvalidValueError if it is pinned to different
+    ones.
     """
     _share_pins(store, other)
     differing = _differing(store.experiment, other)
@@ -74,11 +66,11 @@ def take_over(store: RunStore, other: RunStore) -> dict[str, int]:
 
 
 def take_evaluations(run: Run, other: RunStore) -> int:
-    """Let the search of `run` by a strategy begin with what `other` evaluated; return how many configurations.
+    """Begin the search of `run` by a strategy with the evaluations of `other`; return the number of configurations.
 
-    They are round 0 and cost no evaluation. Nothing happens if the search has begun, or `other` has evaluated nothing
-    in all the supernets. Raises InvalidValueError for a search of the whole space, and, naming a field that differs, if
-    evaluations would not be equal here.
+    They become round 0 and cost no evaluation. Nothing happens if the search has begun, or if `other` has evaluated no
+    configuration in all the supernets. Raises InvalidValueError for a search of the whole space, and, naming a field
+    that differs, if evaluations would not be equal here.
     """
     if not search.by_strategy(run):
         raise InvalidValueError(
@@ -98,7 +90,7 @@ def take_evaluations(run: Run, other: RunStore) -> int:
         by_name = found[unit].set_index("configuration", drop=False).assign(latency_ms=None)
         for part in rounds.units(unit, 0, rounds.stored(run)[0]):
             names = list(map(str, part.configurations))
-            if known.issuperset(names):  # else the part is evaluated: a fixed one that is new is in it
+            if known.issuperset(names):  # else the part has a new fixed configuration, and is evaluated
                 taken = by_name.loc[names].to_dict("records")
                 run.store.write_table("configurations", part.name, taken, layers=run.space.layers)
     run.changed()
@@ -108,7 +100,7 @@ def take_evaluations(run: Run, other: RunStore) -> int:
 def check_reusable(experiment: Experiment, other: RunStore) -> None:
     """Raise InvalidValueError, naming a field that differs, if not even the base networks of `other` can be used.
 
-    Weights are compared by their hash: they differ where the tensors do, wherever the files are.
+    Weights are compared by the hash of their tensors, not by the file's path.
     """
     _check_alike(experiment, other, PARTS[0].fields, "--reuse")
     if experiment.weights and Path(experiment.weights).is_file():
@@ -117,25 +109,25 @@ def check_reusable(experiment: Experiment, other: RunStore) -> None:
 
 
 def check_same_images(splits: Splits, other: RunStore) -> None:
-    """Raise DatasetError, naming the split and both hashes, where `other` was made with other images."""
+    """Raise DatasetError, naming the split and both hashes, if `other` was made with different images."""
     check_data(other, splits, _REMEDY)
 
 
 def _share_pins(store: RunStore, other: RunStore) -> None:
     """Pin `store` to the images and the weights of `other`, whose units it takes over.
 
-    Raises DatasetError or InvalidValueError, naming both hashes, where `store` is pinned to others.
+    Raises DatasetError or InvalidValueError, naming both hashes, if `store` is pinned to different ones.
     """
-    ours, theirs = stored_data(store), stored_data(other)
-    if ours is not None and theirs is not None:
-        theirs.check(ours, str(other.storage), _REMEDY)
-    elif theirs is not None:
-        store.write_pin("data", theirs.to_dict())
-    mine, given = stored_weights(store), stored_weights(other)
-    if mine is not None and given is not None:
-        check_weights(other, store.experiment.weights, mine, _REMEDY)
-    elif given is not None and store.experiment.weights:
-        store.write_pin("weights", {"hash": given})
+    our_images, their_images = stored_data(store), stored_data(other)
+    if our_images is not None and their_images is not None:
+        their_images.check(our_images, str(other.storage), _REMEDY)
+    elif their_images is not None:
+        store.write_pin("data", their_images.to_dict())
+    our_weights, their_weights = stored_weights(store), stored_weights(other)
+    if our_weights is not None:
+        check_weights(other, store.experiment.weights, our_weights, _REMEDY)
+    elif their_weights is not None and store.experiment.weights:
+        store.write_pin("weights", {"hash": their_weights})
 
 
 def _check_alike(experiment: Experiment, other: RunStore, fields: tuple[str, ...], option: str) -> None:
@@ -157,7 +149,7 @@ def _touching(differing: list[str], fields: tuple[str, ...]) -> list[str]:
 
 
 def _copy(store: RunStore, other: RunStore, part: _Part) -> int:
-    """Copy the units of one stage: what tells that a unit is finished comes last."""
+    """Copy the units of one stage; the file that marks a unit as finished is copied last."""
     checkpoints = other.checkpoints(part.stage)
     prefix = f"{part.stage},"
     history = {unit for unit in other.units("history") if unit.startswith(prefix)} if part.trains else set()

@@ -1,9 +1,9 @@
-"""The search by a strategy: rounds of proposals, each stored before it is evaluated, so that a search is continued.
+"""The search by a strategy: rounds of proposals, each stored before its evaluation, so that a search can be resumed.
 
-Round 0 is the fixed configurations, or without any those of the smallest and of the largest group-sizes, and what
-another search evaluated (`pipelines.stages.reuse`). Then the experiment's budgets and limits take turns; each has a
-strategy of its own, which learns from the rounds of all. A strategy's proposals follow from its seed and from what it
-learned, so that a run that is killed continues with the proposals that it would have made.
+Round 0 consists of the fixed configurations (if there are none, the configurations of the smallest and the largest
+group-sizes) and those that another search evaluated (`pipelines.stages.reuse`). Then the experiment's budgets and
+limits take turns. Each has its own strategy, which learns from all rounds. A strategy's proposals depend only on its
+seed and on what it learned, so that a killed run continues with the proposals that it would have made.
 """
 
 from __future__ import annotations
@@ -24,25 +24,23 @@ from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
 from pipelines.stages import latencies
-from pipelines.stages.supernets import Supernet
-from pipelines.units import Unit
+from pipelines.stages.supernets import InSupernet, Supernet
 
 ROUNDS = SEARCH_ENDED[0]
 ROUNDS_A_SEARCH = 20
-"""A round is this share of all evaluations, but for LEAST and MOST."""
+"""All evaluations are divided into about this many rounds, of LEAST to MOST configurations."""
 LEAST, MOST = 8, 512
 PARTS = 4
-"""Units of one supernet and round."""
+"""Units for each supernet and round."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundPart(Unit):
-    """Some of a round's configurations in one supernet."""
+class RoundPart(InSupernet):
+    """A part of a round's configurations, to be evaluated in one supernet."""
 
-    supernet: Supernet
     round: int
     number: int
-    """Which part of the round."""
+    """Index of the part in its round."""
     configurations: tuple[Configuration, ...]
 
     @property
@@ -50,15 +48,9 @@ class RoundPart(Unit):
         """Like alpha=0,scaling=index,seed=0,round=3,part=1."""
         return f"{self.supernet.name},round={self.round},part={self.number}"
 
-    @property
-    def shared(self) -> str:
-        """The supernet's weights."""
-        return self.supernet.name
-
-    @property
-    def part(self) -> tuple[int, int]:
-        """What it evaluates, whichever the supernet is."""
-        return self.round, self.number
+    def first(self, _: SearchSpace) -> Configuration:
+        """Return its first configuration, which tells the same part of another supernet."""
+        return self.configurations[0]
 
     def configurations_of(self, _: SearchSpace) -> list[Configuration]:
         """Return the configurations to evaluate."""
@@ -66,7 +58,7 @@ class RoundPart(Unit):
 
 
 def stored(run: Run) -> list[list[Configuration]]:
-    """Return the rounds so far."""
+    """Return the stored rounds."""
     return run.once(ROUNDS, lambda: _read_rounds(run))
 
 
@@ -79,7 +71,7 @@ def _read_rounds(run: Run) -> list[list[Configuration]]:
 
 
 def begin(run: Run, known: Sequence[Configuration] = ()) -> None:
-    """Store round 0, unless it is stored: what every search evaluates, and those whose accuracies are `known`."""
+    """Store round 0, unless it is stored: the configurations of every search, and those with `known` accuracies."""
     if not run.store.has_checkpoint(ROUNDS, "round=0"):
         asked = {*run.experiment.search.budgets, *run.experiment.validation.fixed}
         first = [uniform(run.space, size) for size in sorted(asked)]
@@ -90,29 +82,29 @@ def begin(run: Run, known: Sequence[Configuration] = ()) -> None:
 def units(supernet: Supernet, number: int, configurations: Sequence[Configuration]) -> list[RoundPart]:
     """Return the units that evaluate a round in one supernet."""
     step = ceil(len(configurations) / PARTS)
-    cut = [tuple(configurations[part * step : (part + 1) * step]) for part in range(PARTS)]
+    parts = [tuple(configurations[part * step : (part + 1) * step]) for part in range(PARTS)]
     return [
-        RoundPart(supernet=supernet, round=number, number=part, configurations=some, cost=len(some))
-        for part, some in enumerate(cut)
-        if some
+        RoundPart(supernet=supernet, round=number, number=index, configurations=part, cost=len(part))
+        for index, part in enumerate(parts)
+        if part
     ]
 
 
 def end(run: Run) -> None:
-    """Store that a search by a strategy has ended: it may have fewer rounds than it was given evaluations for."""
+    """Store that the search has finished, which the number of rounds does not tell: it may finish early."""
     run.store.save_checkpoint(*SEARCH_ENDED, {}, {})
 
 
 def ended(run: Run) -> bool:
-    """Return whether a search by a strategy has ended."""
+    """Return whether the search has finished."""
     return run.store.has_checkpoint(*SEARCH_ENDED)
 
 
 class Proposals:
-    """The strategies of a search, one for each of the experiment's budgets."""
+    """The strategies of a search, one for each of the experiment's budgets and limits."""
 
     def __init__(self, run: Run) -> None:
-        """Make them; raises InvalidValueError for a budget below the cheapest configuration."""
+        """Make the strategies; raises InvalidValueError for a budget below the cheapest configuration."""
         self._run = run
         options = run.experiment.search
         self._left = options.evaluations
@@ -126,13 +118,13 @@ class Proposals:
             self._strategies.append(strategy(options.strategy, within, _seed(run, f"budget={size}")))
         for text in options.limits:
             budgets = Budget.parse_all(text)
-            costs = {macs.name: macs} | {one.cost: additive_cost(run, one.cost) for one in budgets}
+            costs = {macs.name: macs} | {budget.cost: additive_cost(run, budget.cost) for budget in budgets}
             within = BudgetedSpace(run.space, list(costs.values()), budgets)
             self._strategies.append(strategy(options.strategy, within, _seed(run, f"limit={text}")))
         self._number = 0
 
     def learn(self, round_: Sequence[Configuration], names: Sequence[str]) -> None:
-        """Take the accuracies of a round from the stored units `names`: the median over the supernets of each."""
+        """Learn the accuracies of a round from the stored units `names`: the median over the supernets."""
         rows = self._run.store.read_units("configurations", names)
         found = supernet_accuracies(rows)
         accuracies = dict(
@@ -141,30 +133,27 @@ class Proposals:
         if set(accuracies) != set(round_):
             raise InvalidValueError(f"round {self._number} of the search is stored in part: run `gross search` again")
         self._left -= len(round_) if self._number else 0
-        for one in self._strategies:
-            one.learn(accuracies)
+        for each in self._strategies:
+            each.learn(accuracies)
         self._number += 1
 
     def next_round(self) -> list[Configuration]:
-        """Return the next round, as it was stored or else proposed and stored now; empty at the end."""
+        """Return the next round: the stored one, or else a proposal, which is stored now; empty at the end."""
         size = min(self._size, self._left)
         proposed: list[Configuration] = []
         for turn in range(len(self._strategies)):
             if size > 0 and not proposed:
                 proposed = self._strategies[(self._number - 1 + turn) % len(self._strategies)].propose(size)
-        there = stored(self._run)[self._number :]
-        if there:  # another version of a library may propose otherwise: what is evaluated counts
-            return there[0]
+        later = stored(self._run)[self._number :]
+        if later:  # another version of a library may propose other configurations: the stored ones count
+            return later[0]
         if proposed:
             _store(self._run, self._number, proposed)
         return proposed
 
 
 def additive_cost(run: Run, cost: str) -> LayerCosts:
-    """Return a cost of the run's configurations, layer by layer.
-
-    Raises MissingStageError for a latency that is not measured.
-    """
+    """Return a cost of the run's configurations by layer; raises MissingStageError for an unmeasured latency."""
     if cost == "latency_ms":
         model = latencies.in_force(run)
         if model is None:
@@ -177,13 +166,13 @@ def additive_cost(run: Run, cost: str) -> LayerCosts:
 
 
 def check_limits(run: Run) -> None:
-    """Raise what `additive_cost` does for the experiment's limits, or InvalidValueError where nothing is within one."""
+    """Raise the errors of `additive_cost` for the experiment's limits, and InvalidValueError for an unreachable one."""
     options = run.experiment.search
     for text in options.limits:
         budgets = Budget.parse_all(text)
         timed = any(budget.cost == "latency_ms" for budget in budgets) and options.strategy == "exhaustive"
         if timed and latencies.measured(run.store) and latencies.in_force(run) is None:
-            continue  # what is stored with the configurations counts
+            continue  # the latencies stored with the configurations count
         BudgetedSpace(run.space, [additive_cost(run, budget.cost) for budget in budgets], budgets)
 
 

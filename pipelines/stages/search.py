@@ -1,6 +1,6 @@
-"""Stage `search`: configurations of the supernets are evaluated; then the selection (section 5.1).
+"""Stage `search`: evaluate configurations in the supernets, and select under the budgets (section 5.1).
 
-All of them, in shards, or as many rounds as a strategy is given (`pipelines.stages.rounds`).
+The whole space is evaluated in shards, or a strategy chooses configurations in rounds (`pipelines.stages.rounds`).
 """
 
 from __future__ import annotations
@@ -25,40 +25,33 @@ from gross_ray.search.cost import COUNTED, LayerCosts, layer_costs
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
 from gross_ray.search.options import EvaluationOptions
-from gross_ray.search.selection import (
-    best_of_chunks,
-    front_of_chunks,
-    select,
-    uniform,
-)
+from gross_ray.search.selection import best_of_chunks, front_of_chunks, select, uniform
 from gross_ray.search.sharding import PrefixCosts, segment_macs
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
 from pipelines.stages import finetune, latencies, rounds, supernets
 from pipelines.stages.base import Driver
 from pipelines.stages.rounds import RoundPart
-from pipelines.stages.supernets import Supernet
+from pipelines.stages.supernets import InSupernet, Supernet
 from pipelines.units import Context, Job, Unit, require, tensor_of
 
 NAME = "search"
-DESCRIPTION = "Evaluate every configuration and select under budgets."
 PLAN = "search-plan"
 SHARDS_A_WORKER = 4
-"""Shards of one supernet for each worker there is when the search is planned: what a lost worker costs, and how even
-the workers' shares are, against prefixes computed more than once."""
+"""Shards of one supernet for each worker. More shards lose less work with a worker and share the work more evenly, but
+compute more prefixes repeatedly."""
 MOST_CONFIGURATIONS = 20_000
-"""Configurations of one shard at most: what a worker holds in memory until they are stored."""
+"""Maximum number of configurations in a shard: a worker keeps their results in memory until they are stored."""
 MOST_EXHAUSTIVE = 5_000_000
-"""Configurations of a space that is searched whole at most."""
+"""Maximum number of configurations in a space that is searched whole."""
 LEAST_BUDGET = 4 * 2**20
-"""Bytes of live tensors that a worker's share of the cache is taken for at least: below, overhead decides."""
+"""Minimum bytes of live tensors for a worker, even if its share of the cache is smaller: then overhead dominates."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard(Unit):
+class Shard(InSupernet):
     """Neighbouring configurations of the space, which share prefixes, in one supernet."""
 
-    supernet: Supernet
     start: int
     stop: int
 
@@ -67,15 +60,9 @@ class Shard(Unit):
         """Like alpha=0,scaling=index,seed=0,start=0,stop=63."""
         return f"{self.supernet.name},start={self.start},stop={self.stop}"
 
-    @property
-    def shared(self) -> str:
-        """The supernet's weights."""
-        return self.supernet.name
-
-    @property
-    def part(self) -> tuple[int, int]:
-        """What it evaluates, whichever the supernet is."""
-        return self.start, self.stop
+    def first(self, space: SearchSpace) -> Configuration:
+        """Return its first configuration, which tells the same part of another supernet."""
+        return space[self.start]
 
     def configurations_of(self, space: SearchSpace) -> list[Configuration]:
         """Return the configurations to evaluate."""
@@ -87,10 +74,9 @@ Part = Shard | RoundPart
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planning(Unit):
-    """The search's plan: layers are timed on a worker, with the threads that the shards will have."""
+class Planning(InSupernet):
+    """The planning of the search: a worker times the layers, with the same threads as the shards."""
 
-    supernet: Supernet
     workers: int
     threads: int
     units_on_a_device: int
@@ -100,15 +86,10 @@ class Planning(Unit):
         """Always plan."""
         return "plan"
 
-    @property
-    def shared(self) -> str:
-        """The supernet's weights."""
-        return self.supernet.name
-
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """How the space is cut and how layers run, decided once for a run folder: a run that is resumed keeps to it."""
+    """The shards of the space and the forms of the layers, decided once for a run folder, also for a resumed run."""
 
     shards: list[range]
     forms: dict[str, LayerForm]
@@ -117,7 +98,7 @@ class SearchPlan:
 
 
 def load_plan(run: Run) -> SearchPlan:
-    """Return the stored plan; raises MissingStageError before the search has begun."""
+    """Return the stored plan; raises MissingStageError if the search has not begun."""
     return run.once(PLAN, lambda: _read_plan(run.store))
 
 
@@ -136,7 +117,7 @@ def _read_plan(store: RunStore) -> SearchPlan:
 def parts(run: Run, units: Sequence[Supernet]) -> list[Part]:
     """Return the units that evaluate the space in each supernet.
 
-    Of a search by a strategy, the rounds so far; of supernets that are not the search's, the first one.
+    For a search by a strategy, these are the stored rounds; for supernets of the sweep alone, round 0.
     """
     planned = load_plan(run).shards
     if not by_strategy(run):
@@ -149,13 +130,13 @@ def parts(run: Run, units: Sequence[Supernet]) -> list[Part]:
     return [
         part
         for unit in units
-        for number, some in enumerate(found if unit in searched else found[:1])
-        for part in rounds.units(unit, number, some)
+        for number, configurations in enumerate(found if unit in searched else found[:1])
+        for part in rounds.units(unit, number, configurations)
     ]
 
 
 def plan(run: Run) -> Sequence[Part]:
-    """Return the parts of the supernets that are searched; raises MissingStageError before the search has begun."""
+    """Return the units of the searched supernets; raises MissingStageError if the search has not begun."""
     return run.once(f"{NAME} plan", lambda: parts(run, supernets.searched(run)))
 
 
@@ -165,9 +146,9 @@ def done(run: Run) -> set[str]:
 
 
 def do(driver: Driver) -> None:
-    """Evaluate what is missing of the space, or of a strategy's rounds, and select."""
+    """Evaluate the missing configurations of the space or of a strategy's rounds, and select."""
     run = driver.run
-    budgets(run)  # one that no configuration has is found now, not after the search
+    budgets(run)  # raises for a budget that no configuration has, before the search
     if by_strategy(run):
         _propose(driver, rounds.Proposals(run))
     else:
@@ -179,7 +160,7 @@ def do(driver: Driver) -> None:
 
 
 def check_size(space: SearchSpace) -> None:
-    """Raise InvalidValueError for a space that is too large to be searched whole."""
+    """Raise InvalidValueError for a space that is too large for a search of all configurations."""
     if space.size > MOST_EXHAUSTIVE:
         raise InvalidValueError(
             f"search.strategy = 'exhaustive': the space has {space.size:,} configurations; let a strategy choose some "
@@ -188,31 +169,31 @@ def check_size(space: SearchSpace) -> None:
 
 
 def by_strategy(run: Run) -> bool:
-    """Return whether a strategy proposes what is evaluated; else it is the whole space."""
+    """Return whether a strategy chooses the configurations to evaluate; if not, all are evaluated."""
     return run.experiment.search.strategy != "exhaustive"
 
 
 def _propose(driver: Driver, proposals: rounds.Proposals) -> None:
-    """Evaluate round after round in the search's supernets."""
+    """Evaluate round after round in the searched supernets."""
     run, searched = driver.run, supernets.searched(driver.run)
     _prepare(driver, searched)
-    number, (some, *_) = 0, rounds.stored(run)
-    while some:
-        units = [part for unit in searched for part in rounds.units(unit, number, some)]
+    number, (configurations, *_) = 0, rounds.stored(run)
+    while configurations:
+        units = [part for unit in searched for part in rounds.units(unit, number, configurations)]
         _evaluate(driver, f"{NAME} round {number}", units)
-        proposals.learn(some, [unit.name for unit in units])
-        number, some = number + 1, proposals.next_round()
+        proposals.learn(configurations, [unit.name for unit in units])
+        number, configurations = number + 1, proposals.next_round()
     rounds.end(run)
 
 
 def evaluate(driver: Driver, shown: str, units: Sequence[Supernet]) -> None:
-    """Evaluate the space in each of the supernets; if a strategy searches, the rounds that `parts` returns."""
+    """Evaluate the space in each of the supernets: the units that `parts` returns."""
     _prepare(driver, units)
     _evaluate(driver, shown, parts(driver.run, units))
 
 
 def _prepare(driver: Driver, units: Sequence[Supernet]) -> None:
-    """Plan the search, unless it is planned."""
+    """Store the plan of the search and the first round of a strategy, unless they are stored."""
     run = driver.run
     if not run.store.has_checkpoint(PLAN, "plan"):
         require(run.store, finetune.NAME, {units[0].name}, finetune.done(run))
@@ -235,16 +216,16 @@ def _job(driver: Driver, shown: str, units: Sequence[Unit], work: Any) -> Job:
         work=work,
         done=lambda: {"plan"} & run.store.finished_checkpoints(PLAN) if work is plan_work else done(run),
         kind=NAME,
-        num_equal=None,  # the capacity is not known before a unit is missing: Ray would be started to learn it
+        num_equal=None,  # the capacity is unknown here: Ray is started only when a unit is missing
         shared=lambda name: load_shared(run.store, name),
     )
 
 
 def _make_plan(driver: Driver, supernet: Supernet) -> None:
-    """Cut the space for the workers there are, and have one of them time the forms of the layers.
+    """Plan the search on a worker: shards for the present workers, and the fastest forms of the layers.
 
-    What was evaluated by a plan that is lost stays, as far as the new plan has the same shards: shards of an exhaustive
-    search that overlap the new ones go.
+    If a lost plan is made again, evaluations of shards that the new plan also has are kept. The other shards of an
+    exhaustive search would overlap the new ones and are deleted.
     """
     run, workers = driver.run, driver.capacity.slots()
     threads = driver.threads(NAME, None)
@@ -270,7 +251,7 @@ def load_shared(store: RunStore, supernet: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Searched:
-    """A supernet on a worker, and what the rows of its configurations are made from."""
+    """A supernet on a worker: its evaluator and the costs of its layers."""
 
     evaluator: Evaluator
     costs: dict[str, LayerCosts]
@@ -280,7 +261,7 @@ class _Searched:
         run = context.run
         supernet = _empty(context)
         weights = {name: tensor_of(array) for name, array in context.shared["weights"].items()}
-        supernet.load_state_dict(weights, assign=True)  # the node's one copy, not another one for each worker
+        supernet.load_state_dict(weights, assign=True)  # workers of a node share one copy of the weights
         supernet.eval()
         costs = {name: layer_costs(supernet, run.base.input_shape, name) for name in COUNTED}
         search = run.experiment.search
@@ -295,10 +276,10 @@ def _empty(context: Context) -> nn.Module:
 
 
 def plan_work(context: Context, unit: Planning) -> str:
-    """Store the plan of the search."""
+    """Compute and store the plan of the search."""
     run = context.run
     memory_budget = run.experiment.search.memory_budget
-    if not memory_budget:  # workers share a node's cache, or a GPU
+    if not memory_budget:  # workers share a node's cache or a GPU
         whole = default_memory_budget(torch.device(context.device))
         memory_budget = max(whole // unit.units_on_a_device, LEAST_BUDGET)
     evaluator = _Searched.of(context, None, memory_budget).evaluator
@@ -325,7 +306,7 @@ def work(context: Context, unit: Part) -> str:
     """Evaluate one part of the space in one supernet on the validation split."""
     run, validation = context.run, context.splits.validation
     if unit.shared not in context.kept:
-        context.kept.clear()  # one supernet at a time
+        context.kept.clear()  # keep only one supernet
         planned = load_plan(run)
         context.kept[unit.shared] = _Searched.of(context, planned.forms, planned.memory_budget)
     searched: _Searched = context.kept[unit.shared]
@@ -361,14 +342,13 @@ def work(context: Context, unit: Part) -> str:
 
 def budgets(run: Run) -> list[Configuration]:
     """Return the fixed configurations whose MACs are the budgets."""
-    sizes = run.experiment.search.budgets
-    return [uniform(run.space, size) for size in sizes] if sizes else []
+    return [uniform(run.space, size) for size in run.experiment.search.budgets]
 
 
 def accuracies(run: Run) -> Iterator[pd.DataFrame]:
-    """Yield what `supernet_accuracies` gives for the supernets that are searched, one part of the space at a time.
+    """Yield `supernet_accuracies` of the searched supernets, one part of the space at a time.
 
-    Raises MissingStageError unless all are evaluated.
+    Raises MissingStageError if an evaluation is missing.
     """
     units, stored = plan(run), done(run)
     missing = [unit.name for unit in units if unit.name not in stored]
@@ -377,7 +357,7 @@ def accuracies(run: Run) -> Iterator[pd.DataFrame]:
             f"{len(missing)} of {len(units)} shards are not stored in {run.store.storage}: run `gross search "
             f"{run.store.storage}` first"
         )
-    rows = [{"unit": unit.name, **unit.supernet.values(), "first": unit.part} for unit in units]
+    rows = [{"unit": unit.name, **unit.supernet.values(), "first": str(unit.first(run.space))} for unit in units]
     yield from evaluated_accuracies(run.store, pd.DataFrame(rows))
 
 
@@ -392,7 +372,7 @@ def front(run: Run, costs: Sequence[str]) -> pd.DataFrame:
 
 
 def choose(run: Run) -> None:
-    """Store the selected configurations of each budget that are not stored yet."""
+    """Select and store configurations for each budget that has no stored selection."""
     units = {f"budget={budget}": str(budget) for budget in budgets(run)}
     missing = units.keys() - run.store.finished_units("selections")
     if not missing:
@@ -402,7 +382,7 @@ def choose(run: Run) -> None:
     for unit in missing:
         limit = fixed.loc[fixed["configuration"] == units[unit], "macs"]
         top = run.experiment.search.top
-        within = best(run, [Budget("macs", float(limit.iloc[0]))], top + 1)  # the fixed one may be among them
+        within = best(run, [Budget("macs", float(limit.iloc[0]))], top + 1)  # it may include the fixed configuration
         candidates = pd.concat([within, fixed]).drop_duplicates("configuration")
         run.store.write_table("selections", unit, select(candidates, units[unit], top).to_dict("records"))
     run.changed()

@@ -1,4 +1,4 @@
-"""The supernets: their units, and how one or a stack of them is trained (sections 4.3 and 4.4)."""
+"""The supernets: their units, and the training of one supernet or a stack (sections 4.3 and 4.4)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pipelines.stages.base import history_rows, metrics
 from pipelines.units import Context, EpochSlot, Group, Job, Unit, Work
 
 KIND = "supernets"
-"""Kind of all trainings of supernets, in whichever stage: one supernet is always computed with the same threads."""
+"""Kind of all trainings of supernets: a supernet is trained with the same number of threads in every stage."""
 
 Training = Callable[..., list[EpochRecord]]
 Measure = Callable[[nn.Module, EpochRecord], dict[str, float]]
-"""Measures a supernet after an epoch, by name; it may leave any configuration active."""
+"""Returns metrics of a supernet after an epoch; it may leave any configuration active."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,26 @@ class Supernet(Unit):
 
     @property
     def name(self) -> str:
-        """Like alpha=4,scaling=normalised,seed=0; it gives alpha exactly."""
+        """Like alpha=4,scaling=normalised,seed=0; alpha is exact."""
         written = f"{self.alpha:g}"
         exact = written if float(written) == self.alpha else repr(self.alpha)
         return f"alpha={exact},scaling={self.scaling},seed={self.seed}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class InSupernet(Unit):
+    """A unit that reads the weights of a trained supernet."""
+
+    supernet: Supernet
+
+    @property
+    def shared(self) -> str:
+        """Name of the supernet's weights."""
+        return self.supernet.name
+
+
 def supernet_of(alpha: float, scaling: str, seed: int) -> Supernet:
-    """Return the unit of one supernet. Without temperature both scalings are one."""
+    """Return the unit of one supernet; for alpha 0 both scalings are the same."""
     return Supernet(alpha=alpha, scaling=settled_scaling(alpha, scaling), seed=seed)
 
 
@@ -58,7 +70,7 @@ def searched(run: Run) -> list[Supernet]:
 
 
 def swept(run: Run) -> list[Supernet]:
-    """Return one unit for each alpha, scaling and seed of the sweep; searched ones may be among them."""
+    """Return one unit for each alpha, scaling and seed of the sweep; it may include searched supernets."""
     options = run.experiment.sweep
     units = [
         supernet_of(alpha, scaling, seed)
@@ -70,13 +82,13 @@ def swept(run: Run) -> list[Supernet]:
 
 
 def is_trained(run: Run, stage: str, unit: Supernet) -> bool:
-    """Return whether `stage` has stored one supernet."""
+    """Return whether `stage` has stored this supernet."""
     history = history_unit(stage, unit.name)
     return run.store.has_checkpoint(stage, unit.name) and run.store.has_unit("history", history)
 
 
 def job(run: Run, stage: str, units: Sequence[Supernet], one: Work, several: Work, *, shown: str | None = None) -> Job:
-    """Return the job of one training of some supernets: by `one` each alone, by `several` as stacks."""
+    """Return a stage's job for these supernets: `one` trains one alone, `several` trains a stack."""
     together = run.experiment.engine.parallel_seeds if in_groups(run) else None
     return Job(
         stage=shown or stage,
@@ -90,18 +102,18 @@ def job(run: Run, stage: str, units: Sequence[Supernet], one: Work, several: Wor
 
 
 def num_supernets(run: Run) -> int:
-    """Return how many supernets the whole experiment has, counted as units of work."""
+    """Return the number of units in which the experiment's supernets are trained."""
     return -(-len({*searched(run), *swept(run)}) // run.experiment.engine.parallel_seeds)
 
 
 def in_groups(run: Run) -> bool:
-    """Return whether supernets are trained in groups; if not, a unit may still be a stack of one (as_one_graph)."""
+    """Return whether supernets are trained in groups; if not, each may still be a stack of one (`as_one_graph`)."""
     engine = run.experiment.engine
     return engine.parallel_seeds > 1 or engine.compile
 
 
 def as_one_graph(engine: EngineOptions, device: str) -> bool:
-    """Return whether a supernet alone is trained as a stack of one."""
+    """Return whether a single supernet is trained as a stack of one."""
     return engine.compile or captures(engine, torch.device(device))
 
 
@@ -115,9 +127,10 @@ def train(
     share: tuple[float, float] = (0.0, 1.0),
     measure: Measure | None = None,
 ) -> EpochRecord:
-    """Do one training of a supernet from its last epoch, store the result, and return the last epoch's record.
+    """Train a supernet from its last stored epoch, store the result, and return the last epoch's record.
 
-    `share` is its part of the unit's progress; what `measure` returns is reported beside each epoch's metrics.
+    `share` is the interval of the unit's progress that this training covers. The metrics that `measure` returns are
+    reported with each epoch's.
     """
 
     def report(record: EpochRecord) -> None:
@@ -140,7 +153,7 @@ def train(
 
 
 def as_stack(supernet: nn.Module, together: Callable[..., list[Outcome]]) -> Training:
-    """Return the training of one supernet as a stack of one: it is one graph for all configurations."""
+    """Return the training of one supernet as a stack of one, which is one graph for all configurations."""
 
     def training(
         splits: Splits,
@@ -169,10 +182,7 @@ def train_group(
     schedule: Schedule,
     together: Callable[..., list[Outcome]],
 ) -> str:
-    """Train several supernets in one pass and store those that did not diverge.
-
-    Raises DivergedError naming the others.
-    """
+    """Train several supernets in one pass; store those that did not diverge, and raise DivergedError for the others."""
 
     def report(record: EpochRecord) -> None:
         text = f"{stage} epoch {record.epoch}, loss {record.train_loss:.4f}"
@@ -206,7 +216,7 @@ def _sampler(supernet: nn.Module, unit: Supernet) -> ConfigurationSampler:
 
 
 def _store(context: Context, unit: Supernet, stage: str, supernet: nn.Module, history: list[EpochRecord]) -> None:
-    """Store a trained supernet, in place of its state between epochs."""
+    """Store a trained supernet, and delete its state between epochs."""
     save_supernet(context.store, stage, unit.name, supernet, unit.values())
     rows = history_rows(stage, unit.name, unit.seed, history)
     context.store.write_table("history", history_unit(stage, unit.name), rows)

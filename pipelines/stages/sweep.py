@@ -1,7 +1,7 @@
-"""Stage `sweep-alpha`: supernets over sampling temperatures, against the fixed configurations (section 5.2, Figure 1).
+"""Stage `sweep-alpha`: compare supernets of several sampling temperatures with fixed configurations (Figure 1).
 
-Each supernet of the grid is a trial with metrics from epoch to epoch; then the whole space is evaluated in it, in
-shards, like in the search.
+See section 5.2. Each supernet of the grid is a trial that reports metrics after each epoch; then the space is evaluated
+in it, as in the search.
 """
 
 from __future__ import annotations
@@ -27,25 +27,24 @@ from pipelines.stages.supernets import Supernet
 from pipelines.units import Context, Job
 
 NAME = "sweep-alpha"
-DESCRIPTION = "Sweep the sampling temperature alpha (Figure 1)."
 METRIC = "supernet_accuracy"
 """Metric of a trial: the mean accuracy of the fixed configurations in the supernet, on the validation split."""
 TIME = "trial_epoch"
-"""Metric of a trial: the epochs that are done, of reconstruction and fine-tuning together."""
+"""Metric of a trial: the finished epochs of reconstruction and fine-tuning together."""
 
 
 def plan(run: Run) -> Sequence[Supernet]:
-    """Return one unit for each alpha, scaling and seed; the supernets of the main stages are among them if they fit."""
+    """Return one unit for each alpha, scaling and seed; it may include supernets of the main stages."""
     return supernets.swept(run)
 
 
 def done(run: Run) -> set[str]:
-    """Return the names of the supernets that are compared with the fixed configurations already."""
+    """Return the names of the supernets that have been compared with the fixed configurations."""
     return finished_units(run.store, NAME)
 
 
 def do(driver: Driver) -> None:
-    """Train the grid's supernets that are missing, and compare all of them with the fixed configurations."""
+    """Train the grid's missing supernets, and compare all of them with the fixed configurations."""
     run, units = driver.run, plan(driver.run)
     if not units:
         driver.note(f"{NAME}: the experiment sweeps over nothing (sweep.alphas and sweep.scalings)")
@@ -56,7 +55,7 @@ def do(driver: Driver) -> None:
     failed: UnitsFailedError | None = None
     try:
         _train(driver, units)
-    except UnitsFailedError as error:  # the others are compared all the same
+    except UnitsFailedError as error:  # the other supernets are still compared
         failed = error
     trained = finetune.done(run)
     whole = [unit for unit in units if unit.name in trained]
@@ -70,11 +69,13 @@ def do(driver: Driver) -> None:
 def _train(driver: Driver, units: Sequence[Supernet]) -> None:
     run = driver.run
     if supernets.in_groups(run):
-        with suppress(UnitsFailedError):  # reported by then; the last job names what is missing
+        with suppress(UnitsFailedError):  # each failure was reported, and the last job names the missing units
             driver.do(reconstruct.job(run, units, shown=f"{NAME} {reconstruct.NAME}"))
         ready = reconstruct.done(run)
         with suppress(UnitsFailedError):
-            driver.do(finetune.job(run, [one for one in units if one.name in ready], shown=f"{NAME} {finetune.NAME}"))
+            driver.do(
+                finetune.job(run, [unit for unit in units if unit.name in ready], shown=f"{NAME} {finetune.NAME}")
+            )
     driver.do(
         Job(
             stage=NAME,
@@ -89,7 +90,7 @@ def _train(driver: Driver, units: Sequence[Supernet]) -> None:
 
 
 def work(context: Context, unit: Supernet) -> str:
-    """Reconstruct and fine-tune one supernet, from wherever it stands; after each epoch measure it by `METRIC`."""
+    """Reconstruct and fine-tune one supernet as far as it is not done, and report `METRIC` after each epoch."""
     run, validation = context.run, context.splits.validation
     configurations = validate.fixed_configurations(run)
     calibration = calibration_images(context.splits.train) if run.experiment.engine.recalibrate else None
@@ -116,12 +117,11 @@ def work(context: Context, unit: Supernet) -> str:
 def mean_accuracy(
     network: nn.Module, configurations: Sequence[Configuration], images: ImageSet, calibration: Tensor | None = None
 ) -> float:
-    """Return the mean of the configurations' accuracies in a supernet, the last of which is left active.
+    """Return the mean accuracy of these configurations in a supernet; the last one is left active.
 
     With `calibration`, uint8 images (N, 3, H, W), each has batch-norm statistics of its own, as in the search.
-    The mean over the fixed configurations is what Figure 1 compares between alphas: they span the space from the
-    cheapest to the most accurate, and are few. The largest one alone, which fine-tuning reports, gains from any alpha
-    that favours it.
+    Figure 1 compares the mean over the fixed configurations: they are few and span the space from the cheapest to the
+    most accurate. The largest one alone, which fine-tuning reports, gains from any alpha that favours it.
     """
     correct = 0
     for configuration in configurations:
@@ -133,7 +133,7 @@ def mean_accuracy(
 
 
 def compare(run: Run, units: Sequence[Supernet]) -> None:
-    """Store the difference of each supernet to the fixed configurations trained on their own (validation split)."""
+    """Store each supernet's difference from the fixed configurations trained on their own (validation split)."""
     compared = done(run)
     missing = [unit for unit in units if unit.name not in compared]
     if not missing:

@@ -1,4 +1,4 @@
-"""Stage `train`: the base networks, one unit a seed (section 4.2)."""
+"""Stage `train`: train the base networks, one unit for each seed (section 4.2)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from pipelines.stages.base import Driver, history_rows, metrics
 from pipelines.units import Context, EpochSlot, Job, Unit
 
 NAME = "train"
-DESCRIPTION = "Train the base networks."
 GIVEN = "given"
-"""Stage under which the run folder keeps weights that the user brought."""
+"""Name of the stage under which the run folder stores the user's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ def done(run: Run) -> set[str]:
 
 
 def do(driver: Driver) -> None:
-    """Train the base networks that are missing, or take the weights that the user brought."""
+    """Train the missing base networks, or take the user's weights."""
     run = driver.run
     if run.experiment.weights:
         kept = done(run) or run.store.has_checkpoint(GIVEN, "weights")
@@ -61,9 +60,9 @@ def do(driver: Driver) -> None:
 
 
 def keep_given(store: RunStore) -> None:
-    """Copy the weights that the user brought from their file into the run folder, so that all workers can read them.
+    """Copy the user's weights from their file into the run folder, so that all workers can read them.
 
-    Raises InvalidValueError if the file's tensors are not those that the run was created with.
+    Raises InvalidValueError if the file's tensors differ from those with which the run was created.
     """
     tensors = read_weights(store.experiment.weights)
     pin_weights(store, tensors)
@@ -71,9 +70,9 @@ def keep_given(store: RunStore) -> None:
 
 
 def check_given(store: RunStore) -> None:
-    """Raise InvalidValueError, naming both hashes, if the file of the weights has other tensors than the run folder.
+    """Raise InvalidValueError, naming both hashes, if the tensors of the user's weights file have changed.
 
-    A file that was deleted meanwhile is no error.
+    A deleted file is no error.
     """
     path = store.experiment.weights
     if not Path(path).is_file():
@@ -84,13 +83,13 @@ def check_given(store: RunStore) -> None:
 
 
 def load_given(store: RunStore, network: nn.Module) -> None:
-    """Put the weights that the user brought into `network`."""
+    """Load the stored copy of the user's weights into `network`."""
     tensors, _ = store.load_checkpoint(GIVEN, "weights")
     set_weights(network, tensors, store.experiment.weights)
 
 
 def work(context: Context, unit: BaseNetwork) -> str:
-    """Train one base network, or take the weights that the user brought."""
+    """Train one base network, or take the user's weights, and measure it."""
     run, splits, store = context.run, context.splits, context.store
     image_size = splits.train.images.shape[-1]
     generator = derived_generator(context.seed, NAME, unit.name, "weights")
@@ -134,7 +133,7 @@ def _train(context: Context, unit: BaseNetwork, network: nn.Module) -> list[Epoc
 
 
 def _description(splits: Splits) -> dict[str, Any]:
-    """Return what is needed to build the network again."""
+    """Return the description from which `Run.base` builds the network again."""
     return {
         "num_classes": len(splits.classes),
         "image_size": splits.train.images.shape[-1],

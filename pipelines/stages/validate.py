@@ -1,4 +1,4 @@
-"""Stage `validate`: fixed and selected configurations decomposed and trained on their own (sections 4.5 and 5.1)."""
+"""Stage `validate`: decompose and train fixed and selected configurations on their own (sections 4.5 and 5.1)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from pipelines.stages.base import Driver, history_rows, metrics
 from pipelines.units import Context, EpochSlot, Job, Unit
 
 NAME = "validate"
-DESCRIPTION = "Train fixed and selected configurations on their own."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation(Unit):
-    """One training of one configuration on its own."""
+    """One configuration trained on its own, with one seed."""
 
     configuration: Configuration
     kind: str
@@ -43,20 +42,20 @@ class Validation(Unit):
         return validation_unit(self.configuration, self.seed)
 
     def values(self) -> dict[str, Any]:
-        """Return the fields, the configuration as text."""
+        """Return the fields that define the work, with the configuration as text."""
         return {**super().values(), "configuration": str(self.configuration)}
 
 
 def fixed_configurations(run: Run) -> list[Configuration]:
-    """Return the fixed configurations: those the experiment names and those that set the budgets."""
+    """Return the fixed configurations: those that the experiment names, and those that define the budgets."""
     named = [uniform(run.space, size) for size in run.experiment.validation.fixed]
     return list(dict.fromkeys([*named, *search.budgets(run)]))
 
 
 def selected_configurations(run: Run) -> list[Configuration]:
-    """Return the selected configurations of every budget, and the best within every limit.
+    """Return the selected configurations of every budget, and the best ones within every limit.
 
-    Raises MissingStageError before `search` is done.
+    Raises MissingStageError if `search` is not finished.
     """
     selections = run.store.read_sound("selections")
     budgets = {str(budget) for budget in search.budgets(run)}
@@ -90,23 +89,27 @@ def done(run: Run) -> set[str]:
 
 
 def do(driver: Driver) -> None:
-    """Validate the fixed and the selected configurations that are missing."""
+    """Validate the missing fixed and selected configurations."""
     _do(driver, NAME, plan(driver.run))
 
 
 def do_fixed(driver: Driver) -> None:
-    """Validate the fixed configurations that are missing: the sweep over alpha is compared with them."""
+    """Validate the missing fixed configurations, with which the sweep over alpha is compared."""
     _do(driver, f"{NAME} fixed", units_of(driver.run, fixed_configurations(driver.run)))
 
 
 def do_named(driver: Driver, configurations: Sequence[Configuration]) -> None:
-    """Validate these configurations, whichever the budgets select; raises InvalidValueError outside the space."""
+    """Validate these configurations; raises InvalidValueError for one outside the space."""
     space = driver.run.space
-    _do(driver, f"{NAME} by name", units_of(driver.run, [space.check(one) for one in configurations]))
+    _do(
+        driver,
+        f"{NAME} by name",
+        units_of(driver.run, [space.check(configuration) for configuration in configurations]),
+    )
 
 
 def _do(driver: Driver, shown: str, units: Sequence[Validation]) -> None:
-    """Decompose what the missing units need, then do them."""
+    """Do the decompositions that the missing units need, then the units."""
     run, options = driver.run, driver.run.experiment
     stored = done(run)
     terms = [term for unit in units if unit.name not in stored for term in _decompositions(run, unit)]
@@ -128,7 +131,7 @@ def _do(driver: Driver, shown: str, units: Sequence[Validation]) -> None:
 
 
 def _decompositions(run: Run, unit: Validation) -> list[decompose.Decomposition]:
-    """Return the decompositions that a configuration consists of, in the order of the layers."""
+    """Return the decompositions of a unit's configuration, in the order of the layers."""
     pairs = zip(run.space.layers, unit.configuration, strict=True)
     return [decompose.unit(run, layer, size, unit.seed) for layer, size in pairs]
 
@@ -136,8 +139,8 @@ def _decompositions(run: Run, unit: Validation) -> list[decompose.Decomposition]
 def work(context: Context, unit: Validation) -> str:
     """Reconstruct and fine-tune one configuration from its decompositions, and measure it."""
     run, store, splits = context.run, context.store, context.splits
-    terms = {term.layer: decompose.load_terms(store, term) for term in _decompositions(run, unit)}
-    bottlenecks = {layer: [one.to_bottleneck()] for layer, one in terms.items()}
+    terms = _decompositions(run, unit)
+    bottlenecks = {term.layer: [decompose.load_terms(store, term).to_bottleneck()] for term in terms}
     network = build_supernet(run.base.network, bottlenecks).to(context.device)
     slots = {name: EpochSlot(store, f"{NAME}-{name}", unit.name) for name in ("reconstruct", "finetune")}
     rows = _train(context, unit, network, slots)
@@ -162,7 +165,7 @@ def work(context: Context, unit: Validation) -> str:
 
 
 def _train(context: Context, unit: Validation, network: nn.Module, slots: dict[str, EpochSlot]) -> list[dict[str, Any]]:
-    """Reconstruct, then fine-tune a network of one configuration in place, and return the rows of its history."""
+    """Reconstruct and fine-tune a supernet of one configuration in place, and return the rows of its history."""
     run, options = context.run, context.run.experiment.validation
     epochs = options.reconstruction.epochs + options.finetuning.epochs
 

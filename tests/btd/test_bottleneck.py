@@ -51,12 +51,6 @@ def test_the_dense_kernel_is_differentiable(generator):
     assert torch.autograd.gradcheck(lambda *w: Bottleneck(*w).dense_kernel(), weights)
 
 
-def test_to_changes_the_dtype_of_all_three():
-    bottleneck = Bottleneck(torch.ones(4, 4, 1, 1), torch.ones(4, 2, 3, 3), torch.ones(5, 4, 1, 1)).to(torch.float64)
-    weights = (bottleneck.pointwise_in, bottleneck.grouped, bottleneck.pointwise_out)
-    assert {weight.dtype for weight in weights} == {torch.float64}
-
-
 @pytest.mark.parametrize(
     ("shapes", "named"),
     [

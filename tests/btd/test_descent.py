@@ -1,4 +1,4 @@
-"""The objective's derivatives, moves and starts against independent oracles, and the descent's laws."""
+"""The objective's derivatives, moves and starts against independent oracles, and the laws of the descent."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from gross_ray.btd.term_fit import Factors, TermFit, orthonormalised
 
 @st.composite
 def fits(draw):
-    """A fit of two members, each with its own weight, their unknowns (a random start, shaken) and a generator."""
+    """A fit of two members, each with its own weight, their unknowns (a perturbed random start), and a generator."""
     group_size, groups, out_channels = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 7))
     kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 2)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
@@ -81,7 +81,7 @@ def test_the_scaling_makes_each_terms_own_derivatives_orthonormal(case):
     fit, factors, _, generator = case
     point = fit.evaluate(factors)
     scaling = fit.scaling(point)
-    # What a direction from unit vector e changes in the term, squared, is 1 (or less, by the floor on small terms).
+    # A step along a scaled unit vector changes its term by norm 1 per length (less for small terms).
     for unknown in torch.randint(fit.unknowns, (5,), generator=generator).tolist():
         unit = torch.zeros(2, fit.unknowns, dtype=torch.float64)
         unit[:, unknown] = 1
@@ -121,11 +121,11 @@ def run(fit, factors, **options):
 
 
 @given(fits())
-def test_members_end_by_themselves_and_keep_their_places(case):
+def test_members_converge_independently_and_keep_their_order(case):
     fit, factors, weights, _ = case
     outcomes = run(fit, factors)
-    for place, outcome in enumerate(outcomes):
-        found = dense_objective(outcome.factors, weights[place : place + 1], 0.0)
+    for i, outcome in enumerate(outcomes):
+        found = dense_objective(outcome.factors, weights[i : i + 1], 0.0)
         assert outcome.squared_error == pytest.approx(float(found), abs=1e-12)
         assert outcome.status == BTDStatus.CONVERGED
 
@@ -136,25 +136,25 @@ def test_each_member_may_have_a_limit_of_its_own(trained_like_weight):
     start = TermFit(weight, 2, [0] * 3).greedy_start([torch.Generator().manual_seed(seed) for seed in range(3)])
     limits = [5, 2000, 30]
     outcomes = run(TermFit(weight, 2, [0] * 3), start, max_steps=limits)
-    for place, (outcome, limit) in enumerate(zip(outcomes, limits, strict=True)):
-        alone = run(TermFit(weight, 2, [0]), start.select(slice(place, place + 1)), max_steps=limit)[0]
+    for i, (outcome, limit) in enumerate(zip(outcomes, limits, strict=True)):
+        alone = run(TermFit(weight, 2, [0]), start.select(slice(i, i + 1)), max_steps=limit)[0]
         assert (outcome.steps, outcome.status) == (alone.steps, alone.status)
         assert outcome.squared_error == pytest.approx(alone.squared_error, abs=1e-9)
-    assert [one.steps for one in outcomes][::2] == [5, 30]
+    assert [outcome.steps for outcome in outcomes][::2] == [5, 30]
     assert outcomes[1].status == BTDStatus.CONVERGED
 
 
-def test_a_line_search_does_not_depend_on_those_beside_it():
-    """One member uses up all halvings; another, whose step is enough within the rounding of J, still takes it."""
+def test_a_line_search_does_not_depend_on_the_other_members():
+    """One member uses up all halvings; the other, whose step is enough within the rounding of J, still takes it."""
 
     class Fit:
-        """Where a direction is positive, J is 2 at every length; elsewhere it rises by less than its rounding."""
+        """Along a positive direction J is 2 at every length; along a negative one it rises within its rounding."""
 
         def move(self, point, direction, length=None):
             at = torch.ones(len(direction), dtype=torch.float64) if length is None else length
-            return StandIn(1 + torch.where(direction[:, 0] > 0, 1.0, at * 3e-16))
+            return FakePoint(1 + torch.where(direction[:, 0] > 0, 1.0, at * 3e-16))
 
-    class StandIn:
+    class FakePoint:
         def __init__(self, value):
             self.value = value
 
@@ -184,7 +184,7 @@ def test_a_converged_descent_is_a_stationary_point(trained_like_weight):
     assert size[1e-10] < 1e-4 < 10 * size[1e-3]
 
 
-def test_warm_members_keep_their_ridge_and_the_others_begin_with_more(trained_like_weight):
+def test_warm_members_keep_their_ridge_and_the_others_start_with_a_higher_one(trained_like_weight):
     weight = trained_like_weight(10, 8, 3, 3)[None]
     norms = {}
     for warm in (True, False):
@@ -210,14 +210,14 @@ def test_the_last_ridge_is_relative_to_the_squared_error(trained_like_weight):
     assert ridges[0.0] < ridges[1.0] / 2
 
 
-def test_sinking_the_ridge_ends_lower_than_starting_with_it(trained_like_weight, monkeypatch):
+def test_a_sinking_ridge_ends_with_a_lower_error_than_a_constant_one(trained_like_weight, monkeypatch):
     weight = trained_like_weight(16, 16, 3, 3)
     means = {}
     for stages in ((), descent.RIDGE_STAGES):
         monkeypatch.setattr(descent, "RIDGE_STAGES", stages)
         fit = TermFit((weight / weight.norm())[None], 4, [0] * 10)
         start = fit.greedy_start([torch.Generator().manual_seed(seed) for seed in range(10)])
-        means[stages] = sum(one.squared_error for one in run(fit, start, ridge=0.0)) / 10
+        means[stages] = sum(outcome.squared_error for outcome in run(fit, start, ridge=0.0)) / 10
     assert means[descent.RIDGE_STAGES] < means[()]
 
 

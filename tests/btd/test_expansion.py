@@ -14,7 +14,7 @@ from gross_ray.errors import GrossRayError, InvalidValueError
 
 @st.composite
 def grouped_weights(draw):
-    """A weight (C, g, kH, kW), a lawful target group-size, and a generator."""
+    """A weight (C, g, kH, kW), a valid target group-size, and a generator."""
     group_size, merged, groups = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
     kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
@@ -39,7 +39,7 @@ def test_the_expanded_convolution_is_the_same_function(case):
 
 
 @given(grouped_weights(), st.floats(-3, 3), st.floats(-3, 3))
-def test_it_is_linear(case, a, b):
+def test_expansion_is_linear(case, a, b):
     weight, target, generator = case
     other = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(
@@ -51,18 +51,18 @@ def test_it_is_linear(case, a, b):
 
 
 @given(grouped_weights())
-def test_it_places_every_weight_once_and_adds_zeros(case):
+def test_the_expansion_contains_every_weight_once_and_otherwise_zeros(case):
     weight, target, _ = case
     expanded = expand_grouped_weight(weight.abs() + 1, target)
     assert torch.equal(expanded[expanded != 0].sort().values, (weight.abs() + 1).flatten().sort().values)
 
 
-def test_two_steps_are_one(generator):
+def test_two_expansions_equal_one(generator):
     weight = torch.randn(24, 2, 3, 3, generator=generator)
     assert torch.equal(expand_grouped_weight(expand_grouped_weight(weight, 4), 12), expand_grouped_weight(weight, 12))
 
 
-def test_the_gradient_passes(generator):
+def test_expansion_is_differentiable(generator):
     weight = torch.randn(6, 1, 2, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: expand_grouped_weight(w, 3), weight)
     scale = torch.randn(6, 3, 2, 2, generator=generator, dtype=torch.float64)
@@ -85,10 +85,10 @@ def test_a_sum_of_expansions_is_their_sum(factors, groups, seed):
     total = sum_of_expansions(weights)
     torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
     ours, theirs = (torch.autograd.grad((each * scale).sum(), weights) for each in (total, expected))
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert all(torch.equal(ours_k, theirs_k) for ours_k, theirs_k in zip(ours, theirs, strict=True))
 
 
-def test_a_sum_that_was_first_asked_for_without_gradients_has_them_later():
+def test_a_sum_first_computed_without_gradients_has_them_later():
     with torch.inference_mode():
         sum_of_expansions([torch.ones(10, 1, 1, 1), torch.ones(10, 5, 1, 1)])
     weights = [torch.ones(10, 1, 1, 1, requires_grad=True), torch.ones(10, 5, 1, 1)]

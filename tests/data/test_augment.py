@@ -6,9 +6,14 @@ from scipy import stats
 from torchvision.transforms import functional as oracle
 from torchvision.transforms import v2
 
-from gross_ray.data.augment import augment
+from gross_ray.data.augment import cropped_and_flipped, draw_crops
 from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import InvalidValueError
+
+
+def augment(images: torch.Tensor, generator: torch.Generator, padding: int = 2) -> torch.Tensor:
+    crops = draw_crops(len(images), generator, padding=padding)
+    return cropped_and_flipped(images, crops.to(images.device), padding=padding)
 
 
 def random_images(num_images: int, height: int = 32, width: int = 32) -> torch.Tensor:

@@ -256,7 +256,7 @@ def test_load_dataset_limits_an_empty_split(tmp_path: Path, monkeypatch: pytest.
     file = tmp_path / "sample.parquet"
     pq.write_table(sample_table(), file)
     monkeypatch.setattr(module, "SAMPLE_FILE", file)
-    dataset_error(lambda: load_dataset(DataOptions()), "none is left for the validation split", "add images")
+    dataset_error(lambda: load_dataset(DataOptions()), "the validation split is empty", "add images")
 
 
 # --- fashion-mnist
@@ -565,7 +565,7 @@ def test_empty_class_folder(tmp_path: Path) -> None:
 
 def test_too_few_images(tmp_path: Path) -> None:
     path = write_classes(tmp_path / "flat", 1, classes=("cat", "dog"))
-    dataset_error(lambda: load_folder(path), "none is left for the test split", "add images")
+    dataset_error(lambda: load_folder(path), "the test split is empty", "add images")
 
 
 def test_classes_differ_between_splits(tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ WHOLE = as_dataset(channels_first)
         ((WHOLE,), "own_pictures:pictures: the function returned 1 values; return (train, test) or"),
         ((WHOLE, iter([])), "own_pictures:pictures, test: a list_iterator has no length; return"),
         ((Own([], []), WHOLE), "own_pictures:pictures, train: the dataset is empty"),
-        ((WHOLE, Own([3], [1])), "own_pictures:pictures, test, item 0: a int is no image; give images of PIL"),
-        ((Own([PIXELS[0]], ["cat"]), WHOLE), "train, item 0: the class is 'cat'; must be a whole number from 0 on"),
+        ((WHOLE, Own([3], [1])), "own_pictures:pictures, test, item 0: a int is not an image; give PIL images"),
+        ((Own([PIXELS[0]], ["cat"]), WHOLE), "train, item 0: the class is 'cat'; must be a whole number, 0 or more"),
         ((Own([PIXELS[0]], [-1]), WHOLE), "train, item 0: the class is -1; must be"),
         ((Own([PIXELS[0]], [0.5]), WHOLE), "train, item 0: the class is 0.5; must be"),
         ((Own([PIXELS[0], PIXELS[1, :4]], [0, 0]), WHOLE), "train, item 1: is 5x4 pixels, those before it 5x6; resize"),
@@ -128,7 +128,7 @@ WHOLE = as_dataset(channels_first)
         ),
         ((Own([torch.full((3, 6, 5), torch.nan)], [0]), WHOLE), "values from nan to nan that are not multiples"),
         ((Own([Image.new("I;16", (5, 6))], [0]), WHOLE), "an image of mode I;16, more than 8 bits a channel"),
-        ((Own([(1, 2, 3)], [0]).items, WHOLE), "train, item 0: a tuple is no image"),
+        ((Own([(1, 2, 3)], [0]).items, WHOLE), "train, item 0: a tuple is not an image"),
         (([5], WHOLE), "train, item 0: TypeError: cannot unpack non-iterable int object"),
     ],
 )
@@ -154,7 +154,7 @@ def test_fewer_names_than_classes(module: ModuleType) -> None:
     few = as_dataset(channels_first)
     few.classes = ["a", "b", "c"]  # type: ignore[attr-defined]
     module.pictures = lambda: (few, WHOLE)  # type: ignore[attr-defined]
-    with pytest.raises(DatasetError, match="there is the class 3, and names of 3; name all classes"):
+    with pytest.raises(DatasetError, match="an image has class 3, but only 3 classes have names; name all"):
         load_dataset(DataOptions(name="own_pictures:pictures"))
 
 
@@ -178,7 +178,7 @@ def test_a_function_that_fails_or_is_not_there(module: ModuleType) -> None:
     with pytest.raises(DatasetError, match="other.*write package.module:function"):
         load_dataset(DataOptions(name="own_pictures:other"))
     module.pictures = 3  # type: ignore[attr-defined]
-    with pytest.raises(DatasetError, match="pictures is no function"):
+    with pytest.raises(DatasetError, match="pictures is not a function"):
         load_dataset(DataOptions(name="own_pictures:pictures"))
     with pytest.raises(InvalidValueError, match=re.escape("data.name = 'own pictures:x': must be sample")):
         DataOptions(name="own pictures:x")

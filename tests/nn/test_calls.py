@@ -7,7 +7,7 @@ from gross_ray.nn.calls import network_calls
 
 
 class Several(nn.Module):
-    """A decomposed layer of a class that the library does not know."""
+    """A decomposed layer whose class does not belong to the library."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ def test_an_image_that_a_network_cannot_run_is_refused():
         network_calls(nn.Conv2d(3, 2, 3), (1, 4, 4))
 
 
-def test_hooks_do_not_stay():
+def test_no_hook_remains():
     conv = nn.Conv2d(3, 2, 3)
     network_calls(conv, (3, 4, 4))
     assert not conv._forward_hooks and torch.is_grad_enabled()

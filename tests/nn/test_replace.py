@@ -5,7 +5,7 @@ from gross_ray.nn.replace import replace_modules
 
 
 class Listed(nn.Module):
-    """Uses its layers from plain containers too, and one of them twice."""
+    """Uses its layers from plain containers too, one of them twice."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ def test_the_network_itself_is_replaced():
     assert replace_modules(nn.Linear(2, 2), {"": replacement}) is replacement
 
 
-def test_weights_are_shared_where_asked_for():
+def test_weights_are_shared_on_request():
     network = Listed()
     own = replace_modules(network, {"b": nn.Identity()})
     shared = replace_modules(network, {"b": nn.Identity()}, share_weights=True)

@@ -108,7 +108,7 @@ class Bound(nn.Module):
 
 
 def test_a_layer_that_is_called_by_another_way_than_its_place_is_named() -> None:
-    told = "layers a, b: decomposed, the network goes on without them, for it uses them other than by calling"
+    told = "layers a, b: with these decomposed, the network bypasses them, because it does not use them by calling"
     with pytest.raises(InvalidValueError, match=told):
         inspection(Bound(), choice_of(Bound()), (3, 9, 9))
     with pytest.raises(InvalidValueError, match=told):

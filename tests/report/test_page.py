@@ -183,7 +183,7 @@ def test_a_long_front_is_drawn_whole_and_what_is_marked_is_told(
         assert line["y"] == pytest.approx([100 * accuracy for accuracy in stairs["accuracies"]])
         assert len(line["y"]) > 5 == len(points["y"])
     steps = len(page.charts["space"]["budgets"][COST_TITLES["macs"][0]]["costs"])
-    assert f"Of what is marked, evenly chosen: 5 of {steps} steps of the front." in page.plots["space"]
+    assert f"Only evenly spaced ones are marked: 5 of {steps} steps of the front." in page.plots["space"]
 
 
 def test_limits_alone_tell_what_they_lack(tmp_path: Path) -> None:

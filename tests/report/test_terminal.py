@@ -12,18 +12,27 @@ import pandas as pd
 import pytest
 
 from gross_ray.presets import preset
-from gross_ray.report.terminal import (
-    budget_table,
-    front_table,
-    latency_table,
-    network_table,
-    results,
-    selection_table,
-    stage_results,
-    sweep_table,
-)
+from gross_ray.report import results as tables
+from gross_ray.report.terminal import as_text, front_table, latency_table, results, stage_results
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import Budget
+
+
+def network_table(store: RunStore, *, markdown: bool = False) -> str:
+    return as_text(tables.network_table(store), markdown)
+
+
+def selection_table(store: RunStore, *, markdown: bool = False) -> str:
+    return as_text(tables.selection_table(store), markdown)
+
+
+def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
+    return as_text(tables.sweep_table(store), markdown)
+
+
+def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
+    return as_text(tables.budget_table(best, budgets))
+
 
 NETWORKS = [0.9012, 0.8877, 0.9101]
 MACS = {"16-16": 2_000_000, "4-4": 900_000, "1-2": 400_000, "2-32": 1_900_000, "4-1": 850_000, "1-4": 800_000}

@@ -95,5 +95,5 @@ def test_a_file_with_the_rows_of_several_supernets_is_refused(tmp_path: Path) ->
     store = RunStore.create(tmp_path / "run", preset("quickstart"))
     rows = [row(supernet, 0, 50) for supernet in SUPERNETS[:2]]
     store.write_table("configurations", "all", rows, layers=SPACE.layers)
-    with pytest.raises(RunFolderError, match=r"unit all.* several supernets"):
+    with pytest.raises(RunFolderError, match=r"unit all.* rows of several supernets"):
         list(evaluated_parts(store, ("configuration", "val_accuracy")))

@@ -210,11 +210,11 @@ def test_a_scheme_has_no_case_and_this_host_is_no_other(begin: str, name: str, t
     [
         ("file://runs/a", r"'runs' is read as a host.* like file:///.*/runs/a$"),
         ("file://nas/exports/a", "'nas' is read as a host"),
-        ("file:runs/a", "a URI has :// after its scheme: give runs/a, or ./file:runs/a for a folder"),
-        ("file:/runs/a", "give file:///runs/a,"),
-        ("s3:/bucket/x", "give s3://bucket/x, or ./s3:/bucket/x for a folder"),
-        ("S3:bucket/x", "give s3://bucket/x,"),
-        ("file:", r"give \., or ./file: for a folder"),
+        ("file:runs/a", "a URI has :// after its scheme: write runs/a, or ./file:runs/a for a folder"),
+        ("file:/runs/a", "write file:///runs/a,"),
+        ("s3:/bucket/x", "write s3://bucket/x, or ./s3:/bucket/x for a folder"),
+        ("S3:bucket/x", "write s3://bucket/x,"),
+        ("file:", r"write \., or ./file: for a folder"),
     ],
 )
 def test_what_is_nearly_a_uri_is_refused(

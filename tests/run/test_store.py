@@ -107,7 +107,7 @@ def test_the_path_is_absolute_so_that_workers_elsewhere_find_it(tmp_path, monkey
 def test_another_experiment_is_refused_by_the_first_field_that_differs(store):
     other = Experiment(name="test", training=TrainingOptions(epochs=7, lr=0.3))
     with pytest.raises(
-        RunFolderError, match=r"training.epochs \(7, not 100\)\. Give another folder with --out"
+        RunFolderError, match=r"training.epochs \(7, not 100\)\. Name another folder with --out"
     ) as caught:
         RunStore.create(store.path, other)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -138,7 +138,7 @@ def test_create_goes_on_where_an_earlier_create_was_killed(tmp_path):
 
 def test_open_refuses_a_missing_folder_and_one_without_an_experiment(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(RunFolderError, match="is not a run folder .*give the --out of a run"):
+        with pytest.raises(RunFolderError, match="is not a run folder .*name the --out of a run"):
             RunStore.open(path)
 
 
@@ -243,7 +243,7 @@ def test_a_column_is_replaced_and_nothing_else(store):
     after = store.read_table("configurations")
     assert after["latency_ms"].tolist() == [1.5, 2.5, 3.5, 4.5]
     pandas.testing.assert_frame_equal(after.drop(columns="latency_ms"), before.drop(columns="latency_ms"))
-    assert pq.read_schema(path).equals(tables.schema("configurations", LAYERS), check_metadata=True)
+    assert pq.read_schema(path).equals(tables.table("configurations").schema(LAYERS), check_metadata=True)
     assert path.read_bytes().count(b"gross_ray crc32=") == 1
     whole = path.read_bytes()
     with pytest.raises(ValueError, match="'latency_ms': -1"):
@@ -262,7 +262,7 @@ def test_writing_a_unit_again_replaces_it(store):
 def test_a_table_without_units_is_empty_with_its_columns(store, name):
     frame = store.read_table(name)
     assert frame.empty
-    assert list(frame.columns) == tables.schema(name).names
+    assert list(frame.columns) == tables.table(name).schema().names
     assert store.finished_units(name) == set()
 
 
@@ -325,7 +325,7 @@ def test_pandas_alone_reads_the_folder_whatever_the_path_is_called(tmp_path):
 def test_public_read_table(store):
     store.write_table("history", "seed=0", rows_of(0))
     pandas.testing.assert_frame_equal(read_table(str(store.path), "history"), store.read_table("history"))
-    with pytest.raises(InvalidValueError, match="unknown table 'configs'; there are: runs, "):
+    with pytest.raises(InvalidValueError, match="unknown table 'configs'; known tables: runs, "):
         read_table(store.path, "configs")
     with pytest.raises(RunFolderError, match="is not a run folder"):
         read_table(store.path / "nowhere", "history")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.run.tables import SCHEMA_VERSION, TABLES, describe, schema, table
+from gross_ray.run.tables import SCHEMA_VERSION, TABLES, describe, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,44 +52,44 @@ def test_the_tables_of_the_design_are_there():
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_column_says_what_it_means(name):
-    for field in schema(name):
+    for field in table(name).schema():
         assert field.metadata[b"meaning"]
         assert field.metadata.keys() == {b"meaning", b"unit", b"range"}
-    assert schema(name).metadata == {b"gross_ray.schema_version": str(SCHEMA_VERSION).encode()}
+    assert table(name).schema().metadata == {b"gross_ray.schema_version": str(SCHEMA_VERSION).encode()}
 
 
 def test_a_column_of_one_name_has_one_type_and_unit_in_every_table():
     found: dict[str, set[tuple[str, bytes]]] = {}
     for name in TABLES:
-        for field in schema(name):
+        for field in table(name).schema():
             found.setdefault(field.name, set()).add((str(field.type), field.metadata[b"unit"]))
     assert {name: kinds for name, kinds in found.items() if len(kinds) > 1} == {}
 
 
 def test_configurations_have_one_column_for_each_layer_between_configuration_and_macs():
-    names = schema("configurations", layers=("conv2", "features.3")).names
+    names = table("configurations").schema(layers=("conv2", "features.3")).names
     assert names[names.index("configuration") : names.index("macs") + 1] == [
         "configuration",
         "layer conv2",
         "layer features.3",
         "macs",
     ]
-    assert not [name for name in schema("configurations").names if name.startswith("layer")]
+    assert not [name for name in table("configurations").schema().names if name.startswith("layer")]
 
 
 def test_layers_are_refused_where_a_table_has_no_columns_for_them():
     with pytest.raises(ValueError, match="'selections' has no columns for layers"):
-        schema("selections", layers=("conv2",))
+        table("selections").schema(layers=("conv2",))
 
 
 def test_an_unknown_table_is_refused_with_the_names_there_are():
-    with pytest.raises(InvalidValueError, match="unknown table 'configs'; there are: runs, history, .*validations"):
-        schema("configs")
+    with pytest.raises(InvalidValueError, match="unknown table 'configs'; known tables: runs, history, .*validations"):
+        table("configs")
 
 
 def test_rows_become_the_schema():
     arrow = table("selections").to_arrow([SELECTION, SELECTION | {"rank": 2}])
-    assert arrow.schema.equals(schema("selections"), check_metadata=True)
+    assert arrow.schema.equals(table("selections").schema(), check_metadata=True)
     assert arrow.to_pylist() == [SELECTION, SELECTION | {"rank": 2}]
 
 
@@ -147,7 +147,7 @@ def test_an_accuracy_that_was_not_measured_is_null_and_a_diverged_loss_is_refuse
 
 
 def test_no_rows_are_a_table_too():
-    assert table("history").to_arrow([]).schema.equals(schema("history"))
+    assert table("history").to_arrow([]).schema.equals(table("history").schema())
 
 
 def test_the_page_in_docs_is_made_from_the_schemas():

@@ -181,7 +181,7 @@ def test_real_times_are_measured(supernet: nn.Module) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_times_are_taken_where_there_is_no_gpu(supernet: nn.Module) -> None:
-    with pytest.raises(InvalidValueError, match="device = 'cuda': this machine has none that torch can use; take cpu"):
+    with pytest.raises(InvalidValueError, match="device = 'cuda': this machine has none that torch can use; use cpu"):
         fold(extract(supernet, (1, 1, 1)), (3, 12, 12), objective="latency_ms", device="cuda")
 
 
@@ -191,7 +191,9 @@ def test_an_unknown_objective_is_refused(supernet: nn.Module) -> None:
 
 
 def test_a_supernet_and_a_strange_device_are_refused() -> None:
-    with pytest.raises(InvalidValueError, match="fold of a supernet: take one configuration out of it first"):
+    with pytest.raises(
+        InvalidValueError, match="fold needs a plain network, not a supernet; extract a configuration first"
+    ):
         fold(nn.Sequential(SeriesConv2d(nn.Conv2d(8, 6, 3), (1, 8))), (8, 9, 9))
     plain = nn.Sequential(SeriesConv2d(nn.Conv2d(8, 6, 3), (1, 8)).to_modules(1))
     with pytest.raises(InvalidValueError, match="device = 'gpu': latency is measured on cpu or cuda"):

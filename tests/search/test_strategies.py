@@ -97,7 +97,7 @@ def test_a_space_too_large_to_list(name: str) -> None:
     found = strategy(name, space, 0)
     proposed = searched(found, 40, 120)
     assert len(set(proposed)) == 120
-    assert space.fits(space.places(proposed)).all()
+    assert space.fits(space.indices(proposed)).all()
 
 
 def test_a_large_space_with_few_that_are_new_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_a_surrogate_is_fitted_to_a_part_of_very_many(monkeypatch: pytest.Monkey
 
 
 def test_unknown_names_and_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidValueError, match="strategy 'best': there are exhaustive, random, breadth-first"):
+    with pytest.raises(InvalidValueError, match="strategy 'best': must be one of exhaustive, random, breadth-first"):
         strategy("best", within(None), 0)
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(GrossRayError, match="needs optuna: pip install"):

@@ -10,7 +10,7 @@ from gross_ray.btd.solver import block_term_decomposition
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet import build
-from gross_ray.supernet.build import build_supernet, decompose_layer, decompose_model, empty_supernet
+from gross_ray.supernet.build import build_supernet, decompose_model, empty_supernet
 from gross_ray.supernet.configure import extract, get_configuration, series_layers, set_configuration
 from gross_ray.supernet.layers import decomposable_layers, default_group_sizes
 from gross_ray.supernet.series import SeriesConv2d
@@ -59,7 +59,7 @@ def test_only_dense_convolutions_after_the_first_are_decomposed(network):
         assert kept is not original and torch.equal(kept.weight, original.weight)
 
 
-def test_the_model_given_stays_as_it_was(network, images):
+def test_the_original_model_stays_unchanged(network, images):
     network.body[1].train()
     before, modules = copy.deepcopy(network.state_dict()), list(network.modules())
     supernet = decompose_model(network, options=QUICK)
@@ -79,7 +79,7 @@ def test_at_full_rank_the_outputs_are_those_of_the_original(network, images):
     torch.testing.assert_close(extract(supernet, (8, 8))(images), network(images), rtol=0, atol=1e-9)
 
 
-def test_a_shared_layer_isreplace_modules_everywhere_by_one_series(network, images):
+def test_a_shared_layer_is_replaced_everywhere_by_one_series(network, images):
     supernet = decompose_model(network, options=QUICK)
     assert isinstance(supernet.body[0], SeriesConv2d)
     assert supernet.again[0] is supernet.body[0]
@@ -124,7 +124,7 @@ def test_a_refused_configuration_changes_nothing(network, configuration):
     assert get_configuration(supernet) == Configuration((1, 2))
 
 
-def test_a_series_holds_the_decompositions_of_its_layer(network):
+def test_a_series_contains_the_decompositions_of_its_layer(network):
     supernet = decompose_model(network, layers=["down"], group_sizes={"down": [2, 4]}, options=QUICK, seed=3)
     for size in (2, 4):
         terms = block_term_decomposition(network.down.weight, size, options=QUICK, seed=3)
@@ -139,9 +139,10 @@ def test_nested_decompositions_never_get_worse_with_size(trained_like_weight):
     options = BTDOptions(ridge=0.0, max_steps=5)
 
     def errors(nested):
-        found = decompose_layer(conv, [4, 1, 2, 8], options=options, nested=nested)
-        assert [bottleneck.group_size for bottleneck in found] == [1, 2, 4, 8]
-        return [float((bottleneck.dense_kernel() - conv.weight.detach()).norm()) for bottleneck in found]
+        series = decompose_model(conv, layers=[""], group_sizes={"": [4, 1, 2, 8]}, options=options, nested=nested)
+        assert series.group_sizes == (1, 2, 4, 8)
+        kernels = [series.bottleneck(size).dense_kernel() for size in series.group_sizes]
+        return [float((kernel - conv.weight).norm().detach()) for kernel in kernels]
 
     nested, independent = errors(True), errors(False)
     assert all(larger <= smaller + 1e-9 for smaller, larger in zip(nested, nested[1:], strict=False))
@@ -149,7 +150,7 @@ def test_nested_decompositions_never_get_worse_with_size(trained_like_weight):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_layers_alike_are_decomposed_in_one_pass_and_as_by_themselves(monkeypatch, nested):
+def test_equal_layers_are_decomposed_in_one_pass_with_the_results_of_single_passes(monkeypatch, nested):
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
     )
@@ -165,15 +166,11 @@ def test_layers_alike_are_decomposed_in_one_pass_and_as_by_themselves(monkeypatc
     assert sorted(passes) == [(1, 2), (1, 2), (1, 4), (1, 4), (2, 2), (2, 4)]
     assert list(SearchSpace.of(supernet).layers) == list("1234")
     for name in "1234":
-        alone = decompose_layer(network.get_submodule(name), [2, 4], options=QUICK, nested=nested, seed=5)
-        for bottleneck, size in zip(alone, [2, 4], strict=True):
+        conv = network.get_submodule(name)
+        alone = decompose_model(conv, layers=[""], group_sizes={"": [2, 4]}, options=QUICK, nested=nested, seed=5)
+        for size in (2, 4):
             kernel = supernet.get_submodule(name).bottleneck(size).dense_kernel()
-            torch.testing.assert_close(kernel, bottleneck.dense_kernel(), rtol=0, atol=1e-6)
-
-
-def test_a_grouped_convolution_is_refused():
-    with pytest.raises(InvalidValueError, match="groups = 2 of 4 input channels: .*groups=1"):
-        decompose_layer(nn.Conv2d(4, 4, 3, groups=2), [1], options=QUICK)
+            torch.testing.assert_close(kernel, alone.bottleneck(size).dense_kernel(), rtol=0, atol=1e-6)
 
 
 def test_an_empty_supernet_takes_a_checkpoint(network, images):
@@ -213,7 +210,7 @@ def test_default_group_sizes_are_all_powers_of_two_that_divide(channels):
     [
         ({"layers": ["body.9"]}, "'body.9' is not a dense convolution .*: stem, body.0, pointwise, down"),
         ({"layers": ["depthwise"]}, "'depthwise' has groups = 8 of 8 input channels: only .* groups=1"),
-        ({"group_sizes": {"stem": [1]}}, "'stem', which is not decomposed; there are: body.0, down"),
+        ({"group_sizes": {"stem": [1]}}, "'stem', which is not decomposed; known names: body.0, down"),
         ({"group_sizes": {"down": [3]}}, "'down': none of the group-sizes 3 divides its 8 input channels"),
         ({"group_sizes": {"down": [0, 1]}}, r"group-sizes \[0, 1\]: must be whole numbers above 0"),
     ],
@@ -223,7 +220,7 @@ def test_layers_and_sizes_that_do_not_fit_are_refused(network, options, message)
         decompose_model(network, options=QUICK, **options)
 
 
-def test_sizes_by_name_are_taken_where_they_fit(network):
+def test_a_layer_takes_the_sizes_by_name_that_divide_its_channels(network):
     supernet = decompose_model(network, options=QUICK, group_sizes={"d*": [3, 1, 8, 16]})
     assert SearchSpace.of(supernet).group_sizes["down"] == (1, 8)
 
@@ -238,7 +235,7 @@ def test_networks_without_a_fitting_layer_are_refused(network):
 
 
 class Listed(nn.Module):
-    """Calls its layers from containers that torch knows nothing of."""
+    """Calls its layers from containers that are not modules."""
 
     def __init__(self):
         super().__init__()

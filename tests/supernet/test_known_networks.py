@@ -1,4 +1,4 @@
-"""torchvision's networks as supernets: each configuration is the network with the kernels that its terms give."""
+"""torchvision's networks as supernets: a configuration equals the network with its bottlenecks' dense kernels."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ NETWORKS = {
     "torchvision.models:resnet18": (16, 3),
     "torchvision.models:resnet50": (16, 36),
 }
-"""How many layers are decomposed, and how many are left alone for being 1x1."""
+"""Number of decomposed layers, and of layers that are left alone because they are 1x1."""
 
 
 def dense_kernel(weights: list[Tensor], groups: int) -> Tensor:
-    """Multiply a bottleneck out, by the definition: what each unit impulse at each channel gives."""
+    """Return a bottleneck's dense kernel by definition, from its response to a unit impulse in each channel."""
     first, grouped, last = (weight.double() for weight in weights)
     channels, kernel = first.shape[1], grouped.shape[2:]
     impulses = torch.zeros(channels, channels, 2 * kernel[0] - 1, 2 * kernel[1] - 1, dtype=torch.float64)
@@ -42,7 +42,7 @@ def dense_kernel(weights: list[Tensor], groups: int) -> Tensor:
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def named(request: pytest.FixtureRequest) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """A network and its supernet, of drawn weights that keep responses of about the same size from layer to layer."""
+    """A network and its supernet; random weights keep the responses of all layers at about the same scale."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = model_of(request.param, num_classes=10, image_size=64).eval()
@@ -91,11 +91,11 @@ def dense_kernels(network: nn.Module, plain: nn.Module, space: SearchSpace) -> d
     for layer in space.layers:
         bottleneck = plain.get_submodule(layer)
         assert isinstance(bottleneck, nn.Sequential)
-        convs = [one for one in bottleneck if isinstance(one, nn.Conv2d)]
+        convs = [module for module in bottleneck if isinstance(module, nn.Conv2d)]
         original = network.get_submodule(layer)
         assert isinstance(original, nn.Conv2d)
         assert (convs[1].stride, convs[1].padding) == (original.stride, original.padding)
-        found[layer] = dense_kernel([one.weight.detach() for one in convs], convs[1].groups)
+        found[layer] = dense_kernel([conv.weight.detach() for conv in convs], convs[1].groups)
     return found
 
 
@@ -119,5 +119,5 @@ import torch
 network, images, expected = pickle.load(open("network.pickle", "rb"))
 torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Which convolutions are decomposed, and what is said of the others."""
+"""The choice of layers to decompose, and the reasons for the other convolutions."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def network() -> nn.Module:
 LEFT = {
     "stem": "the network's first convolution",
     "body.2": "1x1",
-    "grouped": "grouped already (3 groups)",
+    "grouped": "already grouped (3 groups)",
     "depthwise": "depthwise",
     "up": "a transposed convolution",
-    "line": "a Conv1d, no Conv2d",
+    "line": "a Conv1d, not a Conv2d",
 }
 
 
@@ -45,7 +45,7 @@ def test_every_convolution_is_decomposed_or_left_alone_for_a_reason() -> None:
     assert list(choice.convs) == list(decomposable_layers(network()))
     convs = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
     all_convs = {name for name, module in network().named_modules() if isinstance(module, convs)}
-    assert {*choice.convs, *choice.left_alone} == all_convs  # a shared one once
+    assert {*choice.convs, *choice.left_alone} == all_convs  # a shared convolution once
 
 
 def test_sizes_that_do_not_divide_leave_a_layer_alone() -> None:
@@ -55,7 +55,7 @@ def test_sizes_that_do_not_divide_leave_a_layer_alone() -> None:
     assert list(choice.left_alone) == ["stem", "body.2", "body.3", "grouped", "depthwise", "up", "line"]
     with pytest.raises(InvalidValueError, match="layer 'body.3': none of the group-sizes 4, 2 divides .* leave it out"):
         choice_of(network(), ["body.3", "body.0"], (4, 2))
-    with pytest.raises(InvalidValueError, match="no layer is left to decompose; 'body.0': none of the group-sizes 5 "):
+    with pytest.raises(InvalidValueError, match="no layer remains to decompose; 'body.0': none of the group-sizes 5 "):
         choice_of(network(), sizes=(5,))
 
 
@@ -65,7 +65,7 @@ def test_sizes_that_do_not_divide_leave_a_layer_alone() -> None:
         (["body.*"], ["body.0", "body.1", "body.3"]),
         (["body.[13]", "body.0"], ["body.0", "body.1", "body.3"]),
         (["*.?"], ["body.0", "body.1", "body.3"]),
-        (["body.2"], ["body.2"]),  # by its own name even a 1x1
+        (["body.2"], ["body.2"]),  # a plain name may be a 1x1
         (["stem", "*.3"], ["stem", "body.3"]),
         ([], ["body.0", "body.1", "body.3"]),
     ],
@@ -81,21 +81,24 @@ def test_layers_are_chosen_by_name_or_glob(names: list[str], chosen: list[str]) 
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("head.*", r"layers 'head.\*': no convolution that can be decomposed .*; there are: body.0, body.1, body.3$"),
-        ("stem*", "no convolution that can be decomposed has such a name"),
-        ("bodi.0", "'bodi.0' is not a dense convolution of this network; there are: stem, body.0, body.1"),
+        (
+            "head.*",
+            r"layers 'head.\*': matches no convolution that can be decomposed; known names: body.0, body.1, body.3$",
+        ),
+        ("stem*", "matches no convolution that can be decomposed"),
+        ("bodi.0", "'bodi.0' is not a dense convolution of this network; known names: stem, body.0, body.1"),
         ("up", "'up' is not a dense convolution"),
-        ("again", "layer 'again' is the same module as 'body.1': name that one"),
-        ("aga*", r"layers 'aga\*': .*; it fits other names of body.1: name these"),
+        ("again", "layer 'again' is the same module as 'body.1': write 'body.1'"),
+        ("aga*", r"layers 'aga\*': .*; it matches second names of body.1: write those"),
         ("grouped", "layer 'grouped' has groups = 3 of 12 input channels: only"),
     ],
 )
-def test_a_name_that_is_not_there_is_refused(name: str, line: str) -> None:
+def test_an_unknown_name_is_refused(name: str, line: str) -> None:
     with pytest.raises(InvalidValueError, match=line):
         choose_layers(network(), ["body.0", name])
 
 
-def test_a_name_with_a_sign_of_globs_is_itself_first() -> None:
+def test_a_layers_name_that_looks_like_a_glob_is_a_name_first() -> None:
     signs = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), "b[0]": nn.Conv2d(4, 4, 3), "b0": nn.Conv2d(4, 4, 3)})
     assert list(choose_layers(signs, ["b[0]"])) == ["b[0]"]
     assert list(choose_layers(signs, ["b[01]"])) == ["b0"]
@@ -103,7 +106,7 @@ def test_a_name_with_a_sign_of_globs_is_itself_first() -> None:
 
 def test_of_many_names_the_closest_are_listed() -> None:
     many = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(40)))
-    with pytest.raises(InvalidValueError, match="'101' is not a dense convolution .*; the closest: 1.*") as refused:
+    with pytest.raises(InvalidValueError, match="'101' is not a dense convolution .*; closest names: 1.*") as refused:
         choose_layers(many, ["101"])
     assert str(refused.value).count(",") == 7
 
@@ -123,7 +126,9 @@ def test_single_layers_have_group_sizes_of_their_own() -> None:
             choice_of(network(), by_layer={"*": wrong})
         with pytest.raises(InvalidValueError, match="must be whole numbers above 0"):
             choice_of(network(), sizes=wrong)
-    with pytest.raises(InvalidValueError, match="group-sizes for 'boddy', which is not decomposed; there are: body.0"):
+    with pytest.raises(
+        InvalidValueError, match="group-sizes for 'boddy', which is not decomposed; known names: body.0"
+    ):
         choice_of(network(), by_layer={"boddy": (1,)})
     with pytest.raises(
         InvalidValueError, match="layer 'body.3': none of the group-sizes 4 divides its 9 input channel"
@@ -142,23 +147,23 @@ def test_group_sizes_of_layers_are_read_from_text() -> None:
 
 
 class Doubling(nn.Conv2d):
-    """Not what its weight says."""
+    """Computes with twice its weight."""
 
     def _conv_forward(self, input, weight, bias):  # type: ignore[no-untyped-def, override]
         return super()._conv_forward(input, 2 * weight, bias)
 
 
 class Named(nn.Conv2d):
-    """What nn.Conv2d is."""
+    """A subclass that overrides nothing."""
 
 
-def test_a_convolution_that_computes_in_a_way_of_its_own_is_left_alone() -> None:
+def test_a_convolution_with_an_overridden_forward_is_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Doubling(4, 4, 3), Named(4, 4, 3))
     choice = choice_of(model)
     assert list(choice.convs) == ["2"]
-    assert choice.left_alone["1"] == "a Doubling, which computes in a way of its own"
+    assert choice.left_alone["1"] == "a Doubling, which overrides the forward of nn.Conv2d"
     with pytest.raises(
-        InvalidValueError, match="layer '1' is a Doubling, .* only plain nn.Conv2d's can be decomposed; leave"
+        InvalidValueError, match="layer '1' is a Doubling, .* only a plain nn.Conv2d can be decomposed; leave"
     ):
         choose_layers(model, ["1", "2"])
 
@@ -167,22 +172,22 @@ def test_a_convolution_with_hooks_is_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     model[1].register_forward_hook(lambda module, inputs, output: 2 * output)
     choice = choice_of(model)
-    assert (list(choice.convs), choice.left_alone["1"]) == (["2"], "a Conv2d with hooks of its own")
-    with pytest.raises(InvalidValueError, match="layer '1' is a Conv2d with hooks of its own: .* leave it out"):
+    assert (list(choice.convs), choice.left_alone["1"]) == (["2"], "a Conv2d with hooks")
+    with pytest.raises(InvalidValueError, match="layer '1' is a Conv2d with hooks: .* leave it out"):
         choose_layers(model, ["1"])
 
 
-def test_a_convolution_that_no_image_meets_is_left_alone() -> None:
+def test_a_convolution_that_the_forward_pass_never_reaches_is_left_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     model[1].add_module("spare", nn.Conv2d(4, 4, 3))
     choice = choice_of(model, input_shape=(3, 9, 9))
-    assert (list(choice.convs), choice.left_alone["1.spare"]) == (["1"], "no image meets it")
-    with pytest.raises(InvalidValueError, match="layer '1.spare': no image meets it; leave it out"):
+    assert (list(choice.convs), choice.left_alone["1.spare"]) == (["1"], "the forward pass never reaches it")
+    with pytest.raises(InvalidValueError, match="layer '1.spare': the forward pass never reaches it; leave it out"):
         choice_of(model, ["1", "1.spare"], input_shape=(3, 9, 9))
-    assert list(choice_of(model).convs) == ["1", "1.spare"]  # nothing is known of images
+    assert list(choice_of(model).convs) == ["1", "1.spare"]  # without an image's shape, all registered modules count
 
 
-def test_sizes_that_make_no_series_are_refused_by_the_layers_name() -> None:
-    with pytest.raises(InvalidValueError, match="layer 'body.0': group-sizes 4, 6: 4 does not divide 6, .*; leave one"):
+def test_sizes_that_form_no_series_are_refused_with_the_layers_name() -> None:
+    with pytest.raises(InvalidValueError, match="layer 'body.0': group-sizes 4, 6: 4 does not divide 6, .*; omit one"):
         choice_of(network(), sizes=(4, 6))
     assert choice_of(network(), sizes=(4, 6), by_layer={"body.[01]": (6, 3)}).group_sizes["body.0"] == (3, 6)

@@ -12,7 +12,7 @@ CHAINS = [(1, 2, 4, 8), (1, 8), (2, 4), (4,), (8,), (1, 3, 12), (2, 6)]
 
 
 def build(random_bottleneck, sizes, seed=0, **options):
-    """A convolution, bottlenecks for it that have nothing in common, and their series."""
+    """A convolution, independent bottlenecks for it, and their series."""
     channels = 12 if any(size % 3 == 0 for size in sizes) else 8
     generator = torch.Generator().manual_seed(seed)
     conv = nn.Conv2d(channels, options.pop("out_channels", 6), options.pop("kernel_size", 3), **options).double()
@@ -23,7 +23,7 @@ def build(random_bottleneck, sizes, seed=0, **options):
 
 @given(st.sampled_from(CHAINS), st.integers(0, 99))
 @settings(max_examples=20)
-def test_each_group_size_is_the_bottleneck_it_was_made_from(random_bottleneck, sizes, seed):
+def test_the_series_equals_each_bottleneck_at_its_group_size(random_bottleneck, sizes, seed):
     _, bottlenecks, series, _ = build(random_bottleneck, sizes, seed)
     assert series.group_sizes == sizes
     for size, made_from in bottlenecks.items():
@@ -79,16 +79,16 @@ def test_the_largest_group_size_is_active_at_first(random_bottleneck):
     assert series.group_size == 4
 
 
-@pytest.mark.parametrize("place", range(4))
-def test_a_step_trains_the_active_terms_and_the_smaller_ones_only(random_bottleneck, place):
+@pytest.mark.parametrize("active", range(4))
+def test_a_step_trains_the_active_terms_and_the_smaller_ones_only(random_bottleneck, active):
     _, _, series, images = build(random_bottleneck, (1, 2, 4, 8))
-    series.group_size = series.group_sizes[place]
+    series.group_size = series.group_sizes[active]
     series(images).square().sum().backward()
     for terms in (series.pointwise_in, series.grouped, series.pointwise_out):
         for number, parameter in enumerate(terms):
-            assert (parameter.grad is None) == (number > place)
-    # A sum passes its gradient to each of its terms alike.
-    for term in series.pointwise_in[: place + 1]:
+            assert (parameter.grad is None) == (number > active)
+    # All terms of a sum have the same gradient.
+    for term in series.pointwise_in[: active + 1]:
         assert torch.equal(term.grad, series.pointwise_in[0].grad)
         assert term.grad.abs().sum() > 0
     assert series.bias.grad.abs().sum() > 0

@@ -106,7 +106,7 @@ def test_generator_alone_decides() -> None:
         (3, -0.5, "index", "alpha = -0.5: must be 0"),
         (3, math.nan, "index", "alpha = nan: must be 0"),
         (3, math.inf, "normalised", "alpha = inf: must be 0"),
-        (3, 1.0, "linear", "scaling = 'linear': must be 'index' or 'normalised'"),
+        (3, 1.0, "linear", "scaling = 'linear': must be one of index, normalised"),
     ],
 )
 def test_bad_values_are_refused(num_group_sizes: int, alpha: float, scaling: str, message: str) -> None:

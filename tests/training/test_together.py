@@ -260,7 +260,7 @@ def test_what_no_stack_can_have_is_told_with_the_options_that_stack(
     with pytest.raises(InvalidValueError, match=r"cannot be mapped over several supernets: .*item.*: train"):
         check_stackable(single, (3, 8, 8), engine)
     single[2] = Blink()
-    with pytest.raises(InvalidValueError, match=rf"than by nn.Dropout: train .* each by itself \({options}\)$"):
+    with pytest.raises(InvalidValueError, match=rf"than by nn.Dropout: train .* one by one \({options}\)$"):
         check_stackable(single, (3, 8, 8), engine)
 
 

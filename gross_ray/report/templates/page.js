@@ -6,7 +6,7 @@
   const touch = matchMedia("(pointer: coarse)").matches;
   const GLYPHS = {circle: "●", square: "■", diamond: "◆", cross: "✚", star: "★", "circle-open": "○"};
   const DASHES = {solid: "", dash: "6 3", dot: "2 2", dashdot: "6 2 2 2"};
-  // The buttons by name: plotly.js 4 by itself adds one that sends a figure to a server.
+  // The buttons are listed because plotly.js 4 by default has one that sends a figure to a server.
   const CONFIG = {
     responsive: true, displaylogo: false, displayModeBar: true, plotlyServerURL: "",
     modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]],
@@ -16,7 +16,7 @@
     return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   }
 
-  // Names are escaped for plotly's labels, which take a small HTML; elsewhere they are plain text.
+  // Names are escaped for plotly's labels, which are read as HTML; elsewhere they are plain text.
   function plain(name) {
     return name.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
   }
@@ -38,7 +38,7 @@
     return out;
   }
 
-  // The last step of the Pareto front's staircase that costs no more is the best there is within the budget.
+  // The best configuration within the budget is the last step of the Pareto front that costs no more.
   function bestWithin(stairs, budget) {
     let low = 0, high = stairs.costs.length;
     while (low < high) {
@@ -70,10 +70,10 @@
 
     get stairs() { return this.chart.budgets[this.version]; }
 
-    slid(place) {
+    slid(position) {
       const {least, most} = this.stairs;
       const step = (most - least) / 1000, digits = Math.max(0, 1 - Math.floor(Math.log10(step || 1)));
-      return place >= 1000 ? null : Math.max(least, Number((least + step * place).toFixed(Math.min(digits, 12))));
+      return position >= 1000 ? null : Math.max(least, Number((least + step * position).toFixed(Math.min(digits, 12))));
     }
 
     setBudget(budget, by) {
@@ -89,7 +89,7 @@
       }
     }
 
-    // The index of the best within the budget, and what there is to say about it.
+    // The index of the best configuration within the budget, and a sentence about it.
     best() {
       const stairs = this.stairs;
       const limit = this.budget === null ? Infinity : Number((this.budget * stairs.scale).toPrecision(12));
@@ -110,19 +110,19 @@
       if (figure.layout.height) this.plot.style.height = `${figure.layout.height}px`;
       if (this.listed !== this.version) this.legend(figure.data);
       const ready = Plotly.react(this.plot, traces, layout, CONFIG);
-      if (!this.drawn && this.pointed) this.plot.on("plotly_hover", ({points}) => this.tell(points[0]));
+      if (!this.drawn && this.pointed) this.plot.on("plotly_hover", ({points}) => this.describe(points[0]));
       this.drawn = true;
       return ready;
     }
 
-    // Says beneath the figure what a point is: a label at the point has no room for many layers.
-    tell({customdata, y}) {
+    // Shows a point's details beneath the figure: its label has no room for many layers.
+    describe({customdata, y}) {
       const [, kind, costs, , name] = customdata;
-      const sizes = name.split("-").map((size, place) => `${this.stairs.layers[place]}: ${size}`);
+      const sizes = name.split("-").map((size, index) => `${this.stairs.layers[index]}: ${size}`);
       this.pointed.textContent = `${name}${kind}: ${y.toFixed(2)} % in the supernet, ${costs.replaceAll("<br>", " ")}; ${sizes.join(", ")}.`;
     }
 
-    // Says which is the best within the budget, and returns what marks it: shapes, for no point has to be drawn anew.
+    // Shows the best configuration within the budget, and returns its marks as shapes, so that no point is redrawn.
     filtered() {
       const {index, text} = this.best(), stairs = this.stairs, shapes = [];
       this.element.querySelector("[data-unit]").textContent = stairs.unit;
@@ -190,7 +190,7 @@
   async function drawAll() {
     for (const figure of figures) {
       await figure.draw();
-      await new Promise((done) => setTimeout(done));  // the page answers between two figures
+      await new Promise((done) => setTimeout(done));  // so that the page stays responsive between two figures
     }
     document.documentElement.dataset.drawn = String(figures.length);
   }

@@ -81,7 +81,7 @@ def test_what_is_no_measurement_is_refused(run: Path, tmp_path: Path) -> None:
     ):
         refused = invoke("latency", str(run), "--from", str(file))
         assert refused.exit_code == 2
-        assert f"{file}: is no table of latencies ({reason}" in refused.stderr
+        assert f"{file}: not a table of latencies ({reason}" in refused.stderr
     for words, complaint in (
         (["--from", str(other), "--batch", "2"], "times nothing: leave the other options out"),
         (["--to", str(tmp_path / "no" / "file")], "there is no folder"),

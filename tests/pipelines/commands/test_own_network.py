@@ -105,7 +105,7 @@ def test_mistakes_are_told_in_a_line_before_anything_is_made(folder: Path) -> No
     for words, line in (
         (["--model", "own_networks:large"], "module 'own_networks' has no attribute 'large'"),
         (["--weights", "nowhere.pt"], "nowhere.pt: there is no such file"),
-        (["--weights", "a.pt", "--set", "training.seeds=2"], "training.seeds = 2: must be 1 where weights are given"),
+        (["--weights", "a.pt", "--set", "training.seeds=2"], "training.seeds = 2: must be 1 with weights"),
     ):
         refused = command("train", "run", "--preset", "quickstart", *words)
         assert refused.exit_code == 2, refused.stderr

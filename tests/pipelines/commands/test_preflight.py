@@ -23,7 +23,7 @@ from pipelines.driver import DataSource
 
 SMALL = DataOptions(name="sample", limit_train=4, limit_validation=4, limit_test=4)
 WRONG = [
-    (['decomposition.layers=["conb*"]'], "layers 'conb*': no convolution .* there are: conv2, conv3, conv4"),
+    (['decomposition.layers=["conb*"]'], "layers 'conb*': matches no convolution .* known names: conv2, conv3, conv4"),
     (['decomposition.layers=["conv9"]'], "'conv9' is not a dense convolution of this network"),
     (["decomposition.group_sizes=[5]"], "none of the group-sizes 5 divides its 32 input channels"),
     (
@@ -47,7 +47,7 @@ WRONG = [
     (['search.limits=["macs=1M"]'], "budget macs=1M: nothing fits; the smallest is macs=1.9.*M at 1-1-1"),
     (['search.limits=["parameters=1G,macs=1M"]'], "budget macs=1M: nothing fits"),
     (["model=vgg16"], "the space has .* configurations; let a strategy choose"),
-    (["model=vgg16", "weights=WEIGHTS", "training.seeds=1"], "they are another network's: .* missing"),
+    (["model=vgg16", "weights=WEIGHTS", "training.seeds=1"], "belong to another network: .* missing"),
 ]
 
 

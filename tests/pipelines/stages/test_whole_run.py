@@ -101,7 +101,6 @@ def test_damage_in_tables_that_no_stage_completes_is_found_by_the_next_command(
     files = [next(run.glob(f"tables/{name}/*")) for name in ("runs", "latencies", "selections")]
     for file in files:
         file.write_bytes(file.read_bytes()[:-1])
-    assert "validate     waits for an earlier stage" in invoke("status", run).stdout
     early = invoke("validate", run, "--in-process")
     assert early.exit_code == 2
     assert early.stderr.strip().endswith("run `gross search` on it first")
