@@ -13,7 +13,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
-def whole_run(tmp_path_factory: pytest.TempPathFactory, shared_ray: SharedRay) -> tuple[Path, str]:
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The miniature, run once from end to end in this process, and what it printed. Tests that change it copy it.
 
     It is the oracle of the runs on Ray of 2 cores too, so its space is cut as two workers cut it. All processes of
@@ -27,8 +27,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, shared_ray: SharedRay) -
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     out, printed = shared / "whole" / "run", shared / "whole" / "printed"
-    if not printed.exists():
-        shared_ray.stop()  # its threads in this process may import what they need of Ray
     with FileLock(shared / "whole.lock"), pytest.MonkeyPatch.context() as patch, without_ray():
         if not printed.exists():
             patch.setattr(search, "SHARDS_A_WORKER", 2 * search.SHARDS_A_WORKER)
