@@ -85,6 +85,7 @@ def _experiment(data: DataOptions, model: str = "four-conv") -> Experiment:
         supernet=SupernetOptions(seeds=1),
         sweep=SweepOptions(alphas=()),
         search=SearchOptions(budgets=(8, 4)),
+        validation=replace(quickstart().validation, fixed=(8, 4)),
     )
 
 

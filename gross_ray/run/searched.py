@@ -38,9 +38,9 @@ def evaluated_parts(
     naming a damaged file, or a file with the rows of several supernets.
     """
     found = evaluated_units(store) if units is None else units
-    for (_, _, first), part in found.groupby(["alpha", "scaling", "first"], sort=False):
+    for _, part in found.groupby(["alpha", "scaling", "first"], sort=False):
         rows = store.read_units(_TABLE, part["unit"].tolist(), columns)
-        if (rows["configuration"] == first).sum() > len(part):
+        if (rows["configuration"] == rows["configuration"].iloc[0]).sum() > len(part):
             raise RunFolderError(
                 f"{store.storage}: a file of the table {_TABLE} (unit {part['unit'].iloc[0]}) has the rows of "
                 "several supernets: keep the results again with `python scripts/results.py keep`, or split it"

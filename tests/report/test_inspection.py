@@ -78,7 +78,7 @@ def test_the_first_convolution_is_the_first_that_an_image_meets() -> None:
 
 def test_a_shape_that_does_not_fit_is_refused() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
-    with pytest.raises(InvalidValueError, match="cannot run an image of 3x9x9: .*mat1 and mat2 .*; give images"):
+    with pytest.raises(InvalidValueError, match="cannot run an image of 3x9x9: .*mat1 and mat2 .*; choose images"):
         inspection(network, choice_of(network), (3, 9, 9))
     inspection(network, choice_of(network), (3, 8, 8))
 
@@ -88,7 +88,9 @@ def test_whatever_a_network_raises_is_told_in_a_line() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             raise TypeError("images of even sides\nonly")
 
-    with pytest.raises(InvalidValueError, match="cannot run an image of 3x9x9: TypeError: images of even sides; give"):
+    with pytest.raises(
+        InvalidValueError, match="cannot run an image of 3x9x9: TypeError: images of even sides; choose"
+    ):
         inspection(Fussy(), choice_of(Fussy()), (3, 9, 9))
 
 
@@ -133,6 +135,8 @@ def test_a_layer_that_is_not_called_is_named() -> None:
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.conv2d(self.a(self.stem(images)), self.b.weight).mean((2, 3))
 
-    with pytest.raises(InvalidValueError, match="layers b: decomposed, .*has no attribute 'weight'.*; leave them out"):
+    with pytest.raises(
+        InvalidValueError, match="layers b: with these decomposed, .*has no attribute 'weight'.*; leave them out"
+    ):
         inspection(Peeks(), choice_of(Peeks()), (3, 9, 9))
     inspection(Peeks(), choice_of(Peeks(), ["a"]), (3, 9, 9))

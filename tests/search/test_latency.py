@@ -228,7 +228,7 @@ def test_predict_many_refuses_what_was_not_timed(columns, message):
 
 
 def test_predict_refuses_what_is_not_in_the_space():
-    with pytest.raises(InvalidValueError, match="group-size 4 is not among those of a.conv: 2, 8, 16"):
+    with pytest.raises(InvalidValueError, match="group-size 4 must be one of those of a.conv: 2, 8, 16"):
         a_model().predict((1, 4))
     with pytest.raises(InvalidValueError, match="has 1 group-sizes"):
         a_model().predict((1,))

@@ -79,3 +79,14 @@ def no_ray(shared_ray: SharedRay) -> None:
 
     shared_ray.stop()
     assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="session")
+def stopped_ray(shared_ray: SharedRay) -> None:
+    shared_ray.stop()
+
+
+@pytest.fixture(scope="session")
+def whole_run(stopped_ray: None, whole_run: tuple[Path, str]) -> tuple[Path, str]:
+    """The same run, made while no Ray is in this process: Ray's threads may import what its making must not."""
+    return whole_run
