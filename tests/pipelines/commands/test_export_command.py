@@ -70,7 +70,7 @@ def test_an_export_folds_layers_where_that_is_faster(whole_run: tuple[Path, str]
     beside.mkdir()
     taken = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target))
     assert (taken.exit_code, list(tmp_path.iterdir())) == (2, [beside])
-    assert taken.stderr == f"Error: {beside}: is a folder; remove it, or name another file\n"
+    assert taken.stderr == f"Error: {beside}: is a folder, must be a file; remove it, or name another file\n"
     beside.rmdir()
     nowhere = invoke("export", str(run), "--configuration", "16-16-16", "--to", "/proc/folded.pt2")
     assert nowhere.exit_code == 1
