@@ -48,10 +48,6 @@ class RoundPart(InSupernet):
         """Like alpha=0,scaling=index,seed=0,round=3,part=1."""
         return f"{self.supernet.name},round={self.round},part={self.number}"
 
-    def first(self, _: SearchSpace) -> Configuration:
-        """Return its first configuration, which tells the same part of another supernet."""
-        return self.configurations[0]
-
     def configurations_of(self, _: SearchSpace) -> list[Configuration]:
         """Return the configurations to evaluate."""
         return list(self.configurations)

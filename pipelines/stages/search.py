@@ -17,7 +17,7 @@ from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.nn.batch_norm import calibration_images
 from gross_ray.run.opened import Run
 from gross_ray.run.progress import finished_units
-from gross_ray.run.searched import evaluated_accuracies
+from gross_ray.run.searched import evaluated_accuracies, evaluated_units
 from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
 from gross_ray.search.budgets import Budget
@@ -59,10 +59,6 @@ class Shard(InSupernet):
     def name(self) -> str:
         """Like alpha=0,scaling=index,seed=0,start=0,stop=63."""
         return f"{self.supernet.name},start={self.start},stop={self.stop}"
-
-    def first(self, space: SearchSpace) -> Configuration:
-        """Return its first configuration, which tells the same part of another supernet."""
-        return space[self.start]
 
     def configurations_of(self, space: SearchSpace) -> list[Configuration]:
         """Return the configurations to evaluate."""
@@ -357,8 +353,7 @@ def accuracies(run: Run) -> Iterator[pd.DataFrame]:
             f"{len(missing)} of {len(units)} shards are not stored in {run.store.storage}: run `gross search "
             f"{run.store.storage}` first"
         )
-    rows = [{"unit": unit.name, **unit.supernet.values(), "first": str(unit.first(run.space))} for unit in units]
-    yield from evaluated_accuracies(run.store, pd.DataFrame(rows))
+    yield from evaluated_accuracies(run.store, evaluated_units(run.store, [unit.name for unit in units]))
 
 
 def best(run: Run, budgets: Sequence[Budget], top: int) -> pd.DataFrame:

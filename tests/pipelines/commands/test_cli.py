@@ -228,7 +228,7 @@ def test_a_stage_too_early_names_the_one_to_run(trained: Path, stage: str, earli
     [
         ("16-16-16", "16-16-16,seed=0 is not validated"),
         ("16-16", "has 2 group-sizes"),
-        ("16-16-3", "group-size 3 is not among"),
+        ("16-16-3", "group-size 3 must be one of those of conv4"),
         ("16,16,16", "'16,16,16'"),
     ],
 )
@@ -408,7 +408,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     @contextmanager
     def record(store: RunStore, resources: Resources, *_: Any, **how: Any) -> Iterator[Session]:
         asked.append(how)
-        yield Session(Run(store), resources, DataSource(), Reporter(io.StringIO()))
+        yield Session(Run(store), resources, DataSource(), Reporter(io.StringIO()), (), how["in_process"])
 
     monkeypatch.setattr(Session, "opened", record)
     for stage in PIPELINE.values():
@@ -519,7 +519,7 @@ def test_inspect_takes_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest
     ("arguments", "line"),
     [
         (["--group-sizes", "1,a"], "--group-sizes 1,a: must be whole numbers above 0 with commas between"),
-        (["--layers", "fc*"], "layers 'fc*': no convolution that can be decomposed"),
+        (["--layers", "fc*"], "layers 'fc*': matches no convolution that can be decomposed"),
         (["--image-size", "20", "--group-sizes", "5"], "none of the group-sizes 5 divides its 32 input channels"),
     ],
 )

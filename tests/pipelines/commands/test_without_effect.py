@@ -45,5 +45,5 @@ def test_a_preset_for_a_gpu_is_reported_on_a_cpu_in_one_line_and_works(tmp_path:
         assert session.capacity.device == "cpu"
         assert session.capacity.num_cpus == 1  # asked for twice: reported once
     assert notes.lines == [
-        "without effect: engine.capture = True: trainings are on cpu, and only a GPU has CUDA graphs"
+        "without effect: engine.capture = True: trainings run on cpu, and only a GPU has CUDA graphs"
     ]
