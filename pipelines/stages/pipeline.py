@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gross_ray.errors import MissingStageError, UnitsFailedError
+from gross_ray.errors import InvalidValueError, MissingStageError, UnitsFailedError
 from gross_ray.run.opened import Run
 from gross_ray.run.progress import Plan
 from pipelines.stages import decompose, finetune, reconstruct, rounds, search, sweep, train, validate
@@ -37,11 +37,14 @@ def do_all(driver: Driver) -> None:
 
 
 def plans(run: Run) -> dict[str, Plan | None]:
-    """Return each stage's plan; None for a stage that cannot be planned yet."""
+    """Return each stage's plan; None for a stage that cannot be planned yet, or not with these settings.
+
+    The latter is no error of the stages before it: the stage itself raises it.
+    """
     found: dict[str, Plan | None] = {}
     for name, stage in STAGES.items():
         try:
             found[name] = [unit.stored_as for unit in stage.plan(run)]
-        except MissingStageError:
+        except (MissingStageError, InvalidValueError):
             found[name] = None
     return found
