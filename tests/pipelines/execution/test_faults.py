@@ -147,7 +147,6 @@ def test_a_full_disk(whole_run: tuple[Path, str], tmp_path: Path, stage: str, re
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
     begun = before_stage(whole_run[0], stage, tmp_path / "begun")
-    shutil.rmtree(begun / "tune")
     kilobytes = sum(-(-file.stat().st_size // 4096) * 4 for file in begun.rglob("*") if file.is_file()) + 16 * 1024
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], check=False)
     if mounted.returncode:
