@@ -29,6 +29,8 @@ class Capacity:
     """Whether an autoscaler adds nodes when work waits, and removes idle ones."""
     one_at_a_time: bool = False
     """Whether units run one after another, as in one process."""
+    private: bool = False
+    """Whether Ray was started on this machine for this session alone, so that nobody else asks for its cores."""
 
     @property
     def num_cpus(self) -> int:

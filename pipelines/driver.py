@@ -92,9 +92,10 @@ def locked(store: RunStore, progress: ProgressReporter) -> Iterator[None]:
 
 
 def redone_after_damage(session: Session, work: Callable[[], Result]) -> Result:
-    """Return `work()`, repeated each time that it finds damaged files, which are deleted by then.
+    """Return `work()`, repeated each time that this process reads a damaged file, which is deleted by then.
 
-    Raises DamagedFileError for a file that is damaged again, and for a file of another run folder.
+    A unit that reads one on a worker fails; the same command again makes the file anew. Raises DamagedFileError for a
+    file that is damaged again, and for a file of another run folder.
     """
     store, before = session.run.store, set[str]()
     while True:
@@ -151,10 +152,10 @@ class _OnRay:
         self.capacity = self._stack.enter_context(connected(resources, [own] if own else []))
         try:
             self._packed = put(pack_splits(splits))
+            self._actors = Actors(self.capacity, self._packed, run)
         except BaseException:
             self._stack.close()
             raise
-        self._actors = Actors(self.capacity, self._packed, run)
 
     def executor(self, job: Job) -> Executor:
         if not job.trials:
@@ -165,9 +166,11 @@ class _OnRay:
         return Trials(self.capacity, self._packed, self._run, self._callbacks)
 
     def close(self) -> None:
-        self._actors.close()
-        del self._packed
-        self._stack.close()
+        try:
+            self._actors.close()
+        finally:
+            del self._packed
+            self._stack.close()
 
 
 @dataclass(eq=False)

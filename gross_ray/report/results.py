@@ -233,7 +233,8 @@ def sweep_table(store: RunStore) -> ResultTable:
 
 def is_swept(store: RunStore) -> bool:
     """Return whether the experiment has a sweep over alpha, or its folder has results of one."""
-    return bool(store.experiment.sweep.alphas) or bool(store.units("alpha_sweep"))
+    sweep = store.experiment.sweep
+    return bool(sweep.alphas and sweep.scalings) or bool(store.units("alpha_sweep"))
 
 
 def selected(store: RunStore) -> pd.DataFrame:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from gross_ray.errors import RunFolderError
 from gross_ray.run.store import RunStore
 
 Plan = list[list[str]]
@@ -71,8 +73,10 @@ def store_plans(store: RunStore, plans: Mapping[str, Plan | None]) -> None:
 
 
 def stored_plans(store: RunStore) -> dict[str, Plan | None] | None:
-    """Return the plans that `store_plans` stored last; None if none are stored."""
-    return store.read_pin(_PLANS, lambda values: {stage: values[stage] for stage in STORED})
+    """Return the plans that `store_plans` stored last; None if none are stored, or none that can be read."""
+    with suppress(RunFolderError):  # they follow from the rest of the folder: the next command stores them anew
+        return store.read_pin(_PLANS, lambda values: {stage: values[stage] for stage in STORED})
+    return None
 
 
 def progress(store: RunStore, plans: Mapping[str, Plan | None]) -> list[tuple[str, int, int | None]]:

@@ -16,7 +16,7 @@ import json
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -317,8 +317,10 @@ class RunStore:
     def copy_checkpoint(self, other: RunStore, stage: str, unit: str) -> None:
         """Copy a checkpoint from another run folder. Raises FileNotFoundError and StorageError."""
         file = _checkpoint_file(stage, unit)
-        for part in (_beside(file), file):
-            self.storage.write(part, other.storage.read(part))
+        content = other.storage.read(file)
+        with suppress(FileNotFoundError):  # whoever wrote it was killed before the file for people
+            self.storage.write(_beside(file), other.storage.read(_beside(file)))
+        self.storage.write(file, content)
 
     def delete_checkpoint(self, stage: str, unit: str) -> None:
         """Delete a checkpoint if it exists."""

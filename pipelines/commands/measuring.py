@@ -11,11 +11,13 @@ import torch
 from gross_ray.report.page import check_target
 from gross_ray.report.terminal import latency_table
 from gross_ray.run.opened import Run
+from gross_ray.run.progress import store_plans
 from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions
 from pipelines.commands.terminal import Reporter
 from pipelines.driver import locked
 from pipelines.stages import latencies
+from pipelines.stages.pipeline import plans
 
 
 def latency(
@@ -33,6 +35,7 @@ def latency(
     with locked(opened.store, Reporter()):
         model = _measured(opened, device, LatencyOptions(**options)) if source is None else LatencyModel.load(source)
         latencies.put(opened, model)
+        store_plans(opened.store, plans(opened))
     if target is not None:
         model.save(target)
     click.echo(latency_table(opened.store))

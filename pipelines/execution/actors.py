@@ -42,7 +42,7 @@ class _Worker:
 
     def __init__(self, packed: dict[str, Any], device: str, versions: Versions, run: Run) -> None:
         self._device, self._run = device, run
-        self._stage, self._state = "", ("", 0.0, "starting")
+        self._stage, self._kind, self._state = "", "", ("", 0.0, "starting")
         self._kept: dict[str, Any] = {}
         self._refused: GrossRayError | None = None
         try:
@@ -53,12 +53,15 @@ class _Worker:
         else:
             self._splits = unpack_splits(packed, device, room_for_images(device, gpu_share()))
 
-    def do(self, stage: str, work: Work, unit: Unit, threads: int, shared: Any) -> str:
+    def do(self, stage: str, kind: str, work: Work, unit: Unit, threads: int, shared: Any) -> str:
         torch.set_num_threads(threads)
         self._state = (unit.name, 0.0, "started")
         if stage != self._stage:  # other workers' results of the last stage may differ from what this one has cached
             self._stage = stage
             self._run.changed()
+        if kind != self._kind:  # the memory belongs to the next stage
+            self._kind = kind
+            self._kept.clear()
         context = Context(self._run, self._splits, self._device, self._report, shared, self._kept)
         return do_unit(work, context, unit)
 
@@ -99,9 +102,11 @@ class Actors:
         Raises VersionMismatchError if a worker runs other versions than this driver, and RunFolderError or StorageError
         if it cannot reach the run folder.
         """
-        if threads != self._reserved:
+        # Of one's own Ray, slots alone share out the cores; another reservation would start all processes anew.
+        reserved = 1 if self._capacity.private else threads
+        if reserved != self._reserved:
             self.close()
-            self._reserved = threads
+            self._reserved = reserved
         wanted = min(self._capacity.slots(threads), len(units))
         while len(self._actors) < wanted:
             self._actors.append(self._start())
@@ -225,7 +230,7 @@ class _StageOnActors:
                 if len(queue) == length and self.todo and enough:
                     unit = self.todo.popleft()
                     shared = self._reference(unit.shared)
-                    task = actor.do.remote(self._job.stage, self._job.work, unit, self._threads, shared)
+                    task = actor.do.remote(self._job.stage, self._job.kind, self._job.work, unit, self._threads, shared)
                     queue.append(_Task(unit, task))
 
     def under_way(self, states: dict[str, tuple[float, str]]) -> None:

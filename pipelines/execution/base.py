@@ -30,8 +30,9 @@ class Executor(Protocol):
 
 
 def do_unit(work: Work, context: Context, unit: Unit) -> str:
-    """Do a unit, and return its text, to which the damaged files that it deleted are added."""
+    """Do a unit, and return its text, to which the damaged files that it deleted and made anew are added."""
+    before = len(context.store.damaged)
     text = work(context, unit)
-    lost = "".join(f"; damaged file {file}: deleted, its work was done again" for file in context.store.damaged)
-    context.store.damaged.clear()
-    return text + lost
+    found = context.store.damaged[before:]
+    del context.store.damaged[before:]
+    return text + "".join(f"; damaged file {file}: deleted, its work was done again" for file in found)

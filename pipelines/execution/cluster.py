@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,7 +63,8 @@ def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator
             with _environment(_MARK, mark):
                 _connect(resources, own_modules)
         alone = started_here and resources.joined_address is None
-        yield _describe(resources, None if alone else _autoscaling_config())
+        capacity = _describe(resources, None if alone else _autoscaling_config())
+        yield replace(capacity, private=alone)
     finally:
         if started_here:
             ray.shutdown()

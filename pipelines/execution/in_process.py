@@ -37,9 +37,9 @@ class InProcess:
         users = Counter(unit.shared for unit in units)
         with _threads(threads):
             for unit in units:
+                if unit.shared and job.shared is not None and unit.shared not in loaded:
+                    loaded[unit.shared] = job.shared(unit.shared)
                 try:
-                    if unit.shared and job.shared is not None and unit.shared not in loaded:
-                        loaded[unit.shared] = job.shared(unit.shared)
                     text = do_unit(job.work, self._context(unit, loaded.get(unit.shared), progress), unit)
                 except Exception as error:
                     failed[unit.name] = one_line(error)

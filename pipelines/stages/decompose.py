@@ -16,6 +16,7 @@ from gross_ray.run.progress import finished_units
 from gross_ray.run.store import RunStore
 from gross_ray.seeds import derive_seed
 from gross_ray.supernet.layers import by_reason
+from pipelines.stages import supernets
 from pipelines.stages.base import Driver
 from pipelines.units import Context, Job, Unit, require
 
@@ -71,7 +72,7 @@ def plan(run: Run) -> Sequence[Decomposition | Chain]:
 
 def _plan(run: Run) -> Sequence[Decomposition | Chain]:
     experiment = run.experiment
-    seeds = range(max(experiment.supernet.seeds, experiment.sweep.seeds if experiment.sweep.alphas else 0))
+    seeds = range(max(experiment.supernet.seeds, experiment.sweep.seeds if supernets.swept(run) else 0))
     if not experiment.decomposition.nested:
         sizes = run.space.group_sizes
         return [unit(run, layer, size, seed) for layer in sizes for seed in seeds for size in sizes[layer]]

@@ -31,7 +31,7 @@ def do_all(driver: Driver) -> None:
         except MissingStageError:
             if not failures:
                 raise
-            break  # this stage needs the failed units
+            continue  # this stage needs the failed units
     if failures:
         raise UnitsFailedError("\n".join(failures))
 

@@ -84,7 +84,8 @@ def take_evaluations(run: Run, other: RunStore) -> int:
     known = set.intersection(*(set(each["configuration"]) for each in found.values()))
     if not known or rounds.stored(run):
         return 0
-    run.store.copy_checkpoint(other, search.PLAN, "plan")
+    if other.has_checkpoint(search.PLAN, "plan"):
+        run.store.copy_checkpoint(other, search.PLAN, "plan")
     rounds.begin(run, [Configuration.parse(text) for text in known])
     for unit in searched:
         by_name = found[unit].set_index("configuration", drop=False).assign(latency_ms=None)

@@ -189,13 +189,21 @@ def evaluate(driver: Driver, shown: str, units: Sequence[Supernet]) -> None:
 
 
 def _prepare(driver: Driver, units: Sequence[Supernet]) -> None:
-    """Store the plan of the search and the first round of a strategy, unless they are stored."""
+    """Store the plan of the search and the first round of a strategy, unless they are stored.
+
+    If a lost plan was made again, evaluations of shards that the new plan also has are kept. Other shards of an
+    exhaustive search overlap the new ones and are deleted, also if the driver that made the plan was killed.
+    """
     run = driver.run
     if not run.store.has_checkpoint(PLAN, "plan"):
         require(run.store, finetune.NAME, {units[0].name}, finetune.done(run))
         _make_plan(driver, units[0])
     if by_strategy(run):
         rounds.begin(run)
+        return
+    planned = {part.name for part in parts(run, [*supernets.searched(run), *supernets.swept(run)])}
+    for name in done(run) - planned:
+        run.store.delete_unit("configurations", name)
 
 
 def _evaluate(driver: Driver, shown: str, units: Sequence[Part]) -> None:
@@ -218,12 +226,8 @@ def _job(driver: Driver, shown: str, units: Sequence[Unit], work: Any) -> Job:
 
 
 def _make_plan(driver: Driver, supernet: Supernet) -> None:
-    """Plan the search on a worker: shards for the present workers, and the fastest forms of the layers.
-
-    If a lost plan is made again, evaluations of shards that the new plan also has are kept. The other shards of an
-    exhaustive search would overlap the new ones and are deleted.
-    """
-    run, workers = driver.run, driver.capacity.slots()
+    """Plan the search on a worker: shards for the present workers, and the fastest forms of the layers."""
+    workers = driver.capacity.slots()
     threads = driver.threads(NAME, None)
     unit = Planning(
         supernet=supernet,
@@ -232,11 +236,6 @@ def _make_plan(driver: Driver, supernet: Supernet) -> None:
         units_on_a_device=driver.capacity.units_on_a_device(threads),
     )
     driver.do(_job(driver, f"{NAME} plan", [unit], plan_work))
-    if not by_strategy(run):
-        known = {part.name for part in parts(run, [*supernets.searched(run), *supernets.swept(run)])}
-        for name in done(run) - known:
-            run.store.delete_unit("configurations", name)
-        run.changed()
 
 
 def load_shared(store: RunStore, supernet: str) -> dict[str, Any]:

@@ -111,9 +111,9 @@ def do_named(driver: Driver, configurations: Sequence[Configuration]) -> None:
 def _do(driver: Driver, shown: str, units: Sequence[Validation]) -> None:
     """Do the decompositions that the missing units need, then the units."""
     run, options = driver.run, driver.run.experiment
-    stored = done(run)
+    stored, decomposed = done(run), decompose.done(run)
     terms = [term for unit in units if unit.name not in stored for term in _decompositions(run, unit)]
-    missing = {term: None for term in terms if term.name not in decompose.done(run)}
+    missing = {term: None for term in terms if term.name not in decomposed}
     if missing:
         driver.do(decompose.job(run, list(missing)))
     num_selected = (len(options.search.budgets) + len(options.search.limits)) * options.search.top

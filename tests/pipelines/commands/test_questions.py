@@ -47,3 +47,14 @@ def test_a_question_to_a_run_that_was_never_worked_on_leaves_no_lock(run: Path, 
         words = [str(run) if word == "RUN" else word for word in QUESTIONS[question]]
         assert invoke(*words).exit_code == 0
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"train": []}'])
+def test_plans_that_cannot_be_read_are_made_anew(run: Path, content: str) -> None:
+    plans = (run / "plans.json").read_text()
+    told = invoke("status", str(run)).stdout
+    (run / "plans.json").write_text(content)
+    assert invoke("status", str(run)).stdout == told
+    assert (run / "plans.json").read_text() == content  # a question writes nothing
+    assert invoke("train", str(run), "--in-process").exit_code == 0
+    assert (run / "plans.json").read_text() == plans

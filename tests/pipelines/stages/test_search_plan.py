@@ -56,6 +56,20 @@ def test_only_shards_that_overlap_new_ones_go(lost: Path, whole_run: tuple[Path,
     assert_equal_tables(whole_run[0], lost)
 
 
+def test_overlapping_shards_go_also_if_the_driver_was_killed_before_it_deleted_them(
+    run: Path, whole_run: tuple[Path, str]
+) -> None:
+    store = RunStore.open(run)
+    layers = Run(store).space.layers
+    shards = [part for part in search.plan(Run(RunStore.open(whole_run[0]))) if isinstance(part, search.Shard)]
+    rows = store.read_units("configurations", [one.name for one in shards[:2]]).assign(latency_ms=None)
+    other = replace(shards[0], stop=shards[1].stop).name
+    store.write_table("configurations", other, rows.to_dict("records"), layers=layers)
+    do("search", run)
+    assert other not in store.units("configurations")
+    assert_equal_tables(whole_run[0], run)
+
+
 def test_with_other_workers_every_configuration_is_still_evaluated_once(
     lost: Path, whole_run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
