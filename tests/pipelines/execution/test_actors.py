@@ -231,6 +231,26 @@ def test_an_actor_reserves_a_core_for_each_thread(
     assert set(progress.texts.values()) == {f"{threads} cores, {beside} beside it"}
 
 
+def process(context: Context, unit: Made) -> str:
+    """Return the process, and its threads."""
+    return f"{os.getpid()} with {torch.get_num_threads()} threads"
+
+
+def test_of_ones_own_ray_another_number_of_threads_starts_no_new_process(
+    cluster: Capacity, splits: Splits, run: Run
+) -> None:
+    assert cluster.private  # the tests' Ray was started for them alone
+    executor, found = Actors(cluster, ray.put(pack_splits(splits)), run), []
+    for threads in (1, 2, 1):
+        progress, units = Recorded(), [Made(label=f"threads={threads}")]
+        job = replace(_job(run, units, process), done=set)
+        assert executor.do(job, units, threads=threads, progress=progress) == {}
+        found.append(progress.texts[units[0].name])
+    executor.close()
+    number = found[0].split()[0]
+    assert found == [f"{number} with {threads} threads" for threads in (1, 2, 1)]
+
+
 def test_the_stage_goes_on_with_the_workers_there_is_room_for(cluster: Capacity, splits: Splits, run: Run) -> None:
     """As after the loss of nodes: more cores were counted than there are now."""
     units = [Made(label=f"unit={number}") for number in range(6)]
@@ -291,7 +311,7 @@ class PretendedRay:
         self.started.append(self.now)
         died = ray.exceptions.RayActorError(error_msg="The actor died: no memory")
 
-        def do(stage: str, work: Any, unit: Made, *_: Any) -> Any:
+        def do(stage: str, kind: str, work: Any, unit: Made, *_: Any) -> Any:
             if not self._ends(unit.name):
                 return died
             self.did.append((number, unit.name))
