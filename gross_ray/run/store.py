@@ -3,6 +3,7 @@
 RUN/experiment.json                         the experiment, and the version of gross_ray that wrote it
 RUN/data.json                               hashes of its images, which commands compare with the images that they load
 RUN/weights.json                            the hash of its trained weights, if the user brought them
+RUN/plans.json                              each stage's units, for `gross status`; made anew if it is lost
 RUN/.lock                                   locked by the driver that works on it
 RUN/tables/NAME/UNIT.parquet                one completed unit of work
 RUN/checkpoints/STAGE/UNIT.safetensors      tensors, with their description in the file's metadata
@@ -155,10 +156,10 @@ class RunStore:
             for unit in self.checkpoints(stage):
                 self._is_whole(partial(self.load_checkpoint, stage, unit))
 
-    # Hashes of what is stored outside the run folder: its images and the user's weights
+    # Small JSON files: hashes of the images and of the user's weights, and the stages' plans
 
     def read_pin(self, name: str, parse: Callable[[Any], Pin]) -> Pin | None:
-        """Return the hashes of `name`, "data" or "weights", read by `parse`; None if none are stored.
+        """Return the content of a small file, "data", "weights" or "plans", read by `parse`; None if it is not stored.
 
         Raises RunFolderError if the file is damaged, and StorageError.
         """
@@ -174,7 +175,7 @@ class RunStore:
             ) from None
 
     def write_pin(self, name: str, values: Mapping[str, Any]) -> None:
-        """Store the hashes of `name`, "data" or "weights". Raises StorageError."""
+        """Store a small file, "data", "weights" or "plans". Raises StorageError."""
         self.storage.write(f"{name}.json", json.dumps(dict(values), indent=2).encode())
 
     def unpinned(self) -> list[str]:
