@@ -39,6 +39,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from cli import main as gross  # noqa: E402
 from gross_ray import preset  # noqa: E402
+from gross_ray.run.progress import STORED, store_plans  # noqa: E402
 from gross_ray.run.store import RunStore  # noqa: E402
 
 SIZES = {str(2 * place): (1, 2, 4, 8, 16) if place % 2 else (1, 16) for place in range(1, 11)}
@@ -207,6 +208,8 @@ def _write_run(run: Path) -> None:
     fixed = "-".join(["16"] * len(SIZES))
     chosen = {"budget": fixed, "budget_macs": 2_000_000, "rank": 1, "configuration": "-".join(["1"] * len(SIZES))}
     store.write_table("selections", f"budget={fixed}", [chosen | {"macs": 1_000_000, "supernet_accuracy": 0.9}])
+    parts = [[unit] for unit in store.units("configurations")]
+    store_plans(store, dict.fromkeys(STORED) | {"train": [["seed=0"]], "search": parts})  # as each driver does
 
 
 def _row(sizes: Sequence[int], common: dict[str, Any]) -> dict[str, Any]:
