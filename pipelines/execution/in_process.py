@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from gross_ray.data.image_set import Splits
 from gross_ray.errors import GrossRayError, one_line
 from gross_ray.run.opened import Run
+from gross_ray.search.timing import threads as torch_threads
 from pipelines.execution.base import do_unit
 from pipelines.units import Context, Job, Unit, pack_splits, room_for_images, unpack_splits
 from pipelines.watching import StageProgress
@@ -35,7 +33,7 @@ class InProcess:
         failed: dict[str, str] = {}
         loaded: dict[str, Any] = {}
         users = Counter(unit.shared for unit in units)
-        with _threads(threads):
+        with torch_threads(threads):
             for unit in units:
                 if unit.shared and job.shared is not None and unit.shared not in loaded:
                     loaded[unit.shared] = job.shared(unit.shared)
@@ -61,13 +59,3 @@ class InProcess:
             progress.under_way({unit.name: (share, text)})
 
         return Context(self._run, self._splits, self._device, report, shared, self._kept)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
