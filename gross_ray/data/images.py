@@ -71,7 +71,7 @@ def load_dataset(options: DataOptions, *, root: str | Path | None = None, downlo
     check_dataset_name(options.name)
     folder = Path("~/.cache/gross_ray" if root is None else root).expanduser()
     if options.name == "sample":
-        splits = read_sample(SAMPLE_FILE)
+        splits = read_sample(SAMPLE_FILE, options)
     elif options.name == "fashion-mnist":
         splits = _load_fashion_mnist(folder, download)
     elif options.name == "cifar10":
@@ -105,8 +105,11 @@ def balanced_split(labels: Tensor, proportions: tuple[int, ...], generator: torc
     return [part[torch.argsort(_ranks(labels[part]), stable=True)] for part in parts]
 
 
-def read_sample(path: Path) -> Splits:
-    """Read a file that scripts/make_sample.py wrote; raises DatasetError if it is damaged."""
+def read_sample(path: Path, limits: DataOptions) -> Splits:
+    """Read a file that scripts/make_sample.py wrote; raises DatasetError if it is damaged.
+
+    Of each split, only the images within its limit are decoded.
+    """
     remedy = "reinstall gross_ray, or make the file with scripts/make_sample.py"
     try:
         table = pq.read_table(path, page_checksum_verification=True)
@@ -117,7 +120,10 @@ def read_sample(path: Path) -> Splits:
         expected = ", ".join(f"{field.name} {field.type}" for field in SAMPLE_SCHEMA)
         found = ", ".join(f"{field.name} {field.type}" for field in table.schema)
         raise DatasetError(f"sample: {path} has the columns {found}, not {expected} and class names; {remedy}")
-    names, labels, pngs = (table[column].to_pylist() for column in SAMPLE_SCHEMA.names)
+    names, labels = (table[column].to_pylist() for column in ("split", "label"))
+    rows = {split: [row for row, name in enumerate(names) if name == split] for split in SPLITS}
+    kept = {split: indices[: getattr(limits, f"limit_{split}") or None] for split, indices in rows.items()}
+    pngs = table["png"].take(pa.array([row for indices in kept.values() for row in indices], pa.int64())).to_pylist()
     try:
         classes = tuple(json.loads(metadata[b"classes"]))
         images = [_pixels(BytesIO(png), "L") for png in pngs]
@@ -129,9 +135,10 @@ def read_sample(path: Path) -> Splits:
     if strange or not images:
         wrong = f"has {len(images)} images and the unknown splits, labels or image sizes {strange or 'none'}"
         raise DatasetError(f"sample: {path} {wrong}; {remedy}")
-    pool = ImageSet(_fashion_images(torch.from_numpy(np.stack(images))), torch.tensor(labels))
-    rows = [torch.tensor([row for row, name in enumerate(names) if name == split]).long() for split in SPLITS]
-    train, validation, test = map(pool.part, rows)
+    pixels = _fashion_images(torch.from_numpy(np.stack(images))).split([len(indices) for indices in kept.values()])
+    train, validation, test = (
+        ImageSet(images, torch.tensor(labels)[indices]) for images, indices in zip(pixels, kept.values(), strict=True)
+    )
     return Splits("sample", train, validation, test, classes)
 
 

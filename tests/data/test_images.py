@@ -186,9 +186,13 @@ def test_sample_is_the_start_of_fashion_mnist(sample: Splits, tmp_path: Path) ->
     assert_equal(load_dataset(limits, root=tmp_path), sample)
 
 
-def test_limits(sample: Splits) -> None:
+def test_limits(sample: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[BytesIO] = []
+    decode = module._pixels
+    monkeypatch.setattr(module, "_pixels", lambda source, mode: (decoded.append(source), decode(source, mode))[1])
     limited = load_dataset(DataOptions(limit_train=70, limit_validation=30, limit_test=15))
     assert sizes(limited) == (70, 30, 15)
+    assert len(decoded) == 115  # the others are left as they are
     for split in SPLITS:
         assert torch.equal(
             getattr(limited, split).images, getattr(sample, split).images[: len(getattr(limited, split))]
@@ -198,6 +202,9 @@ def test_limits(sample: Splits) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_limit_above_the_split(split: str, tmp_path: Path) -> None:
+    most = {"train": 6000, "validation": 2000, "test": 2000}[split]
+    with pytest.raises(InvalidValueError, match=f"the {split} split of sample has {most} images; use at most {most}"):
+        load_dataset(DataOptions(**{f"limit_{split}": most + 1}))
     options = DataOptions(name=f"folder:{flat_folder(tmp_path)}", **{f"limit_{split}": 100})
     with pytest.raises(InvalidValueError, match=rf"data.limit_{split} = 100: .* has (18|6) images; use at most"):
         load_dataset(options)
@@ -236,20 +243,20 @@ def big_png() -> bytes:
 def test_wrong_sample(damage: Callable[[pa.Table], pa.Table], part: str, tmp_path: Path) -> None:
     file = tmp_path / "sample.parquet"
     pq.write_table(sample_table(), file)
-    assert len(read_sample(file).train) == 30
+    assert len(read_sample(file, DataOptions()).train) == 30
     pq.write_table(damage(sample_table()), file)
-    dataset_error(lambda: read_sample(file), file, part, "scripts/make_sample.py")
+    dataset_error(lambda: read_sample(file, DataOptions()), file, part, "scripts/make_sample.py")
 
 
 def test_damaged_sample(tmp_path: Path) -> None:
     file = tmp_path / "sample.parquet"
-    dataset_error(lambda: read_sample(file), file, "scripts/make_sample.py")
+    dataset_error(lambda: read_sample(file, DataOptions()), file, "scripts/make_sample.py")
     whole = SAMPLE_FILE.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for content in (b"", b"PAR1", whole[:-1], whole[: len(whole) // 2], flipped):
         file.write_bytes(content)
-        dataset_error(lambda: read_sample(file), file, "cannot be read", "scripts/make_sample.py")
+        dataset_error(lambda: read_sample(file, DataOptions()), file, "cannot be read", "scripts/make_sample.py")
 
 
 def test_load_dataset_limits_an_empty_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

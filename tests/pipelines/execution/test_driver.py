@@ -176,7 +176,7 @@ CHECK = '\nimport sys\nsys.exit("Ray was imported" if "ray" in sys.modules else 
 @pytest.mark.parametrize("imported", [False, True])
 def test_in_process_never_imports_ray(tmp_path: Path, imported: bool) -> None:
     """The second time shows that the check can fail."""
-    program = ("import ray\n" if imported else "") + JOB.format(run=str(tmp_path / "run")) + CHECK
+    program = ("import ray\n" if imported else JOB.format(run=str(tmp_path / "run"))) + CHECK
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )

@@ -41,6 +41,7 @@ from faults import (
     kill_driver,
     marked,
     resume,
+    resume_in_process,
     stored,
 )
 from miniature import ROOT
@@ -85,6 +86,7 @@ def _inject(
     choices: random.Random,
     latest: float,
     moment: Callable[[Driver, Path, str, Path, float], None] = at_a_moment,
+    finish: Callable[[Path, str, Path], str] = resume,
 ) -> None:
     """Let the fault happen at most `latest` seconds after the stage is under way, finish the run and compare."""
     run, log = before_stage(undisturbed, stage, tmp_path / "run"), tmp_path / "log"
@@ -96,7 +98,7 @@ def _inject(
         ended_before = latest > 0 and signalled and "finished after" in log.read_text()
         assert status == expected or ended_before, log.read_text()
     kept, epochs = stored(run), epochs_under_way(run)  # after the last worker: it may end its unit meanwhile
-    told = checked(run) + resume(run, stage, log) if process.damaged else resume(run, stage, log)
+    told = checked(run) + finish(run, stage, log) if process.damaged else finish(run, stage, log)
     assert_as_undisturbed(run, undisturbed, stage)
     for file, content in process.damaged.items():
         if file.suffix in (".parquet", ".safetensors"):  # one that nothing reads any more is written anew, untold
@@ -111,7 +113,8 @@ def _inject(
 @pytest.mark.quick_fault
 @pytest.mark.parametrize(("stage", "fault"), QUICK)
 def test_as_soon_as_the_stage_is_under_way(whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: str) -> None:
-    _inject(whole_run[0], tmp_path, stage, fault, random.Random(SEED), 0.0)
+    finish = resume if fault == "driver killed" else resume_in_process  # once on actors, once in Tune
+    _inject(whole_run[0], tmp_path, stage, fault, random.Random(SEED), 0.0, finish=finish)
 
 
 @pytest.mark.faults
@@ -170,7 +173,7 @@ def test_a_full_disk(whole_run: tuple[Path, str], tmp_path: Path, stage: str, re
         (disk / "filler").unlink()
         subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
         kept, epochs = stored(run), epochs_under_way(run)
-        resume(run, stage, log)
+        (resume_in_process if repeat is None else resume)(run, stage, log)
         assert_as_undisturbed(run, whole_run[0], stage)
         assert stored(run).items() >= kept.items()
         assert_epochs_kept(run, epochs)
@@ -225,7 +228,7 @@ def test_a_loss_that_is_not_finite(whole_run: tuple[Path, str], tmp_path: Path, 
     assert missing and missing == units - PLANS[stage].done(_opened(run))
     assert re.search(r"the loss became (nan|inf) at step \d+ of epoch \d+ with learning rate 1e\+0[89]; lower", told)
     file.write_text(sound)
-    resume(run, stage, log)
+    (resume_in_process if repeat is None else resume)(run, stage, log)
     assert_as_undisturbed(run, whole_run[0], stage)
     assert stored(run).items() >= kept.items()
     assert_epochs_kept(run, epochs)
