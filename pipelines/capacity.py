@@ -44,8 +44,8 @@ class Capacity:
 
     @property
     def cores_per_node(self) -> int:
-        """CPU cores of the smallest node, the most that a unit may ask for."""
-        return min(node.num_cpus for node in self.nodes)
+        """CPU cores of the largest node, the most that a unit may ask for."""
+        return max(node.num_cpus for node in self.nodes)
 
     def slots(self, threads: int = 1) -> int:
         """Return the maximum number of units, of `threads` CPU threads each, that run at the same time.
@@ -84,7 +84,7 @@ class Capacity:
 
 
 def settled_threads(store: RunStore, kind: str, num_units: int | None, capacity: Capacity) -> int:
-    """Return the CPU threads of each unit of a kind: the stored number, limited to the cores of a node.
+    """Return the CPU threads of each unit of a kind: the stored number, limited to the cores of the largest node.
 
     The number is stored once for a run folder and does not depend on the command that asks: with another number of
     threads, sums round differently. `num_units` is the experiment's number of such units; None: several per worker.

@@ -37,6 +37,8 @@ from pipelines.watching import ProgressReporter, StageProgress
 
 Result = TypeVar("Result")
 
+NAMED = 5
+"""Maximum number of units that an error names."""
 _MEASURE = "measure again with `gross latency`"
 _AFTER_DAMAGE = {"runs": "that start is on record no more", "latencies": _MEASURE, "latency_models": _MEASURE}
 """The consequence of losing a file of a table that no stage completes."""
@@ -249,8 +251,9 @@ class Session:
         missing = [name for name in names if name not in stored]
         if missing:
             first = failed.get(missing[0], "it was interrupted")
+            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
             raise UnitsFailedError(
-                f"{job.stage}: {len(missing)} of {len(names)} units did not end: {', '.join(missing)} "
+                f"{job.stage}: {len(missing)} of {len(names)} units did not end: {', '.join(missing[:NAMED])}{more} "
                 f"({missing[0]}: {first}). All others are stored; the same command again does only what is missing"
             )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,11 +65,14 @@ def experiment_options(command: Command, *, preset_required: bool = False) -> Co
     def wrapped(
         settings: tuple[str, ...], data: str | None, model: str | None, weights: Path | None, **rest: Any
     ) -> None:
-        own = [] if model is None else [f"model={json.dumps(model)}"]
-        own += [] if data is None else [f"data.name={json.dumps(data)}"]
-        if weights is not None:  # one trained network
-            own += [f"weights={json.dumps(str(weights.absolute()))}", "training.seeds=1"]
-        command(settings=(*own, *settings), **rest)
+        path = None if weights is None else str(weights.absolute())
+        named = {"model": model, "data.name": data, "weights": path}
+        own = {field: value for field, value in named.items() if value is not None}
+        words = [*(f"--{field.partition('.')[0]} {value}" for field, value in own.items())]
+        words += [f"--set {setting}" for setting in settings]
+        _refuse_twice([*own, *(setting.partition("=")[0].strip() for setting in settings)], words)
+        one = [] if weights is None else ["training.seeds=1"]  # one trained network
+        command(settings=(*(f"{field}={json.dumps(value)}" for field, value in own.items()), *one, *settings), **rest)
 
     for decorate in (
         click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP),
@@ -158,6 +161,14 @@ def refuse_beside(owner: str, *names: str) -> None:
             value = context.params[name]
             text = "" if value is True else f" {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
             raise click.UsageError(f"{parameter.opts[0]}{text} with {owner}: leave one of them out")
+
+
+def _refuse_twice(fields: Sequence[str], words: Sequence[str]) -> None:
+    """Raise UsageError if two of the options `words` set the same of `fields`, their fields of the experiment."""
+    for place, field in enumerate(fields):
+        if field in fields[:place]:
+            first = words[fields.index(field)]
+            raise click.UsageError(f"{first} and {words[place]} both set the field {field}: leave one of them out")
 
 
 def budgets_of(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Budget, ...]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,3 +34,9 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             out.parent.mkdir()
             printed.write_text(do(*run_words(out)).stdout)
     return out, printed.read_text()
+
+
+@pytest.fixture
+def run(whole_run: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the finished miniature, to be changed."""
+    return shutil.copytree(whole_run[0], tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))

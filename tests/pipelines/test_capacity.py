@@ -106,6 +106,8 @@ def test_in_a_process_of_its_own_one_unit_is_done_after_another() -> None:
         ([NodeKind(8, 1)], {1: 8, 2: 4, 4: 2}),
         ([NodeKind(1, 0)], {1: 1, 5: 1}),
         ([NodeKind(2, 0)], {1: 2, 3: 2, 5: 1, 20: 1}),  # two threads do less than twice the work of one
+        ([NodeKind(2, 0), NodeKind(64, 0, 2)], {1: 64, 2: 64, 4: 32}),  # the small node is left out
+        ([NodeKind(2, 1), NodeKind(4, 1)], {1: 4, 6: 1}),
     ],
 )
 def test_threads_share_the_cores_among_the_units(nodes: list[NodeKind], threads: dict[int, int]) -> None:
@@ -117,8 +119,12 @@ def test_threads_share_the_cores_among_the_units(nodes: list[NodeKind], threads:
 @pytest.mark.parametrize("num_units", [1, 2, 3, 5, 7, 40])
 @pytest.mark.parametrize("gpus", [0, 1])
 @pytest.mark.parametrize("count", [1, 3])
-def test_units_never_need_more_cores_than_a_node_has(num_cpus: int, num_units: int, gpus: int, count: int) -> None:
-    there = _capacity(NodeKind(num_cpus, gpus, count))
+@pytest.mark.parametrize("smaller", [False, True])
+def test_units_never_need_more_cores_than_a_node_has(
+    num_cpus: int, num_units: int, gpus: int, count: int, smaller: bool
+) -> None:
+    nodes = [NodeKind(num_cpus, gpus, count), *([NodeKind(1, gpus)] if smaller else [])]
+    there = _capacity(*nodes)
     threads = there.threads(num_units)
     assert 1 <= threads <= num_cpus
-    assert there.slots(threads) * threads <= num_cpus * count
+    assert there.slots(threads) * threads <= there.num_cpus

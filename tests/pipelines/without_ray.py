@@ -32,3 +32,10 @@ def without_ray() -> Iterator[None]:
         patch.setattr(builtins, "__import__", guarded)
         patch.delenv("RAY_ADDRESS", raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_ray() -> Iterator[None]:
+    """What stages and commands do is tested without Ray: their conftest.py files import this."""
+    with without_ray():
+        yield

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from miniature import invoke
 
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
@@ -47,3 +48,25 @@ def test_a_preset_for_a_gpu_is_reported_on_a_cpu_in_one_line_and_works(tmp_path:
     assert notes.lines == [
         "without effect: engine.capture = True: trainings run on cpu, and only a GPU has CUDA graphs"
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model", "a", "--set", "model=b"], "--model a and --set model=b both set the field model"),
+        (["--data", "a", "--set", 'data.name="b"'], '--data a and --set data.name="b" both set the field data.name'),
+        (["--weights", "/a", "--set", "weights=/b"], "--weights /a and --set weights=/b both set the field weights"),
+        (
+            ["--set", "training.epochs=2", "--set", "seed=1", "--set", "training.epochs = 3"],
+            "--set training.epochs=2 and --set training.epochs = 3 both set the field training.epochs",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_a_field_that_is_set_twice_is_refused(command: str, words: list[str], told: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    place = ["--out", str(run)] if command == "run" else [str(run)]
+    ended = invoke(command, *place, "--preset", "quickstart", *words)
+    assert ended.exit_code == 2
+    assert ended.stderr.strip().splitlines()[-1] == f"Error: {told}: leave one of them out (see gross {command} --help)"
+    assert not run.exists()
