@@ -37,7 +37,7 @@ class Experiment:
     seed: int = 0
     """Seed from which all random numbers of the experiment derive."""
     model: str = "four-conv"
-    """Network: four-conv (the paper's), vgg16, resnet18, or your own function, package.module:factory."""
+    """Network: four-conv (the paper's), vgg16, resnet18, 20, 32 or 56, or your own function, package.module:factory."""
     weights: str = ""
     """File of its trained weights (safetensors, or a state dict by torch.save); empty: the network is trained."""
     data: DataOptions = field(default_factory=DataOptions)

@@ -6,7 +6,7 @@ from gross_ray.errors import InvalidValueError
 
 FORM = "package.module:factory"
 """Form of the name of a user's own network."""
-NAMES = ["four-conv", "vgg16", "resnet18"]
+NAMES = ["four-conv", "vgg16", "resnet18", "resnet20", "resnet32", "resnet56"]
 """The built-in networks: the keys of `gross_ray.models.MODELS`."""
 
 

@@ -1,10 +1,11 @@
-"""The built-in networks: the paper's four-conv network, and torchvision's VGG-16 and ResNet-18 for small images."""
+"""The built-in networks: the paper's four-conv network, VGG-16 and ResNets for small images."""
 
 from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -141,4 +142,42 @@ def resnet18(num_classes: int = 10, image_size: int = 32) -> nn.Module:
     return network
 
 
+def small_resnet(num_classes: int = 10, image_size: int = 32, *, depth: int) -> nn.Sequential:
+    """Return the ResNet of 6n + 2 = `depth` layers for 32x32 images of He et al. (2016, section 4.2).
+
+    Input (N, 3, image_size, image_size), of any size. Three stages of n blocks with 16, 32 and 64 channels; their
+    shortcuts have no weights (kind A): every second pixel, and channels padded with zeros. The names of the weights are
+    those of the state dicts that Y. Idelbayev published. Raises InvalidValueError for a depth that is not 6n + 2.
+    """
+    from torchvision.models.resnet import BasicBlock
+
+    blocks, rest = divmod(depth - 2, 6)
+    if blocks < 1 or rest:
+        raise InvalidValueError(f"depth = {depth}: must be 6n + 2, like 20, 32 or 56")
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["conv1"] = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    layers["bn1"] = nn.BatchNorm2d(16)
+    layers["relu"] = nn.ReLU()
+    before = 16
+    for number, channels in enumerate((16, 32, 64), start=1):
+        stage: list[nn.Module] = []
+        for _ in range(blocks):
+            added, shortcut = channels - before, None
+            if added:
+                sides = (added // 2, added - added // 2)
+                shortcut = nn.Sequential(nn.MaxPool2d(1, stride=2), nn.ConstantPad3d((0, 0, 0, 0, *sides), 0.0))
+            stage.append(BasicBlock(before, channels, stride=2 if added else 1, downsample=shortcut))
+            before = channels
+        layers[f"layer{number}"] = nn.Sequential(*stage)
+    layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["linear"] = nn.Linear(before, num_classes)
+    network = nn.Sequential(layers)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+    return network
+
+
 MODELS.update({"four-conv": four_conv, "vgg16": vgg16, "resnet18": resnet18})
+MODELS.update({f"resnet{depth}": partial(small_resnet, depth=depth) for depth in (20, 32, 56)})

@@ -145,8 +145,8 @@ def test_stacks_in_bfloat16_are_refused(stacked: str) -> None:
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     assert refused("model", "resnet50") == (
-        "unknown model 'resnet50'; known models: four-conv, vgg16, resnet18; or package.module:factory, like "
-        "torchvision.models:resnet50"
+        "unknown model 'resnet50'; known models: four-conv, vgg16, resnet18, resnet20, resnet32, resnet56; "
+        "or package.module:factory, like torchvision.models:resnet50"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gross_ray import model_names
 from gross_ray.errors import InvalidValueError
@@ -21,6 +22,7 @@ from gross_ray.models import (
     initialise,
     model_of,
     resnet18,
+    small_resnet,
     vgg16,
 )
 from gross_ray.supernet.layers import decomposable_layers
@@ -196,7 +198,49 @@ def test_resnet18_keeps_torchvisions_stem_for_large_images() -> None:
     assert isinstance(ours.maxpool, nn.MaxPool2d)
 
 
-@pytest.mark.parametrize("name", ["four-conv", "resnet18"])
+def of_he(weights: dict[str, Tensor], blocks: int, images: Tensor) -> Tensor:
+    """A ResNet for small images as section 4.2 of He et al. (2016) describes it, in functions."""
+
+    def unit(x: Tensor, block: str, number: int, stride: int = 1) -> Tensor:
+        norm = [weights[f"{block}bn{number}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        return functional.batch_norm(
+            functional.conv2d(x, weights[f"{block}conv{number}.weight"], stride=stride, padding=1), *norm
+        )
+
+    x = unit(images, "", 1).relu()
+    for stage in (1, 2, 3):
+        for number in range(blocks):
+            block, smaller = f"layer{stage}.{number}.", stage > 1 and number == 0
+            around = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, *[x.shape[1] // 2] * 2)) if smaller else x
+            x = (unit(unit(x, block, 1, 2 if smaller else 1).relu(), block, 2) + around).relu()
+    return functional.linear(x.mean((2, 3)), weights["linear.weight"], weights["linear.bias"])
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (56, 853_018)])
+@pytest.mark.parametrize("size", [32, 31])
+def test_small_resnets_are_those_of_he_et_al(depth: int, parameters: int, size: int) -> None:
+    """0.27, 0.46 and 0.85 million parameters in their Table 6."""
+    network = build_model(f"resnet{depth}", num_classes=10, generator=seeded(0)).double().eval()
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert len(decomposable_layers(network)) == depth - 2
+    assert {type(module).__module__.split(".")[0] for module in network.modules()} == {"torch", "torchvision"}
+    generator = seeded(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
+                values.copy_(0.5 + torch.rand(values.shape, generator=generator))
+    images = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), of_he(network.state_dict(), (depth - 2) // 6, images))
+
+
+@pytest.mark.parametrize("depth", [2, 18, 21])
+def test_a_small_resnet_has_a_multiple_of_six_and_two_layers(depth: int) -> None:
+    with pytest.raises(InvalidValueError, match=f"depth = {depth}: must be 6n"):
+        small_resnet(depth=depth)
+
+
+@pytest.mark.parametrize("name", ["four-conv", "resnet18", "resnet20"])
 def test_generator_alone_decides_the_weights(name: str) -> None:
     state = torch.get_rng_state()
     generator = seeded(3)
@@ -215,7 +259,9 @@ def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     for refuse in (check_model_name, lambda name: build_model(name, num_classes=10, generator=seeded(0))):
         with pytest.raises(InvalidValueError) as caught:
             refuse("bert")
-        assert str(caught.value).startswith("unknown model 'bert'; known models: four-conv, vgg16, resnet18; or ")
+        assert str(caught.value).startswith(
+            "unknown model 'bert'; known models: four-conv, vgg16, resnet18, resnet20, resnet32, resnet56; or "
+        )
 
 
 def own_factory(num_classes: int, *, image_size: int) -> nn.Module:

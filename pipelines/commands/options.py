@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # it imports torch, which only the commands that do work need
 
 PRESET_HELP = "Named experiment (see `gross presets`)."
 SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
-MODEL_HELP = "Network: four-conv, vgg16, resnet18, or a function of your own, package.module:factory."
+MODEL_HELP = "Network: four-conv, vgg16, resnet18 (20, 32, 56), or a function of your own, package.module:factory."
 DATA_HELP = "Dataset: sample, fashion-mnist, cifar10, folder:PATH, or a function of your own, package.module:function."
 WEIGHTS_HELP = "Trained weights of the network: safetensors, or a state dict by torch.save [train them]."
 IN_PROCESS_HELP = "Do the units one after another in this process, without Ray."
