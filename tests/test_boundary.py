@@ -1,4 +1,4 @@
-"""Modules import only what the layers of DESIGN.md allow, checked on every import statement of the sources."""
+"""Modules import only what the table of layers below allows, checked on every import statement of the sources."""
 
 import ast
 import os
