@@ -1,5 +1,5 @@
-# make run: from nothing installed to a finished search.  make test, make lint: what CI does.
-# make test-cluster, as root and on Linux: machines that are killed whole, nodes that come and go.
+# make run: installs everything and runs a whole search.  make test, make lint: the checks of CI.
+# make test-cluster, as root and on Linux: tests in which whole machines are killed, and nodes join and leave.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/quickstart
@@ -13,7 +13,7 @@ run: setup
 
 setup: .venv/installed
 
-# Made again when the project's requirements change, and not otherwise.
+# Rebuilt only when the project's requirements change.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "gross_ray needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -21,12 +21,13 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The tests of pipelines/execution start Ray, with all cores: one after another, and whether or not the others passed.
+# The tests of pipelines/execution start Ray on all cores, so they run one after another, also if other tests failed.
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/pipelines/execution; first=$$?; \
 		$(BIN)/python -m pytest tests/pipelines/execution && exit $$first
 
-# Each cell twice, unless GROSS_RAY_FAULT_REPEATS says otherwise, at moments that GROSS_RAY_FAULT_SEED repeats.
+# Runs each cell of the table in docs/reliability.md twice (or GROSS_RAY_FAULT_REPEATS times), at random moments;
+# GROSS_RAY_FAULT_SEED repeats the moments of an earlier run.
 test-faults: setup
 	seed=$${GROSS_RAY_FAULT_SEED:-$$(date +%s)}; echo "GROSS_RAY_FAULT_SEED=$$seed"; \
 		GROSS_RAY_FAULT_SEED=$$seed GROSS_RAY_FAULT_REPEATS=$${GROSS_RAY_FAULT_REPEATS:-2} \

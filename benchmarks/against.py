@@ -1,13 +1,13 @@
-"""Speed of this checkout against another one: the same work in new processes of both, in turn.
+"""Speed of this checkout against another one: both do the same work, alternating, in new processes.
 
     python benchmarks/against.py OTHER {search,decomposition,training,orchestration} [--pairs 5] [--size 10]
 
-OTHER is the folder of another checkout (`git worktree add FOLDER COMMIT`), and the baseline. A search, a decomposition
-and a training (base network, reconstruction, fine-tuning of the supernet) are timed inside a process, without its
-imports, on one thread; "orchestration" is a whole `gross run` of many small units, from its start to its end. One run
-of each checkout warms up; then each pair runs both, in alternating order. Printed are the medians, and their ratio with
-a 95 % bootstrap interval over the pairs. The exit status is 1 if the whole interval lies above 1.05: then this checkout
-is slower.
+OTHER is the folder of another checkout (`git worktree add FOLDER COMMIT`), which is the baseline. A search, a
+decomposition and a training (base network, reconstruction, fine-tuning of the supernet) are timed inside a process,
+without its imports, on one thread; "orchestration" times a whole `gross run` of many small units. One run of each
+checkout warms up; then each pair runs both checkouts, in alternating order. The script prints the medians, and their
+ratio with a 95 % bootstrap interval over the pairs. The exit status is 1 if the whole interval lies above 1.05: this
+checkout is then slower.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def main() -> None:
     parser.add_argument("other", type=Path)
     parser.add_argument("part", choices=[*PARTS, "orchestration"])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--size", type=int, default=10, help="how much work; the time is about proportional to it")
-    parser.add_argument("--do", action="store_true", help=argparse.SUPPRESS)  # in the processes that this one starts
+    parser.add_argument("--size", type=int, default=10, help="amount of work; the time is about proportional to it")
+    parser.add_argument("--do", action="store_true", help=argparse.SUPPRESS)  # set in processes started below
     options = parser.parse_args()
     if options.do:
         print(_seconds_here(options.part, options.other.resolve(), options.size))
         return
     if not (options.other / "gross_ray").is_dir() or options.pairs < 2:
-        parser.error(f"{options.other} is no checkout of gross_ray, or there are fewer than 2 pairs")
+        parser.error(f"{options.other} is not a checkout of gross_ray, or --pairs is below 2")
     trees = {"other": options.other.resolve(), "this": HERE}
     seconds: dict[str, list[float]] = {name: [] for name in trees}
     for pair in range(options.pairs + 1):
@@ -69,7 +69,7 @@ def _ratio(this: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _seconds(tree: Path, part: str, size: int) -> float:
-    """Return what a part takes in a new process of a checkout."""
+    """Return the seconds that a part takes in a new process of a checkout."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-P", __file__, str(tree), part, "--size", str(size), "--do"]
@@ -91,7 +91,7 @@ def _seconds_here(part: str, tree: Path, size: int) -> float:
 
     import gross_ray
 
-    assert Path(gross_ray.__file__).is_relative_to(tree), f"{gross_ray.__file__} is not of {tree}"
+    assert Path(gross_ray.__file__).is_relative_to(tree), f"{gross_ray.__file__} is not in {tree}"
     torch.set_num_threads(1)
     return PARTS[part](size)
 
@@ -137,7 +137,7 @@ def _training(size: int) -> float:
     return time.perf_counter() - started
 
 
-def _network_and_images(number: int):  # noqa: ANN202  (its types are those of the checkout)
+def _network_and_images(number: int):  # noqa: ANN202  (the types come from the imported checkout)
     import torch
 
     from gross_ray.data.images import load_dataset

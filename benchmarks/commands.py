@@ -1,16 +1,17 @@
-"""How long the commands that only answer take to read a run of 100,000 configurations, and to be imported.
+"""How long the query commands take to read a run of 100,000 configurations, and to import.
 
     python benchmarks/commands.py [--repeats 5] [--keep FOLDER]
 
-The run is made up, written by the real RunStore: five layers at five group-sizes and five at two, in two supernets, ten
-shards each. Each command runs in this process, where everything is imported already. "Reading" is the time it spends
-inside RunStore's methods, "whole" is all of it. The baseline, in the same run and in turn with it, is
-`pandas.read_parquet` of each table that the command reads, once, with the same columns. Times are CPU seconds of this
-process, all its threads together (the files are in the page cache), the least of the repeats: other work on the machine
-disturbs them least. A command fails if its reading takes more than 1.5 times the baseline plus 0.1 s.
+The run is synthetic and written by the real RunStore: five layers with five group-sizes and five with two, in two
+supernets, ten shards each. Each command runs in this process, where everything is already imported. "Reading" is the
+time that the command spends inside RunStore's methods, "whole" its total time. The baseline, measured in the same run
+and alternating with the command, is one `pandas.read_parquet` of each table that the command reads, with the same
+columns. Times are CPU seconds of all threads of this process (the files are in the page cache). The script prints the
+minimum of the repeats, which other work on the machine disturbs least, and fails if the reading of a command takes more
+than 1.5 times the baseline plus 0.1 s.
 
-At the end: the seconds by the clock of `gross --help`, `gross presets` and `gross status RUN` as processes, less those
-of `python -c pass`, with the large packages that each imports.
+At the end the script prints the wall-clock seconds of `gross --help`, `gross presets` and `gross status RUN` as
+processes, minus those of `python -c pass`, and the large packages that each imports.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from gross_ray.run.progress import STORED, store_plans  # noqa: E402
 from gross_ray.run.store import RunStore  # noqa: E402
 
 SIZES = {str(2 * place): (1, 2, 4, 8, 16) if place % 2 else (1, 16) for place in range(1, 11)}
-"""By layer: 5^5 x 2^5 = 100,000 configurations."""
+"""Group-sizes of each layer: 5^5 x 2^5 = 100,000 configurations."""
 SUPERNETS, SHARDS = 2, 10
 FACTOR, SECONDS = 1.5, 0.1
 PACKAGES = ("torch", "pandas", "ray", "pyarrow", "numpy", "rich")
 
 
 def network(num_classes: int = 10) -> nn.Module:
-    """Ten convolutions of 16 channels behind the first."""
+    """Return a network with ten convolutions of 16 channels after the first one."""
     strides = [2 if place % 4 == 3 else 1 for place in range(11)]
     convs = [nn.Conv2d(16 if place else 3, 16, 3, padding=1, stride=stride) for place, stride in enumerate(strides)]
     layers = [layer for conv in convs for layer in (conv, nn.ReLU())]
@@ -60,7 +61,7 @@ def network(num_classes: int = 10) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--keep", type=Path, help="make the run there and keep it, or measure the one that is there")
+    parser.add_argument("--keep", type=Path, help="folder of the run: created and kept, or measured if it exists")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = options.keep or Path(folder) / "run"
@@ -82,7 +83,7 @@ def main() -> None:
 def _compare(name: str, arguments: Sequence[str], run: Path, repeats: int) -> bool:
     """Print a command's times against pandas'; return whether it is fast enough."""
     with _recorded() as recorded:
-        _call(arguments)  # everything is imported afterwards, and the files are in the page cache
+        _call(arguments)  # imports everything, and loads the files into the page cache
     columns = recorded.columns
     whole, reading, baseline = [], [], []
     for _ in range(repeats):
@@ -119,7 +120,7 @@ def _read_by_pandas(run: Path, columns: dict[str, list[str] | None]) -> None:
 
 
 class _Recorded:
-    """What was read through RunStore, and how long its methods took."""
+    """The columns read through RunStore, and the seconds spent in its methods."""
 
     def __init__(self) -> None:
         self.seconds, self.depth = 0.0, 0
@@ -132,7 +133,7 @@ class _Recorded:
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[_Recorded]:
-    """Measure the time inside RunStore's public methods, those that they call not twice, while the block runs."""
+    """Measure the time inside RunStore's public methods while the block runs; nested calls count once."""
     recorded = _Recorded()
     original = {name: each for name, each in vars(RunStore).items() if callable(each) and not name.startswith("_")}
 
@@ -184,7 +185,7 @@ def _import_times(run: Path, repeats: int) -> None:
 
 
 def _write_run(run: Path) -> None:
-    """Write what a run has stored whose search is finished."""
+    """Write the files of a run whose search is finished."""
     by_layer = [f"{layer}={','.join(map(str, sizes))}" for layer, sizes in SIZES.items()]
     settings = ['model="commands:network"', f"decomposition.layer_group_sizes={json.dumps(by_layer)}"]
     settings += ["search.budgets=[16]", "validation.fixed=[1]", "sweep.alphas=[]", "training.seeds=1"]
@@ -213,7 +214,7 @@ def _write_run(run: Path) -> None:
 
 
 def _row(sizes: Sequence[int], common: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of `configurations`, whose accuracy grows with the group-sizes, with noise."""
+    """Return a row of `configurations`; its accuracy grows with the group-sizes, plus noise."""
     macs = 1_000_000 + 17_000 * sum(sizes)
     noise = hash((*sizes, common["seed"])) % 200
     correct = 8_000 + 6 * sum(sizes) + noise

@@ -2,15 +2,15 @@
 
     python benchmarks/decomposition.py                        the 19 pairs of the four-conv network
     python benchmarks/decomposition.py --seeds 20             how many of 20 seeds are no worse than that scheme
-    python benchmarks/decomposition.py --large 256 --sizes 16 drawn weights of 256 x 256 x 3 x 3 instead, at g = 16
-    python benchmarks/decomposition.py --large 512 --alone    ours alone
+    python benchmarks/decomposition.py --large 256 --sizes 16 random weights of 256 x 256 x 3 x 3 instead, at g = 16
+    python benchmarks/decomposition.py --large 512 --alone    ours, without the baseline
 
-Baseline, in the same run on the same cores: the cyclic scheme with TensorLy, for each term in turn `partial_tucker` of
-what the others leave, until a sweep lowers the relative error by less than 1e-6, given `--cap` seconds a case. Beside
-it ours without the ridge (the same problem), with the seconds until its error is no higher than the baseline's last
-one, and ours by default (with the ridge). Every case runs in a process of its own, so that its peak memory is known.
-The network's weights are those of `--weights`, or of two epochs on the sample; the large ones are drawn, with
-spectra that fall as those of trained layers.
+Baseline, in the same run on the same cores: the cyclic scheme with TensorLy. It fits one term after another by
+`partial_tucker` to the residual of the other terms, until a sweep lowers the relative error by less than 1e-6, for at
+most `--cap` seconds per case. Ours runs twice: without the ridge (the same problem), with the seconds until its error
+is no higher than the baseline's final one; and with the default options (with the ridge). Every case runs in its own
+process, so that its peak memory is known. The network's weights are read from `--weights` or trained for two epochs on
+the sample. The large weights are random, with spectra that decay like those of trained layers.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Result:
-    """What one scheme did to one weight."""
+    """The result of one scheme for one weight."""
 
     error: float
     seconds: float
     steps: int
     cancellation: float
     peak_mib: float
-    """Resident memory above what the process had before."""
+    """Peak resident memory minus that before the scheme started."""
     stopped: bool = False
     """The baseline was stopped at its cap."""
     reached: float | None = None
@@ -65,13 +65,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", nargs="+", default=["conv2", "conv3", "conv4"])
     parser.add_argument("--weights", type=Path, help="state dict of a trained four-conv network")
-    parser.add_argument("--seeds", type=int, default=0, help="count the seeds that are no worse, this many tried")
-    parser.add_argument("--large", type=int, nargs="+", default=[], help="layers of these many channels instead")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 32], help="group-sizes of large layers")
+    parser.add_argument("--seeds", type=int, default=0, help="number of seeds to compare with the baseline")
+    parser.add_argument("--large", type=int, nargs="+", default=[], help="channels of random layers to use instead")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 32], help="group-sizes of the large layers")
     parser.add_argument("--alone", action="store_true", help="large layers without the baseline")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{options.threads} threads, torch {torch.__version__}, baseline stopped at {options.cap:g} s a case (+)")
+    print(f"{options.threads} threads, torch {torch.__version__}, baseline stopped at {options.cap:g} s per case (+)")
     if options.large:
         _large(options)
     else:
@@ -149,7 +149,7 @@ def _reached(free: Result) -> float:
 
 def _print_seeds(weight: Tensor, size: int, error: float, options: argparse.Namespace) -> None:
     if size == weight.shape[1]:
-        return  # a closed form
+        return  # solved in closed form
     together = options.seeds if default_restarts(weight) > 1 else 1  # large layers do not gain from one pass
     errors = torch.tensor(
         [

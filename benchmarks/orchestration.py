@@ -1,12 +1,12 @@
-"""Ray's share of a stage's time: the same units in a plain loop without Ray, and through it.
+"""Ray's share of a stage's time: the same units in a plain loop without Ray, and through Ray.
 
     python benchmarks/orchestration.py [--repeats 3] [--images 6000] [--stages decompose search sweep-alpha]
     python benchmarks/orchestration.py --trials 1000
 
-One worker with one thread is compared with a loop in this process with one thread (the executor of `--in-process`), in
-turn: the difference is Ray's. The stages are decompose and search (long-lived actors) and sweep-alpha (trials of Ray
-Tune). The start of the worker, and of a Tune experiment, is measured separately, with a unit that does nothing.
-`--trials N` runs N trials that do nothing, and prints the seconds of each and the driver's resident memory.
+One Ray worker with one thread alternates with a loop in this process with one thread (the executor of `--in-process`):
+the difference is Ray's share. The stages are decompose and search (long-lived actors) and sweep-alpha (trials of Ray
+Tune). The start of the worker, and of a Tune experiment, is measured separately, with an empty unit. `--trials N` runs
+N empty trials, and prints the time of each and the driver's resident memory.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class Nothing(Unit):
 
     @property
     def name(self) -> str:
-        """Like number=0."""
+        """The name of the unit, for example number=0."""
         return f"number={self.number}"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage that is measured: its units in a run, and the work that does one of them."""
+    """A measured stage: the function that lists its units in a run, and the work that does one unit."""
 
     units: Callable[[Run], Sequence[Unit]]
     work: Work
@@ -81,10 +81,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--images", type=int, default=6000, help="images of each split")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of fine-tuning in the sweep")
-    parser.add_argument("--tolerance", type=float, default=1e-6, help="of the decompositions")
-    parser.add_argument("--dataset", default="fashion-mnist", help="without it: sample, which is embedded")
+    parser.add_argument("--tolerance", type=float, default=1e-6, help="tolerance of the decompositions")
+    parser.add_argument("--dataset", default="fashion-mnist", help="if it is missing, choose sample, which is embedded")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
-    parser.add_argument("--trials", type=int, help="run so many trials that do nothing instead")
+    parser.add_argument("--trials", type=int, help="run this many empty trials instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     limits = {f"limit_{split}": options.images for split in ("train", "validation", "test")}
@@ -93,7 +93,7 @@ def main() -> None:
         data=DataOptions(name=options.dataset, **limits),
         training=TrainingOptions(epochs=1, lr=0.05, milestones=(), batch_size=128, augment=False, seeds=1),
         decomposition=DecompositionOptions(tolerance=options.tolerance),
-        supernet=SupernetOptions(seeds=2),  # so that decompositions and searches take a minute, too
+        supernet=SupernetOptions(seeds=2),  # two, so that decompositions and searches also take a minute
         finetuning=FinetuningOptions(epochs=options.epochs, lr=0.001, milestones=()),
         sweep=SweepOptions(alphas=(0.0, 4.0), scalings=("index",), seeds=1),
     )
@@ -110,7 +110,7 @@ def _stages(run: Run, capacity: Capacity, options: argparse.Namespace) -> None:
     if "decompose" in options.stages:
         _compare("decompose", run, splits, packed, capacity, options.repeats)
     _do(loop, run, decompose.plan(run), decompose.work)
-    if "sweep-alpha" in options.stages:  # before the search's supernets are trained, of which it has one
+    if "sweep-alpha" in options.stages:  # before the search's supernets are trained: the sweep trains one of them
         _compare("sweep-alpha", run, splits, packed, capacity, options.repeats)
     if "search" in options.stages:
         searched = supernets.searched(run)
@@ -121,7 +121,7 @@ def _stages(run: Run, capacity: Capacity, options: argparse.Namespace) -> None:
 
 
 def _compare(stage: str, base: Run, splits: Splits, packed: object, capacity: Capacity, repeats: int) -> None:
-    """Print the seconds of a stage in a loop and through Ray, each in a copy of the base's run folder."""
+    """Print the seconds of a stage in a loop and through Ray, each in its own copy of the base run folder."""
     measured, seconds = STAGES[stage], {"loop": [], "Ray": []}
     runs = {name: _copy(base, f"{stage} {name}") for name in seconds}
     through = (Trials if measured.trials else Actors)(capacity, packed, runs["Ray"])
@@ -132,7 +132,7 @@ def _compare(stage: str, base: Run, splits: Splits, packed: object, capacity: Ca
     print(
         f"start of {'a Tune experiment and its worker' if measured.trials else 'the worker'}: {start:.1f} s", flush=True
     )
-    for _ in range(repeats):  # in turn: machines are shared, and their speed drifts
+    for _ in range(repeats):  # alternating: machines are shared, and their speed drifts
         for name, executor in executors.items():
             run = runs[name]
             shutil.rmtree(run.store.path)

@@ -1,11 +1,12 @@
-"""How smoothly the report scrolls and hovers: the time between frames, in headless Chromium.
+"""How smoothly the report scrolls and follows the pointer: the time between frames, in headless Chromium.
 
     python benchmarks/report.py [--points 252 100000] [--width 1280] [--repeats 3]
 
-For each number of configurations a page is written from made-up tables (those of the tests), opened, scrolled by the
-wheel from top to bottom and back, and pointed at along the chart of all configurations. Baseline, in the same run: the
-same gestures on a page of text alone. Printed are the median, the 95th percentile and the longest time between two
-frames, and how many times the baseline's the 95th percentile is. A display of 60 frames a second has one each 16.7 ms.
+For each number of configurations the script writes a report from synthetic tables (those of the tests), opens it,
+scrolls it with the wheel from top to bottom and back, and moves the pointer across the chart of all configurations.
+Baseline, in the same run: the same gestures on a page of text alone. The script prints the median, the 95th percentile
+and the longest time between two frames, and the ratio of the 95th percentile to that of the baseline. A display of 60
+frames per second shows one frame every 16.7 ms.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
-        parser.error("no chromium here: apt-get install chromium")
+        parser.error("no chromium found: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         pages = {"text alone": _text(Path(folder)), "text, 40 ms": _text(Path(folder), busy=40)} | {
             f"{points} points": _page(Path(folder) / str(points), points) for points in options.points
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def _page(folder: Path, points: int) -> Path:
-    """Write the page of a run with so many configurations."""
+    """Write the report of a run with `points` configurations."""
     store = new_run(folder, ["supernet.seeds=1"])
     names = ("conv2", "conv3", "conv4") if points <= 252 else [f"features.{place}" for place in range(6)]
     sizes = {name: (1, 2, 4, 8, 16, 32, 64) if points > 252 else (1, 2, 4, 8, 16, 32) for name in names}
@@ -88,7 +89,7 @@ def _page(folder: Path, points: int) -> Path:
 
 
 def _text(folder: Path, busy: int = 0) -> Path:
-    """Write a page without charts, as long as a report, which is busy for so many milliseconds at each gesture."""
+    """Write a page of text, as long as a report; each gesture keeps it busy for `busy` milliseconds."""
     file = folder / f"text-{busy}.html"
     work = f"const until = performance.now() + {busy}; while (performance.now() < until);"
     script = f"for (const one of ['scroll', 'mousemove']) addEventListener(one, () => {{ {work} }});" if busy else ""
@@ -98,7 +99,7 @@ def _text(folder: Path, busy: int = 0) -> Path:
 
 
 def _gestures(browser: Browser, file: Path, width: int) -> dict[str, list[float]]:
-    """Open a page, scroll and point; return the milliseconds between frames by gesture."""
+    """Open a page, scroll and move the pointer; return the milliseconds between frames for each gesture."""
     page = browser.new_page(viewport={"width": width, "height": 900}, offline=True)
     page.goto(file.as_uri())
     page.wait_for_selector("html[data-drawn]", state="attached")

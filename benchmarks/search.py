@@ -4,11 +4,11 @@
     python benchmarks/search.py --network resnet18     1,000 random configurations of 4^16
     python benchmarks/search.py --network vgg16        the 4,096 configurations that differ in the last 6 of 12 layers
 
-Baselines, in the same run on the same images: each configuration extracted and run by itself, as bottlenecks and as
-dense convolutions, in the batch size that is fastest for it among --batches. They are timed on --sample configurations,
-spread over the space, and scaled up; the ratio printed is against the better of the two. Counts of correct images are
-compared on that sample, and the rate of multiplications is set beside that of a matrix product on the same cores.
-vgg16 and resnet18 have made-up weights and images: only the time is theirs.
+Baselines, in the same run on the same images: each configuration is extracted and run on its own, as bottlenecks and
+as dense convolutions, with the fastest batch size of --batches. They are timed on --sample configurations, spread over
+the space, and scaled up; the printed ratio is against the faster of the two. The counts of correct images are compared
+on that sample, and the rate of multiplications is printed beside that of a matrix product on the same cores. vgg16 and
+resnet18 have random weights and images: only their times are meaningful.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEEP_LAYERS = 6
 
 
 class _Dense(nn.Module):
-    """A layer of a supernet at one group-size, as the dense convolution that it equals."""
+    """A layer of a supernet at one group-size, as the equivalent dense convolution."""
 
     def __init__(self, layer: SeriesConv2d, group_size: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--form", default="auto")
     parser.add_argument("--precision", nargs="+", default=["float32"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dataset", default="fashion-mnist", help="of four-conv; without it `sample` comes along")
+    parser.add_argument("--dataset", default="fashion-mnist", help="for four-conv; choose `sample` if it is missing")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -130,7 +130,7 @@ def _made_up(options: argparse.Namespace) -> tuple[nn.Module, list[Configuration
 def _one_by_one(
     supernet: nn.Module, images: ImageSet, sample: Sequence[Configuration], options: argparse.Namespace
 ) -> dict[str, tuple[float, dict[Configuration, int]]]:
-    """Return seconds and counts of the sample in each form, in its better batch size."""
+    """Return seconds and counts of the sample in each form, with its fastest batch size."""
     found = {}
     for form in ("bottleneck", "dense"):
         networks = [(one, _alone(supernet, one, form)) for one in sample]

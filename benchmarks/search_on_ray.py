@@ -1,13 +1,14 @@
-"""The search on Ray: two workers against one, Ray's share of the time, and the driver's memory for a million.
+"""Search on Ray: two workers against one, Ray's share of the time, the driver's memory for a million configurations.
 
     python benchmarks/search_on_ray.py [--repeats 5] [--images 2000]
     python benchmarks/search_on_ray.py --million
 
-Two workers with one thread each stand against one such worker, and one worker against the same shards done by a plain
-loop in one process: what is more is Ray's. Then the whole 252 x 10,000 images on two workers, with the share of the
-workers' time in which they did not work. The start of the workers is reported beside. `--million` searches, stores and
-reads back 4^10 configurations of a made-up cheap network and prints the driver's resident memory at each point. The
-networks are untrained, their decompositions rough: only time and memory are measured.
+Two workers with one thread each are compared with one such worker, and one worker with a plain loop over the same
+shards in one process: the additional time is Ray's share. Then two workers search the whole 252 x 10,000 images, and
+the script prints the share of time in which they were idle. The start of the workers is reported separately.
+`--million` searches, stores and reads back 4^10 configurations of a cheap artificial network and prints the driver's
+resident memory after each step. The networks are untrained and their decompositions rough: only time and memory are
+measured.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _workers(folder: Path, options: argparse.Namespace) -> None:
     _do(InProcess(base, few, "cpu"), base, [planning], search.plan_work)
     runs = {name: _copy(base, folder / name) for name in ("loop", "one", "two")}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    # Three cores for the one and the two workers; never more than two of them work at a time.
+    # Three cores, for the pool of one worker and the pool of two; never more than two workers are busy at once.
     with connected(Resources(num_cpus=3, device="cpu")) as capacity:
         started, packed = time.perf_counter(), put(pack_splits(some))
         executors: dict[str, Executor] = {
@@ -109,7 +110,7 @@ def _workers(folder: Path, options: argparse.Namespace) -> None:
             "one": Actors(_of_workers(capacity, 1), packed, runs["one"]),
             "two": Actors(_of_workers(capacity, 2), packed, runs["two"]),
         }
-        for repeat in range(options.repeats + 1):  # in turn: machines are shared, and their speed drifts
+        for repeat in range(options.repeats + 1):  # alternating: machines are shared, and their speed drifts
             for name, executor in executors.items():
                 _restore(base, runs[name])
                 spent, _ = _search(executor, runs[name])
@@ -184,7 +185,7 @@ def _timed_work(context: Context, unit: Unit) -> str:
 
 
 def _store_supernet(run: Run, network: nn.Module, decomposed: nn.Module) -> None:
-    """Store what the search needs from the stages before it."""
+    """Store the results of earlier stages that the search needs."""
     store, shape = run.store, (3, 32, 32)
     about = {"num_classes": 10, "image_size": 32, "input_shape": shape, "classes": list(map(str, range(10)))}
     store.save_checkpoint("train", "seed=0", network.state_dict(), about)
@@ -205,21 +206,21 @@ def _copy(base: Run, path: Path) -> Run:
 
 
 def _restore(base: Run, run: Run) -> None:
-    """Make a copied run folder what the base is again."""
+    """Reset a copied run folder to the content of the base."""
     shutil.rmtree(run.store.path)
     shutil.copytree(base.store.path, run.store.path)
     run.changed()
 
 
 def _search(executor: Executor, run: Run) -> tuple[float, float]:
-    """Return the seconds that passed, and those in which workers worked."""
+    """Return the elapsed seconds, and the seconds in which workers were busy."""
     started = time.perf_counter()
     worked = _do(executor, run, search.plan(run), _timed_work)
     return time.perf_counter() - started, worked
 
 
 def _do(executor: Executor, run: Run, units: list[Unit], work: Work) -> float:
-    """Do the units, each with one thread; return the seconds in which workers worked, where `work` tells them."""
+    """Do the units, each with one thread; return the seconds in which workers were busy, if `work` reports them."""
     job = Job(
         stage="benchmark",
         units=units,

@@ -1,16 +1,18 @@
-"""How many evaluations each strategy needs: to the best within a budget where all is known, and in a VGG-sized space.
+"""How many evaluations each strategy needs to find the best within a budget, and its results in a VGG-sized space.
 
     python benchmarks/strategies.py [--run results/fashion-short] [--seeds 20] [--evaluations 1000]
 
-First the four-conv space: accuracies of all 252 configurations are those of a finished run (its supernets' median), so
-that a search costs nothing and its end is known. Median over the seeds of the evaluations until the best within the
-budget is among them, in batches of 8; the baseline is the strategy `random`. The budgets are fixed configurations'.
+First, the four-conv space. The accuracies of all 252 configurations come from a finished run (the median over its
+supernets), so that a search costs nothing and the best configuration is known. The script prints the number of
+evaluations, in batches of 8, until the best within the budget is evaluated (median over the seeds). The baseline is the
+strategy `random`. The budgets are the MACs of fixed configurations.
 
-Then 12 layers at 1, 4, 16 and 32, as VGG-16 has them (4^12 configurations), with the MACs of VGG-16. No supernet of
-it is trained here: an accuracy is 0.94 less a part for each layer, larger for smaller group-sizes and drawn at random,
-less a part for pairs of neighbouring layers that are both small, plus noise. Hypervolume of accuracy and MACs (the
-share of the rectangle from the cheapest configuration at the lowest accuracy to the dearest at the highest), of the
-accuracies without noise, after every quarter of the evaluations, as a ratio to `random`'s.
+Second, the space of VGG-16: 12 layers at 1, 4, 16 and 32 (4^12 configurations), with the MACs of VGG-16. No supernet is
+trained: an accuracy is 0.94 minus a random loss for each layer, larger for smaller group-sizes, minus a loss for pairs
+of neighbouring layers with small group-sizes, plus noise. The script prints the hypervolume of MACs and accuracy
+without noise after every quarter of the evaluations, and its ratio to that of `random`. The hypervolume is the
+dominated share of the rectangle from the cheapest configuration at the lowest accuracy to the most expensive at the
+highest.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ from gross_ray.supernet.layers import choice_of
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISE = 0.001
-"""Standard deviation: 10,000 images at 0.9 give 0.003, of which configurations of one supernet share most."""
+"""Standard deviation. 10,000 images at 0.9 give 0.003, most of which is common to the configurations of a supernet."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "results" / "fashion-short")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 16, 4], help="group-sizes of the budgets")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 16, 4], help="uniform group-sizes as budgets")
     parser.add_argument("--strategies", nargs="+", default=[one for one in STRATEGIES if one != "exhaustive"])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--large-seeds", type=int, default=3)
@@ -63,7 +65,7 @@ def space_and_cost(model: str, group_sizes: tuple[int, ...]) -> tuple[SearchSpac
 
 
 def four_conv(options: argparse.Namespace) -> None:
-    """Print the evaluations to the best of the four-conv space within each budget."""
+    """Print how many evaluations each strategy needs to find the best of the four-conv space within each budget."""
     space, macs = space_and_cost("four-conv", ())
     chosen = read_table(options.run, "configurations").query("alpha == 0")
     rows = supernet_accuracies(chosen)
@@ -93,7 +95,7 @@ def four_conv(options: argparse.Namespace) -> None:
 def evaluations_to(
     best: float, name: str, within: BudgetedSpace, seed: int, accuracy: Callable[[Configuration], float], batch: int
 ) -> int:
-    """Return how many evaluations a strategy takes until one is as good as `best`."""
+    """Return how many evaluations a strategy needs until one reaches the accuracy `best`."""
     search, evaluated = strategy(name, within, seed), 0
     while proposed := search.propose(batch):
         found = {one: accuracy(one) for one in proposed}
@@ -101,11 +103,11 @@ def evaluations_to(
         if max(found.values()) >= best:
             return evaluated
         search.learn(found)
-    raise AssertionError(f"{name} ended before it found the best")
+    raise AssertionError(f"{name} finished before it found the best")
 
 
 def large(options: argparse.Namespace) -> None:
-    """Print the hypervolumes that the strategies reach in a VGG-sized space, relative to chance."""
+    """Print the hypervolumes that the strategies reach in a VGG-sized space, relative to `random`."""
     space, macs = space_and_cost("vgg16", (1, 4, 16, 32))
     print(
         f"VGG-16's space, {len(space):,} configurations, accuracies made up: hypervolume after evaluations, "
@@ -129,7 +131,7 @@ def large(options: argparse.Namespace) -> None:
 def hypervolumes(
     name: str, space: SearchSpace, macs: LayerCosts, seed: int, numbers: list[int], batch: int
 ) -> list[float]:
-    """Return the hypervolume after each of so many evaluations; budgets from loose to tight take turns."""
+    """Return the hypervolume after each of these numbers of evaluations; budgets from tight to loose take turns."""
     generator = np.random.default_rng(seed)
     parts = [np.sort(generator.gamma(1.0, 0.01, len(sizes)))[::-1] for sizes in space.group_sizes.values()]
     pairs = generator.gamma(1.0, 0.004, len(parts))
@@ -155,7 +157,7 @@ def hypervolumes(
         true = accuracy(indices)
         seen = true + NOISE * generator.standard_normal(len(true))
         known |= dict(zip(proposed, zip(macs.of_indices(indices), true, strict=True), strict=True))
-        for search in searches:  # they share what is known
+        for search in searches:  # all searches learn every evaluation
             search.learn(dict(zip(proposed, seen.tolist(), strict=True)))
         if len(known) == numbers[len(volumes)]:
             volumes.append(volume(sorted(known.values()), low, high, worst, top))

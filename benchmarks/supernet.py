@@ -1,13 +1,13 @@
-"""The supernet's step, and several supernets in one pass.
+"""Time of a supernet's training step, and of several supernets in one pass.
 
     python benchmarks/supernet.py [--batch 128] [--threads 2] [--members 2 4]
     python benchmarks/supernet.py --device cuda --batch 256 --images 10240 --epochs 5 --members 5 --capture
 
-First: the time of a step of fine-tuning with a configuration active in the supernet, against the same step of the same
-configuration extracted (the baseline), for small, medium and large group-sizes. Then: a training of a supernet whose
-configurations are drawn, against one of a single configuration (the baseline), both by the library's fine-tuning with
-the options given. Last: several supernets in one batched pass (engine.parallel_seeds) against the same
-supernets one after the other (the baseline). All are run in turn, and medians printed.
+First: a fine-tuning step with a configuration active in the supernet, against the same step of the extracted
+configuration (the baseline), for small, medium and large group-sizes. Second: training a supernet with sampled
+configurations, against training a single configuration (the baseline), both by the library's fine-tuning with the
+options of the command. Third: several supernets in one batched pass (engine.parallel_seeds), against the same supernets
+one after another (the baseline). Each case alternates with its baseline, and the script prints medians.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--images", type=int, default=1280)
-    parser.add_argument("--epochs", type=int, default=1, help="of a training; more, so that a capture weighs less")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of a training; with more, a capture weighs less")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--members", type=int, nargs="+", default=[2, 4])
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _supernet(device: torch.device) -> nn.Module:
-    """Return a supernet of drawn weights, all group-sizes in powers of two."""
+    """Return a supernet with random weights and all powers of two as group-sizes."""
     generator = torch.Generator().manual_seed(0)
     network = build_model("four-conv", num_classes=10, generator=generator)
     bottlenecks: Mapping[str, list[Bottleneck]] = {
@@ -123,7 +123,7 @@ def _step(
 
 
 def _splits(num_images: int, device: torch.device) -> Splits:
-    """Return random images, as many as an epoch takes."""
+    """Return random training images, and one image for each other split."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
     train = ImageSet(pixels, torch.randint(10, (num_images,), generator=generator).to(device))
@@ -151,7 +151,7 @@ def _epochs(splits: Splits, schedule: Schedule, engine: EngineOptions, device: t
     steps = schedule.epochs * -(-len(splits.train) // schedule.batch_size)
     print(
         f"{schedule.epochs} epochs, {steps} steps: supernet {1e3 * seconds[0] / steps:.2f} ms a step, "
-        f"4-4-4 by itself {1e3 * seconds[1] / steps:.2f} ms, ratio {seconds[0] / seconds[1]:.2f}"
+        f"4-4-4 on its own {1e3 * seconds[1] / steps:.2f} ms, ratio {seconds[0] / seconds[1]:.2f}"
     )
 
 
@@ -185,7 +185,7 @@ def _in_turn(actions: list[Callable[[], None]], device: torch.device) -> list[fl
             action()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if repeat:  # the first warms up
+            if repeat:  # the first run warms up
                 seconds[place].append(time.perf_counter() - started)
     return [statistics.median(times) for times in seconds]
 

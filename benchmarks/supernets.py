@@ -1,10 +1,10 @@
-"""What the ridge, the balance and nested starts are worth: supernets fine-tuned alike from different decompositions.
+"""Effect of the ridge, the balance and nested starts: supernets fine-tuned alike from different decompositions.
 
     python benchmarks/supernets.py [--variants independent nested] [--seeds 3] [--epochs 1] [--lr 1e-3]
 
-For each seed a four-conv network is trained (on full Fashion-MNIST, five epochs, kept under --cache), decomposed in
-each way, and fine-tuned with uniform sampling; then all 252 configurations are evaluated on the validation split.
-Prints a row for each supernet as it ends and the mean (standard deviation over seeds) for each variant.
+For each seed a four-conv network is trained (on full Fashion-MNIST, five epochs, stored under --cache), decomposed by
+each variant, and fine-tuned with uniform sampling; then all 252 configurations are evaluated on the validation split.
+The script prints a row for each finished supernet, and the mean and standard deviation over seeds for each variant.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gross_ray.training.stages import finetune, train_network
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to make the supernet's starting weights."""
+    """A way to compute the supernet's initial weights."""
 
     ridge: float = BTDOptions().ridge
     nested: bool = False

@@ -1,14 +1,14 @@
-"""Training the base network: the resident loop against the usual one.
+"""Training the base network: the resident loop against the usual PyTorch loop.
 
     python benchmarks/training.py [--images 3000] [--threads 2]
     python benchmarks/training.py --device cuda --dataset fashion-mnist --images 40000 --batch 256 --workers 8 --capture
     python benchmarks/training.py --accuracy [--seeds 5] [--epochs 3] [--dataset fashion-mnist]
 
 Baseline, in the same run: a DataLoader (in the main process, or with `--workers` processes) with torchvision's
-transforms (pad and crop, flip, normalise) on PIL images, the same network, optimiser and number of steps. Both are run
-three times in turn; the medians of the images a second and their ratio are printed. `--capture`, `--precision` and
-`--compile` are the resident loop's. With `--accuracy`, both train a network for each seed, and what they reach on the
-validation split is compared (Welch's t-test).
+transforms (pad and crop, flip, normalise) on PIL images, the same network, optimiser and number of steps. Both loops
+run three times, alternating; the script prints the median images per second and their ratio. `--capture`, `--precision`
+and `--compile` apply to the resident loop. With `--accuracy`, both loops train a network for each seed, and their
+validation accuracies are compared (Welch's t-test).
 """
 
 from __future__ import annotations
@@ -56,14 +56,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--accuracy", action="store_true", help="compare what the loops reach, not their speed")
+    parser.add_argument("--accuracy", action="store_true", help="compare the accuracies of the loops, not their speed")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--dataset", default="sample")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0, help="processes of the usual loop's DataLoader")
-    parser.add_argument("--epochs-ours", type=int, default=1, help="of the resident loop, the first left out if more")
+    parser.add_argument(
+        "--epochs-ours", type=int, default=1, help="epochs of the resident loop; with several, the first is not counted"
+    )
     parser.add_argument("--capture", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--precision", default="float32")
@@ -124,7 +126,7 @@ def _network(seed: int = 0) -> torch.nn.Module:
 
 
 def _usual(pictures: _Pictures, network: torch.nn.Module, schedule: Schedule, options: argparse.Namespace) -> float:
-    """Train as usual; return the images a second."""
+    """Train with the usual loop; return the images per second."""
     network.train()
     optimizer = torch.optim.SGD(
         network.parameters(), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay

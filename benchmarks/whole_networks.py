@@ -1,10 +1,11 @@
-"""Latency of whole networks: validated configurations of some runs, as bottlenecks and folded, and the full network.
+"""Latency of whole networks: the validated configurations of runs, as bottlenecks and folded, and the full network.
 
     python benchmarks/whole_networks.py RUN [RUN ...] [--batch 1] [--threads 1] [--repeats 30]
 
-Baseline: the full network that was decomposed. All are timed beside one another in one process, a sample each in every
-round (`gross_ray.search.timing`). "folded" is what `gross export --fold latency_ms` writes: a layer is the dense
-convolution that it equals where that is faster here. Needs the checkpoints of the runs, all of one base network.
+Baseline: the full network that was decomposed. One process times all networks, one sample of each per round
+(`gross_ray.search.timing`). "folded" is the network that `gross export --fold latency_ms` writes: a layer becomes the
+equivalent dense convolution where that is faster on this machine. The runs must have their checkpoints and share one
+base network.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FULL = "full network"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--batch", type=int, default=1, help="images of a batch")
+    parser.add_argument("--batch", type=int, default=1, help="images per batch")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=30, help="rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

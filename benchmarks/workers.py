@@ -1,8 +1,8 @@
-"""Decomposition on Ray: the four-conv network's 19 pairs on two workers against one, each with one thread.
+"""Decomposition on Ray: the 19 (layer, group-size) pairs of four-conv on two workers against one, one thread each.
 
     python benchmarks/workers.py [--repeats 3] [--tolerance 1e-6]
 
-Baseline: one worker in the same run. Start-up of the workers is reported beside and not counted. Every result is
+Baseline: one worker in the same run. The start of the workers is reported separately and not counted. Every result is
 stored, as in `gross decompose`.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
         supernet=SupernetOptions(seeds=1),
         sweep=SweepOptions(alphas=()),
     )
-    # Three cores for the one and the two workers; never more than two of them work at a time.
+    # Three cores, for the pool of one worker and the pool of two; never more than two workers are busy at once.
     with tempfile.TemporaryDirectory() as folder, connected(Resources(num_cpus=3, device="cpu")) as capacity:
         splits = load_dataset(experiment.data)
         base = Run(RunStore.create(Path(folder) / "base", experiment))
@@ -59,7 +59,7 @@ def main() -> None:
             pools[workers] = Actors(replace(capacity, nodes=(NodeKind(workers, 0.0),)), packed, run)
             warm = _do(pools[workers], units[:workers], decompose.work)
             print(f"{workers} workers started and warm after {warm:.1f} s", flush=True)
-        for _ in range(options.repeats):  # in turn: machines are shared, and their speed drifts
+        for _ in range(options.repeats):  # alternating: machines are shared, and their speed drifts
             for workers, pool in pools.items():
                 shutil.rmtree(folders[workers])
                 shutil.copytree(base.store.path, folders[workers])

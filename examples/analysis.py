@@ -1,4 +1,4 @@
-"""The tables of a run by pandas, and three plots of them: python examples/analysis.py RUN [analysis.html]."""
+"""Read the tables of a run with pandas and draw three plots: python examples/analysis.py RUN [analysis.html]."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ run, target = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "ana
 configurations = pd.read_parquet(run / "tables" / "configurations")
 validations = pd.read_parquet(run / "tables" / "validations")
 
-# One row a configuration: the median over the supernets of the lowest alpha that was trained.
+# One row per configuration: the median accuracy over the supernets trained with the lowest alpha.
 searched = configurations[configurations["alpha"] == configurations["alpha"].min()]
 layers = [name for name in searched if name.startswith("layer ")]
 space = searched.groupby(["configuration", *layers, "macs"], as_index=False)["val_accuracy"].median()

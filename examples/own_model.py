@@ -1,4 +1,4 @@
-"""A network and data of one's own, a budget in milliseconds, an ONNX file back: python examples/own_model.py."""
+"""Compress your own network on your own data within a latency budget; export ONNX: python examples/own_model.py."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from gross_ray.training.stages import finetune, reconstruct, train_network
 
 
 def pictures() -> tuple[TensorDataset, TensorDataset]:
-    """Return images to learn from and to test with: stripes at one of eight angles, under noise."""
+    """Return training and test images: stripes at one of eight angles, with noise."""
     drawn, labels = torch.Generator().manual_seed(0), torch.arange(3000) % 8
     angle, phase = labels[:, None, None] * torch.pi / 8, 6.3 * torch.rand(3000, 1, 1, generator=drawn)
     stripes = torch.sin(0.8 * torch.arange(32) * angle.cos() + 0.8 * torch.arange(32)[:, None] * angle.sin() + phase)
@@ -21,10 +21,10 @@ def pictures() -> tuple[TensorDataset, TensorDataset]:
 
 
 class Residual(nn.Sequential):
-    """Layers around which the input goes."""
+    """Layers with a skip connection around them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the input to what they return."""
+        """Add the input to the output of the layers, and apply a ReLU."""
         return torch.relu(x + super().forward(x))
 
 
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     data, network = gr.load_dataset(gr.DataOptions(name="own_model:pictures")), small_resnet()
     train_network(network, data, gr.Schedule(epochs=3, lr=0.05, batch_size=64, augment=False), seed=0)
-    supernet = gr.decompose_model(network, group_sizes=(1, 4, 16))  # of each of 4 convolutions: 81 configurations
+    supernet = gr.decompose_model(network, group_sizes=(1, 4, 16))  # 4 convolutions: 81 configurations
     short = gr.Schedule(epochs=1, lr=1e-3, batch_size=64, augment=False)
     sampler = ConfigurationSampler(gr.SearchSpace.of(supernet), alpha=0.0)
     reconstruct(supernet, network, data, short, seed=0, sampler=sampler)
@@ -51,7 +51,7 @@ if __name__ == "__main__":
     fitting = table[table["ms"] <= (budget := table["ms"].quantile(0.3))]
     best = gr.Configuration.parse(fitting.nlargest(1, "accuracy")["configuration"].iloc[0])
     gr.set_configuration(supernet, best)
-    finetune(supernet, data, short, seed=1)  # this one alone
+    finetune(supernet, data, short, seed=1)  # this configuration alone
     plain, _ = gr.fold(gr.extract(supernet, best), (3, 32, 32), objective="latency_ms")
     gr.export_onnx(plain, "own_model.onnx", (3, 32, 32))
     print(f"full network {accuracy(network, data.test):.3f}; {best}, {budget:.2f} ms, {accuracy(plain, data.test):.3f}")

@@ -1,6 +1,6 @@
-"""Makes gross_ray/data/sample.parquet from Fashion-MNIST: 6,000 images to train, 2,000 to validate, 2,000 to test.
+"""Make gross_ray/data/sample.parquet from Fashion-MNIST: 6,000 images to train, 2,000 to validate, 2,000 to test.
 
-The images are the first of each split of `load_dataset` (name fashion-mnist), in its order: balanced and interleaved.
+The images are the first ones of each split that `load_dataset` returns for fashion-mnist: balanced and interleaved.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--root", type=Path, help="folder of Fashion-MNIST (default: ~/.cache/gross_ray, then Debian's)"
     )
-    parser.add_argument("--download", action="store_true", help="download Fashion-MNIST if it is not there")
+    parser.add_argument("--download", action="store_true", help="download Fashion-MNIST if it is missing")
     parser.add_argument("--out", type=Path, default=SAMPLE_FILE, help="file to write (default: %(default)s)")
     arguments = parser.parse_args()
     table = make_sample(arguments.root, arguments.download)
@@ -50,7 +50,7 @@ def make_sample(root: Path | None, download: bool) -> pa.Table:
 
 
 def png(image: Tensor) -> bytes:
-    """Return a padded (3, 32, 32) image as the 28x28 grey PNG that it was."""
+    """Return the original 28x28 grey image of a padded (3, 32, 32) one, as PNG."""
     inside = slice(FASHION_PADDING, FASHION_PADDING + FASHION_SIZE)
     file = BytesIO()
     Image.fromarray(image[0, inside, inside].numpy()).save(file, format="PNG", optimize=True)

@@ -1,13 +1,13 @@
-r"""Keep the tables of a finished run under results/, and write what README.md shows of them.
+r"""Store the tables of a finished run under results/, and write the pages and the parts of README.md that show them.
 
     python scripts/results.py keep RUN NAME --command "gross run ..." --machine "2 cores of ..." \
         --time "1 h 10 min" --commit 0fa06ed
     python scripts/results.py write
 
-`keep` takes each table as one Parquet file (`configurations`: one a supernet), and the hashes of the run's images and
-weights, without checkpoints: results/NAME is a run folder, which `gross report` and `gross show` take. `write` draws
-the figures of each (in Chromium, by playwright), writes results/NAME/README.md, and the parts of README.md between
-their marks.
+`keep` stores each table as one Parquet file (`configurations`: one file for each supernet), and the hashes of the run's
+images and weights, but no checkpoints. results/NAME is then a run folder, which `gross report` and `gross show` accept.
+`write` draws the figures of each results/NAME (in Chromium, by playwright), and writes results/NAME/README.md and the
+parts of README.md between the marks.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from pipelines.stages.supernets import supernet_of
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 SHOWN = "fashion-short"
-"""The run that README.md shows whole."""
+"""The run whose results README.md shows in full."""
 SEARCHED, DRAWN = "vgg16-short", "vgg16-short-random"
-"""The runs whose searches README.md compares: by a strategy, and drawn at random."""
+"""The runs whose searches README.md compares: one by a strategy, one random."""
 END = "<!-- /results -->"
 WIDTH, HEIGHT, SCALE = 800, 420, 2
-"""Of a figure, in pixels, and how many of the file's pixels make one."""
+"""Width and height of a figure in CSS pixels, and the device scale factor: the file's pixels for each of them."""
 
 
 @click.group()
 def main() -> None:
-    """Keep results, and write the pages that show them."""
+    """Store results, and write the pages that show them."""
 
 
 @main.command()
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.argument("name")
-@click.option("--command", required=True, help="What made the run.")
-@click.option("--machine", required=True, help="What it ran on.")
+@click.option("--command", required=True, help="The command that made the run.")
+@click.option("--machine", required=True, help="The machine that it ran on.")
 @click.option("--time", required=True, help="How long it took.")
-@click.option("--commit", required=True, help="The commit that it ran from.")
+@click.option("--commit", required=True, help="The commit of gross_ray that it used.")
 def keep(run: Path, name: str, **about: str) -> None:
-    """Put the tables of RUN into results/NAME, in place of what is there."""
+    """Store the tables of RUN in results/NAME, replacing the earlier content."""
     store, folder = RunStore.open(run), RESULTS / name
     if folder.exists():
         shutil.rmtree(folder)
@@ -72,9 +72,9 @@ def keep(run: Path, name: str, **about: str) -> None:
 
 
 def kept_files(store: RunStore, table: str) -> dict[str, list[str]]:
-    """Return the files that keep a table, each with its units: one of all, or of configurations one for each supernet.
+    """Return the units of each file of a stored table: one file of all units; `configurations`: one per supernet.
 
-    Whatever reads the evaluated configurations takes a file for one supernet's.
+    The code that reads evaluated configurations expects one supernet in each file.
     """
     units = store.units(table)
     if not units or table != "configurations":
@@ -85,7 +85,7 @@ def kept_files(store: RunStore, table: str) -> dict[str, list[str]]:
 
 @main.command()
 def write() -> None:
-    """Draw the figures, and write the README of each results/NAME and the part of README.md."""
+    """Draw the figures, and write the README of each results/NAME and the marked parts of README.md."""
     for folder in sorted(path.parent for path in RESULTS.glob("*/about.json")):
         store = RunStore.open(folder)
         draw(charts(store), folder)
@@ -95,7 +95,7 @@ def write() -> None:
 
 
 def charts(store: RunStore) -> dict[str, Chart]:
-    """Return the figures by the name of their file."""
+    """Return the figures by file name."""
     sweep = store.read_table("alpha_sweep")
     drawn = [space_chart(store, Searched.of(store)), *(sweep_charts(store, sweep) if len(sweep) else [])]
     return {chart.name: chart for chart in drawn}
@@ -108,9 +108,9 @@ def page(store: RunStore) -> str:
             [
                 f"# {store.path.name}",
                 made(store),
-                "The tables of that run, without its checkpoints; docs/tables.md has their columns. "
-                f"`gross report results/{store.path.name}` makes the whole page of them, "
-                f"`gross show results/{store.path.name} selections` prints one.",
+                "This folder has the tables of the run, but no checkpoints; docs/tables.md describes the columns. "
+                f"`gross report results/{store.path.name}` writes the whole report from them, "
+                f"`gross show results/{store.path.name} selections` prints one table.",
                 terminal.results(store, markdown=True),
                 figures(store, ""),
                 "Written by `python scripts/results.py write`.",
@@ -121,7 +121,7 @@ def page(store: RunStore) -> str:
 
 
 def with_blocks(readme: str) -> str:
-    """Return README.md with its parts written anew."""
+    """Return README.md with its marked parts rewritten."""
     for name, block in ((SHOWN, shown_block), (SEARCHED, compared_block)):
         start = f"<!-- results/{name}: python scripts/results.py write -->"
         before, _, rest = readme.partition(start)
@@ -133,7 +133,7 @@ def with_blocks(readme: str) -> str:
 
 
 def shown_block() -> str:
-    """Return what README.md shows of results/SHOWN."""
+    """Return the part of README.md that shows results/SHOWN."""
     store = RunStore.open(RESULTS / SHOWN)
     tables = [
         terminal.as_text(table, markdown=True)
@@ -143,7 +143,7 @@ def shown_block() -> str:
 
 
 def compared_block() -> str:
-    """Return the uniform configurations and the best of both searches in one table, and how they were made."""
+    """Return one table of the uniform configurations and the best of both searches, and the commands that made them."""
     searched, drawn = RunStore.open(RESULTS / SEARCHED), RunStore.open(RESULTS / DRAWN)
     table = results.selection_table(searched)
     base = results.network_table(searched).rows[0]
@@ -160,7 +160,7 @@ def compared_block() -> str:
 
 
 def groups(table: results.ResultTable) -> list[list[Sequence[str]]]:
-    """Return the rows of Table 3 by budget, the fixed configuration's first."""
+    """Return the rows of Table 3 by budget, each with the fixed configuration first."""
     found: list[list[Sequence[str]]] = []
     for row in table.rows:
         if row[0].endswith("(fixed)"):
@@ -179,12 +179,12 @@ def made(store: RunStore) -> str:
 
 
 def figures(store: RunStore, folder: str) -> str:
-    """Return the figures in Markdown, their summaries as text alternatives."""
+    """Return the figures in Markdown, with their summaries as alt texts."""
     return "\n\n".join(f"![{chart.summary}]({folder}{name}.png)" for name, chart in charts(store).items())
 
 
 def draw(found: Mapping[str, Chart], folder: Path) -> None:
-    """Write each figure as a PNG, on white."""
+    """Write each figure as a PNG on a white background."""
     from playwright.sync_api import sync_playwright
     from plotly.offline import get_plotlyjs
 
