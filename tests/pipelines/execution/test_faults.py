@@ -117,15 +117,29 @@ def test_as_soon_as_the_stage_is_under_way(whole_run: tuple[Path, str], tmp_path
     _inject(whole_run[0], tmp_path, stage, fault, random.Random(SEED), 0.0, finish=finish)
 
 
+@pytest.fixture(scope="session")
+def with_tune_files(whole_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole run, its validations made by Ray Tune: in process there are no files of Tune."""
+    folder = tmp_path_factory.mktemp("tune")
+    run = before_stage(whole_run[0], "validate", folder / "run")
+    resume(run, "validate", folder / "log")
+    assert_as_undisturbed(run, whole_run[0], "validate")
+    return run
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("repeat", range(REPEATS))
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_matrix(whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: str, repeat: int) -> None:
+def test_matrix(
+    request: pytest.FixtureRequest, whole_run: tuple[Path, str], tmp_path: Path, stage: str, fault: str, repeat: int
+) -> None:
+    tuned = fault == "damaged Tune files"
+    undisturbed = request.getfixturevalue("with_tune_files") if tuned else whole_run[0]
     choices = random.Random(f"{SEED} {stage} {fault} {repeat}")
     before = repeat % 2 == 1 and fault in TAKES_NO_FILE
     moment, latest = (at_a_moment_before, 5.0) if before else (at_a_moment, 1.0)
-    _inject(whole_run[0], tmp_path, stage, fault, choices, latest, moment)
+    _inject(undisturbed, tmp_path, stage, fault, choices, latest, moment)
 
 
 @pytest.mark.faults
