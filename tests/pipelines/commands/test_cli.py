@@ -382,7 +382,7 @@ def test_search_says_the_smallest_where_nothing_fits(run: Path, did: list[Any]) 
         (["--pareto", "--num-cpus", "2"], ["--num-cpus 2 with --pareto, which only answers: leave one of them out"]),
         (["--budget", "macs=2M", "--in-process"], ["--in-process with --budget, which only answers"]),
         (["--pareto", "--preset", "quickstart"], ["--preset quickstart with --pareto"]),
-        (["--pareto", "--set", "seed=1", "--set", "seed=2"], ["--set seed=1 seed=2 with --pareto"]),
+        (["--pareto", "--set", "seed=1", "--set", "name=a"], ["--set seed=1 name=a with --pareto"]),
     ],
 )
 def test_a_wrong_search_is_refused_before_any_work(
