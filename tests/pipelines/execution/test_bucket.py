@@ -11,6 +11,7 @@ from miniature import assert_equal_tables, gross, run_command
 from pyarrow.fs import FileSelector, FileType
 from s3_server import SECRET, uri
 
+from gross_ray import read_table
 from gross_ray.run.store import RunStore
 from pipelines.stages.reuse import take_over
 
@@ -22,8 +23,10 @@ def test_a_run_in_a_bucket_killed_in_the_search_ends_with_the_tables_of_a_local_
     undisturbed = RunStore.open(whole_run[0])
     begun = RunStore.create(address, undisturbed.experiment)
     take_over(begun, undisturbed)  # all before the search, and
-    for unit in begun.units("validations"):  # nothing of what comes after it
-        begun.delete_unit("validations", unit)
+    validations = read_table(whole_run[0], "validations")
+    selected = validations[validations["kind"] == "selected"]
+    for configuration, seed in zip(selected["configuration"], selected["seed"], strict=True):
+        begun.delete_unit("validations", f"{configuration},seed={seed}")  # nothing of what comes after it
     with log.open("wb") as output:
         process = subprocess.Popen(run_command(address), stdout=output, stderr=output)
         deadline = time.monotonic() + 300
