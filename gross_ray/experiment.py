@@ -126,6 +126,8 @@ class Experiment:
             values["weights"] = f"file:{weights}"
         if self.data.name.startswith(_FOLDER):
             values["data"]["name"] = _FOLDER + data
+        if not self.decomposition.keep_dense:  # a field that came later changes no earlier experiment's fingerprint
+            del values["decomposition"]["keep_dense"]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -14,45 +14,60 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+DENSE = 0
+"""The choice of a layer's original convolution instead of a group-size; written ``d``, as in ``2-d-64``."""
+
+
+def ordered(choices: Iterable[int]) -> tuple[int, ...]:
+    """Return the choices of a layer without repeats: group-sizes ascending, then DENSE."""
+    return tuple(sorted(set(choices), key=lambda choice: (choice == DENSE, choice)))
+
+
+def listed(choices: Iterable[int], separator: str = ", ") -> str:
+    """Return choices as text, with ``d`` for DENSE."""
+    return separator.join("d" if choice == DENSE else str(choice) for choice in choices)
+
+
 class Configuration(tuple[int, ...]):
-    """One group-size for each decomposed layer, in layer order: immutable, hashable, printed as ``2-32-64``."""
+    """One group-size, or DENSE, for each decomposed layer, in layer order: printed as ``2-32-64`` or ``2-d-64``."""
 
     __slots__ = ()
 
     def __new__(cls, group_sizes: Sequence[int]) -> Configuration:
-        """Make a configuration; raises InvalidValueError unless there is a size and all are positive whole numbers."""
-        rule = "needs one positive whole group-size for each decomposed layer, like (2, 32, 64)"
+        """Make a configuration; raises InvalidValueError unless all are whole numbers, 0 or more, and there is one."""
+        rule = "needs one positive whole group-size for each decomposed layer, like (2, 32, 64), or 0: the layer stays"
         try:
             sizes = tuple(operator.index(size) for size in group_sizes)
         except TypeError:
             raise InvalidValueError(f"configuration {group_sizes!r}: {rule}") from None
-        if not sizes or min(sizes) < 1:
+        if not sizes or min(sizes) < 0:
             raise InvalidValueError(f"configuration {sizes}: {rule}")
         return super().__new__(cls, sizes)
 
     def __str__(self) -> str:
-        return "-".join(str(size) for size in self)
+        return listed(self, "-")
 
     def __repr__(self) -> str:
         return f"Configuration({tuple(self)!r})"
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
-        """Parse text like ``"2-32-64"``; raises InvalidValueError for any other text."""
-        if not re.fullmatch("[1-9][0-9]*(-[1-9][0-9]*)*", text.strip()):
+        """Parse text like ``"2-32-64"`` or ``"2-d-64"``; raises InvalidValueError for any other text."""
+        if not re.fullmatch("([1-9][0-9]*|d)(-([1-9][0-9]*|d))*", text.strip()):
             raise InvalidValueError(
-                f"configuration {text!r}: write the group-sizes in layer order with a dash between, like 2-32-64"
+                f"configuration {text!r}: write the group-sizes in layer order with a dash between, like 2-32-64, and "
+                "d for a layer that stays as it is"
             )
-        return cls([int(part) for part in text.strip().split("-")])
+        return cls([DENSE if part == "d" else int(part) for part in text.strip().split("-")])
 
 
 class DecomposedLayer(Protocol):
     """Interface of a layer with several group-sizes; this library's is `SeriesConv2d`."""
 
     group_sizes: tuple[int, ...]
-    """All group-sizes, ascending."""
+    """All choices: the group-sizes, ascending, and DENSE last if the original convolution is one."""
     group_size: int
-    """The active group-size."""
+    """The active choice."""
 
     def bottleneck(self, group_size: int) -> Any:
         """Return the bottleneck at one of the group-sizes."""
@@ -67,23 +82,23 @@ def is_decomposed(module: object) -> TypeGuard[DecomposedLayer]:
 
 
 class SearchSpace(Sequence[Configuration]):
-    """Every combination of the layers' group-sizes, in lexicographic order (the last layer changes fastest).
+    """Every combination of the layers' choices (group-sizes, DENSE), lexicographic: the last layer changes fastest.
 
     The space is never listed in memory: members are computed from their index and vice versa, so that a space of
     10^7 members costs nothing.
     """
 
     def __init__(self, group_sizes: Mapping[str, Sequence[int]]) -> None:
-        """Take the group-sizes of each layer, in layer order; sizes are sorted and repeats dropped."""
+        """Take the choices of each layer, in layer order; they are put in the order of `ordered`."""
         self.group_sizes: dict[str, tuple[int, ...]] = {}
         for layer, sizes in group_sizes.items():
             try:
-                self.group_sizes[layer] = tuple(sorted({operator.index(size) for size in sizes}))
+                self.group_sizes[layer] = ordered(operator.index(size) for size in sizes)
             except TypeError:
                 self.group_sizes[layer] = ()
-        if not group_sizes or not all(sizes and sizes[0] >= 1 for sizes in self.group_sizes.values()):
+        if not group_sizes or not all(sizes and min(sizes) >= 0 for sizes in self.group_sizes.values()):
             raise InvalidValueError(
-                f"search space {dict(group_sizes)}: needs a layer, and positive whole group-sizes for each layer"
+                f"search space {dict(group_sizes)}: needs a layer, and positive whole group-sizes, or 0, for each layer"
             )
 
     def __repr__(self) -> str:
@@ -150,7 +165,7 @@ class SearchSpace(Sequence[Configuration]):
         for size, (layer, sizes) in zip(configuration, self.group_sizes.items(), strict=True):
             if size not in sizes:
                 raise InvalidValueError(
-                    f"configuration {configuration}: group-size {size} must be one of those of {layer}: "
-                    + ", ".join(map(str, sizes))
+                    f"configuration {configuration}: group-size {listed([size])} must be one of those of {layer}: "
+                    + listed(sizes)
                 )
         return configuration

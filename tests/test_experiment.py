@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
@@ -419,3 +420,13 @@ def test_learning_rates_are_those_of_multi_step_lr(lr: float, gamma: float, mile
         assert schedule.lr_at(epoch) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+def test_a_field_that_came_later_leaves_earlier_fingerprints_as_they_were() -> None:
+    now = preset("quickstart")
+    earlier = json.loads(now.to_json())
+    del earlier["decomposition"]["keep_dense"]
+    assert Experiment.from_json(json.dumps(earlier)) == now
+    canonical = json.dumps(earlier, sort_keys=True, separators=(",", ":"))
+    assert now.fingerprint() == hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    assert now.override(["decomposition.keep_dense=true"]).fingerprint() != now.fingerprint()

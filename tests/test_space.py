@@ -137,14 +137,14 @@ def test_other_text_is_refused(text: str) -> None:
     assert "like 2-32-64" in str(caught.value)
 
 
-@pytest.mark.parametrize("sizes", [[], [0, 2], [4, -1], [2.5, 4], [2.0], "23", ["2", "4"], [None]])
+@pytest.mark.parametrize("sizes", [[], [-2, 2], [4, -1], [2.5, 4], [2.0], "23", ["2", "4"], [None]])
 def test_other_sizes_than_positive_whole_numbers_are_refused(sizes: list[int]) -> None:
     with pytest.raises(InvalidValueError, match="needs one positive whole group-size for each decomposed layer"):
         Configuration(sizes)
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, {"conv2": []}, {"conv2": [1], "conv3": ()}, {"conv2": [0, 1]}, {"conv2": [-2]}, {"conv2": [1.5]}]
+    "sizes", [{}, {"conv2": []}, {"conv2": [1], "conv3": ()}, {"conv2": [-1, 1]}, {"conv2": [-2]}, {"conv2": [1.5]}]
 )
 def test_an_invalid_space_is_refused(sizes: dict[str, list[int]]) -> None:
     with pytest.raises(InvalidValueError, match="needs a layer, and positive whole group-sizes") as caught:

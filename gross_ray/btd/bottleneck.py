@@ -10,6 +10,15 @@ from gross_ray.btd.expansion import expand_grouped_weight
 from gross_ray.errors import InvalidValueError
 
 
+def bottleneck_macs(
+    in_channels: int, out_channels: int, kernel: int, group_size: int, positions_before: int, positions_after: int
+) -> int:
+    """Return the MACs of a bottleneck; `kernel` is kH * kW, positions are N * H * W of the input and the output."""
+    pointwise_in = positions_before * in_channels * in_channels
+    grouped = positions_after * in_channels * group_size * kernel
+    return pointwise_in + grouped + positions_after * in_channels * out_channels
+
+
 @dataclass(frozen=True)
 class Bottleneck:
     """The three weights of a bottleneck. It has no non-linearity, so it equals one dense convolution."""

@@ -16,8 +16,9 @@ from gross_ray.search.cost import (
     uncounted_modules,
 )
 from gross_ray.search.operations import count_operations
-from gross_ray.space import Configuration, SearchSpace
+from gross_ray.space import DENSE, Configuration, SearchSpace, listed
 from gross_ray.supernet.build import running_supernet
+from gross_ray.supernet.configure import largest_decomposed
 from gross_ray.supernet.layers import LayerChoice, by_reason
 
 
@@ -38,14 +39,15 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     macs, parameters = (layer_costs(supernet, input_shape, cost) for cost in ("macs", "parameters"))
     rows = []
     for (name, conv), by_size in zip(choice.convs.items(), macs.by_layer.values(), strict=True):
-        smallest, largest = (millions(by_size[size]) for size in (min(by_size), max(by_size)))
-        sizes = " ".join(map(str, choice.group_sizes[name]))
-        costs_of_it = [millions(dense.get(id(conv), 0)), f"{smallest} to {largest}"]
+        decomposed = [millions(cost) for size, cost in by_size.items() if size != DENSE]
+        sizes = listed(choice.group_sizes[name], " ")
+        costs_of_it = [millions(dense.get(id(conv), 0)), f"{decomposed[0]} to {decomposed[-1]}"]
         rows.append([name, _kernel(conv), outputs.get(id(conv), "-"), sizes, *costs_of_it])
     heads = ["layer", "kernel", "output", "group-sizes", "M MACs dense", "as bottleneck"]
     notes = [f"not tried: {by_reason(choice.dropped)}"] if choice.dropped else []
     layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows, notes)
-    extremes = [Configuration([pick(sizes) for sizes in space.group_sizes.values()]) for pick in (min, max)]
+    smallest = Configuration([sizes[0] for sizes in space.group_sizes.values()])
+    extremes = [smallest, largest_decomposed(supernet)]
     activations = f"{most_held(counted.calls):,}"
     total = [["the network itself", millions(counted.macs), f"{count_parameters(network):,}", activations]]
     activations = f"{peak_activations(supernet, input_shape):,}"

@@ -51,7 +51,8 @@ class Searched:
     def space_size(self, store: RunStore) -> int:
         """Return the number of configurations of the space, as far as its layers are decomposed."""
         sizes = store.read_table("decompositions", ["layer", "group_size"]).groupby("layer")["group_size"].nunique()
-        return max(prod(sizes.tolist()), len(self.accuracies))
+        choices = sizes + 1 if store.experiment.decomposition.keep_dense else sizes
+        return max(prod(choices.tolist()), len(self.accuracies))
 
     def missing(self, store: RunStore) -> list[str]:
         """Return a line with the number of missing evaluations; no line if the search is finished.

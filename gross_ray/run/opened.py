@@ -140,7 +140,14 @@ def save_supernet(store: RunStore, stage: str, unit: str, supernet: nn.Module, a
 def layer_choice(network: nn.Module, options: DecompositionOptions, input_shape: Sequence[int]) -> LayerChoice:
     """Return which convolutions an experiment decomposes; raises as `choice_of` does."""
     by_layer = parse_layer_group_sizes(options.layer_group_sizes)
-    return choice_of(network, options.layers, options.group_sizes, by_layer, input_shape=input_shape)
+    return choice_of(
+        network,
+        options.layers,
+        options.group_sizes,
+        by_layer,
+        keep_dense=options.keep_dense,
+        input_shape=input_shape,
+    )
 
 
 def _load_base(store: RunStore) -> Base:

@@ -142,7 +142,7 @@ def _accuracy(name: str, meaning: str, *, low: float = 0, nullable: bool = False
     return Column(name=name, type=pa.float64(), meaning=meaning, unit="fraction", low=low, high=1, nullable=nullable)
 
 
-_CONFIGURATION = _text("configuration", "Group-sizes in layer order, like 2-32-64")
+_CONFIGURATION = _text("configuration", "Group-sizes in layer order, like 2-32-64; d for a layer that stays as it is")
 _SCALING = _text("scaling", "How Eq. 8 is read: exp(-alpha i) or exp(-alpha i / N)", choices=("index", "normalised"))
 _ALPHA = _real("alpha", "Temperature of the sampling of group-sizes (Eq. 8); 0 is uniform")
 _MACS = _count("macs", "Multiply-accumulates of one image's forward pass, as the network runs", "MACs an image")
@@ -248,7 +248,9 @@ _TABLES = (
             _seed("Which supernet"),
             _CONFIGURATION,
             _count(
-                f"layer {LAYER}", "Group-size of this layer: one column for each decomposed layer", "channels", low=1
+                f"layer {LAYER}",
+                "Group-size of this layer, 0: it stays dense; a column for each layer",
+                "channels",
             ),
             _MACS,
             _MACS_PAPER,
@@ -271,7 +273,12 @@ _TABLES = (
         columns=(
             *_CONDITIONS,
             _text("part", "Name of the decomposed layer; `rest` for all other layers together"),
-            _count("group_size", "Group-size of the layer; missing for `rest`", "channels", 1, nullable=True),
+            _count(
+                "group_size",
+                "Group-size of the layer, 0 for the original; missing for `rest`",
+                "channels",
+                nullable=True,
+            ),
             _real("latency_ms", "Median time of one batch", "ms"),
         ),
     ),

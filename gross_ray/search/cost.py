@@ -11,10 +11,11 @@ from math import prod
 import numpy as np
 from torch import nn
 
+from gross_ray.btd.bottleneck import bottleneck_macs
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.calls import Call, network_calls
 from gross_ray.search.operations import OperationCount, count_operations
-from gross_ray.space import Configuration, SearchSpace
+from gross_ray.space import DENSE, Configuration, SearchSpace, listed, ordered
 from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.series import SeriesConv2d
 
@@ -72,7 +73,7 @@ class LayerCosts:
     shared: float
     """The cost of everything but the decomposed layers; a whole number for MACs and parameters."""
     by_layer: Mapping[str, Mapping[int, float]]
-    """The cost of each decomposed layer, in layer order, at each group-size; whole numbers for MACs and parameters."""
+    """The cost of each decomposed layer, in layer order, at each choice; whole numbers for MACs and parameters."""
 
     def of(self, configurations: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Return the cost of each configuration, (N,): int64 if all parts are whole numbers, else float64.
@@ -105,12 +106,14 @@ class LayerCosts:
     @property
     def cheapest(self) -> Configuration:
         """The cheapest configuration; of several, the one with the smallest group-sizes."""
-        return Configuration([min(sorted(costs), key=costs.__getitem__) for costs in self.by_layer.values()])
+        return Configuration([min(ordered(costs), key=costs.__getitem__) for costs in self.by_layer.values()])
 
     @cached_property
     def parts(self) -> tuple[np.ndarray, ...]:
-        """The cost of each layer at each group-size, in ascending order of the group-sizes: (S,)."""
-        return tuple(np.array([costs[size] for size in sorted(costs)], self._dtype) for costs in self.by_layer.values())
+        """The cost of each layer at each choice, in the order of the space: (S,)."""
+        return tuple(
+            np.array([costs[size] for size in ordered(costs)], self._dtype) for costs in self.by_layer.values()
+        )
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -132,11 +135,13 @@ def group_size_indices(space: SearchSpace, configurations: Sequence[Sequence[int
     indices = np.empty_like(chosen)
     for column, (layer, group_sizes) in enumerate(space.group_sizes.items()):
         sizes = np.array(group_sizes)
-        indices[:, column] = np.searchsorted(sizes, chosen[:, column]).clip(max=len(sizes) - 1)
+        ascending = np.argsort(sizes)  # DENSE is the smallest number and the last choice
+        places = np.searchsorted(sizes, chosen[:, column], sorter=ascending).clip(max=len(sizes) - 1)
+        indices[:, column] = ascending[places]
         unknown = chosen[sizes[indices[:, column]] != chosen[:, column], column]
         if len(unknown):
-            listed = ", ".join(map(str, group_sizes))
-            raise InvalidValueError(f"group-size {unknown[0]} of layer {layer!r}: must be one of {listed}")
+            wrong = listed([int(unknown[0])])
+            raise InvalidValueError(f"group-size {wrong} of layer {layer!r}: must be one of {listed(group_sizes)}")
     return indices
 
 
@@ -187,7 +192,8 @@ def peak_activations(model: nn.Module, input_shape: Sequence[int]) -> int:
     """Return the largest input plus output of a layer, in elements, when `model` runs one image of (C, H, W).
 
     Of convolutions and linear layers: a device that runs layer after layer needs at least this beside the weights, and
-    more while a shortcut waits. A SeriesConv2d counts as a bottleneck, which needs the same at any group-size.
+    more while a shortcut waits. A SeriesConv2d counts as a bottleneck, which needs the same at any group-size, or as a
+    dense convolution if its active choice is DENSE.
     """
     return most_held(network_calls(model, input_shape))
 
@@ -207,6 +213,8 @@ def activations(call: Call) -> int:
 def _series_activations(call: Call) -> int:
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
+    if layer.group_size == DENSE:
+        return activations(call)
     before, after = (layer.in_channels * _positions(size) for size in (call.input_size, call.output_size))
     return max(2 * before, before + after, after + prod(call.output_size))
 
@@ -232,6 +240,8 @@ def dense_macs(call: Call) -> int:
 def _series_macs(call: Call, group_size: int) -> int:
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
+    if group_size == DENSE:
+        return dense_macs(call)
     return _bottleneck_macs(layer, group_size, _positions(call.input_size), _positions(call.output_size))
 
 
@@ -239,6 +249,8 @@ def _series_macs_paper(call: Call, group_size: int) -> int:
     """Count with stride and padding on the first 1x1, as in Table 1 of the paper."""
     layer = call.module
     assert isinstance(layer, SeriesConv2d)
+    if group_size == DENSE:
+        return dense_macs(call)
     left, right, top, bottom = layer._padding_both_sides
     before = [
         (size + padding - 1) // stride + 1
@@ -258,14 +270,14 @@ def _series_macs_paper(call: Call, group_size: int) -> int:
 
 
 def _bottleneck_macs(layer: SeriesConv2d, group_size: int, positions_before: int, positions_after: int) -> int:
-    channels = layer.in_channels
-    pointwise_in = positions_before * channels * channels
-    grouped = positions_after * channels * group_size * prod(layer.kernel_size)
-    return pointwise_in + grouped + positions_after * channels * layer.out_channels
+    kernel = prod(layer.kernel_size)
+    return bottleneck_macs(layer.in_channels, layer.out_channels, kernel, group_size, positions_before, positions_after)
 
 
 def _series_parameters(layer: SeriesConv2d, group_size: int) -> int:
     channels = layer.in_channels
+    if group_size == DENSE:
+        return layer.dense_weight.numel()
     return channels * (channels + group_size * prod(layer.kernel_size) + layer.out_channels)
 
 

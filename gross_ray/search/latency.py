@@ -30,7 +30,7 @@ from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import LayerCosts
 from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
 from gross_ray.space import Configuration, SearchSpace
-from gross_ray.supernet.configure import extract, series_layers
+from gross_ray.supernet.configure import extract, largest_decomposed, series_layers
 
 REST = "rest"
 """The part of the table `latencies` that is everything but the decomposed layers; it has no group-size."""
@@ -267,7 +267,7 @@ def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor)
     copies may not fit into memory.
     """
     layers, device = series_layers(supernet), batch.device
-    network = extract(supernet, [layer.group_sizes[-1] for layer in layers.values()]).eval().to(device)
+    network = extract(supernet, largest_decomposed(supernet)).eval().to(device)
     free = {name: _Precomputed() for name in layers}
     handles = [
         network.get_submodule(name).register_forward_hook(stub.record, with_kwargs=True) for name, stub in free.items()

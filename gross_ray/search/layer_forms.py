@@ -17,6 +17,7 @@ from torch import Tensor
 from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
 from gross_ray.search.options import FORMS
+from gross_ray.space import DENSE
 from gross_ray.supernet.series import SeriesConv2d
 
 REPEATS = 3
@@ -42,8 +43,8 @@ class LayerForm:
 
     @classmethod
     def uniform(cls, layer: SeriesConv2d, form: str) -> LayerForm:
-        """Return a LayerForm with the same form at every group-size of `layer`."""
-        return cls(dict.fromkeys(layer.group_sizes, form))
+        """Return a LayerForm with the same form at every group-size of `layer`; DENSE is always dense."""
+        return cls({size: "dense" if size == DENSE else form for size in layer.group_sizes})
 
 
 class Siblings:
@@ -54,7 +55,7 @@ class Siblings:
         self._layer, self.form = layer, form
         dense = [size for size in layer.group_sizes if form.by_size[size] == "dense"]
         self._dense_index = {size: index for index, size in enumerate(dense)}
-        kernels = [layer.bottleneck(size).dense_kernel() for size in dense]
+        kernels = [layer.dense_kernel(size) for size in dense]
         self._kernels = _channels_last(torch.cat(kernels)) if kernels else None
         self._bottlenecks: dict[int, Bottleneck] = {}
         for size in layer.group_sizes:
@@ -110,8 +111,8 @@ def fastest_form(layer: SeriesConv2d, images: Tensor) -> LayerForm:
     together = _seconds(images, lambda: stacked.run(images, sizes))
     one_each = _seconds(images, lambda: [apart.run(images, (size,)) for size in sizes])
     dense = min(together, one_each if one_each < CLEARLY * together else together) / len(sizes)
-    by_size = {}
-    for size in sizes:
+    by_size = {DENSE: "dense"} if DENSE in sizes else {}
+    for size in layer.series_sizes:
         alone = _seconds(images, lambda size=size: bottleneck.run(images, (size,)))  # type: ignore[misc]
         by_size[size] = "bottleneck" if alone < CLEARLY * dense else "dense"
     return LayerForm(by_size, stacked=one_each >= CLEARLY * together)

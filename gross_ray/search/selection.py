@@ -13,7 +13,7 @@ import pandas as pd
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.search.budgets import COSTS, Budget, format_amount
-from gross_ray.space import Configuration, SearchSpace
+from gross_ray.space import Configuration, SearchSpace, listed
 
 
 def supernet_accuracies(configurations: pd.DataFrame) -> pd.DataFrame:
@@ -175,6 +175,5 @@ def uniform(space: SearchSpace, group_size: int) -> Configuration:
     """Return the configuration with `group_size` in every layer; raises InvalidValueError if a layer lacks it."""
     for layer, sizes in space.group_sizes.items():
         if group_size not in sizes:
-            choices = ", ".join(map(str, sizes))
-            raise InvalidValueError(f"group-size {group_size} is not among those of {layer}: {choices}")
+            raise InvalidValueError(f"group-size {group_size} is not among those of {layer}: {listed(sizes)}")
     return Configuration([group_size] * len(space.layers))

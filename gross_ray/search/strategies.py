@@ -17,7 +17,7 @@ import numpy as np
 from gross_ray.errors import GrossRayError, InvalidValueError
 from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.surrogate import Surrogate
-from gross_ray.space import Configuration
+from gross_ray.space import Configuration, ordered
 
 FEW = 100_000
 """A space with at most this many configurations is listed and shuffled; a larger one is drawn from."""
@@ -274,7 +274,7 @@ def _drawn(space: BudgetedSpace, generator: np.random.Generator) -> Iterator[Con
 
 def _starts(space: BudgetedSpace) -> list[Configuration]:
     """Return the uniform configurations that fit, the largest group-size first; if none does, the cheapest one."""
-    sizes = sorted(set.intersection(*(set(each) for each in space.space.group_sizes.values())), reverse=True)
+    sizes = ordered(set.intersection(*(set(each) for each in space.space.group_sizes.values())))[::-1]
     uniform = [Configuration([size] * len(space.space.layers)) for size in sizes]
     for candidates in (uniform, [space.costs[0].cheapest]):
         fits = space.fits(space.indices(candidates))

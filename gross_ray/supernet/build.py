@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from gross_ray.btd.solver import block_term_decompositions, default_restarts
 from gross_ray.errors import InvalidValueError, first_line
 from gross_ray.nn.calls import network_calls
 from gross_ray.nn.replace import replace_modules
+from gross_ray.space import DENSE
 from gross_ray.supernet.layers import choice_of, choose_layers
 from gross_ray.supernet.series import SeriesConv2d
 
@@ -25,6 +26,7 @@ def decompose_model(
     group_sizes: Mapping[str, Sequence[int]] | Sequence[int] | None = None,
     options: BTDOptions = BTDOptions(),  # noqa: B008 (frozen)
     nested: bool = False,
+    keep_dense: bool = False,
     seed: int = 0,
     input_shape: Sequence[int] | None = None,
 ) -> nn.Module:
@@ -32,15 +34,17 @@ def decompose_model(
 
     `layers` are names or globs (default: `decomposable_layers`). `group_sizes` are the sizes to try, for all layers or
     by name or glob; a layer takes the sizes that divide its input channels (default: all powers of two that do). With
-    `nested`, each group-size starts from the expansion of the next smaller one. The network's first convolution stays:
+    `nested`, each group-size starts from the expansion of the next smaller one. With `keep_dense`, each layer may also
+    stay as it is: the choice DENSE, written d. The network's first convolution stays:
     with `input_shape` (C, H, W) the first that a forward pass reaches, otherwise the first registered. `choice_of`
     returns which layers stay, and why. Raises InvalidValueError like `choice_of`, and with `input_shape` also like
     `running_supernet`.
     """
     if isinstance(group_sizes, Mapping):
-        choice = choice_of(model, layers, by_layer=group_sizes, input_shape=input_shape)
+        choice = choice_of(model, layers, by_layer=group_sizes, keep_dense=keep_dense, input_shape=input_shape)
     else:
-        choice = choice_of(model, layers, () if group_sizes is None else group_sizes, input_shape=input_shape)
+        sizes_of_all = () if group_sizes is None else group_sizes
+        choice = choice_of(model, layers, sizes_of_all, keep_dense=keep_dense, input_shape=input_shape)
     chosen, sizes = choice.convs, choice.group_sizes
     if input_shape is not None:
         running_supernet(model, sizes, input_shape)
@@ -49,7 +53,8 @@ def decompose_model(
         weights = [chosen[name].weight for name in names]
         found = _decompose(weights, sizes[names[0]], options, nested=nested, seed=seed)
         bottlenecks |= dict(zip(names, found, strict=True))
-    return build_supernet(model, {name: bottlenecks[name] for name in chosen})
+    dense = [name for name in chosen if DENSE in sizes[name]]
+    return build_supernet(model, {name: bottlenecks[name] for name in chosen}, dense)
 
 
 def _decompose(
@@ -58,7 +63,7 @@ def _decompose(
     """Return each weight's bottlenecks; weights of one shape are decomposed in one pass per group-size."""
     bottlenecks: list[list[Bottleneck]] = [[] for _ in weights]
     starts: Sequence[BlockTerms | None] = [None] * len(weights)
-    for size in sorted(group_sizes):
+    for size in sorted({*group_sizes} - {DENSE}):
         found = block_term_decompositions(weights, size, options=options, starts=starts, seeds=[seed] * len(weights))
         starts = found if nested else starts
         for series, terms in zip(bottlenecks, found, strict=True):
@@ -76,12 +81,19 @@ def _batches(convs: Mapping[str, nn.Conv2d], group_sizes: Mapping[str, Sequence[
     return list(alike.values())
 
 
-def build_supernet(model: nn.Module, bottlenecks: Mapping[str, Sequence[Bottleneck]]) -> nn.Module:
-    """Return a copy of `model` with the series of `bottlenecks` in place of the named convolutions."""
+def build_supernet(
+    model: nn.Module, bottlenecks: Mapping[str, Sequence[Bottleneck]], dense: Collection[str] = ()
+) -> nn.Module:
+    """Return a copy of `model` with the series of `bottlenecks` in place of the named convolutions.
+
+    The layers in `dense` may also stay as they are, and need no bottlenecks.
+    """
     convs = choose_layers(model, list(bottlenecks))
-    return replace_modules(
-        model, {name: SeriesConv2d.from_bottlenecks(convs[name], bottlenecks[name]) for name in convs}
-    )
+    series = {
+        name: SeriesConv2d.from_bottlenecks(conv, bottlenecks[name], keep_dense=name in dense)
+        for name, conv in convs.items()
+    }
+    return replace_modules(model, series)
 
 
 def empty_supernet(model: nn.Module, group_sizes: Mapping[str, Sequence[int]]) -> nn.Module:

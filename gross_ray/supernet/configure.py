@@ -20,6 +20,11 @@ def series_layers(supernet: nn.Module) -> dict[str, SeriesConv2d]:
     return found
 
 
+def largest_decomposed(supernet: nn.Module) -> Configuration:
+    """Return the configuration of the largest group-sizes: DENSE only for a layer without any."""
+    return Configuration([(layer.series_sizes or layer.group_sizes)[-1] for layer in series_layers(supernet).values()])
+
+
 def set_configuration(supernet: nn.Module, configuration: Sequence[int]) -> None:
     """Activate `configuration`; raises InvalidValueError (and changes nothing) if it is not in the search space."""
     checked = SearchSpace.of(supernet).check(configuration)

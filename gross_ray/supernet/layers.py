@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from math import prod
 
 from torch import nn
 
+from gross_ray.btd.bottleneck import bottleneck_macs
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.calls import network_calls
+from gross_ray.space import DENSE, listed
 
 _MOST_NAMED = 8
 """Most names in an error; of more, it lists the closest."""
@@ -26,11 +29,11 @@ class LayerChoice:
     convs: dict[str, nn.Conv2d]
     """The decomposed convolutions by name, in layer order."""
     group_sizes: dict[str, tuple[int, ...]]
-    """Their group-sizes, ascending."""
+    """Their choices: group-sizes, ascending, and DENSE last where the layer may stay as it is."""
     left_alone: dict[str, str]
     """Why each other convolution is left alone, by name."""
     dropped: dict[str, str]
-    """For each decomposed layer, the requested group-sizes that it cannot have, and why."""
+    """For each decomposed layer, the group-sizes that it cannot have or that do not pay, and why."""
 
 
 def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -95,39 +98,43 @@ def choice_of(
     sizes: Sequence[int] = (),
     by_layer: Mapping[str, Sequence[int]] | None = None,
     *,
+    keep_dense: bool = False,
     input_shape: Sequence[int] | None = None,
 ) -> LayerChoice:
     """Choose the layers to decompose and their group-sizes, and say why each other convolution is left alone.
 
     `names` selects layers as in `choose_layers`. Each layer takes those of `sizes` that divide its input channels;
     `by_layer` replaces `sizes` for single layers, by name or glob, and the first match counts. Without sizes a layer
-    takes all of `default_group_sizes`. A layer that no size divides is left alone, unless `names` or `by_layer` names
-    it. With `input_shape` (C, H, W), the first convolution, which globs never match, is the first that the forward
-    pass reaches instead of the first registered, and layers that it never reaches are left alone. Raises
-    InvalidValueError like `choose_layers`; for a named layer that no size divides or the forward pass never reaches;
-    for group-sizes that are not whole numbers above 0, or do not divide each other; for a name in `by_layer` that no
-    layer has; if no layer remains; and if the network cannot run such an image.
+    takes all of `default_group_sizes`. With `keep_dense`, DENSE is a choice of each layer, and of the default sizes a
+    layer takes those that need fewer MACs than its original convolution (only with `input_shape`). A layer that no size
+    divides, or for which none pays, is left alone, unless `names` or `by_layer` names it. With `input_shape` (C, H, W),
+    the first convolution, which globs never match, is the first that the forward pass reaches instead of the first
+    registered, and layers that it never reaches are left alone. Raises InvalidValueError like `choose_layers`; for a
+    named layer without a group-size or that the forward pass never reaches; for group-sizes that are not whole numbers
+    above 0, or do not divide each other; for a name in `by_layer` that no layer has; if no layer remains; and if the
+    network cannot run such an image.
     """
     reached = _Reached.of(model, input_shape)
     convs = _choose(model, names, reached)
+    paying = _paying_sizes(model, convs, input_shape) if keep_dense and input_shape is not None else {}
     sizes = _whole_numbers(sizes)
     own = _sizes_by_layer(convs, {name: _whole_numbers(values) for name, values in (by_layer or {}).items()})
     group_sizes, dropped, left_alone = {}, {}, _reasons(model, convs, reached)
     for name, conv in convs.items():
         requested = own.get(name, sizes)
-        fitting = tuple(sorted({size for size in requested if conv.in_channels % size == 0}))
-        for smaller, larger in pairwise(fitting):
-            if larger % smaller:
-                raise InvalidValueError(
-                    f"layer {name!r}: group-sizes {_listed(fitting)}: {smaller} does not divide {larger}, and in a "
-                    "series each must divide the next; omit one (decomposition.layer_group_sizes, --layer-group-sizes)"
-                )
-        if fitting or not requested:
-            group_sizes[name] = fitting or default_group_sizes(conv.in_channels)
+        fitting = _fitting_sizes(name, conv, requested)
+        usual = default_group_sizes(conv.in_channels)
+        chosen = fitting or (() if requested else paying.get(name, usual))
+        if chosen:
+            group_sizes[name] = (*chosen, DENSE) if keep_dense else chosen
             if rest := sorted(set(requested).difference(fitting)):
-                dropped[name] = f"group-sizes {_listed(rest)}: no divisor of {conv.in_channels} input channels"
+                dropped[name] = f"group-sizes {listed(rest)}: no divisor of {conv.in_channels} input channels"
+            elif not requested and (rest := sorted(set(usual).difference(chosen))):
+                dropped[name] = f"group-sizes {listed(rest)}: no fewer MACs than the original layer"
             continue
-        left_alone[name] = f"none of the group-sizes {_listed(requested)} divides its {conv.in_channels} input channels"
+        left_alone[name] = f"none of the group-sizes {listed(requested)} divides its {conv.in_channels} input channels"
+        if not requested:
+            left_alone[name] = "no group-size needs fewer MACs than it"
         if name in (names or ()) or name in own:
             raise InvalidValueError(f"layer {name!r}: {left_alone[name]}; name other group-sizes or leave it out")
     if not group_sizes:
@@ -145,6 +152,37 @@ def choice_of(
 def default_group_sizes(in_channels: int) -> tuple[int, ...]:
     """Return the powers of two that divide `in_channels` (section 4.2: all that do not exceed it)."""
     return tuple(2**power for power in range(in_channels.bit_length()) if in_channels % 2**power == 0)
+
+
+def _fitting_sizes(name: str, conv: nn.Conv2d, requested: Sequence[int]) -> tuple[int, ...]:
+    """Return the requested sizes that divide the layer's channels; raises InvalidValueError if they form no series."""
+    fitting = tuple(sorted({size for size in requested if conv.in_channels % size == 0}))
+    for smaller, larger in pairwise(fitting):
+        if larger % smaller:
+            raise InvalidValueError(
+                f"layer {name!r}: group-sizes {listed(fitting)}: {smaller} does not divide {larger}, and in a series "
+                "each must divide the next; omit one (decomposition.layer_group_sizes, --layer-group-sizes)"
+            )
+    return fitting
+
+
+def _paying_sizes(
+    model: nn.Module, convs: Mapping[str, nn.Conv2d], input_shape: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Return each layer's default group-sizes whose bottleneck needs fewer MACs than the original convolution."""
+    calls = network_calls(model, input_shape)
+    paying = {}
+    for name, conv in convs.items():
+        own = [call for call in calls if call.module is conv]
+        before = sum(call.input_size[0] * prod(call.input_size[2:]) for call in own)
+        after = sum(call.output_size[0] * prod(call.output_size[2:]) for call in own)
+        channels, outputs, kernel = conv.in_channels, conv.out_channels, prod(conv.kernel_size)
+        paying[name] = tuple(
+            size
+            for size in default_group_sizes(channels)
+            if bottleneck_macs(channels, outputs, kernel, size, before, after) < after * conv.weight.numel()
+        )
+    return paying
 
 
 def _whole_numbers(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -258,10 +296,6 @@ def _known_names(name: str, known: Mapping[str, object]) -> str:
     if len(known) <= _MOST_NAMED:
         return f"known names: {', '.join(known)}"
     return f"closest names: {', '.join(difflib.get_close_matches(name, known, _MOST_NAMED, cutoff=0.0))}"
-
-
-def _listed(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes))
 
 
 def _other_names(model: nn.Module, glob: str, known: Mapping[str, nn.Module]) -> str | None:

@@ -20,6 +20,8 @@ class DecompositionOptions(BTDOptions):
     """Group-sizes to try, if they divide a layer's input channels; empty: the powers of two that do."""
     layer_group_sizes: tuple[str, ...] = ()
     """Other group-sizes for single layers, like "layer4.*=16,32" (a name or glob); the first match counts."""
+    keep_dense: bool = False
+    """Let each layer also stay as it is: the choice d in a configuration, like 1-d-16, and 0 in the tables."""
     nested: bool = False
     """Start each group-size from the expansion of the next smaller one (one after the other), not on its own."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -13,55 +14,69 @@ from torch import Tensor, nn
 from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.btd.expansion import sum_of_expansions
 from gross_ray.errors import InvalidValueError
+from gross_ray.space import DENSE, listed, ordered
 
 
 class SeriesConv2d(nn.Module):
     """A convolution whose bottleneck at group-size s_n is the sum of the first n terms of a series (Eq. 6).
 
     The n-th terms are the differences p_n, r_n, q_n to the next smaller group-size (Eq. 7), so that a step at a large
-    group-size trains the smaller ones too. `group_size` is the active one. Stride, padding and dilation belong to the
-    grouped convolution. Input (N, C_in, H, W) and output (N, C_out, H', W') are those of the replaced convolution.
+    group-size trains the smaller ones too. `group_size` is the active one. If DENSE is among the group-sizes, the
+    original convolution is a choice beside the series: its weight is a frozen buffer, which the state dict leaves out.
+    Stride, padding and dilation belong to the grouped convolution. Input (N, C_in, H, W) and output (N, C_out, H', W')
+    are those of the replaced convolution.
     """
 
+    dense_weight: Tensor
+    """(C_out, C_in, kH, kW): the original weight; None without DENSE."""
+
     def __init__(self, conv: nn.Conv2d, group_sizes: Iterable[int]) -> None:
-        """Make a series of zeros in place of `conv`; `from_bottlenecks` fills it.
+        """Make a series of zeros in place of `conv`; `from_bottlenecks` fills it. `group_sizes` may include DENSE.
 
         Raises InvalidValueError for a grouped convolution, or if a group-size does not divide the next.
         """
         super().__init__()
-        self.group_sizes = tuple(sorted(set(group_sizes)))
-        _check_series(conv, self.group_sizes)
+        self.group_sizes = ordered(group_sizes)
+        """All choices: the group-sizes of the series, ascending, and DENSE last if it is one."""
+        self.series_sizes = tuple(size for size in self.group_sizes if size != DENSE)
+        """The group-sizes of the series, ascending."""
+        _check_series(conv, self.series_sizes, alone=DENSE not in self.group_sizes)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size = cast(tuple[int, int], conv.kernel_size)
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.padding_mode = conv.padding_mode
         self._padding_both_sides = conv._reversed_padding_repeated_twice
-        self._active = self.group_sizes[-1]
+        self._active = (self.series_sizes or self.group_sizes)[-1]
         channels = conv.in_channels
 
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=conv.weight.dtype, device=conv.weight.device))
 
-        self.pointwise_in = nn.ParameterList(zeros(channels, channels, 1, 1) for _ in self.group_sizes)
-        self.grouped = nn.ParameterList(zeros(channels, size, *self.kernel_size) for size in self.group_sizes)
-        self.pointwise_out = nn.ParameterList(zeros(conv.out_channels, channels, 1, 1) for _ in self.group_sizes)
+        self.pointwise_in = nn.ParameterList(zeros(channels, channels, 1, 1) for _ in self.series_sizes)
+        self.grouped = nn.ParameterList(zeros(channels, size, *self.kernel_size) for size in self.series_sizes)
+        self.pointwise_out = nn.ParameterList(zeros(conv.out_channels, channels, 1, 1) for _ in self.series_sizes)
+        dense = conv.weight.detach().clone() if DENSE in self.group_sizes else None
+        self.register_buffer("dense_weight", dense, persistent=False)
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone())
 
     @classmethod
-    def from_bottlenecks(cls, conv: nn.Conv2d, bottlenecks: Iterable[Bottleneck]) -> SeriesConv2d:
-        """Return the series that equals each bottleneck at its group-size (Eq. 7).
+    def from_bottlenecks(
+        cls, conv: nn.Conv2d, bottlenecks: Iterable[Bottleneck], *, keep_dense: bool = False
+    ) -> SeriesConv2d:
+        """Return the series that equals each bottleneck at its group-size (Eq. 7), with `keep_dense` also at DENSE.
 
         The differences are computed in the bottlenecks' dtype and stored in that of `conv`, whose bias is kept. Raises
         InvalidValueError for bottlenecks of another convolution, or two of the same group-size.
         """
-        ordered = sorted(bottlenecks, key=lambda bottleneck: bottleneck.group_size)
-        series = cls(conv, [bottleneck.group_size for bottleneck in ordered])
-        _check_bottlenecks(conv, ordered)
+        ascending = sorted(bottlenecks, key=lambda bottleneck: bottleneck.group_size)
+        sizes = [bottleneck.group_size for bottleneck in ascending]
+        series = cls(conv, [*sizes, DENSE] if keep_dense else sizes)
+        _check_bottlenecks(conv, ascending)
         with torch.no_grad():
-            for n, bottleneck in enumerate(ordered):
+            for n, bottleneck in enumerate(ascending):
                 terms = (bottleneck.pointwise_in, bottleneck.grouped, bottleneck.pointwise_out)
                 if n:
-                    smaller = ordered[n - 1].expand(bottleneck.group_size)
+                    smaller = ascending[n - 1].expand(bottleneck.group_size)
                     before = (smaller.pointwise_in, smaller.grouped, smaller.pointwise_out)
                     terms = cast(
                         tuple[Tensor, Tensor, Tensor], tuple(a - b for a, b in zip(terms, before, strict=True))
@@ -77,18 +92,20 @@ class SeriesConv2d(nn.Module):
 
     @group_size.setter
     def group_size(self, group_size: int) -> None:
-        self._check_group_size(group_size)
+        _check_choice(group_size, self.group_sizes)
         self._active = group_size
 
     def bottleneck(self, group_size: int) -> Bottleneck:
         """Return the sum of the series up to `group_size` (Eq. 6), differentiable."""
-        self._check_group_size(group_size)
-        count = self.group_sizes.index(group_size) + 1
+        _check_choice(group_size, self.series_sizes)
+        count = self.series_sizes.index(group_size) + 1
         pointwise_in, grouped, pointwise_out = (list(terms)[:count] for terms in self._terms())
         return Bottleneck(_total(pointwise_in), sum_of_expansions(grouped), _total(pointwise_out))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Run the bottleneck of the active group-size; the argument has the same name as nn.Conv2d's."""
+        """Run the active choice, a bottleneck or the original; the argument has the same name as nn.Conv2d's."""
+        if self._active == DENSE:
+            return self.convolve_dense(input, self.dense_weight, self.bias)
         weights = self.bottleneck(self._active)
         return self.convolve(input, weights.pointwise_in, weights.grouped, weights.pointwise_out)
 
@@ -99,23 +116,34 @@ class SeriesConv2d(nn.Module):
         hidden = F.conv2d(hidden, grouped, None, self.stride, padding, self.dilation, groups)
         return F.conv2d(hidden, pointwise_out, self.bias)
 
+    def convolve_dense(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run a dense convolution with this layer's stride, padding and dilation."""
+        images, padding = self.padded(images)
+        return F.conv2d(images, weight, bias, self.stride, padding, self.dilation)
+
+    def dense_kernel(self, choice: int) -> Tensor:
+        """Return the kernel (C_out, C_in, kH, kW) of the dense convolution that a choice equals."""
+        return self.dense_weight if choice == DENSE else self.bottleneck(choice).dense_kernel()
+
     def padded(self, images: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
         """Return the grouped convolution's input, padded unless with zeros, and the padding that F.conv2d must add."""
         if self.padding_mode == "zeros":
             return images, self.padding
         return F.pad(images, self._padding_both_sides, mode=self.padding_mode), (0, 0)
 
-    def to_modules(self, group_size: int) -> nn.Sequential:
-        """Return the bottleneck at `group_size` as three plain torch.nn.Conv2d."""
+    def to_modules(self, group_size: int) -> nn.Sequential | nn.Conv2d:
+        """Return the bottleneck at `group_size` as three plain torch.nn.Conv2d; at DENSE the original as one."""
+        geometry: dict[str, Any] = {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "padding_mode": self.padding_mode,
+        }
+        if group_size == DENSE:
+            _check_choice(DENSE, self.group_sizes)
+            return _plain_conv(self.dense_weight, self.bias, **geometry)
         bottleneck = self.bottleneck(group_size)
-        grouped = _plain_conv(
-            bottleneck.grouped,
-            groups=self.in_channels // group_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            padding_mode=self.padding_mode,
-        )
+        grouped = _plain_conv(bottleneck.grouped, groups=self.in_channels // group_size, **geometry)
         return nn.Sequential(
             OrderedDict(
                 pointwise_in=_plain_conv(bottleneck.pointwise_in),
@@ -126,7 +154,7 @@ class SeriesConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the layer's text in `print(model)`."""
-        sizes = ", ".join(map(str, self.group_sizes))
+        sizes = listed(self.group_sizes)
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, group_sizes=({sizes})"
 
     def series_parameters(self) -> list[nn.Parameter]:
@@ -136,10 +164,12 @@ class SeriesConv2d(nn.Module):
     def _terms(self) -> tuple[nn.ParameterList, nn.ParameterList, nn.ParameterList]:
         return self.pointwise_in, self.grouped, self.pointwise_out
 
-    def _check_group_size(self, group_size: int) -> None:
-        if group_size not in self.group_sizes:
-            choices = ", ".join(map(str, self.group_sizes))
-            raise InvalidValueError(f"group-size {group_size} is not in this layer's series; choose one of: {choices}")
+
+def _check_choice(choice: int, choices: tuple[int, ...]) -> None:
+    if choice not in choices:
+        raise InvalidValueError(
+            f"group-size {listed([choice])} is not in this layer's series; choose one of: {listed(choices)}"
+        )
 
 
 def _total(terms: list[nn.Parameter]) -> Tensor:
@@ -173,14 +203,14 @@ def _check_bottlenecks(conv: nn.Conv2d, ordered: list[Bottleneck]) -> None:
         )
 
 
-def _check_series(conv: nn.Conv2d, group_sizes: tuple[int, ...]) -> None:
+def _check_series(conv: nn.Conv2d, group_sizes: tuple[int, ...], *, alone: bool) -> None:
     if conv.groups != 1:
         raise InvalidValueError(
             f"groups = {conv.groups} of {conv.in_channels} input channels: only a convolution with groups=1 can be "
             "decomposed"
         )
-    if not group_sizes:
+    if not group_sizes and alone:
         raise InvalidValueError("group-sizes (): a series needs one or more")
-    for smaller, larger in zip(group_sizes, (*group_sizes[1:], conv.in_channels), strict=True):
+    for smaller, larger in pairwise((*group_sizes, conv.in_channels)):
         if smaller < 1 or larger % smaller:
             raise InvalidValueError(f"group-size {smaller} must divide {larger}, the next group-size or C_in")

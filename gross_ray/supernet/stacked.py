@@ -23,13 +23,14 @@ class StackedSeries(nn.Module):
     """A series whose terms are three tensors, so that the graph is the same for every active group-size.
 
     Psi (Eq. 5) extends the terms with zeros to the largest group-size, so Eq. 6 is a product with `active`: 1 for each
-    term of the sum, 0 for the others. All are empty until `torch.func.functional_call` supplies tensors:
-    `pointwise_in` (K, C_in, C_in, 1, 1), `grouped` (K, C_in, G, kH, kW), `pointwise_out` (K, C_out, C_in, 1, 1) and
-    `active` (K,).
+    term of the sum, 0 for the others. With none active, the original convolution (DENSE) runs. All are empty until
+    `torch.func.functional_call` supplies tensors: `pointwise_in` (K, C_in, C_in, 1, 1), `grouped` (K, C_in, G, kH, kW),
+    `pointwise_out` (K, C_out, C_in, 1, 1) and `active` (K,).
     """
 
     blocks: Tensor
     active: Tensor
+    dense_weight: Tensor | None
     pointwise_in: nn.Parameter
     grouped: nn.Parameter
     pointwise_out: nn.Parameter
@@ -37,9 +38,10 @@ class StackedSeries(nn.Module):
     def __init__(self, series: SeriesConv2d) -> None:
         """Take the geometry and the bias of `series`, but not its terms."""
         super().__init__()
-        self.group_sizes, self.out_channels = series.group_sizes, series.out_channels
+        self.group_sizes, self.out_channels = series.series_sizes, series.out_channels
         self.in_channels, self.kernel_size = series.in_channels, series.kernel_size
-        self._convolve = series.convolve
+        self._convolve, self._convolve_dense = series.convolve, series.convolve_dense
+        self.register_buffer("dense_weight", series.dense_weight, persistent=False)
         like = series.grouped[0]
         for name in TERMS:
             self.register_parameter(name, nn.Parameter(torch.empty(0, dtype=like.dtype, device=like.device)))
@@ -50,9 +52,13 @@ class StackedSeries(nn.Module):
         self.register_buffer("blocks", blocks[..., None, None].to(like), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Run the bottleneck that is the sum of the active terms (Eq. 6)."""
+        """Run the bottleneck that is the sum of the active terms (Eq. 6), or the original convolution."""
         terms = (self.pointwise_in, self.grouped * self.blocks, self.pointwise_out)
-        return self._convolve(images, *((self.active @ term.flatten(1)).view(term.shape[1:]) for term in terms))
+        output = self._convolve(images, *((self.active @ term.flatten(1)).view(term.shape[1:]) for term in terms))
+        if self.dense_weight is None:
+            return output
+        is_dense = 1 - self.active[0]  # the first term belongs to the sum at every group-size
+        return output + self._convolve_dense(images, self.dense_weight * is_dense, None)
 
     def stack(self, terms: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """Return one supernet's terms of this layer, smallest group-size first, as stacked tensors."""
@@ -128,7 +134,7 @@ class SupernetStack:
         masks = {}
         for index, (name, series) in enumerate(self.layers.items()):
             sizes = torch.tensor(series.group_sizes)
-            masks[f"{name}.active"] = (sizes <= chosen[..., index, None]).to(series.active)
+            masks[f"{name}.active"] = (sizes <= chosen[..., index, None]).to(series.active)  # of DENSE: none
         return [{name: mask[step] for name, mask in masks.items()} for step in range(len(chosen))]
 
     def select(self, members: Sequence[int]) -> None:

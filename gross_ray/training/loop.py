@@ -6,7 +6,7 @@ All random numbers of an epoch come from (seed, epoch), so a resumed training eq
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -184,7 +184,8 @@ class _Steps:
         value, gradients = _gradients(loss, trained, inputs, labels, part, self._engine.precision)
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
-        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+        known = [gradient for gradient in gradients if gradient is not None]
+        norm = torch.nn.utils.get_total_norm(known) if known else torch.zeros_like(value)
         self._optimizer.step()
         return value, norm
 
@@ -226,7 +227,9 @@ def _gradients(
             value = loss(inputs_part, labels_part)
         if len(inputs_part) < len(inputs):
             value = value * (len(inputs_part) / len(inputs))
-        of_part = torch.autograd.grad(value, parameters, allow_unused=True)
+        of_part: Sequence[Tensor | None] = [None] * len(parameters)
+        if value.requires_grad:  # not where every decomposed layer runs its original convolution
+            of_part = torch.autograd.grad(value, parameters, allow_unused=True)
         gradients = [_sum(so_far, more) for so_far, more in zip(gradients, of_part, strict=True)]
         total = _sum(total, value.detach())
     assert total is not None

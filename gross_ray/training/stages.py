@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gross_ray.data.image_set import Splits
 from gross_ray.errors import InvalidValueError
-from gross_ray.supernet.configure import series_layers, set_configuration
+from gross_ray.supernet.configure import largest_decomposed, series_layers, set_configuration
 from gross_ray.training.loop import FLOAT32, CheckpointSlot, EpochRecord, accuracy, train
 from gross_ray.training.options import EngineOptions, Schedule
 from gross_ray.training.sampling import ConfigurationSampler
@@ -145,11 +145,10 @@ def finetune(
     with `sampler` that of the largest group-sizes.
     """
     parameters = freeze_all_but_series(supernet)
-    largest = [layer.group_sizes[-1] for layer in series_layers(supernet).values()]
 
     def measure() -> float:
         if sampler is not None:
-            set_configuration(supernet, largest)
+            set_configuration(supernet, largest_decomposed(supernet))
         return accuracy(supernet, splits.validation)
 
     return train(

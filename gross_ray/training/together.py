@@ -23,7 +23,7 @@ from gross_ray.errors import DivergedError, InvalidValueError, one_line
 from gross_ray.nn.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
 from gross_ray.space import SearchSpace
-from gross_ray.supernet.configure import series_layers, set_configuration
+from gross_ray.supernet.configure import largest_decomposed, series_layers, set_configuration
 from gross_ray.supernet.stacked import SupernetStack
 from gross_ray.training.capture import CapturedStep, captures
 from gross_ray.training.draws import EpochDraws, dropout_by
@@ -198,7 +198,7 @@ def _epochs(
             finite.append(column)
             member, supernet = steps.members[column], steps.stack.write_back(column)
             if stage.targets is None:
-                set_configuration(supernet, [layer.group_sizes[-1] for layer in series_layers(supernet).values()])
+                set_configuration(supernet, largest_decomposed(supernet))
             record = EpochRecord(
                 epoch=epoch + 1,
                 lr=lr,

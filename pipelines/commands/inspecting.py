@@ -19,6 +19,7 @@ def inspect(
     layers: Sequence[str],
     group_sizes: Sequence[int],
     layer_group_sizes: Sequence[str],
+    keep_dense: bool,
     image_size: int,
     num_classes: int,
 ) -> None:
@@ -26,5 +27,5 @@ def inspect(
     network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
     shape = (3, image_size, image_size)
     by_layer = parse_layer_group_sizes(layer_group_sizes)
-    choice = choice_of(network, layers, group_sizes, by_layer, input_shape=shape)
+    choice = choice_of(network, layers, group_sizes, by_layer, keep_dense=keep_dense, input_shape=shape)
     click.echo("\n\n".join(map(as_text, inspection(network, choice, shape))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from gross_ray.run.opened import Run
 from gross_ray.run.progress import finished_units
 from gross_ray.run.store import RunStore
 from gross_ray.seeds import derive_seed
+from gross_ray.space import DENSE
 from gross_ray.supernet.layers import by_reason
 from pipelines.stages import supernets
 from pipelines.stages.base import Driver
@@ -73,14 +74,19 @@ def plan(run: Run) -> Sequence[Decomposition | Chain]:
 def _plan(run: Run) -> Sequence[Decomposition | Chain]:
     experiment = run.experiment
     seeds = range(max(experiment.supernet.seeds, experiment.sweep.seeds if supernets.swept(run) else 0))
+    sizes = decomposed_sizes(run)
     if not experiment.decomposition.nested:
-        sizes = run.space.group_sizes
         return [unit(run, layer, size, seed) for layer in sizes for seed in seeds for size in sizes[layer]]
     return [
-        Chain(layer=layer, group_sizes=sizes, seed=seed, cost=sum(_cost(run, layer, size) for size in sizes))
-        for layer, sizes in run.space.group_sizes.items()
+        Chain(layer=layer, group_sizes=chain, seed=seed, cost=sum(_cost(run, layer, size) for size in chain))
+        for layer, chain in sizes.items()
         for seed in seeds
     ]
+
+
+def decomposed_sizes(run: Run) -> dict[str, tuple[int, ...]]:
+    """Return the group-sizes of each layer: its choices but DENSE."""
+    return {layer: tuple(size for size in sizes if size != DENSE) for layer, sizes in run.space.group_sizes.items()}
 
 
 def unit(run: Run, layer: str, group_size: int, seed: int) -> Decomposition:
@@ -136,7 +142,7 @@ def work(context: Context, unit: Decomposition | Chain) -> str:
     return f"error {terms.relative_error:.4f}, {terms.steps} steps"
 
 
-def supernet_terms(run: Run, group_sizes: Mapping[str, Iterable[int]], seed: int) -> dict[str, list[BlockTerms]]:
+def supernet_terms(run: Run, seed: int) -> dict[str, list[BlockTerms]]:
     """Return the stored decompositions of a supernet by layer, in the order of the group-sizes."""
     nested = run.experiment.decomposition.nested
     return {
@@ -144,7 +150,7 @@ def supernet_terms(run: Run, group_sizes: Mapping[str, Iterable[int]], seed: int
             load_terms(run.store, Decomposition(layer=layer, group_size=size, seed=seed, nested=nested))
             for size in sizes
         ]
-        for layer, sizes in group_sizes.items()
+        for layer, sizes in decomposed_sizes(run).items()
     }
 
 

@@ -13,6 +13,7 @@ from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
 from gross_ray.search.timing import timed_device
 from gross_ray.seeds import derived_generator
+from gross_ray.space import listed
 from gross_ray.supernet.build import empty_supernet
 
 STAGE = "latency"
@@ -61,7 +62,7 @@ def put(run: Run, model: LatencyModel) -> None:
 
 
 def _listed(group_sizes: Mapping[str, Sequence[int]]) -> str:
-    return "; ".join(f"{name} at {', '.join(map(str, sizes))}" for name, sizes in group_sizes.items())
+    return "; ".join(f"{name} at {listed(sizes)}" for name, sizes in group_sizes.items())
 
 
 def in_force(run: Run) -> LatencyModel | None:

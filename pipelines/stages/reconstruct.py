@@ -9,6 +9,7 @@ from torch import nn
 
 from gross_ray.run.opened import Run
 from gross_ray.run.progress import finished_units
+from gross_ray.space import DENSE
 from gross_ray.supernet.build import build_supernet
 from gross_ray.training.stages import reconstruct
 from gross_ray.training.together import reconstruct_together
@@ -66,6 +67,7 @@ def work_on_group(context: Context, group: Group) -> str:
 def _decomposed(context: Context, unit: Supernet) -> nn.Module:
     """Return the supernet built from a unit's decompositions, on the context's device."""
     run = context.run
-    terms = decompose.supernet_terms(run, run.space.group_sizes, unit.seed)
+    terms = decompose.supernet_terms(run, unit.seed)
     bottlenecks = {name: [term.to_bottleneck() for term in terms[name]] for name in terms}
-    return build_supernet(run.base.network, bottlenecks).to(context.device)
+    dense = [name for name, sizes in run.space.group_sizes.items() if DENSE in sizes]
+    return build_supernet(run.base.network, bottlenecks, dense).to(context.device)

@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import MissingStageError
 from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
+from gross_ray.run.limits import limits
 from gross_ray.run.opened import Run, save_supernet, validation_unit
 from gross_ray.run.progress import finished_units, history_unit
-from gross_ray.search.budgets import Budget
-from gross_ray.search.cost import configuration_macs, count_parameters
+from gross_ray.search.cost import COUNTED, layer_costs
 from gross_ray.search.selection import uniform
 from gross_ray.seeds import derive_seed
-from gross_ray.space import Configuration
+from gross_ray.space import DENSE, Configuration
 from gross_ray.supernet.build import build_supernet
 from gross_ray.training.loop import EpochRecord, accuracy
 from gross_ray.training.stages import finetune, reconstruct
@@ -63,8 +64,8 @@ def selected_configurations(run: Run) -> list[Configuration]:
     if set(selections["budget"]) != budgets or unfinished:
         raise MissingStageError(f"nothing is selected yet in {run.store.storage}: run `gross search` on it first")
     options, chosen = run.experiment.search, selections["configuration"].tolist()
-    for text in options.limits:
-        chosen += search.best(run, Budget.parse_all(text), options.top)["configuration"].tolist()
+    for budgets_of_limit in limits(run.store):
+        chosen += search.best(run, budgets_of_limit, options.top)["configuration"].tolist()
     return list(dict.fromkeys(map(Configuration.parse, chosen)))
 
 
@@ -131,19 +132,22 @@ def _do(driver: Driver, shown: str, units: Sequence[Validation]) -> None:
 
 
 def _decompositions(run: Run, unit: Validation) -> list[decompose.Decomposition]:
-    """Return the decompositions of a unit's configuration, in the order of the layers."""
+    """Return the decompositions of a unit's configuration, in the order of the layers; DENSE needs none."""
     pairs = zip(run.space.layers, unit.configuration, strict=True)
-    return [decompose.unit(run, layer, size, unit.seed) for layer, size in pairs]
+    return [decompose.unit(run, layer, size, unit.seed) for layer, size in pairs if size != DENSE]
 
 
 def work(context: Context, unit: Validation) -> str:
     """Reconstruct and fine-tune one configuration from its decompositions, and measure it."""
     run, store, splits = context.run, context.store, context.splits
     terms = _decompositions(run, unit)
-    bottlenecks = {term.layer: [decompose.load_terms(store, term).to_bottleneck()] for term in terms}
-    network = build_supernet(run.base.network, bottlenecks).to(context.device)
+    bottlenecks: dict[str, list[Bottleneck]] = {layer: [] for layer in run.space.layers}
+    for term in terms:
+        bottlenecks[term.layer].append(decompose.load_terms(store, term).to_bottleneck())
+    dense = [layer for layer, found in bottlenecks.items() if not found]
+    network = build_supernet(run.base.network, bottlenecks, dense).to(context.device)
     slots = {name: EpochSlot(store, f"{NAME}-{name}", unit.name) for name in ("reconstruct", "finetune")}
-    rows = _train(context, unit, network, slots)
+    rows = _train(context, unit, network, slots) if terms else []  # the original network has no series to train
     if run.experiment.engine.recalibrate:
         recalibrate(network, map(splits.train.as_inputs, calibration_batches(calibration_images(splits.train))))
     test_accuracy = accuracy(network, splits.test)
@@ -154,9 +158,7 @@ def work(context: Context, unit: Validation) -> str:
         **unit.values(),
         "val_accuracy": val_accuracy,
         "test_accuracy": test_accuracy,
-        "macs": configuration_macs(network, unit.configuration, run.base.input_shape),
-        "macs_paper": configuration_macs(network, unit.configuration, run.base.input_shape, convention="paper"),
-        "parameters": count_parameters(network),
+        **{name: int(layer_costs(network, run.base.input_shape, name).of_one(unit.configuration)) for name in COUNTED},
     }
     store.write_table("validations", unit.name, [row])
     for slot in slots.values():

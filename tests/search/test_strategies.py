@@ -13,7 +13,7 @@ from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import LayerCosts
 from gross_ray.search.strategies import STRATEGIES, BreadthFirst, Random, Strategy, Surrogated, strategy
-from gross_ray.space import Configuration, SearchSpace
+from gross_ray.space import DENSE, Configuration, SearchSpace
 
 SIZES = (1, 2, 4, 8, 16)
 SPACE = SearchSpace({"conv2": SIZES, "conv3": SIZES, "conv4": SIZES})
@@ -38,6 +38,20 @@ def searched(found: Strategy, batch: int, most: int = 10**9) -> list[Configurati
         proposed += batch_of
         found.learn({one: accuracy(one) for one in batch_of})
     return proposed
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_layers_may_stay_dense(name: str) -> None:
+    space = SearchSpace({"conv2": (1, 4, DENSE), "conv3": (1, 4), "conv4": (1, 4, DENSE)})
+    parts = {layer: {size: float(size or 9) for size in sizes} for layer, sizes in space.group_sizes.items()}
+    budgeted = BudgetedSpace(space, [LayerCosts("macs", 0.0, parts)], [Budget("macs", 17.0)])
+    found, proposed = strategy(name, budgeted, 0), []
+    while batch := found.propose(4):
+        proposed += batch
+        found.learn({one: 0.5 + 0.01 * sum(size or 9 for size in one) for one in batch})
+    assert len(proposed) == len(set(proposed))
+    assert set(proposed) == {one for one in space if sum(size or 9 for size in one) <= 17}
+    assert any(DENSE in one for one in proposed)
 
 
 @pytest.mark.parametrize("limit", [None, 60.0, 17.0])

@@ -114,7 +114,7 @@ def test_extracting_does_not_depend_on_the_active_configuration_nor_share_weight
     assert torch.equal(plain(images), expected)
 
 
-@pytest.mark.parametrize("configuration", [(3, 2), (1, 2, 4), (1,), (8, 4), (0, 2)])
+@pytest.mark.parametrize("configuration", [(3, 2), (1, 2, 4), (1,), (8, 4), (-1, 2)])
 def test_a_refused_configuration_changes_nothing(network, configuration):
     supernet = decompose_model(network, group_sizes={"body.0": [1, 8], "down": [2]}, options=QUICK)
     set_configuration(supernet, (1, 2))

@@ -135,7 +135,7 @@ def test_a_grouped_convolution_is_refused():
     [
         ([2, 3], "group-size 2 must divide 3"),
         ([5], "group-size 5 must divide 12"),
-        ([0, 2], "group-size 0"),
+        ([-1, 2], "group-size -1"),
         ([], "one"),
     ],
 )

@@ -13,7 +13,7 @@ from gross_ray.btd.options import BTDOptions
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError, InvalidValueError
 from gross_ray.experiment import EngineOptions, Schedule
-from gross_ray.space import SearchSpace
+from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import decompose_model
 from gross_ray.supernet.configure import series_layers, set_configuration
 from gross_ray.supernet.stacked import SupernetStack
@@ -64,13 +64,17 @@ def original() -> nn.Sequential:
     return network.double().eval()
 
 
-@pytest.fixture(scope="module")
-def supernets(original: nn.Sequential) -> list[nn.Module]:
+def decomposed(original: nn.Module, **more: Any) -> list[nn.Module]:
     options = BTDOptions(tolerance=1e-3, max_steps=20)
     return [
-        decompose_model(original, layers=list(SIZES), group_sizes=SIZES, options=options, seed=seed)
+        decompose_model(original, layers=list(SIZES), group_sizes=SIZES, options=options, seed=seed, **more)
         for seed in range(3)
     ]
+
+
+@pytest.fixture(scope="module")
+def supernets(original: nn.Sequential) -> list[nn.Module]:
+    return decomposed(original)
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +137,26 @@ def test_each_is_trained_as_by_itself(supernets: list[nn.Module], stage: tuple[S
         assert_close(ours.supernet, theirs.supernet)
         assert_same_history(outcome, history)
         assert not torch.equal(ours.supernet.get_submodule("3").grouped[0], before.get_submodule("3").grouped[0])
+
+
+def test_each_is_trained_as_by_itself_where_layers_may_stay_dense(
+    original: nn.Sequential, stage: tuple[Stage, Stage]
+) -> None:
+    supernets = decomposed(original, keep_dense=True)
+    alone, together = members(supernets), members(supernets)
+    drawn: list[Configuration] = []
+    for member in alone:
+        draw = member.sampler.draw
+        member.sampler.draw = lambda generator, draw=draw: drawn.append(draw(generator)) or drawn[-1]  # type: ignore[method-assign, func-returns-value]
+    histories = [stage[0](member) for member in alone]
+    assert Configuration([DENSE] * 3) in drawn  # a step without gradients
+    outcomes = stage[1](together)
+    for ours, theirs, outcome, history in zip(together, alone, outcomes, histories, strict=True):
+        assert_close(ours.supernet, theirs.supernet)
+        assert_same_history(outcome, history)
+        for name in SIZES:
+            dense = ours.supernet.get_submodule(name).dense_weight
+            assert torch.equal(dense, original.get_submodule(name).weight)
 
 
 def test_parts_of_one_member_are_the_supernet_by_itself(supernets: list[nn.Module]) -> None:
