@@ -9,6 +9,7 @@ import pandas as pd
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.report.searched import Searched
+from gross_ray.run.limits import limits
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import Budget
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
@@ -182,7 +183,7 @@ def _within_limits(store: RunStore, searched: Searched) -> list[tuple[list[Budge
     """Return each of the experiment's limits with the best configurations within it, or the reason why none is."""
     options, found = store.experiment.search, []
     best: pd.DataFrame | str
-    for budgets in map(Budget.parse_all, options.limits):
+    for budgets in limits(store):
         try:
             best = best_under(searched.accuracies, budgets, options.top)
         except InvalidValueError as error:

@@ -1,16 +1,19 @@
-"""Upper limits on the costs of a configuration, as users write them: ``macs=2.66M``."""
+"""Upper limits on the costs of a configuration, as users write them: ``macs=2.66M`` or ``macs=40%``."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 from gross_ray.errors import InvalidValueError
 
 COSTS = ("macs", "macs_paper", "parameters", "latency_ms")
 """The costs of a configuration: columns of the `configurations` table."""
+RELATIVE = ("macs", "parameters")
+"""The costs that may be limited in percent of the full network's."""
 _SUFFIXES = {"": 0, "k": 3, "M": 6, "G": 9}
 
 
@@ -22,6 +25,8 @@ class Budget:
     """What is limited: one of `COSTS`."""
     limit: float
     """The most that a configuration may cost, in the unit of that column."""
+    percent: float | None = field(default=None, compare=False)
+    """The limit in percent of the full network's cost, if it was written so."""
 
     def __post_init__(self) -> None:
         if self.cost not in COSTS:
@@ -31,30 +36,67 @@ class Budget:
                 f"budget {self.cost}={self.limit}: a limit is a finite number above 0, like {self.cost}=2.66M"
             )
 
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Read ``macs=2.66M``: a cost and a limit, plain or with k (or K), M or G; else raise InvalidValueError."""
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9]+\.?[0-9]*|\.[0-9]+)([kKMG]?)\s*", text, re.ASCII)
-        if not found:
-            raise InvalidValueError(
-                f"budget {text!r}: write COST=LIMIT, the limit a number above 0, plain or with k, M or G: "
-                "macs=2.66M or latency_ms=1.5"
-            )
-        cost, number, suffix = found.groups()
-        exponent = _SUFFIXES[suffix.replace("K", "k")]
-        return cls(cost, float(Decimal(number).scaleb(exponent)))  # 0.57 * 1e6 would fall short of 570000
+    def __str__(self) -> str:
+        share = "" if self.percent is None else f", {self.percent:g} % of the full network's"
+        return f"{self.cost}={format_amount(self.limit)}{share}"
 
-    @classmethod
-    def parse_all(cls, text: str) -> list[Budget]:
-        """Read budgets separated by commas, each on another cost, like ``macs=2.66M,latency_ms=1.5``."""
-        budgets = [cls.parse(part) for part in text.split(",")]
-        costs = [budget.cost for budget in budgets]
-        if len(set(costs)) < len(costs):
-            raise InvalidValueError(f"budget {text!r}: limits a cost twice; name each once")
-        return budgets
+
+@dataclass(frozen=True)
+class RelativeBudget:
+    """An upper limit on one cost in percent of the full network's, written ``macs=40%``."""
+
+    cost: str
+    """What is limited: one of `RELATIVE`."""
+    percent: float
+    """The most that a configuration may cost, in percent of the full network's cost."""
+
+    def __post_init__(self) -> None:
+        if self.cost not in RELATIVE:
+            raise InvalidValueError(
+                f"budget {self}: only {' and '.join(RELATIVE)} may be limited in percent of the full network's; give "
+                f"{self.cost} as a number"
+            )
+        Budget(self.cost, self.percent)  # raises for a percentage that is no limit
+
+    def of(self, full: Mapping[str, float]) -> Budget:
+        """Return the budget for a full network of these costs, by their names."""
+        exact = Decimal(repr(float(full[self.cost]))) * Decimal(repr(float(self.percent))) / 100
+        return Budget(self.cost, float(exact), self.percent)
 
     def __str__(self) -> str:
-        return f"{self.cost}={format_amount(self.limit)}"
+        return f"{self.cost}={self.percent:g}%"
+
+
+def parse_budget(text: str) -> Budget | RelativeBudget:
+    """Read ``macs=2.66M`` or ``macs=40%``: a cost and a limit, plain or with k (or K), M, G or %.
+
+    Raises InvalidValueError for any other text.
+    """
+    found = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kKMG%]?)\s*", text, re.ASCII)
+    if not found:
+        raise InvalidValueError(
+            f"budget {text!r}: write COST=LIMIT, the limit a number above 0, plain or with k, M, G or %: "
+            "macs=2.66M, macs=40% or latency_ms=1.5"
+        )
+    cost, number, suffix = found.groups()
+    if suffix == "%":
+        return RelativeBudget(cost, float(number))
+    exponent = _SUFFIXES[suffix.replace("K", "k")]
+    return Budget(cost, float(Decimal(number).scaleb(exponent)))  # 0.57 * 1e6 would fall short of 570000
+
+
+def parse_budgets(text: str) -> list[Budget | RelativeBudget]:
+    """Read budgets separated by commas, each on another cost, like ``macs=40%,latency_ms=1.5``."""
+    budgets = [parse_budget(part) for part in text.split(",")]
+    costs = [budget.cost for budget in budgets]
+    if len(set(costs)) < len(costs):
+        raise InvalidValueError(f"budget {text!r}: limits a cost twice; name each once")
+    return budgets
+
+
+def amounts(budgets: Iterable[Budget | RelativeBudget], full: Mapping[str, float]) -> list[Budget]:
+    """Return the budgets as amounts, for a full network of these costs, by their names."""
+    return [budget.of(full) if isinstance(budget, RelativeBudget) else budget for budget in budgets]
 
 
 def format_amount(amount: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gross_ray.errors import InvalidValueError, is_whole
 from gross_ray.fields import require, require_group_sizes, settle
 from gross_ray.nn.precision import PRECISIONS
-from gross_ray.search.budgets import Budget
+from gross_ray.search.budgets import parse_budgets
 
 FORMS = ("dense", "bottleneck")
 """The forms in which a decomposed layer can run."""
@@ -46,8 +46,8 @@ class SearchOptions:
     """Group-sizes: the MACs of the configuration with this group-size in every layer are a budget. May be empty if
     `limits` is not."""
     limits: tuple[str, ...] = ()
-    """Further budgets, like "latency_ms=1.5" or "macs=2.66M,parameters=60k" (both limits hold). A strategy searches
-    within each, and the best configurations within each are retrained."""
+    """Further budgets, like "latency_ms=1.5", "macs=40%" or "macs=2.66M,parameters=60k" (both limits hold). A strategy
+    searches within each, and the best configurations within each are retrained."""
     top: int = 2
     """How many configurations are selected under each budget."""
     strategy: str = "exhaustive"
@@ -78,7 +78,7 @@ class SearchOptions:
         require_group_sizes("search.budgets", self.budgets)
         for text in self.limits:
             try:
-                Budget.parse_all(text)
+                parse_budgets(text)
             except InvalidValueError as error:
                 raise InvalidValueError(f"search.limits: {error}") from None
         require(len(set(self.limits)) == len(self.limits), "search.limits", self.limits, "must name each once")

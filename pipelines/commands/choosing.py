@@ -9,13 +9,21 @@ import click
 from gross_ray.errors import MissingStageError
 from gross_ray.report.results import budget_table
 from gross_ray.report.terminal import as_text, front_table
+from gross_ray.run.limits import budget_amounts
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from gross_ray.search.budgets import Budget
+from gross_ray.search.budgets import Budget, RelativeBudget
 from pipelines.stages import rounds, search
 
 
-def best_and_front(run: str, *, budgets: Sequence[Budget], top: int, pareto: bool, costs: Sequence[str] | None) -> None:
+def best_and_front(
+    run: str,
+    *,
+    budgets: Sequence[Budget | RelativeBudget],
+    top: int,
+    pareto: bool,
+    costs: Sequence[str] | None,
+) -> None:
     """Print the `top` most accurate configurations within `budgets`, and, with `pareto`, the Pareto front.
 
     Raises MissingStageError, naming the command to run, if the search is not finished.
@@ -26,7 +34,8 @@ def best_and_front(run: str, *, budgets: Sequence[Budget], top: int, pareto: boo
         if search.by_strategy(opened) and not rounds.ended(opened) and not opened.store.units("selections"):
             raise MissingStageError("its strategy still proposes configurations")
         if budgets:
-            parts.append(as_text(budget_table(search.best(opened, budgets, top), budgets)))
+            limited = budget_amounts(opened.store, budgets)
+            parts.append(as_text(budget_table(search.best(opened, limited, top), limited)))
         if pareto:
             costs = costs or [budgets[0].cost if budgets else "macs"]
             parts.append(front_table(search.front(opened, costs), costs))

@@ -15,10 +15,11 @@ from gross_ray.nn.calls import network_errors_as_invalid_value
 from gross_ray.nn.modes import evaluating
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgeted import BudgetedSpace
-from gross_ray.search.budgets import Budget
-from gross_ray.search.cost import LayerCosts, layer_costs
+from gross_ray.search.budgets import amounts, parse_budgets
+from gross_ray.search.cost import LayerCosts, count_parameters, layer_costs
+from gross_ray.search.operations import count_operations
 from gross_ray.search.selection import uniform
-from gross_ray.space import Configuration, SearchSpace
+from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
 from gross_ray.training.together import check_stackable
 from gross_ray.weights import read_weights, set_weights
@@ -56,14 +57,15 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     _check_fixed(experiment, space, layer_costs(supernet, shape, "macs"))
     if experiment.search.strategy == "exhaustive":
         search.check_size(space)
+    full = {"macs": float(count_operations(network, shape).macs), "parameters": float(count_parameters(network))}
     for text in experiment.search.limits:
-        budgets = [budget for budget in Budget.parse_all(text) if budget.cost != "latency_ms"]
+        budgets = [budget for budget in amounts(parse_budgets(text), full) if budget.cost != "latency_ms"]
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
 
 
 def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts) -> None:
     """Raise InvalidValueError for a fixed configuration outside the space, and for a budget that nothing else fits."""
-    common = sorted(set.intersection(*map(set, space.group_sizes.values())))
+    common = sorted(set.intersection(*map(set, space.group_sizes.values())) - {DENSE})
     budgets = [size for size in common if _leaves_some(space, uniform(space, size), macs)]
     for name, sizes, allowed in (
         ("search.budgets", experiment.search.budgets, budgets),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from gross_ray.errors import InvalidValueError, MissingStageError
+from gross_ray.run.limits import limits
 from gross_ray.run.opened import Run
 from gross_ray.run.store import SEARCH_ENDED
 from gross_ray.search.budgeted import BudgetedSpace
@@ -112,8 +113,7 @@ class Proposals:
             limit = macs.of_one(fixed)
             within = BudgetedSpace(run.space, [macs], [Budget("macs", limit)])
             self._strategies.append(strategy(options.strategy, within, _seed(run, f"budget={size}")))
-        for text in options.limits:
-            budgets = Budget.parse_all(text)
+        for text, budgets in zip(options.limits, limits(run.store), strict=True):
             costs = {macs.name: macs} | {budget.cost: additive_cost(run, budget.cost) for budget in budgets}
             within = BudgetedSpace(run.space, list(costs.values()), budgets)
             self._strategies.append(strategy(options.strategy, within, _seed(run, f"limit={text}")))
@@ -164,8 +164,7 @@ def additive_cost(run: Run, cost: str) -> LayerCosts:
 def check_limits(run: Run) -> None:
     """Raise the errors of `additive_cost` for the experiment's limits, and InvalidValueError for an unreachable one."""
     options = run.experiment.search
-    for text in options.limits:
-        budgets = Budget.parse_all(text)
+    for budgets in limits(run.store):
         timed = any(budget.cost == "latency_ms" for budget in budgets) and options.strategy == "exhaustive"
         if timed and latencies.measured(run.store) and latencies.in_force(run) is None:
             continue  # the latencies stored with the configurations count

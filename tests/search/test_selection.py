@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.budgets import COSTS, Budget
+from gross_ray.search.budgets import COSTS, RELATIVE, Budget, RelativeBudget, amounts, parse_budget, parse_budgets
 from gross_ray.search.selection import (
     _undominated,
     best_of_chunks,
@@ -190,20 +190,31 @@ def test_nothing_evaluated_is_told():
     ],
 )
 def test_budgets_are_read(text, cost, limit):
-    assert Budget.parse(text) == Budget(cost, limit)
+    assert parse_budget(text) == Budget(cost, limit)
 
 
 @given(st.integers(1, 10**6), st.integers(0, 4), st.sampled_from("kKMG"), st.sampled_from(COSTS))
 def test_a_suffix_loses_nothing(digits, places, suffix, cost):
     exact = Fraction(digits, 10**places) * {"k": 10**3, "M": 10**6, "G": 10**9}[suffix.replace("K", "k")]
     text = f"{digits // 10**places}.{digits % 10**places:0{places}d}" if places else str(digits)
-    assert Budget.parse(f"{cost}={text}{suffix}").limit == float(exact)
+    assert parse_budget(f"{cost}={text}{suffix}").limit == float(exact)
 
 
 @given(st.sampled_from(COSTS), st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False))
 @settings(max_examples=80)
 def test_a_budget_is_read_as_it_is_written(cost, limit):
-    assert Budget.parse(str(Budget(cost, limit))) == Budget(cost, limit)
+    assert parse_budget(str(Budget(cost, limit))) == Budget(cost, limit)
+
+
+@given(st.sampled_from(RELATIVE), st.integers(1, 10**4), st.integers(1, 10**10))
+def test_a_share_of_the_full_network_is_exact(cost, hundredths, full):
+    written = f"{cost}={hundredths // 100}.{hundredths % 100:02}%"
+    budget = parse_budget(written)
+    assert budget == parse_budget(str(budget)) == RelativeBudget(cost, hundredths / 100)
+    (amount,) = amounts([budget], {cost: full})
+    assert amount == Budget(cost, float(Fraction(hundredths, 10**4) * full))
+    assert amounts([amount], {}) == [amount]
+    assert str(amount).endswith(f", {hundredths / 100:g} % of the full network's")
 
 
 def test_budgets_are_written_short():
@@ -221,7 +232,13 @@ def test_budgets_are_written_short():
     ("text", "parts"),
     [
         ("macs", ["'macs'", "COST=LIMIT", "macs=2.66M"]),
-        ("macs=2.66m", ["'macs=2.66m'", "k, M or G"]),
+        ("macs=2.66m", ["'macs=2.66m'", "k, M, G or %"]),
+        ("macs=%", ["'macs=%'", "macs=40%"]),
+        ("macs=0%", ["macs=0", "above 0"]),
+        ("macs=2k%", ["'macs=2k%'"]),
+        ("latency_ms=60%", ["latency_ms=60%", "only macs and parameters", "give latency_ms as a number"]),
+        ("macs_paper=60%", ["macs_paper=60%", "only macs and parameters"]),
+        ("flops=60%", ["flops=60%", "only macs and parameters"]),
         ("macs=2,66M", ["'macs=2,66M'", "a number"]),
         ("macs=-1", ["'macs=-1'", "above 0"]),
         ("macs=1e6", ["'macs=1e6'"]),
@@ -237,7 +254,7 @@ def test_budgets_are_written_short():
 )
 def test_what_is_no_budget_is_told(text, parts):
     with pytest.raises(InvalidValueError) as raised:
-        Budget.parse(text)
+        parse_budget(text)
     assert "\n" not in str(raised.value)
     for part in parts:
         assert part in str(raised.value)
@@ -383,9 +400,9 @@ def test_a_uniform_configuration_has_one_size_everywhere():
 
 
 def test_several_budgets_are_read_from_one_text():
-    assert Budget.parse_all("macs=2.66M, latency_ms=1.5") == [Budget("macs", 2.66e6), Budget("latency_ms", 1.5)]
-    assert Budget.parse_all("macs=1k") == [Budget("macs", 1000.0)]
+    assert parse_budgets("macs=2.66M, latency_ms=1.5") == [Budget("macs", 2.66e6), Budget("latency_ms", 1.5)]
+    assert parse_budgets("macs=1k") == [Budget("macs", 1000.0)]
     with pytest.raises(InvalidValueError, match="'macs=1k,macs=2k': limits a cost twice; name each once"):
-        Budget.parse_all("macs=1k,macs=2k")
+        parse_budgets("macs=1k,macs=2k")
     with pytest.raises(InvalidValueError, match="write COST=LIMIT"):
-        Budget.parse_all("macs=1k,")
+        parse_budgets("macs=1k,")

@@ -332,11 +332,11 @@ def printed(*arguments: str | Path) -> list[list[str]]:
 
 def test_search_prints_the_best_under_all_budgets(run: Path, did: list[Any]) -> None:
     lines = printed("search", run, "--budget", "macs=2.66M", "--budget", "latency_ms=1.75", "--top", "3")
-    assert did == [("best", run, (Budget("macs", 2.66e6), Budget("latency_ms", 1.75)), 3)]
+    assert did == [("best", run, [Budget("macs", 2.66e6), Budget("latency_ms", 1.75)], 3)]
     assert lines[0] == ["Most", "accurate", "within", "macs=2.66M", "and", "latency_ms=1.75"]
     assert lines[2:] == [["1", "4-4-4", "1.50", "12000", "1.500", "80.00"]]
     lines = printed("search", run, "--budget", "parameters=20k")
-    assert did[-1] == ("best", run, (Budget("parameters", 20_000),), 5)
+    assert did[-1] == ("best", run, [Budget("parameters", 20_000)], 5)
     assert [line[:2] for line in lines[2:]] == [["1", "4-4-4"], ["2", "2-4-8"]]
 
 

@@ -14,7 +14,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.report.terminal import results
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
-from gross_ray.search.budgets import Budget
+from gross_ray.search.budgets import parse_budgets
 from gross_ray.search.latency import LatencyModel
 from gross_ray.search.options import STRATEGY_NAMES
 from gross_ray.search.selection import best_under, supernet_accuracies
@@ -199,7 +199,7 @@ def test_limits_alone_need_no_fixed_configuration(
     best = supernet_accuracies(rows[rows["macs"] <= 2.5e6])
     units = validate.plan(after)
     assert {unit.kind for unit in units} == {"selected"}
-    wanted = best_under(best, Budget.parse_all(limit), after.experiment.search.top)["configuration"]
+    wanted = best_under(best, parse_budgets(limit), after.experiment.search.top)["configuration"]
     assert {str(unit.configuration) for unit in units} == set(wanted)
     shown = results(after.store)
     assert "Table 3" not in shown and "by name" not in shown and "Most accurate within macs=2.5M" in shown
