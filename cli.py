@@ -101,7 +101,7 @@ for _name, _description in {
     multiple=True,
     callback=budgets_of,
     help="Print the best configurations within this limit on macs, macs_paper, parameters or latency_ms, like "
-    "macs=2.66M (k, M, G); may be repeated: all limits apply.",
+    "macs=2.66M (k, M, G) or macs=40%, of the full network's; may be repeated: all limits apply.",
 )
 @click.option("--top", type=click.IntRange(min=1), help="How many to print under --budget [5].")
 @click.option("--pareto", is_flag=True, help="Print the Pareto front of accuracy and --costs.")
@@ -258,6 +258,7 @@ def presets(name: str | None) -> None:
     multiple=True,
     help="Group-sizes of these layers, like 'layer4.*=16,32'; may be repeated.",
 )
+@click.option("--keep-dense", is_flag=True, help="Let each layer also stay as it is: the choice d.")
 @click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels on an image's side.")
 @click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True, help="Number of classes.")
 def inspect(group_sizes: str | None, **what: Any) -> None:
@@ -378,8 +379,20 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Device that --fold latency_ms times [cuda if there is a GPU]."
 )
+@click.option("--check", is_flag=True, help="Compare the file with the network on the run's test images.")
+@click.option("--download", is_flag=True, help="Download the images that --check needs, if they are missing.")
+@click.option("--data-root", metavar="FOLDER", help="Folder of the images that --check needs [~/.cache/gross_ray].")
 def export(
-    run: str, configuration: str, target: Path, seed: int | None, objective: str, batch: int | None, device: str | None
+    run: str,
+    configuration: str,
+    target: Path,
+    seed: int | None,
+    objective: str,
+    batch: int | None,
+    device: str | None,
+    check: bool,
+    download: bool,
+    data_root: str | None,
 ) -> None:
     """Write a validated configuration of RUN as a plain network, and its model card beside it, as FILE.json.
 
@@ -388,13 +401,23 @@ def export(
     \b
     Example:
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx
-      gross export runs/quickstart --configuration 16-16-16 --to model.onnx --fold latency_ms
+      gross export runs/quickstart --configuration 16-16-16 --to model.onnx --fold latency_ms --check
     """
     refuse_alone("--fold latency_ms", objective == "latency_ms", {"--batch": batch, "--device": device})
+    refuse_alone("--check", check, {"--download": download or None, "--data-root": data_root})
     from pipelines.commands import exporting
+    from pipelines.driver import DataSource
 
-    fold_by = None if objective == "none" else objective
-    exporting.export(run, configuration, target, seed=seed, objective=fold_by, batch_size=batch or 1, device=device)
+    exporting.export(
+        run,
+        configuration,
+        target,
+        seed=seed,
+        objective=None if objective == "none" else objective,
+        batch_size=batch or 1,
+        device=device,
+        images=DataSource(root=data_root, download=download) if check else None,
+    )
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
-"""Export a plain network as ONNX, as a program of torch.export, or as its weights."""
+"""Export a plain network as ONNX, as a program of torch.export, or as its weights; compare a file with its network."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.errors import GrossRayError, InvalidValueError, first_line
 from gross_ray.nn.calls import output_of, zero_images
 from gross_ray.nn.modes import evaluating
 from gross_ray.supernet.configure import check_plain
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit, relative to the largest logit, between a file and its network: float32 rounding."""
 
 
 def export_network(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:
@@ -52,15 +58,15 @@ def card_path(path: str | Path) -> Path:
 def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) -> None:
     """Write `model` as ONNX, for inputs (N, C, H, W) of any N; `input_shape` is (C, H, W).
 
-    The file appears at `path` only when it is complete. Needs the extra `gross-ray[onnx]`. Raises InvalidValueError
-    for a supernet (extract a configuration first) and for an `input_shape` that the network cannot run, and
-    GrossRayError if the extra is not installed or ONNX cannot represent the network for any N.
+    The file appears at `path` only when it is complete. Raises InvalidValueError for a supernet (extract a
+    configuration first) and for an `input_shape` that the network cannot run, and GrossRayError if ONNX cannot
+    represent the network for any N.
     """
     check_plain(model, "export_onnx")
     _check_writable(path)
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise GrossRayError(f"export_onnx needs the package {package}; install gross-ray[onnx]")
+            raise GrossRayError(f"export_onnx needs the package {package}: pip install {package}")
     output_of(model, input_shape)
     with whole_or_not_at_all(path) as partial, evaluating(model), warnings.catch_warnings(), _one_line_error("ONNX"):
         warnings.simplefilter("ignore")  # of the exporter, about its own internals
@@ -109,6 +115,86 @@ def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[in
         save_file(tensors, partial)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportCheck:
+    """How far the outputs of an exported file differ from those of its network."""
+
+    runtime: str
+    """What ran the file, with its version."""
+    images: int
+    """Number of images compared."""
+    largest_difference: float
+    """Largest absolute difference of a logit."""
+    largest_logit: float
+    """Largest absolute logit of the network."""
+    predictions_that_differ: int
+    """Images for which the most likely class differs."""
+
+    def __str__(self) -> str:
+        return (
+            f"checked in {self.runtime} on {self.images:,} images: logits up to {self.largest_logit:.3g} differ by "
+            f"{self.largest_difference:.2g} at most, and {self.predictions_that_differ:,} predictions differ"
+        )
+
+
+def check_export(path: str | Path, network: nn.Module, batches: Iterable[Tensor]) -> ExportCheck:
+    """Compare an exported file with its network on batches of inputs (N, C, H, W) on the CPU.
+
+    ONNX runs in ONNX Runtime, the other formats in torch. Raises GrossRayError if ONNX Runtime is not installed or
+    cannot run the file, and if logits differ by more than TOLERANCE of the largest one.
+    """
+    check_format(path)
+    runtime, run = _RUNNERS[Path(path).suffix](Path(path), network)
+    images = differing = 0
+    difference = largest = 0.0
+    with evaluating(network), torch.inference_mode():
+        for inputs in batches:
+            expected, found = network(inputs), run(inputs)
+            images += len(inputs)
+            differing += int((found.argmax(1) != expected.argmax(1)).sum())
+            largest = max(largest, float(expected.abs().max()))
+            worst = float((found - expected).abs().max())
+            difference = worst if math.isnan(worst) else max(difference, worst)
+            if math.isnan(difference):
+                break
+    check = ExportCheck(
+        runtime=runtime,
+        images=images,
+        largest_difference=difference,
+        largest_logit=largest,
+        predictions_that_differ=differing,
+    )
+    if not difference <= TOLERANCE * largest:
+        raise GrossRayError(f"the file does not compute what its network does: {check}; choose another format")
+    return check
+
+
+def _onnx_runner(path: Path, _: nn.Module) -> tuple[str, Callable[[Tensor], Tensor]]:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise GrossRayError("checking an ONNX file needs the package onnxruntime: pip install onnxruntime") from None
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of kinds that onnxruntime does not export
+        raise GrossRayError(f"ONNX Runtime cannot run the file: {first_line(error)}") from error
+    name = session.get_inputs()[0].name
+    return (
+        f"ONNX Runtime {onnxruntime.__version__}",
+        lambda inputs: torch.from_numpy(session.run(None, {name: inputs.contiguous().numpy()})[0]),
+    )
+
+
+def _program_runner(path: Path, _: nn.Module) -> tuple[str, Callable[[Tensor], Tensor]]:
+    return f"torch.export {torch.__version__}", torch.export.load(path).module()
+
+
+def _weights_runner(path: Path, network: nn.Module) -> tuple[str, Callable[[Tensor], Tensor]]:
+    loaded = copy.deepcopy(network)
+    loaded.load_state_dict(load_file(path))
+    return f"torch {torch.__version__}", loaded.eval()
+
+
 @contextmanager
 def _one_line_error(exporter: str) -> Iterator[None]:
     """Re-raise an exporter's exception, which may be pages long, as a GrossRayError of one line."""
@@ -126,6 +212,11 @@ def _one_line_error(exporter: str) -> Iterator[None]:
         ) from error
 
 
+_RUNNERS: dict[str, Callable[[Path, nn.Module], tuple[str, Callable[[Tensor], Tensor]]]] = {
+    ".onnx": _onnx_runner,
+    ".pt2": _program_runner,
+    ".safetensors": _weights_runner,
+}
 FORMATS: dict[str, Callable[[nn.Module, str | Path, Sequence[int]], None]] = {
     ".onnx": export_onnx,
     ".pt2": export_program,

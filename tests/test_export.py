@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from gross_ray.errors import GrossRayError, InvalidValueError
-from gross_ray.export import export_network, export_onnx, export_program, export_weights
+from gross_ray.export import check_export, export_network, export_onnx, export_program, export_weights
 from gross_ray.supernet.configure import extract
 
 SIZES = {"1": (1, 2, 4), "4": (2, 8)}
@@ -37,7 +38,6 @@ def supernet(random_supernet: Callable[..., nn.Module]) -> nn.Module:
 
 
 def test_onnx_file_computes_what_the_network_does_for_any_batch_size(supernet: nn.Module, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     network = extract(supernet, (2, 8)).to(memory_format=torch.channels_last)
     file = tmp_path / "network.onnx"
     export_onnx(network, str(file), (3, 10, 10))
@@ -171,10 +171,55 @@ def test_a_network_that_cannot_be_traced_is_refused_in_one_line(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
-def test_a_missing_extra_is_named(
+def test_a_missing_package_is_named(
     supernet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else real(name, *rest))
-    with pytest.raises(GrossRayError, match=rf"needs the package {package}; install gross-ray\[onnx\]"):
+    with pytest.raises(GrossRayError, match=f"needs the package {package}: pip install {package}"):
         export_onnx(extract(supernet, (1, 2)), tmp_path / "network.onnx", (3, 10, 10))
+
+
+def outputs_of(file: Path, images: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def test_a_file_is_compared_with_its_network(supernet: nn.Module, tmp_path: Path) -> None:
+    network = extract(supernet, (1, 2)).eval()
+    images = torch.randn(11, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network(images)
+    for ending, runtime in (("onnx", "ONNX Runtime 1."), ("pt2", "torch.export 2."), ("safetensors", "torch 2.")):
+        file = tmp_path / f"network.{ending}"
+        export_network(network, file, (3, 10, 10))
+        check = check_export(file, network.train(), images.split(4))
+        assert network.training
+        network.eval()
+        assert check.runtime.startswith(runtime)
+        assert (check.images, check.predictions_that_differ) == (11, 0)
+        assert check.largest_logit == pytest.approx(float(expected.abs().max()))
+        assert 0 <= check.largest_difference < 1e-5
+        if ending == "onnx":
+            found = float((outputs_of(file, images) - expected).abs().max())
+            assert check.largest_difference == pytest.approx(found, abs=1e-6)
+        assert f"on 11 images: logits up to {check.largest_logit:.3g} differ by" in str(check)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2", "safetensors"])
+@pytest.mark.parametrize("value", [3.0, float("nan")])
+def test_a_file_of_another_network_is_found(supernet: nn.Module, tmp_path: Path, ending: str, value: float) -> None:
+    network, file = extract(supernet, (1, 2)), tmp_path / f"network.{ending}"
+    export_network(network, file, (3, 10, 10))
+    with torch.no_grad():
+        next(network.parameters()).flatten()[0] = value
+    with pytest.raises(GrossRayError, match="does not compute what its network does: checked in .* choose another fo"):
+        check_export(file, network, [torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))])
+
+
+def test_a_file_that_onnx_runtime_cannot_run_is_one_line(supernet: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / "network.onnx"
+    file.write_bytes(b"no network")
+    with pytest.raises(GrossRayError, match="ONNX Runtime cannot run the file: ") as caught:
+        check_export(file, extract(supernet, (1, 2)), [])
+    assert "\n" not in str(caught.value)

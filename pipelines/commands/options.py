@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from gross_ray.search.budgets import COSTS, Budget
+from gross_ray.search.budgets import COSTS, Budget, RelativeBudget, parse_budget
 from gross_ray.space import Configuration
 from pipelines.resources import DEVICES, Resources
 
@@ -147,9 +147,8 @@ def refuse_alone(owner: str, owner_is_set: bool, options: Mapping[str, object]) 
     """Raise UsageError if one of `options` is set without `owner`, the option to which they belong."""
     for name, value in options.items():
         if value is not None and not owner_is_set:
-            raise click.UsageError(
-                f"{name} {value} without {owner}: it has no effect then; add {owner} or leave it out"
-            )
+            text = "" if value is True else f" {value}"
+            raise click.UsageError(f"{name}{text} without {owner}: it has no effect then; add {owner} or leave it out")
 
 
 def refuse_beside(owner: str, *names: str) -> None:
@@ -171,9 +170,11 @@ def _refuse_twice(fields: Sequence[str], words: Sequence[str]) -> None:
             raise click.UsageError(f"{first} and {words[place]} both set the field {field}: leave one of them out")
 
 
-def budgets_of(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[Budget, ...]:
+def budgets_of(
+    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[Budget | RelativeBudget, ...]:
     """Read budgets like macs=2.66M (a click callback)."""
-    return tuple(Budget.parse(value) for value in values)
+    return tuple(map(parse_budget, values))
 
 
 def costs_of(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:

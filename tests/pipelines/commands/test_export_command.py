@@ -9,14 +9,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnxruntime
+import pytest
 import torch
 from miniature import invoke, tables
 from safetensors.torch import load_file, save_file
 
 from gross_ray.data.images import load_dataset
+from gross_ray.errors import GrossRayError
 from gross_ray.experiment import DataOptions
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+from pipelines.commands import exporting
 
 
 def test_a_validated_configuration_is_exported_with_its_card(whole_run: tuple[Path, str], tmp_path: Path) -> None:
@@ -102,3 +105,29 @@ def test_a_training_whose_row_is_not_stored_is_not_exported(run: Path, tmp_path:
     refused = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(tmp_path / "a.safetensors"))
     assert refused.exit_code == 2 and "16-16-16,seed=0 is not validated in" in refused.stderr
     assert list(tmp_path.iterdir()) == [run]
+
+
+def test_a_file_is_checked_on_the_runs_own_images(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+    run, target = whole_run[0], tmp_path / "small.onnx"
+    words = ["export", str(run), "--configuration", "16-16-16", "--to", str(target)]
+    alone = invoke(*words, "--download")
+    assert (alone.exit_code, target.exists()) == (2, False)
+    assert "--download without --check" in alone.stderr
+    ended = invoke(*words, "--check")
+    assert ended.exit_code == 0, ended.stderr
+    checked = ended.stdout.splitlines()[0]
+    assert checked.startswith(f"checked in ONNX Runtime {onnxruntime.__version__} on 60 images: logits up to ")
+    assert checked.endswith(" and 0 predictions differ")
+    card = json.loads((tmp_path / "small.onnx.json").read_text())["check"]
+    assert (card["images"], card["predictions_that_differ"]) == (60, 0)
+    before = target.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "check_export", refused)
+        failed = invoke(*words, "--check")
+    assert (failed.exit_code, failed.stderr) == (2, "Error: the file does not compute what its network does\n")
+    assert target.read_bytes() == before  # the earlier file stays
+    assert {file.name for file in tmp_path.iterdir()} == {"small.onnx", "small.onnx.json"}
+
+
+def refused(*_: object) -> None:
+    raise GrossRayError("the file does not compute what its network does")
