@@ -190,7 +190,7 @@ def latency(
     metavar="GROUP-SIZES",
     multiple=True,
     callback=configurations_of,
-    help="Train this configuration, like 8-16-64, instead of the fixed and the selected ones; may be repeated.",
+    help="Train this configuration, like 8-16-64 or 8-d-64, not the fixed and the selected ones; may be repeated.",
 )
 @callback_option
 @experiment_options
@@ -357,7 +357,7 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
 
 @main.command()
 @click.argument("run", metavar="RUN")
-@click.option("--configuration", required=True, help="Group-sizes in layer order, like 8-16-64.")
+@click.option("--configuration", required=True, help="Group-sizes in layer order, like 8-16-64; d: dense.")
 @click.option(
     "--to",
     "target",

@@ -20,7 +20,11 @@ DENSE = 0
 
 def ordered(choices: Iterable[int]) -> tuple[int, ...]:
     """Return the choices of a layer without repeats: group-sizes ascending, then DENSE."""
-    return tuple(sorted(set(choices), key=lambda choice: (choice == DENSE, choice)))
+    return tuple(sorted(set(choices), key=_place))
+
+
+def _place(choice: int) -> tuple[bool, int]:
+    return choice == DENSE, choice
 
 
 def listed(choices: Iterable[int], separator: str = ", ") -> str:
@@ -46,6 +50,19 @@ class Configuration(tuple[int, ...]):
 
     def __str__(self) -> str:
         return listed(self, "-")
+
+    def __lt__(self, other: tuple[int, ...]) -> bool:
+        """Compare layer by layer, in the order of a layer's choices (`ordered`): 16-1 < d-1."""
+        return [_place(size) for size in self] < [_place(size) for size in other]
+
+    def __gt__(self, other: tuple[int, ...]) -> bool:
+        return [_place(size) for size in self] > [_place(size) for size in other]
+
+    def __le__(self, other: tuple[int, ...]) -> bool:
+        return not self > other
+
+    def __ge__(self, other: tuple[int, ...]) -> bool:
+        return not self < other
 
     def __repr__(self) -> str:
         return f"Configuration({tuple(self)!r})"

@@ -39,7 +39,7 @@ def model_card(
     data, images = store.experiment.data, stored_data(store)
     return {
         "configuration": configuration,
-        "layers": dict(zip(layers, sizes, strict=True)),
+        "layers": {layer: size or "dense" for layer, size in zip(layers, sizes, strict=True)},
         "accuracy": {
             "validation": float(row["val_accuracy"]),
             "test": float(row["test_accuracy"]),
@@ -66,6 +66,8 @@ def model_card(
 
 def foldings_text(objective: str, foldings: Sequence[Folding]) -> str:
     """Return one line for each layer: its cost in both forms, and the form in which it is written."""
+    if not foldings:
+        return "no layer is decomposed: nothing to fold"
     return "\n".join(
         f"{layer.layer} (group-size {layer.group_size}): {objective} {layer.bottleneck:.6g} as a bottleneck, "
         f"{layer.dense:.6g} dense: {'folded' if layer.folded else 'kept'}"

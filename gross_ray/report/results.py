@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from gross_ray.errors import InvalidValueError
+from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.report.searched import Searched
-from gross_ray.run.limits import limits
+from gross_ray.run.limits import budget_amounts
 from gross_ray.run.store import RunStore
-from gross_ray.search.budgets import Budget
+from gross_ray.search.budgets import Budget, RelativeBudget, parse_budgets
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
 from gross_ray.search.selection import best_under
 from gross_ray.seeds import derived_generator
@@ -138,7 +138,7 @@ def kinds_of(store: RunStore, searched: Searched) -> dict[str, str]:
     return kinds | dict.fromkeys([*selections["budget"], *fixed], FIXED)
 
 
-def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> ResultTable:
+def budget_table(best: pd.DataFrame, budgets: Sequence[Budget | RelativeBudget]) -> ResultTable:
     """Return the result of `best_under` as a table, the best configuration first."""
     columns = {
         "rank": [str(rank) for rank in range(1, len(best) + 1)],
@@ -179,20 +179,25 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
     return tables
 
 
-def _within_limits(store: RunStore, searched: Searched) -> list[tuple[list[Budget], pd.DataFrame | str]]:
+def _within_limits(
+    store: RunStore, searched: Searched
+) -> list[tuple[Sequence[Budget | RelativeBudget], pd.DataFrame | str]]:
     """Return each of the experiment's limits with the best configurations within it, or the reason why none is."""
-    options, found = store.experiment.search, []
-    best: pd.DataFrame | str
-    for budgets in limits(store):
+    options = store.experiment.search
+    found: list[tuple[Sequence[Budget | RelativeBudget], pd.DataFrame | str]] = []
+    for limit in map(parse_budgets, options.limits):
+        budgets: Sequence[Budget | RelativeBudget] = limit
+        best: pd.DataFrame | str
         try:
-            best = best_under(searched.accuracies, budgets, options.top)
-        except InvalidValueError as error:
+            budgets = amount = budget_amounts(store, limit)
+            best = best_under(searched.accuracies, amount, options.top)
+        except (InvalidValueError, MissingStageError) as error:
             best = str(error)
         found.append((budgets, best))
     return found
 
 
-def _within(budgets: Sequence[Budget]) -> str:
+def _within(budgets: Sequence[Budget | RelativeBudget]) -> str:
     return f"Most accurate within {' and '.join(map(str, budgets))}"
 
 

@@ -364,7 +364,7 @@ key = ["configuration", *layers, "macs", "parameters"]
 space = configurations.groupby(key, as_index=False)["val_accuracy"].median()
 """,
     "1. The best configurations within a budget that also keep a layer's group-size small:": """
-small = space.query("`layer conv4` <= 16 and macs <= 2.66e6").nlargest(5, "val_accuracy")
+small = space.query("1 <= `layer conv4` <= 16 and macs <= 2.66e6").nlargest(5, "val_accuracy")
 """,
     "2. The best configuration in each bracket of MACs:": """
 brackets = pd.cut(space["macs"] / 1e6, [0, 2, 2.5, 3, 4, 6])

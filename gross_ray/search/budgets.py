@@ -29,8 +29,7 @@ class Budget:
     """The limit in percent of the full network's cost, if it was written so."""
 
     def __post_init__(self) -> None:
-        if self.cost not in COSTS:
-            raise InvalidValueError(f"budget on {self.cost!r}: the costs are {', '.join(COSTS)}; write macs=2.66M")
+        _check_cost(self.cost)
         if not 0 < self.limit < math.inf:
             raise InvalidValueError(
                 f"budget {self.cost}={self.limit}: a limit is a finite number above 0, like {self.cost}=2.66M"
@@ -51,12 +50,14 @@ class RelativeBudget:
     """The most that a configuration may cost, in percent of the full network's cost."""
 
     def __post_init__(self) -> None:
+        _check_cost(self.cost)
         if self.cost not in RELATIVE:
             raise InvalidValueError(
                 f"budget {self}: only {' and '.join(RELATIVE)} may be limited in percent of the full network's; give "
                 f"{self.cost} as a number"
             )
-        Budget(self.cost, self.percent)  # raises for a percentage that is no limit
+        if not 0 < self.percent < math.inf:
+            raise InvalidValueError(f"budget {self}: a limit is a finite number above 0, like {self.cost}=40%")
 
     def of(self, full: Mapping[str, float]) -> Budget:
         """Return the budget for a full network of these costs, by their names."""
@@ -65,6 +66,11 @@ class RelativeBudget:
 
     def __str__(self) -> str:
         return f"{self.cost}={self.percent:g}%"
+
+
+def _check_cost(cost: str) -> None:
+    if cost not in COSTS:
+        raise InvalidValueError(f"budget on {cost!r}: the costs are {', '.join(COSTS)}; write macs=2.66M")
 
 
 def parse_budget(text: str) -> Budget | RelativeBudget:

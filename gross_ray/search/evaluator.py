@@ -39,7 +39,7 @@ from gross_ray.search.traceability import (
     is_of_the_machine,
 )
 from gross_ray.space import Configuration, SearchSpace
-from gross_ray.supernet.configure import get_configuration, series_layers, set_configuration
+from gross_ray.supernet.configure import get_configuration, largest_decomposed, series_layers, set_configuration
 from gross_ray.supernet.series import SeriesConv2d
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -194,8 +194,10 @@ class Evaluator:
                 )
         if self._walk is not None:
             return self._plan(self._walk, images)
-        set_configuration(self._supernet, configurations[-1])
-        needed = bytes_of_pass(self._supernet, self._batch(images[:1]))
+        needed = 0
+        for configuration in dict.fromkeys([largest_decomposed(self._supernet), self._space[-1]]):
+            set_configuration(self._supernet, configuration)
+            needed = max(needed, bytes_of_pass(self._supernet, self._batch(images[:1])))
         return BatchPlan(images_of_batch(needed, len(images), self._budget(), self._options.batch_size), ())
 
     def _batches(

@@ -62,6 +62,8 @@ def fold(
         raise InvalidValueError(f"objective = {objective!r}: must be one of {', '.join(OBJECTIVES)}")
     check_plain(network, "fold")
     modules = bottlenecks(network)
+    if not modules:
+        return replace_modules(network, {}), []
     dense = {name: dense_convolution(module) for name, module in modules.items()}
     if objective == "parameters":
         costs = {

@@ -19,7 +19,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.nn.batch_norm import has_statistics
 from gross_ray.search.graph import Traced
 from gross_ray.search.layer_forms import Siblings
-from gross_ray.space import Configuration
+from gross_ray.space import Configuration, ordered
 from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.series import SeriesConv2d
 
@@ -153,7 +153,7 @@ class _Walk:
         self._forget(node, values)
         groups: dict[tuple[int, ...], list[int]] = {}
         for member, prefix in enumerate(prefixes):
-            sizes = (prefix.sizes[depth],) if again else tuple(sorted(prefix.following))
+            sizes = (prefix.sizes[depth],) if again else ordered(prefix.following)
             groups.setdefault(sizes, []).append(member)
         pieces = [
             (sizes[first : first + step], members)

@@ -105,8 +105,8 @@ def choice_of(
 
     `names` selects layers as in `choose_layers`. Each layer takes those of `sizes` that divide its input channels;
     `by_layer` replaces `sizes` for single layers, by name or glob, and the first match counts. Without sizes a layer
-    takes all of `default_group_sizes`. With `keep_dense`, DENSE is a choice of each layer, and of the default sizes a
-    layer takes those that need fewer MACs than its original convolution (only with `input_shape`). A layer that no size
+    takes all of `default_group_sizes`. With `keep_dense`, DENSE is a choice of each layer, which with `input_shape`
+    takes of the default sizes those that need fewer MACs or parameters than its convolution. A layer that no size
     divides, or for which none pays, is left alone, unless `names` or `by_layer` names it. With `input_shape` (C, H, W),
     the first convolution, which globs never match, is the first that the forward pass reaches instead of the first
     registered, and layers that it never reaches are left alone. Raises InvalidValueError like `choose_layers`; for a
@@ -130,11 +130,11 @@ def choice_of(
             if rest := sorted(set(requested).difference(fitting)):
                 dropped[name] = f"group-sizes {listed(rest)}: no divisor of {conv.in_channels} input channels"
             elif not requested and (rest := sorted(set(usual).difference(chosen))):
-                dropped[name] = f"group-sizes {listed(rest)}: no fewer MACs than the original layer"
+                dropped[name] = f"group-sizes {listed(rest)}: no fewer MACs or parameters than the original layer"
             continue
         left_alone[name] = f"none of the group-sizes {listed(requested)} divides its {conv.in_channels} input channels"
         if not requested:
-            left_alone[name] = "no group-size needs fewer MACs than it"
+            left_alone[name] = "no group-size needs fewer MACs or parameters than it"
         if name in (names or ()) or name in own:
             raise InvalidValueError(f"layer {name!r}: {left_alone[name]}; name other group-sizes or leave it out")
     if not group_sizes:
@@ -169,7 +169,7 @@ def _fitting_sizes(name: str, conv: nn.Conv2d, requested: Sequence[int]) -> tupl
 def _paying_sizes(
     model: nn.Module, convs: Mapping[str, nn.Conv2d], input_shape: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """Return each layer's default group-sizes whose bottleneck needs fewer MACs than the original convolution."""
+    """Return each layer's default group-sizes at which it needs fewer MACs or parameters than as it is."""
     calls = network_calls(model, input_shape)
     paying = {}
     for name, conv in convs.items():
@@ -181,6 +181,7 @@ def _paying_sizes(
             size
             for size in default_group_sizes(channels)
             if bottleneck_macs(channels, outputs, kernel, size, before, after) < after * conv.weight.numel()
+            or bottleneck_macs(channels, outputs, kernel, size, 1, 1) < conv.weight.numel()  # its parameters
         )
     return paying
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from gross_ray.search.budgets import COSTS, Budget, RelativeBudget, parse_budget
+from gross_ray.search.budgets import COSTS, Budget, RelativeBudget, parse_budgets
 from gross_ray.space import Configuration
 from pipelines.resources import DEVICES, Resources
 
@@ -173,8 +173,8 @@ def _refuse_twice(fields: Sequence[str], words: Sequence[str]) -> None:
 def budgets_of(
     _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[Budget | RelativeBudget, ...]:
-    """Read budgets like macs=2.66M (a click callback)."""
-    return tuple(map(parse_budget, values))
+    """Read budgets like macs=2.66M, or several with commas between (a click callback)."""
+    return tuple(budget for value in values for budget in parse_budgets(value))
 
 
 def costs_of(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:

@@ -21,6 +21,7 @@ from gross_ray.search.operations import count_operations
 from gross_ray.search.selection import uniform
 from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
+from gross_ray.supernet.layers import LayerChoice
 from gross_ray.training.together import check_stackable
 from gross_ray.weights import read_weights, set_weights
 from pipelines.stages import search
@@ -49,12 +50,13 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     _check_logits(network, shape, experiment.model, len(splits.classes))
     _check_training(network, shape, experiment.model)
     _check_last_batch(network, shape, experiment, len(splits.train))
-    supernet = running_supernet(network, layer_choice(network, experiment.decomposition, shape).group_sizes, shape)
+    choice = layer_choice(network, experiment.decomposition, shape)
+    supernet = running_supernet(network, choice.group_sizes, shape)
     engine = experiment.engine
     if engine.parallel_seeds > 1 or as_one_graph(engine, "cuda" if torch.cuda.is_available() else "cpu"):
         check_stackable(supernet, shape, engine)
     space = SearchSpace.of(supernet)
-    _check_fixed(experiment, space, layer_costs(supernet, shape, "macs"))
+    _check_fixed(experiment, space, layer_costs(supernet, shape, "macs"), choice)
     if experiment.search.strategy == "exhaustive":
         search.check_size(space)
     full = {"macs": float(count_operations(network, shape).macs), "parameters": float(count_parameters(network))}
@@ -63,7 +65,7 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
 
 
-def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts) -> None:
+def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts, choice: LayerChoice) -> None:
     """Raise InvalidValueError for a fixed configuration outside the space, and for a budget that nothing else fits."""
     common = sorted(set.intersection(*map(set, space.group_sizes.values())) - {DENSE})
     budgets = [size for size in common if _leaves_some(space, uniform(space, size), macs)]
@@ -77,7 +79,9 @@ def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts) -
             try:
                 why = f"{uniform(space, size)} is the cheapest configuration, nothing else fits under it"
             except InvalidValueError as error:
-                why = str(error)
+                layer = next(layer for layer, sizes in space.group_sizes.items() if size not in sizes)
+                dropped = choice.dropped.get(layer) if experiment.decomposition.keep_dense else None
+                why = str(error) if dropped is None else f"{error} ({dropped})"
             remedy = f"name such as every layer has: {', '.join(map(str, allowed))}" if allowed else _LIMITS_ALONE
             raise InvalidValueError(f"{name} = {sizes}: {why}; {remedy}")
 

@@ -38,6 +38,9 @@ _EVALUATIONS = (
     *(f"search.{name}" for name in ("form", "precision", "memory_budget")),
 )
 
+_WHATEVER_STAYS_DENSE = (decompose.NAME, validate.NAME)
+"""Stages whose units do not depend on `decomposition.keep_dense`, if the group-sizes are named."""
+
 _REMEDY = "use the same ones, or leave --reuse out"
 
 PARTS = (
@@ -62,7 +65,14 @@ def take_over(store: RunStore, other: RunStore) -> dict[str, int]:
     """
     _share_pins(store, other)
     differing = _differing(store.experiment, other)
-    return {part.stage: _copy(store, other, part) for part in PARTS if not _touching(differing, part.fields)}
+    taken = {}
+    for part in PARTS:
+        counting = differing
+        if part.stage in _WHATEVER_STAYS_DENSE and store.experiment.decomposition.group_sizes:
+            counting = [name for name in differing if name != "decomposition.keep_dense"]
+        if not _touching(counting, part.fields):
+            taken[part.stage] = _copy(store, other, part)
+    return taken
 
 
 def take_evaluations(run: Run, other: RunStore) -> int:

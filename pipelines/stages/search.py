@@ -27,7 +27,7 @@ from gross_ray.search.layer_forms import LayerForm
 from gross_ray.search.options import EvaluationOptions
 from gross_ray.search.selection import best_of_chunks, front_of_chunks, select, uniform
 from gross_ray.search.sharding import PrefixCosts, segment_macs
-from gross_ray.space import Configuration, SearchSpace
+from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
 from pipelines.stages import finetune, latencies, rounds, supernets
 from pipelines.stages.base import Driver
@@ -293,7 +293,7 @@ def plan_work(context: Context, unit: Planning) -> str:
         return f"{found}, one by one: this network cannot be traced ({reason})"
     if reason := evaluator.why_one_by_one(calibrated=run.experiment.engine.recalibrate):
         return f"{found}, one by one: {reason}, and takes the statistics of both (engine.recalibrate)"
-    forms = [form for each in evaluator.forms.values() for form in each.by_size.values()]
+    forms = [form for each in evaluator.forms.values() for size, form in each.by_size.items() if size != DENSE]
     return f"{found}; {forms.count('bottleneck')} of {len(forms)} layer forms as bottlenecks"
 
 

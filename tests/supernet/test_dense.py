@@ -16,8 +16,9 @@ from gross_ray.btd.options import BTDOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
 from gross_ray.search.cost import configuration_macs, count_macs, layer_costs, peak_activations
-from gross_ray.search.evaluator import evaluate_configurations
+from gross_ray.search.evaluator import NotTraceableWarning, evaluate_configurations
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
+from gross_ray.search.layer_forms import Siblings
 from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import decompose_model
 from gross_ray.supernet.configure import extract, largest_decomposed, set_configuration
@@ -86,6 +87,17 @@ def test_a_space_counts_the_dense_layer_as_its_last_choice(layers: list[set[int]
         assert list(sizes[:-1]) == sorted(sizes[:-1])
     for index in {0, space.size // 2, space.size - 1}:
         assert space.index(space[index]) == index
+
+
+def test_configurations_are_sorted_as_the_space_is() -> None:
+    space = SearchSpace({"a": (1, 16, DENSE), "b": (2, DENSE)})
+    everything = list(space)
+    assert sorted(everything[::-1]) == everything
+    assert sorted(everything, reverse=True) == everything[::-1]
+    assert max(everything) == (DENSE, DENSE) and min(everything) == (1, 2)
+    first, last = everything[0], everything[-1]
+    assert first < last and first <= last and last > first and last >= first and first <= first and first >= first
+    assert not first < first and not last <= first
 
 
 def test_a_dense_layer_is_the_original_convolution(original: nn.Sequential, supernet: nn.Module) -> None:
@@ -188,7 +200,7 @@ def test_default_sizes_that_need_no_fewer_macs_are_left_out() -> None:
         ]
         assert choice.group_sizes[name] == (*paying, DENSE)
         rest = ", ".join(str(size) for size in sizes if size not in paying)
-        told = f"group-sizes {rest}: no fewer MACs than the original layer" if rest else None
+        told = f"group-sizes {rest}: no fewer MACs or parameters than the original layer" if rest else None
         assert choice.dropped.get(name) == told
     assert choice.dropped
     named = choice_of(model, sizes=(1, 32), keep_dense=True, input_shape=(3, 32, 32))
@@ -202,11 +214,60 @@ def test_a_layer_of_which_no_size_pays_is_left_alone() -> None:
     model(torch.zeros(1, 3, 12, 12))
     choice = choice_of(model, keep_dense=True, input_shape=SHAPE)
     assert list(choice.group_sizes) == ["1"]
-    assert choice.left_alone["2"] == "no group-size needs fewer MACs than it"
+    assert choice.left_alone["2"] == "no group-size needs fewer MACs or parameters than it"
     with pytest.raises(
-        InvalidValueError, match="layer '2': no group-size needs fewer MACs than it; name other group-si"
+        InvalidValueError, match="layer '2': no group-size needs fewer .* than it; name other group-sizes"
     ):
         choice_of(model, ["1", "2"], keep_dense=True, input_shape=SHAPE)
+
+
+def test_a_size_that_needs_fewer_parameters_alone_stays_a_choice() -> None:
+    """With a stride, the first 1x1 runs at more positions than the original convolution."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, (3, 1), stride=(2, 1)), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.zeros(1, *SHAPE))
+    assert choice_of(model, keep_dense=True, input_shape=SHAPE).group_sizes == {"1": (1, 2, DENSE)}
+    supernet = decompose_model(model, group_sizes=(1, 2), options=BTDOptions(max_steps=1))
+    for size in (1, 2):
+        plain = extract(supernet, [size])
+        assert sum(p.numel() for p in plain.parameters()) < sum(p.numel() for p in model.parameters())
+        assert count_macs(plain, SHAPE) >= count_macs(model, SHAPE)
+
+
+def test_the_walk_runs_choices_in_the_order_of_the_space(supernet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the dense layer joins the stacked convolution, as in the timing that chose the form."""
+    asked: set[tuple[int, ...]] = set()
+    run = Siblings.run
+
+    def noted(self: Siblings, rows: Tensor, sizes: Any) -> Tensor:
+        asked.add(tuple(sizes))
+        return run(self, rows, sizes)
+
+    monkeypatch.setattr(Siblings, "run", noted)
+    evaluate_configurations(supernet, images(2), torch.arange(2), form="dense", memory_budget=2**24)
+    assert (1, 4, DENSE) in asked
+
+
+class Untraceable(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.body(rows if float(rows.sum()) else rows)
+
+
+def test_the_memory_of_an_untraceable_network_is_that_of_its_largest_configuration(original: nn.Sequential) -> None:
+    batches = []
+    for keep_dense in (False, True):
+        supernet = decompose_model(
+            Untraceable(original), group_sizes=(1, 4), options=BTDOptions(max_steps=1), keep_dense=keep_dense
+        )
+        seen: list[int] = []
+        supernet.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+        with pytest.warns(NotTraceableWarning):
+            evaluate_configurations(supernet, images(40), torch.zeros(40, dtype=torch.int64), memory_budget=2**17)
+        batches.append(max(seen))
+    assert batches[0] == batches[1] < 40
 
 
 def test_latency_is_measured_of_the_dense_layer_too(supernet: nn.Module, tmp_path: Any) -> None:

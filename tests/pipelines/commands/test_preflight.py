@@ -47,6 +47,10 @@ WRONG = [
     (['search.limits=["macs=1M"]'], "budget macs=1M: nothing fits; the smallest is macs=1.9.*M at 1-1-1"),
     (['search.limits=["parameters=1G,macs=1M"]'], "budget macs=1M: nothing fits"),
     (['search.limits=["macs=20%"]'], "budget macs=1.01632M, 20 % of the full network's: nothing fits; the smallest is"),
+    (
+        ["decomposition.keep_dense=true", "search.budgets=[32]"],
+        r"group-size 32 is not among .* conv2: 1, 2, 4, 8, 16, d \(group-sizes 32: no fewer MACs or parameters than",
+    ),
     (['search.limits=["latency_ms=60%"]'], "only macs and parameters may be limited in percent of the full network's"),
     (["model=vgg16"], "the space has .* configurations; let a strategy choose"),
     (["model=vgg16", "weights=WEIGHTS", "training.seeds=1"], "belong to another network: .* missing"),

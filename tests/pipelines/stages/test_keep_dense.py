@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from miniature import do, invoke
 from torch import nn
 
 from gross_ray import read_table
+from gross_ray.presets import preset
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 
@@ -94,10 +96,20 @@ def test_it_is_selected_exported_and_shown(finished: Path, tmp_path: Path) -> No
     in_percent, in_numbers = (
         invoke("search", finished, "--budget", budget).stdout.splitlines() for budget in ("macs=60%", "macs=3.04896M")
     )
+    both = invoke("search", finished, "--budget", "macs=60%,parameters=90%").stdout
+    assert both.startswith("Most accurate within macs=3.04896M, 60 % of the full network's and parameters=")
     assert in_percent[1:] == in_numbers[1:] != []
     target = tmp_path / "small.safetensors"
     assert invoke("export", finished, "--configuration", "1-d-16", "--to", target).exit_code == 0
     assert target.stat().st_size > 0
+    assert json.loads((tmp_path / "small.safetensors.json").read_text())["layers"] == {
+        "conv2": 1,
+        "conv3": "dense",
+        "conv4": 16,
+    }
+    words = ("--configuration", "d-d-d", "--to", tmp_path / "whole.safetensors", "--fold", "latency_ms")
+    folded = invoke("export", finished, *words)
+    assert folded.stdout.startswith("no layer is decomposed: nothing to fold\n"), folded.stderr
     assert "d-d-d" in invoke("show", finished, "configurations", "--rows", "30").stdout
     page = (finished / "report.html").read_text()
     assert "16-16-d" in page and "27" in page
@@ -108,6 +120,21 @@ def test_a_finished_run_does_nothing_again(finished: Path) -> None:
     told = do("run", "--preset", "quickstart", "--out", finished, *(w for s in SETTINGS for w in ("--set", s))).stderr
     assert "done already" in told
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_decompositions_of_named_sizes_are_reused_without_it(finished: Path, tmp_path: Path) -> None:
+    words = [word for setting in SETTINGS if "keep_dense" not in setting for word in ("--set", setting)]
+    told = do("run", "--preset", "quickstart", "--out", tmp_path / "run", "--reuse", finished, *words).stderr
+    assert "train 1, decompose 6" in told.replace("\n", " "), told[:600]
+    assert not read_table(tmp_path / "run", "configurations")["configuration"].str.contains("d").any()
+
+
+def test_a_limit_in_percent_waits_for_the_base_network(tmp_path: Path) -> None:
+    store = RunStore.create(tmp_path / "run", preset("quickstart").override(['search.limits=["macs=60%"]']))
+    shown = invoke("report", store.path, "--markdown")
+    assert shown.exit_code == 0
+    assert "Most accurate within macs=60%" in shown.stdout
+    assert "no base network is stored" in shown.stdout and "run `gross train`" in shown.stdout
 
 
 @pytest.mark.parametrize("strategy", ["breadth-first", "surrogate"])
@@ -124,4 +151,6 @@ def test_what_it_would_do_is_previewed() -> None:
     shown = invoke("inspect", "--model", "four-conv", "--keep-dense").stdout
     rows = {line.split()[0]: line for line in shown.splitlines() if line.strip().startswith("conv")}
     assert " 1 2 4 8 16 d " in rows["conv2"]
-    assert "not tried: conv2 (group-sizes 32: no fewer MACs than the original layer)" in shown.replace("\n", " ")
+    assert "not tried: conv2 (group-sizes 32: no fewer MACs or parameters than the original layer)" in shown.replace(
+        "\n", " "
+    )
