@@ -26,8 +26,8 @@ def decompose_model(
     group_sizes: Mapping[str, Sequence[int]] | Sequence[int] | None = None,
     options: BTDOptions = BTDOptions(),  # noqa: B008 (frozen)
     nested: bool = False,
-    keep_dense: bool = False,
     seed: int = 0,
+    keep_dense: bool = False,
     input_shape: Sequence[int] | None = None,
 ) -> nn.Module:
     """Return a copy of `model` with a SeriesConv2d in place of each chosen convolution: the supernet.
