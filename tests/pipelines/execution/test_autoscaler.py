@@ -145,14 +145,14 @@ def test_only_nodes_that_a_unit_fits_on_are_counted(monkeypatch: pytest.MonkeyPa
     there = [HEAD, NodeKind(64, 0.0, 3), NodeKind(8, 1.0, 2)]
     assert _counted(_described(monkeypatch, there, None)) == (16, 2.0, "cuda", 0.25, 8, False)
     on_cpus = _described(monkeypatch, there, None, device="cpu")
-    assert _counted(on_cpus) == (208, 2.0, "cpu", 0.0, 8, False)
+    assert _counted(on_cpus) == (208, 2.0, "cpu", 0.0, 64, False)
     assert on_cpus.slots(5) == 3 * 12 + 2 * 1
 
 
 def test_what_may_come_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _counted(_described(monkeypatch, [HEAD], TWO_KINDS)) == (16, 2.0, "cuda", 0.25, 8, True)
     on_cpus = _described(monkeypatch, [HEAD], TWO_KINDS, device="cpu")
-    assert _counted(on_cpus) == (28, 2.0, "cpu", 0.0, 4, True)
+    assert _counted(on_cpus) == (28, 2.0, "cpu", 0.0, 8, True)
     assert _described(monkeypatch, [HEAD], TWO_KINDS).slots() == 8
 
 
