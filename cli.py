@@ -258,7 +258,7 @@ def presets(name: str | None) -> None:
     multiple=True,
     help="Group-sizes of these layers, like 'layer4.*=16,32'; may be repeated.",
 )
-@click.option("--keep-dense", is_flag=True, help="Let each layer also stay as it is: the choice d.")
+@click.option("--keep-dense", is_flag=True, help="Make the original layer a choice too, written d.")
 @click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels on an image's side.")
 @click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True, help="Number of classes.")
 def inspect(group_sizes: str | None, **what: Any) -> None:

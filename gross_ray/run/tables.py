@@ -142,7 +142,7 @@ def _accuracy(name: str, meaning: str, *, low: float = 0, nullable: bool = False
     return Column(name=name, type=pa.float64(), meaning=meaning, unit="fraction", low=low, high=1, nullable=nullable)
 
 
-_CONFIGURATION = _text("configuration", "Group-sizes in layer order, like 2-32-64; d for a layer that stays as it is")
+_CONFIGURATION = _text("configuration", "Group-sizes in layer order, like 2-32-64; d for the original layer")
 _SCALING = _text("scaling", "How Eq. 8 is read: exp(-alpha i) or exp(-alpha i / N)", choices=("index", "normalised"))
 _ALPHA = _real("alpha", "Temperature of the sampling of group-sizes (Eq. 8); 0 is uniform")
 _MACS = _count("macs", "Multiply-accumulates of one image's forward pass, as the network runs", "MACs an image")
@@ -249,7 +249,7 @@ _TABLES = (
             _CONFIGURATION,
             _count(
                 f"layer {LAYER}",
-                "Group-size of this layer, 0: it stays dense; a column for each layer",
+                "Group-size of this layer, 0 for the original layer; a column for each layer",
                 "channels",
             ),
             _MACS,

@@ -21,7 +21,7 @@ class DecompositionOptions(BTDOptions):
     layer_group_sizes: tuple[str, ...] = ()
     """Other group-sizes for single layers, like "layer4.*=16,32" (a name or glob); the first match counts."""
     keep_dense: bool = False
-    """Let each layer also stay as it is: the choice d in a configuration, like 1-d-16, and 0 in the tables."""
+    """Make the original layer a choice too: d in a configuration, like 1-d-16, and 0 in the tables."""
     nested: bool = False
     """Start each group-size from the expansion of the next smaller one (one after the other), not on its own."""
 

@@ -59,10 +59,16 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     _check_fixed(experiment, space, layer_costs(supernet, shape, "macs"), choice)
     if experiment.search.strategy == "exhaustive":
         search.check_size(space)
-    full = {"macs": float(count_operations(network, shape).macs), "parameters": float(count_parameters(network))}
-    for text in experiment.search.limits:
+    limits = experiment.search.limits
+    full = _full_costs(network, shape) if any("%" in text for text in limits) else {}
+    for text in limits:
         budgets = [budget for budget in amounts(parse_budgets(text), full) if budget.cost != "latency_ms"]
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
+
+
+def _full_costs(network: torch.nn.Module, shape: torch.Size) -> dict[str, float]:
+    """Return the costs of the full network, of which limits may be a percentage."""
+    return {"macs": float(count_operations(network, shape).macs), "parameters": float(count_parameters(network))}
 
 
 def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts, choice: LayerChoice) -> None:

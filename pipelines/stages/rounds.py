@@ -1,9 +1,9 @@
 """The search by a strategy: rounds of proposals, each stored before its evaluation, so that a search can be resumed.
 
 Round 0 consists of the fixed configurations (if there are none, the first and the last configuration of the space)
-and those that another search evaluated (`pipelines.stages.reuse`). Then the experiment's budgets and
-limits take turns. Each has its own strategy, which learns from all rounds. A strategy's proposals depend only on its
-seed and on what it learned, so that a killed run continues with the proposals that it would have made.
+and those that another search evaluated (`pipelines.stages.reuse`). Then the experiment's budgets and limits
+take turns. Each has its own strategy, which learns from all rounds. A strategy's proposals depend only on its seed and
+on what it learned, so that a killed run continues with the proposals that it would have made.
 """
 
 from __future__ import annotations
