@@ -34,10 +34,10 @@ def decompose_model(
 
     `layers` are names or globs (default: `decomposable_layers`). `group_sizes` are the sizes to try, for all layers or
     by name or glob; a layer takes the sizes that divide its input channels (default: all powers of two that do). With
-    `nested`, each group-size starts from the expansion of the next smaller one. With `keep_dense`, each layer may also
-    stay as it is: the choice DENSE, written d. The network's first convolution stays:
-    with `input_shape` (C, H, W) the first that a forward pass reaches, otherwise the first registered. `choice_of`
-    returns which layers stay, and why. Raises InvalidValueError like `choice_of`, and with `input_shape` also like
+    `nested`, each group-size starts from the expansion of the next smaller one. With `keep_dense`, the original
+    layer is a choice too: DENSE, written d. The network's first convolution stays: with `input_shape` (C, H, W) the
+    first that a forward pass reaches, otherwise the first registered. `choice_of` returns which layers stay, and why.
+    Raises InvalidValueError like `choice_of`, and with `input_shape` also like
     `running_supernet`.
     """
     if isinstance(group_sizes, Mapping):
