@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from gross_ray.search.options import RUNTIMES
 from pipelines.commands.one_line_errors import OneLineErrors
 from pipelines.commands.options import (
     MODEL_HELP,
@@ -143,9 +144,14 @@ def search(
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Device of this machine to time [cuda if there is a GPU]."
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(list(RUNTIMES)),
+    help="What runs the networks [onnxruntime; on a GPU torch].",
+)
 @click.option("--batch", type=click.IntRange(min=1), help="Images in a batch [1].")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; more than one need an idle machine [1].")
-@click.option("--repeats", type=click.IntRange(min=1), help="Rounds of timings [50].")
+@click.option("--repeats", type=click.IntRange(min=2), help="Rounds of timings [10].")
 @click.option(
     "--to", "target", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write FILE.parquet."
 )
@@ -159,26 +165,29 @@ def search(
 def latency(
     run: str,
     device: str | None,
+    runtime: str | None,
     batch: int | None,
     threads: int | None,
     repeats: int | None,
     target: Path | None,
     source: Path | None,
 ) -> None:
-    """Time each layer of RUN at each group-size on this machine, and predict latency_ms of each configuration.
+    """Time networks of RUN's layers in a runtime on this machine, and predict latency_ms of each configuration.
 
-    It needs only the base network. Before the search, it allows limits in milliseconds (search.limits). To time on a
-    device outside the cluster, copy RUN there, or copy the times: --to there, --from here.
+    It needs only the base network. Before the search, it allows limits like latency_ms=1.5 and latency_ms=60%
+    (search.limits). To time on a device outside the cluster, copy RUN there, or copy the times: --to there, --from
+    here.
 
     \b
     Example:
       gross latency runs/quickstart --batch 1
+      gross latency runs/quickstart --runtime openvino --batch 64 --threads 2
       gross latency runs/quickstart --device cuda --to h200.parquet
       gross latency runs/quickstart --from phone.parquet
     """
     from pipelines.commands import measuring
 
-    asked = {"batch_size": batch, "threads": threads, "repeats": repeats}
+    asked = {"runtime": runtime, "batch_size": batch, "threads": threads, "repeats": repeats}
     measuring.latency(run, device, asked, target=target, source=source)
 
 
@@ -261,18 +270,24 @@ def presets(name: str | None) -> None:
 @click.option("--keep-dense", is_flag=True, help="Make the original layer a choice too, written d.")
 @click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels on an image's side.")
 @click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True, help="Number of classes.")
-def inspect(group_sizes: str | None, **what: Any) -> None:
+@click.option("--runtime", type=click.Choice(list(RUNTIMES)), help="Also time networks of these layers in it.")
+@click.option("--batch", type=click.IntRange(min=1), help="Images in a batch that --runtime times [1].")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that --runtime uses [1].")
+def inspect(group_sizes: str | None, runtime: str | None, batch: int | None, threads: int | None, **what: Any) -> None:
     """Preview the decomposition of a network: layers, group-sizes, the space and its cheapest configuration.
 
     \b
     Example:
       gross inspect --model vgg16 --group-sizes 1,4,16,32
       gross inspect --model my_package.networks:small_resnet --image-size 64 --layers 'layer[34].*'
+      gross inspect --model resnet18 --group-sizes 1,4,16 --keep-dense --runtime onnxruntime --image-size 224
     """
     sizes = whole_numbers("--group-sizes", group_sizes)
+    refuse_alone("--runtime", runtime is not None, {"--batch": batch, "--threads": threads})
     from pipelines.commands import inspecting
 
-    inspecting.inspect(group_sizes=sizes, **what)
+    timed = None if runtime is None else {"runtime": runtime, "batch_size": batch or 1, "threads": threads or 1}
+    inspecting.inspect(group_sizes=sizes, timed=timed, **what)
 
 
 @main.command()
@@ -370,14 +385,8 @@ def report(run: str, markdown: bool, target: Path | None) -> None:
     "--fold",
     "objective",
     type=click.Choice(["none", "macs", "parameters", "activations", "latency_ms"]),
-    default="none",
-    show_default=True,
-    help="Write a layer as the dense convolution that it equals if that has less of this cost; latency_ms is timed on "
-    "this machine.",
-)
-@click.option("--batch", type=click.IntRange(min=1), help="Images in a batch that --fold latency_ms times [1].")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="Device that --fold latency_ms times [cuda if there is a GPU]."
+    help="Write a layer as the dense convolution that it equals if that has less of this cost [latency_ms, in the "
+    "runtime measured last, if gross latency measured it; else none].",
 )
 @click.option("--check", is_flag=True, help="Compare the file with the network on the run's test images.")
 @click.option("--download", is_flag=True, help="Download the images that --check needs, if they are missing.")
@@ -387,23 +396,21 @@ def export(
     configuration: str,
     target: Path,
     seed: int | None,
-    objective: str,
-    batch: int | None,
-    device: str | None,
+    objective: str | None,
     check: bool,
     download: bool,
     data_root: str | None,
 ) -> None:
     """Write a validated configuration of RUN as a plain network, and its model card beside it, as FILE.json.
 
-    The weights are those of its own training. The file works without gross_ray; the card describes its input.
+    The weights are those of its own training. The file works without gross_ray; the card describes its input. On the
+    machine of the latency measured last, the file is timed again as written.
 
     \b
     Example:
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx
       gross export runs/quickstart --configuration 16-16-16 --to model.onnx --fold latency_ms --check
     """
-    refuse_alone("--fold latency_ms", objective == "latency_ms", {"--batch": batch, "--device": device})
     refuse_alone("--check", check, {"--download": download or None, "--data-root": data_root})
     from pipelines.commands import exporting
     from pipelines.driver import DataSource
@@ -413,9 +420,7 @@ def export(
         configuration,
         target,
         seed=seed,
-        objective=None if objective == "none" else objective,
-        batch_size=batch or 1,
-        device=device,
+        objective=objective,
         images=DataSource(root=data_root, download=download) if check else None,
     )
 

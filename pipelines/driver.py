@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 NAMED = 5
 """Maximum number of units that an error names."""
 _MEASURE = "measure again with `gross latency`"
-_AFTER_DAMAGE = {"runs": "that start is on record no more", "latencies": _MEASURE, "latency_models": _MEASURE}
+_AFTER_DAMAGE = {"runs": "that start is on record no more", "layer_latencies": _MEASURE, "runtime_latencies": _MEASURE}
 """The consequence of losing a file of a table that no stage completes."""
 
 

@@ -13,8 +13,7 @@ from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import DataOptions, Schedule, SupernetOptions, SweepOptions
 from gross_ray.search.budgets import Budget
-from gross_ray.search.latency import LatencyOptions
-from gross_ray.search.options import EvaluationOptions
+from gross_ray.search.options import EvaluationOptions, LatencyOptions
 from gross_ray.training.sampling import sampling_probabilities
 from pipelines.resources import Resources
 

@@ -12,7 +12,7 @@ from gross_ray.run.pins import fingerprint, stored_data
 from gross_ray.run.store import RunStore
 from gross_ray.search.cost import count_macs, count_parameters, peak_activations
 from gross_ray.search.folding import Folding
-from gross_ray.search.latency import LatencyModel, Timing
+from gross_ray.search.latency import CONDITIONS, LatencyModel, Timing
 from gross_ray.space import Configuration
 
 
@@ -48,7 +48,7 @@ def model_card(
         "macs": count_macs(network, input_shape),
         "parameters": count_parameters(network),
         "activations": peak_activations(network, input_shape),
-        **_time(latency, sizes),
+        **({"latency_ms": None, "latency of": None} if latency is None else latency_entry(latency, sizes)),
         "input": {
             "shape": ["N", *input_shape],
             "dtype": "float32",
@@ -83,15 +83,13 @@ def most_accurate_seed(store: RunStore, configuration: str) -> int | None:
     return int(repeats.sort_values(["val_accuracy", "seed"], ascending=[False, True])["seed"].iloc[0])
 
 
-def _time(latency: LatencyModel | Timing | None, configuration: Configuration) -> dict[str, Any]:
-    """Return the time of a batch, the conditions of its measurement and, for a prediction, its median error."""
-    if latency is None:
-        return {"latency_ms": None, "latency of": None}
-    conditions = {name: getattr(latency, name) for name in ("device", "host", "batch_size", "threads")}
+def latency_entry(latency: LatencyModel | Timing, configuration: Sequence[int]) -> dict[str, Any]:
+    """Return the time of a batch and the conditions of its measurement; a prediction has its error beside it."""
+    conditions = {name: getattr(latency, name) for name in CONDITIONS}
     if isinstance(latency, Timing):
         return {"latency_ms": latency.latency_ms, "latency of": conditions | {"timed": "whole"}}
-    conditions["median_error"] = latency.median_error
-    return {"latency_ms": latency.predict(configuration), "latency of": conditions}
+    predicted = {"timed": "predicted", "median_error": latency.median_error, "full network, ms": latency.full_ms}
+    return {"latency_ms": latency.predict(configuration), "latency of": conditions | predicted}
 
 
 def _text(values: Sequence[float]) -> str:

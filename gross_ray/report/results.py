@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.report.searched import Searched
+from gross_ray.run.latencies import unit_in_force
 from gross_ray.run.limits import budget_amounts
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import Budget, RelativeBudget, parse_budgets
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
+from gross_ray.search.options import RUNTIMES
 from gross_ray.search.selection import best_under
 from gross_ray.seeds import derived_generator
 from gross_ray.space import Configuration
@@ -279,13 +282,22 @@ def correlation_sentence(store: RunStore, supernet: pd.Series, validations: pd.D
 
 
 def latency_sentences(store: RunStore) -> list[str]:
-    """Return a sentence for each stored measurement of latency: device, conditions and error."""
+    """Return a sentence on the measurement that predicts latency_ms: runtime, conditions and error; none without it."""
+    unit = unit_in_force(store)
+    if unit is None:
+        return []
+    model = next(store.read_units("runtime_latencies", [unit]).itertuples())
     return [
-        f"ms: one batch of {model.batch_size} on {model.device}, {model.threads} thread{'s' * (model.threads > 1)}, "
-        f"predicted from its layers' times; median error {100 * model.median_error:.1f} % of {model.num_sampled} "
-        "configurations timed whole"
-        for model in store.read_table("latency_models").itertuples()
+        f"ms: one batch of {model.batch_size} in {where(model)}, each layer in its faster form; the full network takes "
+        f"{model.full_ms:.3g} ms; predicted with a median error of {100 * model.median_error:.1f} % of "
+        f"{model.num_sampled} networks timed whole"
     ]
+
+
+def where(model: Any) -> str:
+    """Return the runtime and its conditions, from a LatencyModel, a Timing or a row of `runtime_latencies`."""
+    threads = f"{model.threads} thread{'s' * (model.threads > 1)}"
+    return f"{RUNTIMES[model.runtime]} {model.version} on {model.device}, {threads}"
 
 
 def temperature(alpha: float, scaling: str) -> str:

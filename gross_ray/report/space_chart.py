@@ -10,10 +10,13 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from gross_ray.report.charts import BLUE, GREEN, GREY, MARKS, MAX_DETAILS, Chart, evenly, layout, padded, shown
+from gross_ray.errors import MissingStageError
+from gross_ray.report.charts import BLUE, COLOURS, GREEN, GREY, MARKS, MAX_DETAILS, Chart, evenly, layout, padded, shown
 from gross_ray.report.results import ResultTable, kinds_of
 from gross_ray.report.searched import Searched
+from gross_ray.run.limits import full_costs
 from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import RELATIVE
 from gross_ray.search.selection import pareto_front
 from gross_ray.seeds import derived_generator
 
@@ -55,7 +58,7 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
     versions, budgets = {}, {}
     for cost, front in fronts.items():
         title, unit = COST_TITLES[cost]
-        versions[title] = _figure(searched, cost, front, sample, marked)
+        versions[title] = _figure(searched, cost, front, sample, marked, _full_network(store, cost))
         budgets[title] = {
             "scale": unit,
             "unit": title,
@@ -78,22 +81,40 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
     )
 
 
+def _full_network(store: RunStore, cost: str) -> tuple[float, float] | None:
+    """Return the full network's cost and mean validation accuracy; None if one is not stored, or never counted."""
+    networks = store.read_table("networks", ["val_accuracy"])
+    if networks.empty or cost not in RELATIVE:
+        return None
+    try:
+        return full_costs(store, [cost])[cost], float(networks["val_accuracy"].mean())
+    except MissingStageError:
+        return None
+
+
 def _figure(
-    searched: Searched, cost: str, front: pd.DataFrame, sample: pd.DataFrame, marked: dict[str, pd.DataFrame]
+    searched: Searched,
+    cost: str,
+    front: pd.DataFrame,
+    sample: pd.DataFrame,
+    marked: dict[str, pd.DataFrame],
+    full: tuple[float, float] | None,
 ) -> go.Figure:
     accuracies = searched.accuracies
     title, unit = COST_TITLES[cost]
+    costs, percents = accuracies[cost] / unit, 100 * accuracies["supernet_accuracy"]
+    beside = ([], []) if full is None else ([full[0] / unit], [100 * full[1]])
     dense = len(sample) < len(accuracies)
     figure = go.Figure(
         layout=layout(
             title,
             "accuracy in the supernet, % (val)",
-            xaxis={"range": padded(accuracies[cost] / unit)},
-            yaxis={"range": padded(100 * accuracies["supernet_accuracy"])},
+            xaxis={"range": padded([*costs, *beside[0]])},
+            yaxis={"range": padded([*percents, *beside[1]])},
         )
     )
     if dense:
-        figure.add_trace(_density(accuracies[cost] / unit, 100 * accuracies["supernet_accuracy"]))
+        figure.add_trace(_density(costs, percents))
 
     kinds: dict[str, list[str]] = {}
     for kind, rows in [*marked.items(), (_FRONT, front)]:
@@ -128,6 +149,12 @@ def _figure(
         if len(rows):
             size = 13 if symbol == "star" else 11
             add(kind, rows, mode="markers", marker={"color": colour, "size": size, "symbol": symbol})
+    if full is not None:
+        mark = {"color": COLOURS[7], "size": 12, "symbol": "x"}
+        hover = "<b>full network</b><br>%{y:.2f} % (val)<br>%{x:.4g}<extra></extra>"
+        figure.add_trace(
+            go.Scatter(name="full network", x=beside[0], y=beside[1], mode="markers", marker=mark, hovertemplate=hover)
+        )
     best = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"width": 3}}
     # For the legend only: the page's script draws the ring at the best configuration.
     figure.add_trace(go.Scatter(name="best within the budget", x=[None], y=[None], mode="markers", marker=best))

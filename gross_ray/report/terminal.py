@@ -44,22 +44,6 @@ def front_table(front: pd.DataFrame, costs: Sequence[str]) -> str:
     return as_text(ResultTable(f"Pareto front of {named} and accuracy in the supernet", list(columns), rows))
 
 
-def latency_table(store: RunStore) -> str:
-    """Return a table of the stored latency models and the error of their predictions."""
-    rows = [
-        [
-            str(model.device),
-            str(model.host),
-            str(model.batch_size),
-            str(model.threads),
-            f"{100 * model.median_error:.1f} % ({model.num_sampled})",
-        ]
-        for model in store.read_table("latency_models").itertuples()
-    ]
-    heads = ["device", "host", "batch", "threads", "median error (configurations timed)"]
-    return as_text(ResultTable("Predicted latency of a configuration, against its own timing", heads, rows))
-
-
 def _frame(frame: pd.DataFrame) -> str:
     return frame.to_string(index=False) if len(frame) else "nothing stored"
 

@@ -162,6 +162,8 @@ def _seed(meaning: str) -> Column:
 
 
 _CONDITIONS = (
+    _text("runtime", "What ran the networks: onnxruntime, openvino, torch or compiled"),
+    _text("version", "Its version"),
     _text("device", "Name of the processor or GPU that was timed"),
     _text("host", "Name of the machine"),
     _count("batch_size", "Images of a batch", "images", low=1),
@@ -261,38 +263,43 @@ _TABLES = (
             _real("val_loss", "Mean cross-entropy on the validation split", "nats"),
             _real(
                 "latency_ms",
-                "Predicted time of one batch's forward pass (see latency_models); missing if not measured",
+                "Predicted time of one batch's forward pass (see runtime_latencies); missing if not measured",
                 "ms",
                 nullable=True,
             ),
         ),
     ),
     Table(
-        name="latencies",
-        meaning="One decomposed layer at one group-size, or all other layers together, timed alone on one device.",
+        name="layer_latencies",
+        meaning="What one layer adds to the time of a batch as a bottleneck, in one runtime.",
         columns=(
             *_CONDITIONS,
-            _text("part", "Name of the decomposed layer; `rest` for all other layers together"),
-            _count(
-                "group_size",
-                "Group-size of the layer, 0 for the original; missing for `rest`",
-                "channels",
-                nullable=True,
+            _text("layer", "Name of the decomposed layer"),
+            _count("group_size", "Group-size of the bottleneck, 0 for the dense convolution", "channels"),
+            Column(
+                name="added_ms",
+                type=pa.float64(),
+                meaning="Time that it adds to a batch in place of the dense convolution; negative: it saves",
+                unit="ms",
             ),
-            _real("latency_ms", "Median time of one batch", "ms"),
         ),
     ),
     Table(
-        name="latency_models",
-        meaning="How the sum of the parts' times predicts a whole configuration's: offset_ms + slope x sum.",
+        name="runtime_latencies",
+        meaning="How a configuration's time is predicted in one runtime: base_ms, and for each layer the added_ms of "
+        "its group-size, or 0 if that is less.",
         columns=(
             *_CONDITIONS,
-            Column(name="offset_ms", type=pa.float64(), meaning="Fitted to whole configurations", unit="ms"),
-            _real("slope", "Fitted to whole configurations"),
-            _count("num_sampled", "Whole configurations that were timed", "configurations", low=2),
-            _real(
-                "median_error", "Median relative error of a timed configuration, predicted from the others", "fraction"
+            _real("full_ms", "Median time of a batch of the full network", "ms"),
+            Column(
+                name="base_ms",
+                type=pa.float64(),
+                meaning="Fitted time of a batch with all layers dense",
+                unit="ms",
             ),
+            _count("num_sampled", "Whole networks that were timed", "networks", low=1),
+            _real("median_error", "Median relative error of a timed network, predicted from the others", "fraction"),
+            _real("noise", "Median relative error of a network's own time", "fraction"),
         ),
     ),
     Table(

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.budgets import Budget, format_amount
+from gross_ray.search.budgets import Budget, readable_amount
 from gross_ray.search.cost import LayerCosts, group_size_indices
 from gross_ray.space import Configuration, SearchSpace
 
@@ -27,9 +27,7 @@ class BudgetedSpace:
     def __init__(self, space: SearchSpace, costs: Sequence[LayerCosts], budgets: Sequence[Budget] = ()) -> None:
         """Raise InvalidValueError for a budget on a cost not in `costs`, or below the cheapest configuration."""
         self.space, self.budgets = space, tuple(budgets)
-        self.costs = tuple(
-            replace(cost, by_layer={layer: cost.by_layer[layer] for layer in space.layers}) for cost in costs
-        )
+        self.costs = tuple(_within(cost, space) for cost in costs)
         self._by_name = {cost.name: cost for cost in self.costs}
         self._sizes = [np.array(sizes) for sizes in space.group_sizes.values()]
         for budget in budgets:
@@ -38,7 +36,8 @@ class BudgetedSpace:
                 raise InvalidValueError(f"budget {budget}: {budget.cost} is not known here; known costs: {known}")
             cost = self._by_name[budget.cost]
             if cost.minimum > budget.limit:
-                smallest = f"{budget.cost}={format_amount(cost.minimum)} at {cost.cheapest}"
+                share = budget.percent_of_full(cost.minimum)
+                smallest = f"{budget.cost}={readable_amount(budget.cost, cost.minimum)}{share} at {cost.cheapest}"
                 raise InvalidValueError(f"budget {budget}: nothing fits; the smallest is {smallest}")
 
     def indices(self, configurations: Sequence[Sequence[int]]) -> np.ndarray:
@@ -166,3 +165,11 @@ class BudgetedSpace:
             after = np.arange(STEPS + 1)[:, None] - steps
             ways.append(np.where(after >= 0, ways[-1][np.maximum(after, 0)], 0.0).sum(axis=1))
         return ways[::-1]
+
+
+def _within(cost: LayerCosts, space: SearchSpace) -> LayerCosts:
+    """Return a cost of the space's own layers and choices."""
+    by_layer = {
+        layer: {size: cost.by_layer[layer][size] for size in sizes} for layer, sizes in space.group_sizes.items()
+    }
+    return replace(cost, by_layer=by_layer)

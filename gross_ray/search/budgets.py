@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 
 from gross_ray.errors import InvalidValueError
 
 COSTS = ("macs", "macs_paper", "parameters", "latency_ms")
 """The costs of a configuration: columns of the `configurations` table."""
-RELATIVE = ("macs", "parameters")
+RELATIVE = ("macs", "parameters", "latency_ms")
 """The costs that may be limited in percent of the full network's."""
 _SUFFIXES = {"": 0, "k": 3, "M": 6, "G": 9}
 
@@ -35,9 +35,13 @@ class Budget:
                 f"budget {self.cost}={self.limit}: a limit is a finite number above 0, like {self.cost}=2.66M"
             )
 
+    def percent_of_full(self, amount: float) -> str:
+        """Return ", 39 % of the full network's" for an amount, if the limit was written in percent; else nothing."""
+        return "" if self.percent is None else f", {amount / self.limit * self.percent:.3g} % of the full network's"
+
     def __str__(self) -> str:
         share = "" if self.percent is None else f", {self.percent:g} % of the full network's"
-        return f"{self.cost}={format_amount(self.limit)}{share}"
+        return f"{self.cost}={readable_amount(self.cost, self.limit)}{share}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class RelativeBudget:
         _check_cost(self.cost)
         if self.cost not in RELATIVE:
             raise InvalidValueError(
-                f"budget {self}: only {' and '.join(RELATIVE)} may be limited in percent of the full network's; give "
+                f"budget {self}: only {', '.join(RELATIVE)} may be limited in percent of the full network's; give "
                 f"{self.cost} as a number"
             )
         if not 0 < self.percent < math.inf:
@@ -111,3 +115,12 @@ def format_amount(amount: float) -> str:
     suffix = next((letter for letter in "GMk" if exact >= 10 ** _SUFFIXES[letter]), "")
     digits = f"{exact.scaleb(-_SUFFIXES[suffix]):f}"
     return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + suffix
+
+
+def readable_amount(cost: str, amount: float) -> str:
+    """Return `format_amount`; of a measured time only four digits, rounded up, so that the amount itself fits."""
+    if cost != "latency_ms":
+        return format_amount(amount)
+    exact = Decimal(repr(float(amount)))
+    step = Decimal(1).scaleb(exact.adjusted() - 3)
+    return format_amount(float(exact.quantize(step, ROUND_CEILING)))

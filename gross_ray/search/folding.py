@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -15,8 +15,8 @@ from gross_ray.nn.calls import input_of, network_calls, network_errors_as_invali
 from gross_ray.nn.modes import evaluating
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import activations, count_parameters, plain_macs
-from gross_ray.search.latency import LatencyOptions
-from gross_ray.search.timing import threads, timed_device, typical_ms
+from gross_ray.search.options import LatencyOptions
+from gross_ray.search.timing import Work, cpu_clock, cuda_clock, threads, timed_device, typical_ms
 from gross_ray.supernet.configure import check_plain
 
 OBJECTIVES = ("macs", "parameters", "activations", "latency_ms")
@@ -75,9 +75,14 @@ def fold(
         costs = _activations(network, modules, input_shape)
     else:
         costs = _milliseconds(network, modules, dense, input_shape, latency, timed_device(device))
-    foldings = [Folding(name, _grouped(modules[name]).weight.shape[1], *costs[name]) for name in modules]
-    replaced = {folding.layer: dense[folding.layer] for folding in foldings if folding.folded}
-    return replace_modules(network, replaced), foldings
+    foldings = [Folding(name, group_size_of(modules[name]), *costs[name]) for name in modules]
+    return fold_layers(network, [folding.layer for folding in foldings if folding.folded]), foldings
+
+
+def fold_layers(network: nn.Module, layers: Collection[str]) -> nn.Module:
+    """Return a copy of `network` with the bottlenecks of these layers as dense convolutions."""
+    modules = bottlenecks(network)
+    return replace_modules(network, {name: dense_convolution(modules[name]) for name in layers})
 
 
 def bottlenecks(network: nn.Module) -> dict[str, nn.Sequential]:
@@ -111,6 +116,11 @@ def dense_convolution(bottleneck: nn.Sequential) -> nn.Conv2d:
         if conv.bias is not None and last.bias is not None:
             conv.bias.copy_(last.bias)
     return conv
+
+
+def group_size_of(bottleneck: nn.Sequential) -> int:
+    """Return the group-size of a bottleneck of three convolutions."""
+    return _grouped(bottleneck).weight.shape[1]
 
 
 def _grouped(bottleneck: nn.Sequential) -> nn.Conv2d:
@@ -163,13 +173,24 @@ def _milliseconds(
 ) -> dict[str, tuple[float, float]]:
     inputs = _inputs(network, modules, input_shape, options.batch_size)
     works = {
-        (name, form): (replace_modules(module, {}).eval().to(device), [images.to(device) for images in inputs[name]])
+        (name, form): _work(module, [images.to(device) for images in inputs[name]], device)
         for name in modules
         for form, module in (("bottleneck", modules[name]), ("dense", dense[name]))
     }
+    clock = cuda_clock(device) if device.type == "cuda" else cpu_clock(options.threads)
     with threads(options.threads), torch.inference_mode():
-        times = typical_ms(works, options.repeats, device)
+        times = typical_ms(works, options.repeats, clock)
     return {name: (times[name, "bottleneck"], times[name, "dense"]) for name in modules}
+
+
+def _work(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> Work:
+    copied = replace_modules(module, {}).eval().to(device)
+
+    def run() -> None:
+        for images in inputs:
+            copied(images)
+
+    return run
 
 
 def _inputs(

@@ -1,18 +1,18 @@
-"""A model of the latency of every configuration, measured on one device.
+"""A model of the latency of every configuration in one runtime, fitted to the times of whole networks.
 
-Each decomposed layer's bottleneck is timed alone at each group-size. The rest is timed as the network with decomposed
-layers that return precomputed tensors (a difference of two measurements would be less steady). A sample of whole
-configurations then corrects the sum of the parts: offset_ms + slope x sum. All modules are contiguous, as `extract`
-returns them, and run in eval and inference mode.
+A runtime fuses layers and changes layouts between them, so that a layer timed alone says little. Instead, many networks
+are timed whole, in which each decomposed layer has each of its forms (dense, or a bottleneck of one group-size) about
+equally often, beside the full network. A ridge regression then gives what each bottleneck adds to the time in place of
+the dense convolution that it equals. A layer counts in its faster form, because it can be exported in that form.
 """
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +20,38 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gross_ray.atomic import whole_or_not_at_all
-from gross_ray.errors import InvalidValueError, is_whole, one_line
-from gross_ray.fields import require
-from gross_ray.nn.calls import input_of, network_errors_as_invalid_value, output_of, zero_images
+from gross_ray.errors import InvalidValueError, one_line
+from gross_ray.nn.calls import output_of
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import LayerCosts
-from gross_ray.search.timing import Work, device_name, threads, timed_device, typical_ms
-from gross_ray.space import Configuration, SearchSpace
-from gross_ray.supernet.configure import extract, largest_decomposed, series_layers
+from gross_ray.search.folding import Folding, bottlenecks, fold_layers, group_size_of
+from gross_ray.search.options import LatencyOptions as LatencyOptions
+from gross_ray.search.runtimes import Run, Runtime, is_installed, runtime_of
+from gross_ray.search.timing import device_name, timed_device, typical_ms, undisturbed_logs
+from gross_ray.search.variants import Forms, Variants, balanced
+from gross_ray.space import DENSE, Configuration
+from gross_ray.supernet.configure import check_plain
 
-REST = "rest"
-"""The part of the table `latencies` that is everything but the decomposed layers; it has no group-size."""
-_WHERE = ("device", "host", "batch_size", "threads")
-_SUMMARY = (*_WHERE, "offset_ms", "slope", "num_sampled", "median_error")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatencyOptions:
-    """What latency measurements time, and how often."""
-
-    batch_size: int = 1
-    """Images in a batch."""
-    threads: int = 1
-    """CPU threads. One is timed by its CPU time; several by wall time, which needs an otherwise idle machine."""
-    repeats: int = 50
-    """Rounds; each takes one sample of every part and of every whole network."""
-    num_sampled: int = 20
-    """How many whole configurations are timed; all, if the space has fewer."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("threads", 1), ("repeats", 1), ("num_sampled", 2)):
-            value = getattr(self, name)
-            require(is_whole(value, least), f"latency.{name}", value, f"must be a whole number, {least} or more")
+CONDITIONS = ("runtime", "version", "device", "host", "batch_size", "threads")
+_SUMMARY = (*CONDITIONS, "full_ms", "base_ms", "num_sampled", "median_error", "noise")
+_BESIDE = 5
+"""Networks that are timed beside the full one: each holds its weights in memory."""
+_PER_FORM, _AT_LEAST = 2.5, 20
+_RIDGES = (1e-4, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Penalties on squared effects, in units of squared relative error; the one that predicts best is taken."""
+_WEIGHT_OF_FULL = 3.0
+"""The full network counts as this many observations: it is timed beside all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Conditions:
+    runtime: str
+    """Name of the runtime, one of RUNTIMES."""
+    version: str
+    """Version of the runtime."""
     device: str
     """Name of the processor or GPU."""
     host: str
@@ -71,30 +64,47 @@ class _Conditions:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyModel(_Conditions):
-    """Predicts the time of one batch's forward pass: offset_ms + slope x (rest + one time for each layer)."""
+    """Predicts the time of one batch's forward pass: base_ms plus what each layer's faster form adds."""
 
-    rest_ms: float
-    """Time of everything but the decomposed layers, in ms."""
-    layer_ms: Mapping[str, Mapping[int, float]]
-    """Time of each decomposed layer at each group-size, in ms, summed over its calls in one forward pass."""
-    offset_ms: float
-    """Offset in ms, fitted to whole configurations; may be negative."""
-    slope: float
-    """Slope fitted to whole configurations; 0 or more."""
+    full_ms: float
+    """Measured time of the full network, in ms."""
+    base_ms: float
+    """Fitted time of the network with all layers dense, in ms."""
+    added_ms: Mapping[str, Mapping[int, float]]
+    """What a layer's bottleneck at each group-size adds in place of the dense convolution, in ms; negative: it saves.
+    For DENSE it is 0."""
     num_sampled: int
-    """How many whole configurations were timed."""
+    """How many whole networks were timed."""
     median_error: float
-    """Median relative error of the timed configurations, each predicted from a fit to the others."""
+    """Median relative error of the timed networks, each predicted from a fit to the others."""
+    noise: float
+    """Median relative error of a network's own time, from how far two halves of its rounds differ."""
 
     def predict(self, configuration: Sequence[int]) -> float:
         """Return the time of one batch in ms, 0 or more; raises InvalidValueError for an unknown configuration."""
         return max(self.costs.of_one(configuration), 0.0)
 
+    def folded(self, layer: str, group_size: int) -> bool:
+        """Return whether the layer is faster as the dense convolution than as a bottleneck of this group-size."""
+        return group_size != DENSE and self.added_ms[layer][group_size] > 0
+
+    def fold(self, network: nn.Module) -> tuple[nn.Module, list[Folding]]:
+        """Return a copy of a plain network with each layer in its faster form, and what each bottleneck adds, in ms.
+
+        `network` is what `extract` returns of the supernet that was timed.
+        """
+        check_plain(network, "fold")
+        foldings = []
+        for name, module in bottlenecks(network).items():
+            size = group_size_of(module)
+            foldings.append(Folding(name, size, bottleneck=self.added_ms[name][size], dense=0.0))
+        return fold_layers(network, [one.layer for one in foldings if one.folded]), foldings
+
     @cached_property
     def costs(self) -> LayerCosts:
         """The prediction as a sum over the layers, in ms; a negative sum means 0."""
-        layers = {name: {size: self.slope * ms for size, ms in times.items()} for name, times in self.layer_ms.items()}
-        return LayerCosts("latency_ms", self.offset_ms + self.slope * self.rest_ms, layers)
+        faster = {name: {size: min(ms, 0.0) for size, ms in added.items()} for name, added in self.added_ms.items()}
+        return LayerCosts("latency_ms", self.base_ms, faster)
 
     def predict_many(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the time of one batch in ms, 0 or more, for many configurations: float64 (N,).
@@ -102,37 +112,49 @@ class LatencyModel(_Conditions):
         `columns` maps each decomposed layer's name to its group-sizes, (N,). Raises InvalidValueError for a missing or
         unknown layer and for a group-size that was not timed.
         """
-        if wrong := columns.keys() ^ self.layer_ms.keys():
-            timed = ", ".join(self.layer_ms)
+        if wrong := columns.keys() ^ self.added_ms.keys():
+            timed = ", ".join(self.added_ms)
             raise InvalidValueError(f"layers {', '.join(columns)}: {', '.join(wrong)} is missing or not of {timed}")
-        return np.maximum(self.costs.of(np.column_stack([columns[name] for name in self.layer_ms])), 0.0)
+        return np.maximum(self.costs.of(np.column_stack([columns[name] for name in self.added_ms])), 0.0)
+
+    def timed_here(self) -> torch.device | None:
+        """Return this machine's device that was timed; None for another machine's, or a runtime that is missing."""
+        devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+        for device in devices:
+            if (device_name(device), socket.gethostname()) == (self.device, self.host):
+                return device if is_installed(self.runtime) else None
+        return None
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of the table `latencies`."""
-        where = {name: getattr(self, name) for name in _WHERE}
-        rows = [where | {"part": REST, "group_size": None, "latency_ms": self.rest_ms}]
-        for part, times in self.layer_ms.items():
-            rows += [where | {"part": part, "group_size": size, "latency_ms": ms} for size, ms in times.items()]
-        return rows
+        """Return the rows of the table `layer_latencies`."""
+        where = {name: getattr(self, name) for name in CONDITIONS}
+        return [
+            where | {"layer": layer, "group_size": size, "added_ms": ms}
+            for layer, added in self.added_ms.items()
+            for size, ms in added.items()
+        ]
 
     def summary(self) -> dict[str, Any]:
-        """Return the row of the table `latency_models`."""
+        """Return the row of the table `runtime_latencies`."""
         return {name: getattr(self, name) for name in _SUMMARY}
 
     def save(self, path: Path) -> None:
         """Write the model as one Parquet table for `load`, which also works on another machine."""
-        frame = pd.DataFrame(self.rows()).assign(**self.summary())
         with whole_or_not_at_all(path) as partial:
-            frame.astype({"group_size": "Int64"}).to_parquet(partial, index=False)
+            pd.DataFrame(self.rows()).assign(**self.summary()).to_parquet(partial, index=False)
 
     @classmethod
     def load(cls, path: Path) -> LatencyModel:
         """Read a file that `save` wrote; raises InvalidValueError if it is missing, damaged or of another kind."""
-        columns = [*_WHERE, "part", "group_size", "latency_ms"]
         try:
             frame = pd.read_parquet(path)
+            if "offset_ms" in frame:
+                raise InvalidValueError(
+                    f"{path}: was written by an earlier gross_ray, which timed layers alone; measure again with "
+                    "gross latency"
+                )
             summary = frame[list(_SUMMARY)].drop_duplicates()
-            return cls.from_tables(frame[columns], summary)
+            return cls.from_tables(frame[[*CONDITIONS, "layer", "group_size", "added_ms"]], summary)
         except (OSError, pa.ArrowException, KeyError, TypeError) as error:
             raise InvalidValueError(
                 f"{path}: not a table of latencies ({one_line(error)}); write one with gross latency"
@@ -140,29 +162,28 @@ class LatencyModel(_Conditions):
 
     @classmethod
     def from_tables(cls, latencies: pd.DataFrame, summary: pd.DataFrame) -> LatencyModel:
-        """Return the model stored in the tables `latencies` and `latency_models`.
+        """Return the model stored in the tables `layer_latencies` and `runtime_latencies`.
 
-        `summary` has one row; `latencies` may also contain other devices, batch sizes and threads. Raises
-        InvalidValueError unless exactly one measurement belongs to that row.
+        `summary` has one row; `latencies` may also contain other measurements. Raises InvalidValueError unless exactly
+        one belongs to that row.
         """
         if len(summary) != 1:
-            raise InvalidValueError(f"latency_models has {len(summary)} rows: choose the one to predict with")
+            raise InvalidValueError(f"runtime_latencies has {len(summary)} rows: choose the one to predict with")
         row: dict[str, Any] = summary.to_dict("records")[0]
-        times = [*latencies["latency_ms"], row["offset_ms"], row["slope"], row["median_error"]]
+        times = [*latencies["added_ms"], *(row[name] for name in ("full_ms", "base_ms", "median_error", "noise"))]
         if not np.isfinite(np.array(times, dtype=np.float64)).all():
-            raise InvalidValueError("latencies: not all are finite numbers; measure them again")
-        parts = latencies[np.logical_and.reduce([latencies[name] == row[name] for name in _WHERE])]
-        is_rest = parts["group_size"].isna()
-        if not is_rest.any() or is_rest.all() or parts.duplicated(["part", "group_size"]).any():
-            where = ", ".join(f"{name} = {row[name]}" for name in _WHERE)
+            raise InvalidValueError("layer_latencies: not all are finite numbers; measure them again")
+        parts = latencies[np.logical_and.reduce([latencies[name] == row[name] for name in CONDITIONS])]
+        if parts.empty or parts.duplicated(["layer", "group_size"]).any():
+            where = ", ".join(f"{name} = {row[name]}" for name in CONDITIONS)
             raise InvalidValueError(
-                f"latencies of {where}: {len(parts)} rows, must be one for {REST!r} and one for each layer's "
-                "group-sizes; measure it again"
+                f"layer_latencies of {where}: {len(parts)} rows, must be one for each layer's group-sizes; "
+                "measure it again"
             )
-        layer_ms: dict[str, dict[int, float]] = {}
-        for part, size, ms in parts.loc[~is_rest, ["part", "group_size", "latency_ms"]].itertuples(index=False):
-            layer_ms.setdefault(part, {})[int(size)] = float(ms)
-        return cls(rest_ms=float(parts.loc[is_rest, "latency_ms"].iloc[0]), layer_ms=layer_ms, **row)
+        added_ms: dict[str, dict[int, float]] = {}
+        for layer, size, ms in parts[["layer", "group_size", "added_ms"]].itertuples(index=False):
+            added_ms.setdefault(layer, {})[int(size)] = float(ms)
+        return cls(added_ms=added_ms, **row)
 
 
 def measure_latency(
@@ -176,32 +197,128 @@ def measure_latency(
 ) -> LatencyModel:
     """Return a latency model of all configurations of `supernet`, measured on `device` (default: the supernet's).
 
-    `input_shape` is (C, H, W). `generator` draws the sampled configurations (all different) and the input. `on_part` is
-    called after each timing with the number done and the total. The supernet and torch's number of threads stay
-    unchanged. Raises InvalidValueError for a network without decomposed layers, a space of one configuration, a device
-    other than cpu and cuda, and a network that cannot run such an input.
+    `input_shape` is (C, H, W). `generator` draws the timed networks (all different) and the input. `on_part` is called
+    after each network with the number done and the total. The supernet and torch's number of threads stay unchanged.
+    Raises InvalidValueError for a network without decomposed layers, a runtime that is not installed or cannot take the
+    network, a device other than cpu and cuda, and a network that cannot run such an input.
     """
-    space = SearchSpace.of(supernet)
-    sampled = _sample(space, options.num_sampled, generator)
     parameter = next(supernet.parameters())
     target = timed_device(parameter.device if device is None else device)
+    runtime = runtime_of(options.runtime, target, options.threads)
+    output_of(supernet, input_shape)
+    variants = Variants(supernet, target, input_shape)
+    forms = variants.forms
+    number = options.num_sampled or max(_AT_LEAST, math.ceil(_PER_FORM * sum(map(len, forms.values()))))
+    full = (DENSE,) * len(forms)
+    networks = [one for one in balanced(forms, number + 1, generator) if one != full][:number]
     images = torch.randn(options.batch_size, *input_shape, generator=generator, device=generator.device)
-    with threads(options.threads), torch.inference_mode():
-        works = _works(supernet, sampled, images.to(target, parameter.dtype))
-        times = typical_ms(works, options.repeats, target, on_part)
-    layer_ms = {name: {size: times[name, size] for size in sizes} for name, sizes in space.group_sizes.items()}
-    sums = LayerCosts("latency_ms", times[REST], layer_ms).of(sampled)
-    measured = np.array([times[configuration] for configuration in sampled])
-    offset_ms, slope = _fit(sums, measured)
+    with runtime.settings():
+        load = runtime.variants(variants, images.to("cpu", parameter.dtype))
+        times = _Times.of(networks, full, load, runtime, options.repeats, on_part)
+    base_ms, added_ms, errors = _fit(forms, [*networks, full], np.array([*times.relative, 1.0]))
     return LatencyModel(
-        rest_ms=times[REST],
-        layer_ms=layer_ms,
-        offset_ms=offset_ms,
-        slope=slope,
-        num_sampled=len(sampled),
-        median_error=_leave_one_out_error(sums, measured),
-        **_conditions(target, options),
+        full_ms=times.full_ms,
+        base_ms=times.full_ms * base_ms,
+        added_ms={name: {size: times.full_ms * ms for size, ms in added.items()} for name, added in added_ms.items()},
+        num_sampled=len(networks),
+        median_error=float(np.median(errors[:-1])),
+        noise=times.noise,
+        **_conditions(runtime, target, options),
     )
+
+
+def measure_relative(
+    supernet: nn.Module,
+    input_shape: Sequence[int],
+    options: LatencyOptions,
+    networks: Sequence[Forms],
+    *,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """Return the time of each network, its layers in these forms, divided by the full network's: float64 (N,).
+
+    Arguments and errors are those of `measure_latency`.
+    """
+    target = timed_device(device)
+    runtime = runtime_of(options.runtime, target, options.threads)
+    variants = Variants(supernet, target, input_shape)
+    images = torch.randn(options.batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
+    with runtime.settings():
+        load = runtime.variants(variants, images)
+        return _Times.of(networks, (DENSE,) * len(variants.forms), load, runtime, options.repeats, None).relative
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Times:
+    full_ms: float
+    """Time of the full network."""
+    relative: np.ndarray
+    """Time of each other network, divided by the full one's beside it: (N,)."""
+    noise: float
+    """Median relative error of these times."""
+
+    @classmethod
+    def of(
+        cls,
+        networks: Sequence[Forms],
+        full: Forms,
+        load: Callable[[Forms], Run],
+        runtime: Runtime,
+        repeats: int,
+        on_part: Callable[[int, int], object] | None,
+    ) -> _Times:
+        """Time the networks, a few at a time beside the full one."""
+        clock, run_full = runtime.clock(), load(full)
+        relative, full_ms, noises = [], [], []
+        for first in range(0, len(networks), _BESIDE):
+            group = networks[first : first + _BESIDE]
+            works = [run_full]  # by place: of several equal networks each is timed
+            for done, one in enumerate(group, first):
+                works.append(load(one))
+                if on_part is not None and done:
+                    on_part(done, len(networks))
+            logs = undisturbed_logs(dict(enumerate(works)), repeats, clock)
+            medians = np.median(logs, axis=0)
+            full_ms.append(math.exp(medians[0]))
+            relative += np.exp(medians[1:] - medians[0]).tolist()
+            halves = np.median(logs[::2], axis=0) - np.median(logs[1::2], axis=0)
+            noises += np.abs(halves[1:] / 2).tolist()  # the median of all rounds has half the spread of this difference
+        if on_part is not None:
+            on_part(len(networks), len(networks))
+        return cls(full_ms=float(np.median(full_ms)), relative=np.array(relative), noise=float(np.median(noises)))
+
+
+def _fit(
+    forms: Mapping[str, Forms], networks: Sequence[Forms], times: np.ndarray
+) -> tuple[float, dict[str, dict[int, float]], np.ndarray]:
+    """Fit times (N,) as a sum over the layers, the last network being the full one.
+
+    Return the time with all layers dense, what each form adds to it, and each network's relative error (N,) when it is
+    predicted from a fit to the others (in closed form, from the hat matrix). Errors are relative, so that fast networks
+    count as much as slow ones.
+    """
+    columns = [(layer, size) for layer, sizes in enumerate(forms.values()) for size in sizes]
+    chosen = np.array([[one[layer] == size for layer, size in columns] for one in networks], dtype=np.float64)
+    weights = np.append(np.ones(len(times) - 1), math.sqrt(_WEIGHT_OF_FULL)) / times
+    rows = np.column_stack([np.ones(len(times)), chosen]) * weights[:, None]
+    best: tuple[float, np.ndarray, np.ndarray] | None = None
+    for ridge in _RIDGES:
+        penalty = np.diag([0.0, *np.full(len(columns), ridge * float(np.mean(1 / times**2)))])
+        solved = np.linalg.lstsq(rows.T @ rows + penalty, rows.T, rcond=None)[0]
+        coefficients = solved @ (weights * times)
+        left_out = 1 - np.minimum(np.einsum("ij,ji->i", rows, solved), 1 - 1e-9)
+        errors = np.abs(rows @ coefficients / (weights * times) - 1) / left_out
+        if best is None or np.median(errors) < best[0]:
+            best = float(np.median(errors)), coefficients, errors
+    assert best is not None
+    _, coefficients, errors = best
+    effects = dict(zip(columns, coefficients[1:].tolist(), strict=True))
+    base = float(coefficients[0]) + sum(effects[layer, DENSE] for layer in range(len(forms)))
+    added = {
+        name: {size: effects[layer, size] - effects[layer, DENSE] for size in sizes}
+        for layer, (name, sizes) in enumerate(forms.items())
+    }
+    return base, added, errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,106 +330,56 @@ class Timing(_Conditions):
 
 
 def time_networks(
-    networks: Mapping[str, nn.Module],
+    networks: Mapping[str, nn.Module | Path],
     input_shape: Sequence[int],
     options: LatencyOptions,
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Return the time of each network on `device`, timed alternately, in eval and inference mode.
+    """Return the time of each network in `options.runtime` on `device`, timed alternately.
 
-    `input_shape` is (C, H, W); `options.num_sampled` is not used. The networks and torch's number of threads stay
-    unchanged. Raises InvalidValueError for cuda on a machine without it, and for a network that cannot run such an
+    A path names an ONNX file, for the runtimes that read ONNX. `input_shape` is (C, H, W); `options.num_sampled` is not
+    used. The networks and torch's number of threads stay unchanged. Raises InvalidValueError for cuda on a machine
+    without it, a runtime that is not installed or cannot take a network, and for a network that cannot run such an
     image.
     """
     target = timed_device(device)
-    works: dict[Any, Work] = {}
-    for name, network in networks.items():
-        copied = replace_modules(network, {}).eval().to(target)
-        output_of(copied, input_shape)
-        images = torch.randn(options.batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
-        works[name] = (copied, [images.to(zero_images(copied, 1, input_shape))])
-    with threads(options.threads), torch.inference_mode():
-        times = typical_ms(works, options.repeats, target)
-    conditions = _conditions(target, options)
+    runtime = runtime_of(options.runtime, target, options.threads)
+    images = torch.randn(options.batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
+    works: dict[str, Run] = {}
+    with runtime.settings():
+        for name, network in networks.items():
+            if isinstance(network, Path):
+                works[name] = runtime.read(network, images)
+                continue
+            copied = replace_modules(network, {}).eval()
+            output_of(copied, input_shape)
+            like = next(copied.parameters(), images)
+            works[name] = runtime.load(copied, images.to(like.dtype))
+        times = typical_ms(works, options.repeats, runtime.clock())
+    conditions = _conditions(runtime, target, options)
     return {name: Timing(latency_ms=ms, **conditions) for name, ms in times.items()}
 
 
-def _conditions(device: torch.device, options: LatencyOptions) -> dict[str, Any]:
-    values = (device_name(device), socket.gethostname(), options.batch_size, options.threads)
-    return dict(zip(_WHERE, values, strict=True))
+def dominated(model: LatencyModel) -> dict[int, tuple[str, int, int]]:
+    """Return the group-sizes that a larger choice beats, because a larger one is at least as accurate.
 
-
-class _Precomputed(nn.Module):
-    """Replaces a decomposed layer and returns a precomputed tensor of the same shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs: list[Tensor] = []
-        self.outputs: dict[torch.Size, Tensor] = {}
-
-    def record(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        images = input_of(args, kwargs)
-        self.inputs.append(images)
-        self.outputs[images.shape] = torch.zeros_like(output)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.outputs[input.shape]
-
-
-def _works(supernet: nn.Module, sampled: Sequence[Configuration], batch: Tensor) -> dict[Any, Work]:
-    """Return the modules to time, with the inputs of their calls: REST, (layer, group-size) and each configuration.
-
-    The whole networks equal those of `extract`, but share the weights of the modules that are timed alone: twenty
-    copies may not fit into memory.
+    By group-size: the larger choice that costs less in the most layers, as it is written, the number of these layers,
+    and the number of layers that have both.
     """
-    layers, device = series_layers(supernet), batch.device
-    network = extract(supernet, largest_decomposed(supernet)).eval().to(device)
-    free = {name: _Precomputed() for name in layers}
-    handles = [
-        network.get_submodule(name).register_forward_hook(stub.record, with_kwargs=True) for name, stub in free.items()
-    ]
-    with network_errors_as_invalid_value(batch.shape[1:]):
-        network(batch)
-    for handle in handles:
-        handle.remove()
-    works: dict[Any, Work] = {REST: (replace_modules(network, free, share_weights=True), [batch])}
-    for name, layer in layers.items():
-        for size in layer.group_sizes:
-            works[name, size] = (layer.to_modules(size).eval().to(device), free[name].inputs)
-    for configuration in sampled:
-        chosen = {name: works[name, size][0] for name, size in zip(layers, configuration, strict=True)}
-        works[configuration] = (replace_modules(network, chosen, share_weights=True), [batch])
-    return works
+    found: dict[int, tuple[str, int, int]] = {}
+    sizes = sorted({size for added in model.added_ms.values() for size in added} - {DENSE})
+    for size in sizes:
+        best = (0, 0, DENSE)
+        for larger in [*(other for other in sizes if other > size), DENSE]:
+            both = [added for added in model.added_ms.values() if size in added and larger in added]
+            beaten = sum(added[larger] < added[size] for added in both)
+            best = max(best, (beaten, len(both), larger), key=lambda one: one[0])
+        if best[0]:
+            found[size] = (str(Configuration([best[2]])), best[0], best[1])
+    return found
 
 
-def _sample(space: SearchSpace, num_sampled: int, generator: torch.Generator) -> list[Configuration]:
-    """Draw different configurations uniformly from the space; return all of a space no larger than `num_sampled`."""
-    sizes = list(space.group_sizes.values())
-    total = prod(map(len, sizes))  # len(space) fails above 2^63
-    if total < 2:
-        raise InvalidValueError("latency of a space of one configuration: needs two group-sizes or more in a layer")
-    if total <= num_sampled:
-        return list(space)
-    chosen: dict[Configuration, None] = {}
-    while len(chosen) < num_sampled:
-        indices = [int(torch.randint(len(s), (), generator=generator, device=generator.device)) for s in sizes]
-        chosen[Configuration([s[index] for s, index in zip(sizes, indices, strict=True)])] = None
-    return list(chosen)
-
-
-def _fit(sums: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
-    """Return offset (ms) and slope, 0 or more, of a least-squares fit; slope 1 if all sums are equal."""
-    spread = sums - sums.mean()
-    slope = max(0.0, float(spread @ measured / (spread @ spread))) if np.ptp(sums) else 1.0
-    return float(measured.mean() - slope * sums.mean()), slope
-
-
-def _leave_one_out_error(sums: np.ndarray, measured: np.ndarray) -> float:
-    """Return the median of |predicted - measured| / measured, each configuration left out of its own fit."""
-    errors = []
-    for left_out in range(len(sums)):
-        offset_ms, slope = _fit(np.delete(sums, left_out), np.delete(measured, left_out))
-        predicted = max(0.0, offset_ms + slope * sums[left_out])
-        errors.append(abs(predicted - measured[left_out]) / measured[left_out])
-    return float(np.median(errors))
+def _conditions(runtime: Runtime, device: torch.device, options: LatencyOptions) -> dict[str, Any]:
+    where = (device_name(device), socket.gethostname(), options.batch_size, options.threads)
+    return dict(zip(CONDITIONS, (runtime.name, runtime.version, *where), strict=True))

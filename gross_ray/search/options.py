@@ -12,6 +12,13 @@ from gross_ray.search.budgets import parse_budgets
 FORMS = ("dense", "bottleneck")
 """The forms in which a decomposed layer can run."""
 FORM_CHOICES = ("auto", *FORMS)
+RUNTIMES = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "torch": "torch",
+    "compiled": "compiled torch",
+}
+"""The names of the runtimes as they are written in sentences, by name; `gross_ray.search.runtimes` has the runtimes."""
 STRATEGY_NAMES = ("exhaustive", "surrogate", "breadth-first", "evolution", "random")
 """The names in `gross_ray.search.strategies`, which is slower to import than options may be."""
 
@@ -36,6 +43,32 @@ class EvaluationOptions:
         for name, choices in (("form", FORM_CHOICES), ("precision", PRECISIONS)):
             value = getattr(self, name)
             require(value in choices, name, value, f"must be one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyOptions:
+    """Where latency is measured, and how often."""
+
+    runtime: str = "onnxruntime"
+    """onnxruntime, openvino, torch (eager mode) or compiled (torch.compile)."""
+    batch_size: int = 1
+    """Images in a batch."""
+    threads: int = 1
+    """CPU threads. One is timed by its CPU time; several by wall time, which needs an otherwise idle machine."""
+    repeats: int = 10
+    """Rounds; each takes one sample of every network that is timed beside each other."""
+    num_sampled: int = 0
+    """How many whole networks are timed; 0: two and a half for each form of each layer, and 20 at least."""
+
+    def __post_init__(self) -> None:
+        rule = f"must be one of {', '.join(RUNTIMES)}"
+        require(self.runtime in RUNTIMES, "latency.runtime", self.runtime, rule)
+        for name, least in (("batch_size", 1), ("threads", 1), ("repeats", 2)):
+            value = getattr(self, name)
+            require(is_whole(value, least), f"latency.{name}", value, f"must be a whole number, {least} or more")
+        valid = is_whole(self.num_sampled, 2) or (is_whole(self.num_sampled, 0) and self.num_sampled == 0)
+        rule = "must be a whole number, 2 or more, or 0: as many as the layers need"
+        require(valid, "latency.num_sampled", self.num_sampled, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

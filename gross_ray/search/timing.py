@@ -1,28 +1,29 @@
-"""Compare the times of modules on a machine that others use too.
+"""Compare the times of calls on a machine that others use too.
 
-A machine changes its speed for seconds at a time, by more than configurations differ. So every module is timed once in
+A machine changes its speed for seconds at a time, by more than configurations differ. So every call is timed once in
 each round (the fastest of three calls after an untimed one), and each round's own speed is divided out. A single CPU
-thread is timed by its CPU time, which is what a call takes on a free core: on a shared core, wall time was three times
-as long and no longer distinguished configurations. Several threads, and GPUs, are timed by wall time.
+thread is timed by its process's CPU time, which is what a call takes on a free core: on a shared core, wall time was
+three times as long and no longer distinguished configurations. Several threads, and GPUs, are timed by wall time.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from gross_ray.errors import InvalidValueError
 
-Work = tuple[nn.Module, Sequence[Tensor]]
-"""A module, and the inputs of its calls."""
+Work = Callable[[], object]
+"""A call that is timed."""
+Clock = Callable[[Work], float]
+"""Makes a call and returns its time in ms."""
 _WARM_UP_ROUNDS = 2
 _CALLS_PER_SAMPLE = 3
 _POLISHES = 3
@@ -51,47 +52,72 @@ def timed_device(device: torch.device | str) -> torch.device:
 
 
 def typical_ms(
-    works: Mapping[Any, Work], repeats: int, device: torch.device, on_part: Callable[[int, int], object] | None = None
+    works: Mapping[Any, Work],
+    repeats: int,
+    clock: Clock,
+    on_sample: Callable[[int, int], object] | None = None,
 ) -> dict[Any, float]:
-    """Return each module's median time over the rounds, with each round's speed divided out (Tukey's median polish)."""
+    """Return each call's median time over the rounds, in ms, with each round's own speed divided out."""
+    times = np.exp(np.median(undisturbed_logs(works, repeats, clock, on_sample), axis=0))
+    return dict(zip(works, times.tolist(), strict=True))
+
+
+def undisturbed_logs(
+    works: Mapping[Any, Work],
+    repeats: int,
+    clock: Clock,
+    on_sample: Callable[[int, int], object] | None = None,
+) -> np.ndarray:
+    """Return the logarithm of each call's time in each round, in ms: (repeats, len(works)).
+
+    Each round's own speed is divided out (Tukey's median polish). `on_sample` is called after each timing with the
+    number done and the total.
+    """
     samples = np.empty((_WARM_UP_ROUNDS + repeats, len(works)))
     for row in range(len(samples)):
-        for column, (module, inputs) in enumerate(works.values()):
-            samples[row, column] = _sample_ms(module, inputs, device)
-            if on_part is not None:
-                on_part(row * len(works) + column + 1, samples.size)
+        for column, work in enumerate(works.values()):
+            samples[row, column] = _sample_ms(work, clock)
+            if on_sample is not None:
+                on_sample(row * len(works) + column + 1, samples.size)
     logs = np.log(np.maximum(samples[_WARM_UP_ROUNDS:], _TICK_MS))
     slowness = np.zeros((repeats, 1))
     for _ in range(_POLISHES):
         slowness = np.median(logs - np.median(logs - slowness, axis=0), axis=1, keepdims=True)
         slowness -= np.median(slowness)
-    return dict(zip(works, np.exp(np.median(logs - slowness, axis=0)).tolist(), strict=True))
+    return logs - slowness
 
 
-def _sample_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
-    """Return the fastest time of `module` on all `inputs`, in ms, after an untimed warm-up that fills the caches."""
-    clock = _cuda_ms if device.type == "cuda" else _cpu_ms
-    return min([clock(module, inputs, device) for _ in range(1 + _CALLS_PER_SAMPLE)][1:])
+def _sample_ms(work: Work, clock: Clock) -> float:
+    """Return the fastest time of a call, in ms, after an untimed one that fills the caches."""
+    return min([clock(work) for _ in range(1 + _CALLS_PER_SAMPLE)][1:])
 
 
-def _cpu_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    for images in inputs:
-        module(images)
-    return (clock() - start) * 1e3
+def cpu_clock(num_threads: int) -> Clock:
+    """Return the clock for a number of CPU threads: this process's CPU time for one, wall time for several."""
+    now = time.process_time if num_threads == 1 else time.perf_counter
+
+    def milliseconds(work: Work) -> float:
+        start = now()
+        work()
+        return (now() - start) * 1e3
+
+    return milliseconds
 
 
-def _cuda_ms(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def cuda_clock(device: torch.device) -> Clock:
+    """Return the clock for work that torch queues on a GPU."""
     stream = torch.cuda.current_stream(device)
-    stream.synchronize()
-    start.record(stream)
-    for images in inputs:
-        module(images)
-    end.record(stream)
-    end.synchronize()
-    return start.elapsed_time(end)
+
+    def milliseconds(work: Work) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        stream.synchronize()
+        start.record(stream)
+        work()
+        end.record(stream)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return milliseconds
 
 
 def device_name(device: torch.device) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from gross_ray.btd.block_terms import BlockTerms
@@ -15,6 +16,7 @@ from gross_ray.errors import InvalidValueError, first_line
 from gross_ray.nn.calls import network_calls
 from gross_ray.nn.replace import replace_modules
 from gross_ray.space import DENSE
+from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.layers import choice_of, choose_layers
 from gross_ray.supernet.series import SeriesConv2d
 
@@ -100,6 +102,15 @@ def empty_supernet(model: nn.Module, group_sizes: Mapping[str, Sequence[int]]) -
     """Return a copy of `model` with series of zeros in place of the named convolutions, to load a checkpoint into."""
     convs = choose_layers(model, list(group_sizes))
     return replace_modules(model, {name: SeriesConv2d(convs[name], group_sizes[name]) for name in convs})
+
+
+def made_up(supernet: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Draw the weights of a supernet's series at their usual scale, in place: zeros might be faster. Return it."""
+    with torch.no_grad():
+        for layer in series_layers(supernet).values():
+            for parameter in layer.series_parameters():
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+    return supernet
 
 
 def running_supernet(

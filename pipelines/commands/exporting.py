@@ -9,43 +9,42 @@ from typing import Any
 
 import click
 import torch
+from torch import nn
 
 from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.data.image_set import ImageSet
+from gross_ray.errors import MissingStageError
 from gross_ray.export import card_path, check_export, check_format, export_network
-from gross_ray.report.model_card import foldings_text, model_card, most_accurate_seed
+from gross_ray.report.model_card import foldings_text, latency_entry, model_card, most_accurate_seed
+from gross_ray.report.results import where
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import check_data
 from gross_ray.run.store import RunStore
 from gross_ray.search.folding import fold
-from gross_ray.search.latency import LatencyModel, LatencyOptions, Timing, time_networks
+from gross_ray.search.latency import LatencyModel, Timing, time_networks
+from gross_ray.search.options import LatencyOptions
+from gross_ray.search.runtimes import READ_ONNX
 from gross_ray.space import Configuration
 from pipelines.driver import DataSource
 from pipelines.stages import latencies
 
 CHECKED = 250
 """Images in a batch of a check."""
+ROUNDS = 20
+"""Rounds in which the file is timed beside the full network."""
 
 
 def export(
-    run: str,
-    configuration: str,
-    target: Path,
-    *,
-    seed: int | None,
-    objective: str | None,
-    batch_size: int,
-    device: str | None,
-    images: DataSource | None,
+    run: str, configuration: str, target: Path, *, seed: int | None, objective: str | None, images: DataSource | None
 ) -> None:
     """Write a validated configuration as a plain network and its card to `target`, and print a summary.
 
     `seed` is the repeat, by default the most accurate one on the validation split. With an `objective`, layers are
-    folded if that costs less (`fold`). For "latency_ms", batches of `batch_size` images are timed on `device`, by
-    default a GPU if there is one. With `images`, the file is compared with the network on the run's test split. Raises
-    InvalidValueError for a file that cannot be written or a configuration outside the space, MissingStageError if it is
-    not validated, and GrossRayError if the format cannot represent the network or the file computes something else;
-    then nothing is written.
+    written as dense convolutions if that costs less (`fold`), for "latency_ms" in the runtime measured last; None:
+    latency_ms if it was measured, else no layer is. With `images`, the file is compared with the network on the run's
+    test split. Raises InvalidValueError for a file that cannot be written or a configuration outside the space,
+    MissingStageError if it is not validated, or no latency measured, and GrossRayError if the format cannot represent
+    the network or the file computes something else; then nothing is written.
     """
     check_format(target)
     store, configuration = RunStore.open(run), str(Configuration.parse(configuration))
@@ -53,38 +52,81 @@ def export(
         seed = most_accurate_seed(store, configuration) or 0
     opened = Run(store)
     network, base = opened.validated(configuration, seed), opened.base
-    shape = base.input_shape
-    folding: dict[str, Any] = {}
-    time: LatencyModel | Timing | None = latencies.in_force(opened)
-    lines: list[str] = []
-    if objective is not None:
-        bottlenecks, options = network, LatencyOptions(batch_size=batch_size)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        network, foldings = fold(bottlenecks, shape, objective=objective, latency=options, device=device)
-        lines.append(foldings_text(objective, foldings))
-        folded = [asdict(layer) for layer in foldings if layer.folded]
-        folding = {"folded by": objective, "folded": folded}
-        if objective == "latency_ms":
-            both = time_networks({"as bottlenecks": bottlenecks, "as written": network}, shape, options, device=device)
-            time = both["as written"]
-            lines.append("whole: " + ", ".join(f"{timing.latency_ms:.6g} ms {form}" for form, timing in both.items()))
-        elif folded:
-            time = None  # the predicted time is that of the bottlenecks
-    card = model_card(store, configuration, seed, network, shape, base.classes, layers=base.space.layers, latency=time)
-    card |= {**folding, "file": target.name}
-    if target.suffix == ".safetensors":
-        card["network"] = str(network).splitlines()
+    measured = latencies.in_force(opened)
+    objective = objective or ("latency_ms" if measured else "none")
+    network, lines, folding = _folded(opened, network, objective, measured)
+    by_time = objective == "latency_ms" or not folding  # else the prediction is of another form
+    time: LatencyModel | Timing | None = measured if by_time else None
     test = None if images is None else _test_images(opened, images)
     beside = card_path(target)
     with whole_or_not_at_all(beside) as partial_card, whole_or_not_at_all(target) as partial:  # both files, or neither
         partial_card.touch()  # before the network's file: their folder may be read-only
-        export_network(network, partial, shape)
+        export_network(network, partial, base.input_shape)
+        check = {}
         if test is not None:
-            check = check_export(partial, network, (test.as_inputs(batch) for batch, _ in test.batches(CHECKED)))
-            lines.append(str(check))
-            card["check"] = asdict(check)
+            compared = check_export(partial, network, (test.as_inputs(batch) for batch, _ in test.batches(CHECKED)))
+            lines.append(str(compared))
+            check = {"check": asdict(compared)}
+        if measured is not None and (device := measured.timed_here()) is not None:
+            time, line = _timed(opened, measured, device, partial if target.suffix == ".onnx" else None, network)
+            lines.append(line)
+        card = model_card(
+            store,
+            configuration,
+            seed,
+            network,
+            base.input_shape,
+            base.classes,
+            layers=opened.space.layers,
+            latency=time,
+        )
+        card |= {**folding, **check, "predicted latencies": _predictions(opened, configuration), "file": target.name}
+        if target.suffix == ".safetensors":
+            card["network"] = str(network).splitlines()
         partial_card.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     click.echo("\n".join([*lines, f"{configuration} (seed {seed}) written to {target}, its card to {beside}"]))
+
+
+def _folded(
+    run: Run, network: nn.Module, objective: str, measured: LatencyModel | None
+) -> tuple[nn.Module, list[str], dict[str, Any]]:
+    """Return the network in the form that costs less, a line for each layer, and what the card says of them."""
+    if objective == "none":
+        return network, [], {}
+    if objective == "latency_ms":
+        if measured is None:
+            raise MissingStageError(
+                f"--fold latency_ms: no latency is measured in {run.store.storage}; run `gross latency` on it first"
+            )
+        network, foldings = measured.fold(network)
+    else:
+        network, foldings = fold(network, run.base.input_shape, objective=objective)
+    folded = [asdict(layer) for layer in foldings if layer.folded]
+    return network, [foldings_text(objective, foldings)], {"folded by": objective, "folded": folded}
+
+
+def _timed(
+    run: Run, measured: LatencyModel, device: torch.device, file: Path | None, network: nn.Module
+) -> tuple[Timing, str]:
+    """Time the network as written beside the full one, in the runtime and the conditions measured last."""
+    options = LatencyOptions(
+        runtime=measured.runtime, batch_size=measured.batch_size, threads=measured.threads, repeats=ROUNDS
+    )
+    of_file = file is not None and measured.runtime in READ_ONNX
+    networks = {"full": run.base.network, "written": file if of_file and file is not None else network}
+    times = time_networks(networks, run.base.input_shape, options, device=device)
+    full, written = (times[name].latency_ms for name in networks)
+    line = (
+        f"{'the file' if of_file else 'the network'} takes {written:.3g} ms for a batch of {measured.batch_size} in "
+        f"{where(times['written'])}; the full network takes {full:.3g} ms"
+    )
+    return times["written"], line
+
+
+def _predictions(run: Run, configuration: str) -> list[dict[str, Any]]:
+    """Return the time that each stored measurement predicts, whatever its runtime, batch and threads."""
+    sizes = Configuration.parse(configuration)
+    return [latency_entry(model, sizes) for model in latencies.all_of(run)]
 
 
 def _test_images(run: Run, source: DataSource) -> ImageSet:

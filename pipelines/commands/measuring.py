@@ -1,29 +1,29 @@
-"""The command `gross latency`: time the layers on this machine, or read another machine's times from a file."""
+"""The command `gross latency`: time networks on this machine, or read another machine's times from a file."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
+from gross_ray.report.latency import dominated_sentences, extremes_table, latency_table
 from gross_ray.report.page import check_target
-from gross_ray.report.terminal import latency_table
+from gross_ray.report.terminal import as_text
 from gross_ray.run.opened import Run
 from gross_ray.run.progress import store_plans
 from gross_ray.run.store import RunStore
-from gross_ray.search.latency import LatencyModel, LatencyOptions
-from pipelines.commands.terminal import Reporter
+from gross_ray.search.latency import LatencyModel
+from gross_ray.search.options import LatencyOptions
+from pipelines.commands.terminal import Reporter, measuring_bar
 from pipelines.driver import locked
 from pipelines.stages import latencies
 from pipelines.stages.pipeline import plans
 
 
-def latency(
-    run: str, device: str | None, asked: dict[str, int | None], *, target: Path | None, source: Path | None
-) -> None:
-    """Store the times of the layers, measured here or read from `source`, and also write them to `target`.
+def latency(run: str, device: str | None, asked: dict[str, Any], *, target: Path | None, source: Path | None) -> None:
+    """Store what the layers cost, measured here or read from `source`, and also write it to `target`.
 
     `asked` are fields of LatencyOptions; None keeps the default.
     """
@@ -33,20 +33,23 @@ def latency(
     check_target(target)
     opened = Run(RunStore.open(run))
     with locked(opened.store, Reporter()):
-        model = _measured(opened, device, LatencyOptions(**options)) if source is None else LatencyModel.load(source)
+        model = LatencyModel.load(source) if source is not None else _measured(opened, *asked_for(device, options))
         latencies.put(opened, model)
         store_plans(opened.store, plans(opened))
     if target is not None:
         model.save(target)
-    click.echo(latency_table(opened.store))
+    tables = [latency_table(opened.store), extremes_table(model, opened.space.group_sizes)]
+    click.echo("\n\n".join([*map(as_text, tables), *dominated_sentences(model)]))
 
 
-def _measured(run: Run, device: str | None, options: LatencyOptions) -> LatencyModel:
-    """Time the layers on `device`, by default a GPU if there is one, with a progress bar on stderr."""
+def asked_for(device: str | None, options: dict[str, Any]) -> tuple[str, LatencyOptions]:
+    """Return the device, by default a GPU if there is one, and the options: on a GPU torch, by default."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with click.progressbar(length=1000, label=f"latency on {device}", file=sys.stderr) as bar:
+    by_default = "torch" if device == "cuda" else "onnxruntime"
+    return device, LatencyOptions(**{"runtime": by_default} | options)
 
-        def advance(done: int, total: int) -> None:
-            bar.update(1000 * done // total - bar.pos)
 
+def _measured(run: Run, device: str, options: LatencyOptions) -> LatencyModel:
+    """Time networks on `device`, with a progress bar on stderr."""
+    with measuring_bar(options.runtime, device) as advance:
         return latencies.measure(run, device, options, advance)

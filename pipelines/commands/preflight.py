@@ -62,7 +62,7 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     limits = experiment.search.limits
     full = _full_costs(network, shape) if any("%" in text for text in limits) else {}
     for text in limits:
-        budgets = [budget for budget in amounts(parse_budgets(text), full) if budget.cost != "latency_ms"]
+        budgets = amounts([budget for budget in parse_budgets(text) if budget.cost != "latency_ms"], full)
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gross_ray.search.options import RUNTIMES
 from pipelines.watching import StageProgress
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -98,3 +100,14 @@ class Reporter:
     def note(self, text: str) -> None:
         """Print one line outside any stage."""
         print(text, file=self._out, flush=True)
+
+
+@contextmanager
+def measuring_bar(runtime: str, device: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr while latency is measured, and yield what advances it: number done, total."""
+    with click.progressbar(length=1000, label=f"latency in {RUNTIMES[runtime]} on {device}", file=sys.stderr) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.update(1000 * done // total - bar.pos)
+
+        yield advance

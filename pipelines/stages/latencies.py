@@ -5,37 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
 from gross_ray.errors import InvalidValueError
+from gross_ray.run.latencies import TABLES, measured, put_in_force, unit_in_force
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
 from gross_ray.search.timing import timed_device
 from gross_ray.seeds import derived_generator
-from gross_ray.space import listed
-from gross_ray.supernet.build import empty_supernet
-
-STAGE = "latency"
-TABLES = ("latencies", "latency_models")
-_IN_FORCE = "in-force"
+from gross_ray.space import DENSE, listed, ordered
+from gross_ray.supernet.build import empty_supernet, made_up
 
 OnPart = Callable[[int, int], object]
 """Called with the number of finished timings and the number of all timings."""
 
 
 def measure(run: Run, device: str, options: LatencyOptions, on_part: OnPart | None = None) -> LatencyModel:
-    """Time the parts of the supernet in this process, on `device` of this machine, cpu or cuda.
+    """Time networks of the supernet's layers in this process, on `device` of this machine, cpu or cuda.
 
     Raises MissingStageError if the base networks are not trained, InvalidValueError for cuda without a GPU, and as
     `measure_latency` does.
     """
     timed_on = timed_device(device)
     generator = derived_generator(run.experiment.seed, "latency")
-    supernet = empty_supernet(run.base.network, run.space.group_sizes)
-    with torch.no_grad():  # any weights but zeros, which might be faster
-        for parameter in supernet.parameters():
-            parameter.normal_(std=0.1, generator=generator)
+    supernet = made_up(empty_supernet(run.base.network, run.space.group_sizes), generator)
     shape = run.base.input_shape
     return measure_latency(supernet, shape, options, generator=generator, device=timed_on, on_part=on_part)
 
@@ -46,17 +38,17 @@ def put(run: Run, model: LatencyModel) -> None:
     Raises InvalidValueError, and stores nothing, if its layers or group-sizes differ from the run's.
     """
     store, sizes = run.store, run.space.group_sizes
-    timed = {name: tuple(sorted(times)) for name, times in model.layer_ms.items()}
-    if timed != {name: tuple(sorted(each)) for name, each in sizes.items()}:
+    timed = {name: {*added} for name, added in model.added_ms.items()}
+    if timed != {name: {DENSE, *each} for name, each in sizes.items()}:
         raise InvalidValueError(
             f"the latencies are of other layers or group-sizes than the run's, which has {_listed(sizes)}; "
-            f"they are of {_listed(timed)}"
+            f"they are of {_listed({name: ordered(added) for name, added in model.added_ms.items()})}"
         )
     device = re.sub("[^0-9A-Za-z]+", "-", f"{model.device} {model.host}").strip("-")
-    name = f"device={device[:80]},batch={model.batch_size},threads={model.threads}"
-    store.write_table("latencies", name, model.rows())
-    store.write_table("latency_models", name, [model.summary()])
-    store.save_checkpoint(STAGE, _IN_FORCE, {}, {"unit": name})
+    name = f"runtime={model.runtime},device={device[:80]},batch={model.batch_size},threads={model.threads}"
+    store.write_table("layer_latencies", name, model.rows())
+    store.write_table("runtime_latencies", name, [model.summary()])
+    put_in_force(store, name)
     run.changed()
     fill(run, model)
 
@@ -66,31 +58,22 @@ def _listed(group_sizes: Mapping[str, Sequence[int]]) -> str:
 
 
 def in_force(run: Run) -> LatencyModel | None:
-    """Return the measurement that predicts `latency_ms`: the one stored last; None if it is missing.
-
-    If the folder does not say which one was stored last, return its only measurement; None if it has another one, whole
-    or in part.
-    """
+    """Return the measurement that predicts `latency_ms` (`unit_in_force`); None if there is none."""
     return run.once("latency in force", lambda: _in_force(run.store))
 
 
+def all_of(run: Run) -> list[LatencyModel]:
+    """Return all measurements that are stored whole, by name."""
+    return [_model(run.store, unit) for unit in sorted(measured(run.store))]
+
+
 def _in_force(store: RunStore) -> LatencyModel | None:
-    whole = measured(store)
-    if store.has_checkpoint(STAGE, _IN_FORCE):
-        _, about = store.load_checkpoint(STAGE, _IN_FORCE)
-        return _model(store, about["unit"]) if about["unit"] in whole else None
-    if len(whole) != 1 or {unit for table in TABLES for unit in store.units(table)} != whole:
-        return None
-    return _model(store, *whole)
+    unit = unit_in_force(store)
+    return None if unit is None else _model(store, unit)
 
 
 def _model(store: RunStore, unit: str) -> LatencyModel:
     return LatencyModel.from_tables(*(store.read_units(table, [unit]) for table in TABLES))
-
-
-def measured(store: RunStore) -> set[str]:
-    """Return the names of the completely stored measurements."""
-    return set.intersection(*map(store.finished_units, TABLES))
 
 
 def fill(run: Run, model: LatencyModel) -> None:

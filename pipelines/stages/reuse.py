@@ -8,12 +8,13 @@ from pathlib import Path
 from gross_ray.data.image_set import Splits
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
+from gross_ray.run import latencies
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import check_data, check_weights, stored_data, stored_weights
 from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 from gross_ray.weights import hash_of_tensors, read_weights
-from pipelines.stages import decompose, finetune, latencies, reconstruct, rounds, search, supernets, train, validate
+from pipelines.stages import decompose, finetune, reconstruct, rounds, search, supernets, train, validate
 
 
 @dataclass(frozen=True)

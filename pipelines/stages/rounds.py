@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from gross_ray.errors import InvalidValueError, MissingStageError
+from gross_ray.run.latencies import measured
 from gross_ray.run.limits import limits
 from gross_ray.run.opened import Run
 from gross_ray.run.store import SEARCH_ENDED
@@ -166,7 +167,7 @@ def check_limits(run: Run) -> None:
     options = run.experiment.search
     for budgets in limits(run.store):
         timed = any(budget.cost == "latency_ms" for budget in budgets) and options.strategy == "exhaustive"
-        if timed and latencies.measured(run.store) and latencies.in_force(run) is None:
+        if timed and measured(run.store) and latencies.in_force(run) is None:
             continue  # the latencies stored with the configurations count
         BudgetedSpace(run.space, [additive_cost(run, budget.cost) for budget in budgets], budgets)
 

@@ -76,7 +76,7 @@ def gross(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def tables(run: Path | str) -> dict[str, pd.DataFrame]:
     """Return every table of a run that its experiment alone decides, without the clocks."""
-    decided = [name for name in TABLES if name not in ("runs", "latencies", "latency_models")]
+    decided = [name for name in TABLES if name not in ("runs", "layer_latencies", "runtime_latencies")]
     return {name: read_table(run, name).drop(columns=CLOCKS, errors="ignore") for name in decided}
 
 

@@ -22,19 +22,11 @@ LAYERS = ("conv2", "conv3", "conv4")
 def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
     store = finished_run(tmp_path / "run")
     name = store.read_table("validations")["configuration"].iloc[0]
-    times = {layer: {size: size / 100 for size in (1, 2, 4, 8, 16, 32, 64)} for layer in LAYERS}
+    added = {layer: {size: size / 100 - 0.2 for size in (1, 2, 4, 8, 16, 32, 64)} for layer in LAYERS}
+    where = {"runtime": "openvino", "version": "3", "device": "a chip", "host": "there", "batch_size": 8, "threads": 2}
     model = LatencyModel(
-        device="a GPU",
-        host="there",
-        batch_size=8,
-        threads=2,
-        rest_ms=1.0,
-        layer_ms=times,
-        offset_ms=0.5,
-        slope=1.0,
-        num_sampled=3,
-        median_error=0.01,
-    )
+        **where, full_ms=2.0, base_ms=1.5, added_ms=added, num_sampled=3, median_error=0.01, noise=0.02
+    )  # fmt: skip
     for unit in store.units("configurations"):  # validated by name, say, and never searched
         store.delete_unit("configurations", unit)
     network, shape = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2)), (3, 3, 3)
@@ -42,18 +34,13 @@ def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
     assert (card["macs"], card["parameters"], card["activations"]) == (2 * 27 + 4, 2 * 27 + 2 + 6, 27 + 2)
     sizes = [int(size) for size in name.split("-")]
     assert card["layers"] == dict(zip(LAYERS, sizes, strict=True))
-    assert card["latency_ms"] == pytest.approx(1.5 + sum(sizes) / 100)
-    assert card["latency of"] == {
-        "device": "a GPU",
-        "host": "there",
-        "batch_size": 8,
-        "threads": 2,
-        "median_error": 0.01,
-    }
-    timing = Timing(latency_ms=3.25, device="a GPU", host="here", batch_size=8, threads=2)
+    assert card["latency_ms"] == pytest.approx(1.5 + sum(min(size / 100 - 0.2, 0) for size in sizes))
+    predicted = {"timed": "predicted", "median_error": 0.01, "full network, ms": 2.0}
+    assert card["latency of"] == where | predicted
+    timing = Timing(latency_ms=3.25, **where)
     timed = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS, latency=timing)
     assert timed["latency_ms"] == 3.25
-    assert timed["latency of"] == {"device": "a GPU", "host": "here", "batch_size": 8, "threads": 2, "timed": "whole"}
+    assert timed["latency of"] == where | {"timed": "whole"}
     without = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS)
     assert without["latency_ms"] is None and without["latency of"] is None
 

@@ -17,21 +17,6 @@ from typing import Any
 
 import pytest
 from parsed_page import ParsedPage, traces
-from runs import (
-    FIXED,
-    FOUR_CONV,
-    SELECTED,
-    SETTINGS,
-    STAGES,
-    TEMPERATURES,
-    finished_run,
-    new_run,
-    write_configurations,
-    write_curve,
-    write_decompositions,
-    write_selections,
-    write_start,
-)
 
 import gross_ray
 from gross_ray.errors import GrossRayError, InvalidValueError, StorageError
@@ -44,6 +29,22 @@ from gross_ray.report.sweep_charts import MAX_PROFILE_POINTS
 from gross_ray.report.terminal import results
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import COSTS
+from runs import (
+    FIXED,
+    FOUR_CONV,
+    SELECTED,
+    SETTINGS,
+    STAGES,
+    TEMPERATURES,
+    finished_run,
+    new_run,
+    write_configurations,
+    write_curve,
+    write_decompositions,
+    write_networks,
+    write_selections,
+    write_start,
+)
 
 ROOT = Path(gross_ray.__file__).parents[1]
 TABLE_2 = "Full network and fixed configurations (test split, Table 2)"
@@ -238,6 +239,27 @@ def test_all_configurations_are_points_where_they_are(page: ParsedPage, searched
     assert about[3].split(", ") == ["conv2:\xa02", "conv3:\xa016", "conv4:\xa064"]
 
 
+def test_the_full_network_is_marked_where_it_is(tmp_path: Path) -> None:
+    store = new_run(tmp_path / "run")
+    write_configurations(store, latency=True)
+    conditions = {"runtime": "torch", "version": "2", "device": "a", "host": "b", "batch_size": 1, "threads": 1}
+    fit = {"full_ms": 9.5, "base_ms": 9.0, "num_sampled": 20, "median_error": 0.01, "noise": 0.01}
+    store.write_table("layer_latencies", "x", [conditions | {"layer": "conv2", "group_size": 1, "added_ms": -1.0}])
+    store.write_table("runtime_latencies", "x", [conditions | fit])
+    versions = ParsedPage(html_page(store)).charts["space"]["versions"]
+    assert all("full network" not in traces(figure) for figure in versions.values()), "none is stored"
+    write_networks(store)
+    accuracy = 100 * store.read_table("networks")["val_accuracy"].mean()
+    versions = ParsedPage(html_page(store)).charts["space"]["versions"]
+    for cost, where in (("macs", 4.42), ("parameters", 133.93), ("latency_ms", 9.5)):
+        figure = versions[COST_TITLES[cost][0]]
+        mark = traces(figure)["full network"]
+        assert (mark["x"], mark["y"]) == (pytest.approx([where]), pytest.approx([accuracy]))
+        assert figure["layout"]["xaxis"]["range"][1] > where
+        assert figure["data"][-1]["name"] == "best within the budget", "the page's script draws the ring there"
+    assert "full network" not in traces(versions[COST_TITLES["macs_paper"][0]])
+
+
 def test_the_staircase_names_the_best_within_every_budget(page: ParsedPage, searched: dict[str, Row]) -> None:
     for cost, stairs in zip(COSTS, page.charts["space"]["budgets"].values(), strict=False):
         assert stairs["costs"] == sorted(stairs["costs"])
@@ -402,8 +424,17 @@ def test_table_3_has_the_latencies_where_they_are_stored(tmp_path: Path) -> None
     store = new_run(tmp_path / "run")
     write_configurations(store, latency=True)
     write_selections(store)
-    model = {"device": "a phone", "host": "there", "batch_size": 1, "threads": 2, "offset_ms": 0.0, "slope": 1.0}
-    store.write_table("latency_models", "phone", [model | {"num_sampled": 20, "median_error": 0.012}])
+    conditions = {
+        "runtime": "torch",
+        "version": "2",
+        "device": "a phone",
+        "host": "there",
+        "batch_size": 1,
+        "threads": 2,
+    }
+    fit = {"full_ms": 3.0, "base_ms": 3.0, "num_sampled": 20, "median_error": 0.012, "noise": 0.01}
+    store.write_table("layer_latencies", "phone", [conditions | {"layer": "conv2", "group_size": 1, "added_ms": -1.0}])
+    store.write_table("runtime_latencies", "phone", [conditions | fit])
     rows = store.read_table("configurations").groupby("configuration")["latency_ms"].first()
     page = ParsedPage(html_page(store))
     table = page.tables[TABLE_3]
@@ -412,7 +443,7 @@ def test_table_3_has_the_latencies_where_they_are_stored(tmp_path: Path) -> None
         name: f"{rows[name]:.3f}" for name in [*SELECTED, *(one for some in SELECTED.values() for one in some)]
     }
     (note,) = [line for line in results(store).splitlines() if line.startswith("ms: ")]
-    assert "one batch of 1 on a phone, 2 threads" in note and "median error 1.2 % of 20" in note
+    assert "one batch of 1 in torch 2 on a phone, 2 threads" in note and "median error of 1.2 % of 20" in note
 
 
 HOSTILE = '</script><b>bold & "quoted"</b><!--'

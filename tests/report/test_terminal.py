@@ -13,7 +13,7 @@ import pytest
 
 from gross_ray.presets import preset
 from gross_ray.report import results as tables
-from gross_ray.report.terminal import as_text, front_table, latency_table, results, stage_results
+from gross_ray.report.terminal import as_text, front_table, results, stage_results
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import Budget
 
@@ -262,19 +262,6 @@ def test_the_front() -> None:
     assert title == ["Pareto front of latency_ms and accuracy in the supernet"]
     assert heads == ["configuration", "M MACs", "parameters", "ms", "in supernet (val)"]
     assert rows == [["2-32", "1.90", "12000", "0.500", "86.00"], ["16-16", "2.00", "9000", "1.250", "81.25"]]
-
-
-def test_the_latency_models(store: RunStore) -> None:
-    for threads, error in ((1, 0.034), (2, 0.1)):
-        row = {"device": "Xeon at 2 GHz", "host": "here", "batch_size": 8, "threads": threads, "offset_ms": -0.1}
-        model = row | {"slope": 1.1, "num_sampled": 20, "median_error": error}
-        store.write_table("latency_models", f"threads={threads}", [model])
-    _, heads, *rows = _words(latency_table(store))
-    assert heads == ["device", "host", "batch", "threads", "median error (configurations timed)"]
-    assert rows == [
-        ["Xeon at 2 GHz", "here", "8", "1", "3.4 % (20)"],
-        ["Xeon at 2 GHz", "here", "8", "2", "10.0 % (20)"],
-    ]
 
 
 def test_sweep(store: RunStore) -> None:

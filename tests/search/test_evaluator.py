@@ -574,7 +574,7 @@ def test_a_layer_that_is_given_its_images_by_name(random_supernet):
         assert int((plain(images).argmax(1) == labels).sum()) == correct
     options = LatencyOptions(repeats=2, num_sampled=2)
     model = measure_latency(supernet, (3, 9, 9), options, generator=torch.Generator().manual_seed(0))
-    assert set(model.layer_ms) == {"conv"}
+    assert set(model.added_ms) == {"conv"}
     _, (folding,) = fold(plain, (3, 9, 9), objective="latency_ms", latency=options)
     assert folding.layer == "conv" and folding.bottleneck > 0
 

@@ -12,10 +12,10 @@ from torch import nn
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.replace import replace_modules
-from gross_ray.search import timing
+from gross_ray.search import folding, timing
 from gross_ray.search.cost import count_macs, peak_activations
 from gross_ray.search.folding import bottlenecks, dense_convolution, fold
-from gross_ray.search.latency import LatencyOptions
+from gross_ray.search.options import LatencyOptions
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.build import decompose_model
 from gross_ray.supernet.configure import extract
@@ -149,15 +149,16 @@ def test_a_shared_layer_is_folded_once() -> None:
 def test_measured_times_decide(supernet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[tuple[str, int]] = []
 
-    def milliseconds(module: nn.Module, inputs: list[torch.Tensor], device: torch.device) -> float:
-        assert torch.get_num_threads() == 1
-        assert not module.training
+    def work(module: nn.Module, inputs: list[torch.Tensor], device: torch.device) -> tuple[str, int]:
         assert [len(one) for one in inputs] == [7]
-        form = "dense" if isinstance(module, nn.Conv2d) else "bottleneck"
-        channels = inputs[0].shape[1]
-        timed.append((form, channels))
-        return {("dense", 4): 1.0, ("bottleneck", 4): 2.0}.get((form, channels), 3.0)
+        return "dense" if isinstance(module, nn.Conv2d) else "bottleneck", inputs[0].shape[1]
 
+    def milliseconds(work: tuple[str, int], clock: object) -> float:
+        assert torch.get_num_threads() == 1
+        timed.append(work)
+        return {("dense", 4): 1.0, ("bottleneck", 4): 2.0}.get(work, 3.0)
+
+    monkeypatch.setattr(folding, "_work", work)
     monkeypatch.setattr(timing, "_sample_ms", milliseconds)
     plain = extract(supernet, (1, 1, 1))
     plain.train()

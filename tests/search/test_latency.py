@@ -1,6 +1,13 @@
+"""The model of latency: what is timed, what is fitted, and what is predicted."""
+
+from __future__ import annotations
+
+import itertools
 import math
 import socket
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,203 +17,316 @@ from networks import Twice
 from torch import nn
 
 from gross_ray.errors import InvalidValueError
+from gross_ray.export import export_onnx
 from gross_ray.models import four_conv
 from gross_ray.run.tables import TABLES
 from gross_ray.search import latency, timing
-from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency, time_networks
-from gross_ray.space import Configuration, SearchSpace
+from gross_ray.search.latency import (
+    LatencyModel,
+    LatencyOptions,
+    dominated,
+    measure_latency,
+    measure_relative,
+    time_networks,
+)
+from gross_ray.search.runtimes import Torch
+from gross_ray.search.variants import Forms
+from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.configure import extract, get_configuration, series_layers, set_configuration
-from gross_ray.supernet.series import SeriesConv2d
 
 SIZES = {"conv2": (1, 4, 32), "conv3": (2, 16), "conv4": (1, 8, 16, 64)}
 IMAGE = (3, 16, 16)
-REST_MS = 3.0
+FULL_MS = 20.0
+CONDITIONS = {"runtime": "torch", "version": "2.15", "device": "AMD EPYC", "host": "x", "batch_size": 4, "threads": 2}
+Supernets = Callable[..., nn.Module]
 
 
-class Idle(nn.Module):
-    """A decomposed layer that never runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.idle = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
-
-    def forward(self, images):
-        return self.stem(images)
+def added_ms(layer: int, size: int) -> float:
+    """Made-up time that a bottleneck adds: no function of the group-size alone, nor of the layer alone."""
+    return 0.0 if size == DENSE else -3.0 + 0.5 * layer + 0.3 * size**0.5 + (layer + 1) * (size % 3) / 10
 
 
-def part_ms(layer, size):
-    """Made-up time of one call: no function of the group-size alone, nor of the layer alone."""
-    return 0.3 * layer.in_channels**0.5 + 0.1 * size**0.7 + 0.02 * layer.out_channels
+class MadeUp(Torch):
+    """A runtime in which a network takes what `ms` says of its forms, in ms."""
+
+    def __init__(self, ms: Callable[[Forms], float]) -> None:
+        super().__init__(torch.device("cpu"), 1)
+        self._ms = ms
+        self.timed: list[Forms] = []
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def variants(self, variants: Any, images: torch.Tensor) -> Callable[[Forms], Any]:
+        self.shapes.add(tuple(images.shape))
+
+        def load(forms: Forms) -> Callable[[], Any]:
+            self.timed.append(forms)
+            return lambda: self._ms(forms)
+
+        return load
+
+    def clock(self) -> Callable[[Callable[[], Any]], float]:
+        return lambda work: work()
 
 
-def is_bottleneck(module):
-    return isinstance(module, nn.Sequential) and hasattr(module, "grouped")
-
-
-def bottlenecks(module):
-    return [m for m in module.modules() if is_bottleneck(m)]
-
-
-def group_size(bottleneck):
-    return bottleneck.grouped.in_channels // bottleneck.grouped.groups
-
-
-class Timer:
-    """In place of `timing._sample_ms`: parts take made-up times, a whole network what `whole` says of their sum."""
-
-    def __init__(self, whole=lambda sum_ms, configuration: 2 + 1.5 * sum_ms, disturbance=lambda sample, place: 1.0):
-        self.whole, self.disturbance = whole, disturbance
-        self.seen, self.measured, self.samples = [], {}, 0
-
-    def __call__(self, module, inputs, device):
-        self.seen.append((module, inputs))
-        self.samples += 1
-        return self.undisturbed(module, inputs) * self.disturbance(self.samples - 1, module)
-
-    def undisturbed(self, module, inputs):
-        if is_bottleneck(module):
-            return len(inputs) * self.bottleneck_ms(module)
-        found = bottlenecks(module)
-        if not found:
-            return REST_MS
-        configuration = Configuration([group_size(one) for one in found])
-        ms = self.whole(REST_MS + sum(map(self.bottleneck_ms, found)), configuration)
-        self.measured[configuration] = ms
-        return ms
-
-    @staticmethod
-    def bottleneck_ms(module):
-        like = SimpleNamespace(
-            in_channels=module.pointwise_in.in_channels, out_channels=module.pointwise_out.out_channels
-        )
-        return part_ms(like, group_size(module))
+def law(forms: Forms) -> float:
+    return FULL_MS + sum(added_ms(layer, size) for layer, size in enumerate(forms))
 
 
 @pytest.fixture
-def supernet(random_supernet):
+def supernet(random_supernet: Supernets) -> nn.Module:
     return random_supernet(four_conv(image_size=16), SIZES)
 
 
 @pytest.fixture
-def use_timer(monkeypatch):
-    def use(*args, **kwargs):
-        timer = Timer(*args, **kwargs)
-        monkeypatch.setattr(timing, "_sample_ms", timer)
-        return timer
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MadeUp]:
+    def begin(ms: Callable[[Forms], float] = law) -> MadeUp:
+        runtime = MadeUp(ms)
+        monkeypatch.setattr(latency, "runtime_of", lambda *_: runtime)
+        return runtime
 
-    return use
-
-
-def measure(supernet, image=IMAGE, seed=0, *, on_part=None, device=None, **options):
-    options = LatencyOptions(**{"repeats": 1, "num_sampled": 10} | options)
-    generator = torch.Generator().manual_seed(seed)
-    return measure_latency(supernet, image, options, generator=generator, on_part=on_part, device=device)
+    return begin
 
 
-def expected_sum(supernet, configuration):
-    layers = series_layers(supernet).values()
-    return REST_MS + sum(part_ms(layer, size) for layer, size in zip(layers, configuration, strict=True))
+def measure(supernet: nn.Module, seed: int = 0, *, image: Sequence[int] = IMAGE, **options: Any) -> LatencyModel:
+    more = {key: options.pop(key) for key in ("on_part", "device") if key in options}
+    asked = LatencyOptions(**{"runtime": "torch", "repeats": 2} | options)
+    return measure_latency(supernet, image, asked, generator=torch.Generator().manual_seed(seed), **more)
 
 
-def a_model(**changed):
-    about = {
-        "device": "AMD EPYC",
-        "host": "somewhere",
-        "batch_size": 4,
-        "threads": 2,
-        "rest_ms": 0.7,
-        "layer_ms": {"rest": {1: 0.1, 2: 0.3}, "a.conv": {2: 0.2, 16: 0.9, 8: 0.4}},
-        "offset_ms": -0.05,
-        "slope": 1.1,
+def a_model(**changed: Any) -> LatencyModel:
+    about = CONDITIONS | {
+        "full_ms": 3.0,
+        "base_ms": 2.9,
+        "added_ms": {"rest": {DENSE: 0.0, 1: -0.4, 2: 0.3}, "a.conv": {DENSE: 0.0, 2: -0.5, 16: 0.2, 8: -0.1}},
         "num_sampled": 6,
         "median_error": 0.02,
+        "noise": 0.01,
     }
     return LatencyModel(**about | changed)
 
 
-def tables(*models):
+def tables(*models: LatencyModel) -> tuple[pd.DataFrame, ...]:
     """Return the tables of the models, as read back."""
     rows = [row for model in models for row in model.rows()]
     summaries = [model.summary() for model in models]
     return tuple(
-        TABLES[name].to_arrow(each).to_pandas() for name, each in (("latencies", rows), ("latency_models", summaries))
+        TABLES[name].to_arrow(each).to_pandas()
+        for name, each in (("layer_latencies", rows), ("runtime_latencies", summaries))
     )
 
 
-# The model
+# The fit
 
 
-def test_an_exact_law_of_whole_networks_is_recovered(supernet, use_timer):
-    use_timer()
+def test_an_exact_law_of_whole_networks_is_recovered(supernet: nn.Module, use: Callable[..., MadeUp]) -> None:
+    use()
     model = measure(supernet)
-    assert model.rest_ms == pytest.approx(REST_MS)
-    for name, layer in series_layers(supernet).items():
-        assert model.layer_ms[name] == pytest.approx({size: part_ms(layer, size) for size in SIZES[name]})
-    assert list(model.layer_ms) == list(SIZES)
-    assert (model.offset_ms, model.slope) == pytest.approx((2, 1.5))
-    assert model.median_error == pytest.approx(0, abs=1e-12)
-    assert model.num_sampled == 10
+    assert (model.full_ms, model.base_ms) == (pytest.approx(FULL_MS), pytest.approx(FULL_MS, rel=1e-3))
+    for layer, (name, sizes) in enumerate(SIZES.items()):
+        expected = {DENSE: 0.0} | {size: added_ms(layer, size) for size in sizes}
+        assert model.added_ms[name] == pytest.approx(expected, abs=0.02)
+    assert list(model.added_ms) == list(SIZES)
+    assert model.median_error < 1e-3 and model.noise == 0
     for configuration in SearchSpace.of(supernet):
-        expected = 2 + 1.5 * expected_sum(supernet, configuration)
-        assert model.predict(configuration) == pytest.approx(expected)
+        faster = FULL_MS + sum(min(0.0, added_ms(layer, size)) for layer, size in enumerate(configuration))
+        assert model.predict(configuration) == pytest.approx(faster, rel=2e-3)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_fit_and_error_are_those_of_least_squares_on_noisy_measurements(supernet, use_timer, seed):
-    noise = np.random.default_rng(seed).uniform(0.96, 1.04, len(SearchSpace.of(supernet)))
-    space = SearchSpace.of(supernet)
-    timer = use_timer(lambda sum_ms, configuration: (1 + 1.5 * sum_ms) * noise[space.index(configuration)])
-    model = measure(supernet, seed=seed, num_sampled=9 + seed)
-    assert model.num_sampled == len(timer.measured) == 9 + seed
-    x = np.array([expected_sum(supernet, one) for one in timer.measured])
-    y = np.array(list(timer.measured.values()))
-    assert [model.slope, model.offset_ms] == pytest.approx(np.polyfit(x, y, 1).tolist())
-    errors = []
-    for out in range(len(x)):
-        others = np.arange(len(x)) != out
-        errors.append(abs(np.polyval(np.polyfit(x[others], y[others], 1), x[out]) / y[out] - 1))
-    assert model.median_error == pytest.approx(np.median(errors))
-    assert model.slope > 0 and model.median_error > 0.005
+@pytest.mark.parametrize("seed", range(4))
+def test_errors_are_those_of_networks_left_out_of_the_fit(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    forms = {"a": (DENSE, 1, 4), "b": (DENSE, 2)}
+    networks = [*itertools.product(*forms.values()), (1, 2), (4, DENSE), (DENSE, DENSE)]
+    times = np.array([law(one) / FULL_MS for one in networks]) * random.uniform(0.9, 1.1, len(networks))
+    times[-1] = 1.0
+    base, added, errors = latency._fit(forms, networks, times)
+    best = None
+    for ridge in latency._RIDGES:
+        found = ridge_by_hand(forms, networks, times, ridge)
+        if best is None or np.median(found[2]) < np.median(best[2]):
+            best = found
+    assert best is not None
+    assert base == pytest.approx(best[0])
+    assert added == {name: pytest.approx(each) for name, each in best[1].items()}
+    assert errors == pytest.approx(best[2])
+    assert np.median(errors) > 0.005
 
 
-def test_slope_is_never_negative(supernet, use_timer):
-    timer = use_timer(lambda sum_ms, configuration: 50 - 1.5 * sum_ms)
-    model = measure(supernet)
-    assert model.slope == 0
-    assert model.offset_ms == pytest.approx(np.mean(list(timer.measured.values())))
+def ridge_by_hand(
+    forms: Mapping[str, Forms], networks: Sequence[Forms], times: np.ndarray, ridge: float
+) -> tuple[float, dict[str, dict[int, float]], np.ndarray]:
+    """Minimise the squared relative errors plus the penalty by augmented least squares; refit without each network."""
+    columns = [(layer, size) for layer, sizes in enumerate(forms.values()) for size in sizes]
+    weight = np.array([1.0] * (len(times) - 1) + [3.0]) ** 0.5 / times
+    penalty = ridge * np.mean(1 / times**2)
+
+    def solved(kept: Sequence[int]) -> np.ndarray:
+        rows = [[1.0, *(float(networks[one][layer] == size) for layer, size in columns)] for one in kept]
+        left = np.array(rows) * weight[kept][:, None]
+        ridges = np.hstack([np.zeros((len(columns), 1)), np.eye(len(columns)) * penalty**0.5])
+        right = np.concatenate([weight[kept] * times[kept], np.zeros(len(columns))])
+        return np.linalg.lstsq(np.vstack([left, ridges]), right, rcond=None)[0]
+
+    def predicted(coefficients: np.ndarray, one: Forms) -> float:
+        return coefficients[0] + sum(coefficients[1 + columns.index(each)] for each in enumerate(one))
+
+    everything = np.arange(len(times))
+    whole = solved(everything)
+    effects = dict(zip(columns, whole[1:], strict=True))
+    errors = [abs(predicted(solved(np.delete(everything, out)), networks[out]) / times[out] - 1) for out in everything]
+    base = predicted(whole, (DENSE,) * len(forms))
+    added = {
+        name: {size: effects[layer, size] - effects[layer, DENSE] for size in sizes}
+        for layer, (name, sizes) in enumerate(forms.items())
+    }
+    return base, added, np.array(errors)
 
 
-def test_two_configurations_predict_each_other_with_the_sum_as_it_is(random_supernet, use_timer):
-    supernet = random_supernet(four_conv(image_size=16), {"conv2": (1, 32), "conv3": (2,)})
-    use_timer()
-    model = measure(supernet)
-    assert (model.num_sampled, model.slope, model.offset_ms) == (2, pytest.approx(1.5), pytest.approx(2))
-    small, large = (expected_sum(supernet, one) for one in ((1, 2), (32, 2)))
-    errors = [0.5 * (large - small) / (2 + 1.5 * one) for one in (small, large)]  # off by half the difference
-    assert model.median_error == pytest.approx(np.mean(errors))
+def test_noise_is_how_far_two_halves_of_the_rounds_differ(supernet: nn.Module, use: Callable[..., MadeUp]) -> None:
+    calls = itertools.count()
+    full = (DENSE,) * 3
+    use(lambda forms: law(forms) * (1.0 if forms == full or next(calls) // 4 % 2 else 1.04))
+    assert measure(supernet, repeats=2, num_sampled=5).noise == pytest.approx(0.02, abs=0.015)
+    use()
+    assert measure(supernet, repeats=4).noise == 0
 
 
-def test_equal_sums_leave_the_slope_at_one(random_supernet, monkeypatch):
-    supernet = random_supernet(four_conv(image_size=16), {"conv2": (1, 2, 32)})
-    monkeypatch.setattr(timing, "_sample_ms", lambda module, *_: 0.1 if bottlenecks(module) else 0.2)
-    model = measure(supernet)
-    assert model.slope == 1
-    assert model.predict((2,)) == pytest.approx(0.1)
+# What is timed
 
 
-def test_prediction_is_never_negative():
-    model = a_model(offset_ms=-1.2)
-    assert model.predict((1, 2)) == 0
-    assert model.predict((2, 16)) == pytest.approx(-1.2 + 1.1 * (0.7 + 0.3 + 0.9))
+def test_networks_are_different_and_timed_beside_the_full_one(supernet: nn.Module, use: Callable[..., MadeUp]) -> None:
+    runtime, counts = use(), list[tuple[int, int]]()
+    model = measure(supernet, batch_size=3, on_part=lambda done, total: counts.append((done, total)))
+    forms = sum(len(sizes) + 1 for sizes in SIZES.values())
+    assert model.num_sampled == max(20, math.ceil(2.5 * forms)) == len(runtime.timed) - 1
+    assert runtime.timed[0] == (DENSE,) * 3 and len(set(runtime.timed)) == len(runtime.timed)
+    assert runtime.shapes == {(3, *IMAGE)}
+    assert counts == [(done, model.num_sampled) for done in range(1, model.num_sampled + 1)]
+    assert model.batch_size == 3
 
 
-def test_predict_many_is_predict_of_each():
+def test_the_generator_draws_them(supernet: nn.Module, use: Callable[..., MadeUp]) -> None:
+    def timed(seed: int) -> list[Forms]:
+        runtime = use()
+        assert measure(supernet, seed, num_sampled=11).num_sampled == 11
+        return runtime.timed
+
+    assert timed(0) == timed(0) != timed(1)
+
+
+def test_a_small_space_is_timed_whole(supernet: nn.Module, use: Callable[..., MadeUp]) -> None:
+    runtime = use()
+    assert measure(supernet, num_sampled=1000).num_sampled == 4 * 3 * 5 - 1
+    assert len(set(runtime.timed)) == 4 * 3 * 5
+
+
+# A real run
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_a_real_run_times_everything_and_leaves_all_as_it_was(
+    supernet: nn.Module, two_threads: None, runtime: str
+) -> None:
+    supernet.train()
+    supernet.dropout.eval()
+    set_configuration(supernet, (4, 2, 16))
+    modes = [module.training for module in supernet.modules()]
+    state = {name: value.clone() for name, value in supernet.state_dict().items()}
+    model = measure(supernet, batch_size=2, threads=1, repeats=3, num_sampled=15, runtime=runtime)
+    assert torch.get_num_threads() == 2
+    assert [module.training for module in supernet.modules()] == modes
+    assert get_configuration(supernet) == (4, 2, 16)
+    assert all(torch.equal(value, state[name]) for name, value in supernet.state_dict().items())
+    assert not any(module._forward_hooks for module in supernet.modules())
+    assert {name: tuple(times) for name, times in model.added_ms.items()} == {
+        name: (DENSE, *sizes) for name, sizes in SIZES.items()
+    }
+    assert model.full_ms > 0 and math.isfinite(model.median_error) and model.median_error >= 0
+    assert (model.runtime, model.batch_size, model.threads, model.num_sampled) == (runtime, 2, 1, 15)
+    assert model.device and model.host == socket.gethostname()
+    assert model.timed_here() == torch.device("cpu")
+    tables(model)
+
+
+def test_a_layer_that_is_called_twice_is_one_layer(random_supernet: Supernets) -> None:
+    supernet = random_supernet(Twice(), {"shared": (1, 2, 4)})
+    model = measure(supernet, image=(3, 12, 11), batch_size=2, runtime="onnxruntime")
+    assert set(model.added_ms["shared"]) == {DENSE, 1, 2, 4} and model.num_sampled == 3
+
+
+def test_whole_networks_are_timed_beside_one_another(
+    supernet: nn.Module, two_threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = extract(supernet, (4, 2, 16)).train(), extract(supernet, (32, 16, 64)).train()
+    options = LatencyOptions(runtime="torch", batch_size=3, repeats=2)
+    found = time_networks({"few": few, "many": many}, IMAGE, options)
+    assert list(found) == ["few", "many"]
+    for one in found.values():
+        assert one.latency_ms > 0
+        assert {name: value for name, value in vars(one).items() if name != "latency_ms"} == {
+            "runtime": "torch", "version": torch.__version__, "device": timing.device_name(torch.device("cpu")),
+            "host": socket.gethostname(), "batch_size": 3, "threads": 1,
+        }  # fmt: skip
+    assert few.training and torch.get_num_threads() == 2
+    file = tmp_path / "many.onnx"
+    export_onnx(many, file, IMAGE)
+    timed = time_networks({"few": few, "file": file}, IMAGE, LatencyOptions(repeats=2))
+    assert timed["file"].latency_ms > 0 and timed["file"].runtime == "onnxruntime"
+    with pytest.raises(InvalidValueError, match="the network cannot run an image of 5x16x16"):
+        time_networks({"few": few}, (5, 16, 16), options)
+
+
+def test_threads_are_restored_when_the_timing_fails(supernet: nn.Module, two_threads: None) -> None:
+    with pytest.raises(InvalidValueError, match="the network cannot run an image of 5x16x16: RuntimeError: "):
+        measure(supernet, image=(5, 16, 16), threads=1)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_times_a_supernet_that_lies_elsewhere(supernet: nn.Module) -> None:
+    model = measure(supernet, device="cuda", repeats=3)
+    assert model.device == torch.cuda.get_device_name()
+    assert model.full_ms > 0 and not next(supernet.parameters()).is_cuda
+
+
+# Predictions
+
+
+def test_prediction_is_never_negative() -> None:
+    assert a_model(base_ms=0.6).predict((1, 2)) == 0
+
+
+def test_a_layer_counts_in_its_faster_form() -> None:
+    model = a_model()
+    assert model.predict((2, 16)) == pytest.approx(2.9)
+    assert model.predict((1, 8)) == pytest.approx(2.9 - 0.4 - 0.1)
+    assert [model.folded("rest", size) for size in (DENSE, 1, 2)] == [False, False, True]
+    assert model.costs.maximum <= model.base_ms  # never slower than all layers dense
+
+
+def test_a_network_is_folded_into_the_form_that_was_predicted(supernet: nn.Module) -> None:
+    added = {name: {DENSE: 0.0} | {size: (-1.0) ** size for size in sizes} for name, sizes in SIZES.items()}
+    plain = extract(supernet, (32, 2, 1)).eval()
+    folded, foldings = a_model(added_ms=added).fold(plain)
+    assert [(one.layer, one.folded) for one in foldings] == [("conv2", True), ("conv3", True), ("conv4", False)]
+    assert [isinstance(folded.get_submodule(name), nn.Conv2d) for name in SIZES] == [True, True, False]
+    images = torch.randn(2, *IMAGE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(folded(images), plain(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InvalidValueError, match="fold needs a plain network"):
+        a_model(added_ms=added).fold(supernet)
+
+
+def test_predict_many_is_predict_of_each() -> None:
     model = a_model()
     space = SearchSpace({"rest": (1, 2), "a.conv": (2, 8, 16)})
-    for configuration in space:
-        rest, conv = configuration
-        by_hand = -0.05 + 1.1 * (0.7 + {1: 0.1, 2: 0.3}[rest] + {2: 0.2, 16: 0.9, 8: 0.4}[conv])
-        assert model.predict(configuration) == pytest.approx(by_hand)
     rest, conv = np.array(list(space)).T
     for columns in ({"a.conv": conv, "rest": rest}, {"a.conv": pd.Series(conv, index=conv + 3), "rest": rest}):
         many = model.predict_many(columns)
@@ -222,309 +342,108 @@ def test_predict_many_is_predict_of_each():
         ({"rest": [1, 4], "a.conv": [16, 2]}, "group-size 4 of layer 'rest': must be one of 1, 2"),
     ],
 )
-def test_predict_many_refuses_what_was_not_timed(columns, message):
+def test_predict_many_refuses_what_was_not_timed(columns: dict[str, list[int]], message: str) -> None:
     with pytest.raises(InvalidValueError, match=message):
         a_model().predict_many({name: np.array(sizes) for name, sizes in columns.items()})
 
 
-def test_predict_refuses_what_is_not_in_the_space():
+def test_predict_refuses_what_is_not_in_the_space() -> None:
     with pytest.raises(InvalidValueError, match="group-size 4 must be one of those of a.conv: 2, 8, 16"):
         a_model().predict((1, 4))
     with pytest.raises(InvalidValueError, match="has 1 group-sizes"):
         a_model().predict((1,))
 
 
+def test_group_sizes_that_a_larger_choice_beats() -> None:
+    added = {
+        "a": {DENSE: 0.0, 1: -5.0, 4: -1.0, 16: -2.0},
+        "b": {DENSE: 0.0, 1: -5.0, 4: 0.5, 16: -0.1},
+        "c": {DENSE: 0.0, 1: -5.0, 4: -1.5, 16: 0.3},
+        "d": {DENSE: 0.0, 1: -5.0},
+    }
+    assert dominated(a_model(added_ms=added)) == {4: ("16", 2, 3), 16: ("d", 1, 3)}
+    assert dominated(a_model(added_ms={"d": {DENSE: 0.0, 1: -5.0}})) == {}
+
+
 # Tables
 
 
-def test_model_is_the_same_when_read_from_its_tables():
-    model, other = a_model(), a_model(batch_size=1, rest_ms=9.0, layer_ms={"b": {4: 1.0}})
+def test_model_is_the_same_when_read_from_its_tables(tmp_path: Path) -> None:
+    model, other = a_model(), a_model(batch_size=1, full_ms=9.0, added_ms={"b": {DENSE: 0.0, 4: 1.0}})
     latencies, summary = tables(model, other)
     assert LatencyModel.from_tables(latencies, summary[:1]) == model
     assert LatencyModel.from_tables(latencies, summary[1:]) == other
-    assert latencies["latency_ms"].tolist()[:6] == [0.7, 0.1, 0.3, 0.2, 0.9, 0.4]
+    assert latencies["added_ms"].tolist()[:4] == [0.0, -0.4, 0.3, 0.0]
+    model.save(tmp_path / "times.parquet")
+    assert LatencyModel.load(tmp_path / "times.parquet") == model
 
 
-@pytest.mark.parametrize("field", ["device", "host", "batch_size", "threads"])
-def test_only_the_summary_s_own_measurement_is_read(field):
-    other = a_model(**{field: "x" if field in ("device", "host") else 7}, rest_ms=5.0)
+def test_a_file_of_an_earlier_version_is_told(tmp_path: Path) -> None:
+    old = {"device": ["a"], "part": ["rest"], "latency_ms": [1.0], "offset_ms": [0.1], "slope": [1.0]}
+    pd.DataFrame(old).to_parquet(tmp_path / "old.parquet")
+    with pytest.raises(InvalidValueError, match="old.parquet: was written by an earlier gross_ray, .*; measure again"):
+        LatencyModel.load(tmp_path / "old.parquet")
+
+
+@pytest.mark.parametrize("field", list(CONDITIONS))
+def test_only_the_summary_s_own_measurement_is_read(field: str) -> None:
+    other = a_model(**{field: 7 if field in ("batch_size", "threads") else "y"}, full_ms=5.0)
     latencies, summary = tables(other, a_model())
     assert LatencyModel.from_tables(latencies, summary[1:]) == a_model()
 
 
-def test_tables_without_exactly_one_measurement_are_refused():
+def test_tables_without_exactly_one_measurement_are_refused() -> None:
     latencies, summary = tables(a_model())
     from_tables = LatencyModel.from_tables
     for rows in (summary[:0], pd.concat([summary, summary])):
         with pytest.raises(InvalidValueError, match=f"has {len(rows)} rows: choose"):
             from_tables(latencies, rows)
-    twice = pd.concat([latencies, latencies[1:2]])
-    for rows in (latencies[1:], latencies[:1], latencies[:0], twice, pd.concat([latencies, latencies[:1]])):
+    for rows in (latencies[:0], pd.concat([latencies, latencies[1:2]])):
         with pytest.raises(InvalidValueError, match=f"batch_size = 4, threads = 2: {len(rows)} rows.*measure it again"):
             from_tables(rows, summary)
-
-
-def test_measured_model_fits_the_tables(supernet, use_timer):
-    use_timer()
-    model = measure(supernet)
-    latencies, summary = tables(model)
-    assert len(latencies) == 1 + sum(map(len, SIZES.values()))
-    assert LatencyModel.from_tables(latencies, summary) == model
-
-
-# What is timed
-
-
-def test_parts_and_networks_are_the_extracted_ones_at_the_shapes_of_a_real_pass(supernet, use_timer):
-    timer = use_timer()
-    measure(supernet, batch_size=5)
-    supernet, met = supernet.eval(), {}
-    for name, layer in series_layers(supernet).items():
-        layer.register_forward_hook(lambda _m, args, _o, name=name: met.update({name: args[0].shape}))
-    supernet(torch.zeros(5, *IMAGE))
-    one_round = timer.seen[: timer.samples // 3]
-    rest, rest_inputs = one_round[0]
-    assert rest_inputs[0].shape == (5, *IMAGE)
-    assert not bottlenecks(rest) and not any(isinstance(m, SeriesConv2d) for m in rest.modules())
-    assert [type(m) for m in rest.modules() if isinstance(m, nn.Conv2d)] == [nn.Conv2d]  # conv1 alone
-    parts = iter(one_round[1:])
-    with torch.inference_mode():
-        assert rest(*rest_inputs).shape == (5, 10)
-        for name, layer in series_layers(supernet).items():
-            for size in SIZES[name]:
-                part, inputs = next(parts)
-                assert [images.shape for images in inputs] == [met[name]]
-                assert torch.equal(part(inputs[0]), layer.to_modules(size)(inputs[0]))
-        for network, inputs in parts:
-            assert len(inputs) == 1 and inputs[0] is rest_inputs[0]
-            configuration = [group_size(one) for one in bottlenecks(network)]
-            assert torch.equal(network(*inputs), extract(supernet, configuration).eval()(*inputs))
-
-
-def test_all_run_in_rounds_in_eval_and_inference_mode_with_the_threads_asked_for(supernet, monkeypatch):
-    supernet.train()
-    turns = []
-
-    def look(module, inputs, device):
-        modes = {m.training for m in module.modules()}
-        turns.append((id(module), modes, torch.is_inference_mode_enabled(), torch.get_num_threads(), device.type))
-        return 1.0
-
-    monkeypatch.setattr(timing, "_sample_ms", look)
-    measure(supernet, threads=2, repeats=3, num_sampled=4)
-    works = 1 + sum(map(len, SIZES.values())) + 4
-    assert len(turns) == works * (timing._WARM_UP_ROUNDS + 3)
-    assert len({turn[0] for turn in turns}) == works
-    assert all(turns[place] == turns[place % works] for place in range(len(turns)))
-    assert all(turn[1:] == ({False}, True, 2, "cpu") for turn in turns)
-
-
-def test_a_layer_that_is_called_twice_counts_both_calls(random_supernet, use_timer):
-    supernet = random_supernet(Twice(), {"shared": (1, 2, 4)})
-    timer = use_timer()
-    model = measure(supernet, image=(3, 12, 11), batch_size=2)
-    layer = series_layers(supernet)["shared"]
-    assert model.layer_ms["shared"] == pytest.approx({size: 2 * part_ms(layer, size) for size in (1, 2, 4)})
-    (rest, rest_inputs), (_, inputs) = timer.seen[:2]
-    assert [tuple(images.shape) for images in inputs] == [(2, 4, 10, 9), (2, 4, 8, 7)]
-    with torch.inference_mode():
-        for _ in range(2):
-            assert rest(*rest_inputs).shape == (2, 2)
-
-
-def test_a_layer_that_never_runs_takes_no_time(random_supernet, use_timer):
-    supernet = random_supernet(Idle(), {"idle": (1, 4)})
-    use_timer(lambda sum_ms, configuration: 5.0)
-    model = measure(supernet)
-    assert model.layer_ms["idle"] == pytest.approx({1: 0, 4: 0}, abs=1e-5)
-    assert model.predict((4,)) == pytest.approx(5.0)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_sampled_configurations_are_different_and_drawn_by_the_generator(supernet, use_timer, seed):
-    def sampled(seed):
-        timer = use_timer()
-        assert measure(supernet, seed=seed, num_sampled=15).num_sampled == 15
-        return list(timer.measured)
-
-    assert len(set(sampled(seed))) == 15
-    assert sampled(seed) == sampled(seed) != sampled(seed + 1)
-
-
-def test_a_small_space_is_timed_whole(supernet, use_timer):
-    timer = use_timer()
-    assert measure(supernet, num_sampled=24).num_sampled == 24 == len(timer.measured)
-    assert measure(supernet, num_sampled=1000).num_sampled == 24
-
-
-def test_sampling_is_uniform_and_never_lists_a_vast_space(generator):
-    vast = SearchSpace({f"conv{place}": (1, 2, 4, 8, 16, 32, 64) for place in range(40)})
-    sampled = np.array(latency._sample(vast, 300, generator))
-    assert sampled.shape == (300, 40)
-    shares = [(sampled == size).mean() for size in (1, 2, 4, 8, 16, 32, 64)]
-    assert shares == pytest.approx([1 / 7] * 7, abs=4 * math.sqrt(6 / 49 / sampled.size))
-
-
-# How it is timed
-
-
-def test_the_machine_s_changing_speed_and_single_disturbances_are_divided_out(supernet, use_timer):
-    random = np.random.default_rng(0)
-    works, rounds = 1 + sum(map(len, SIZES.values())) + 10, 21
-    speeds = random.uniform(0.5, 2.0, timing._WARM_UP_ROUNDS + rounds)
-    hit = random.random((len(speeds), works)) < 0.1
-
-    def disturbance(sample, module):
-        turn, place = divmod(sample, works)
-        return speeds[turn] * (7.0 if hit[turn, place] else 1.0)
-
-    use_timer(disturbance=disturbance)
-    model = measure(supernet, repeats=rounds)
-    usual = np.median(speeds[timing._WARM_UP_ROUNDS :])
-    assert model.rest_ms == pytest.approx(REST_MS * usual)
-    assert (model.offset_ms, model.slope) == pytest.approx((2 * usual, 1.5))
-    assert model.median_error == pytest.approx(0, abs=1e-9)
-
-
-def test_warm_up_rounds_do_not_count(supernet, use_timer):
-    works = 1 + sum(map(len, SIZES.values())) + 10
-    use_timer(disturbance=lambda sample, module: 1.0 if sample >= 2 * works else 50.0 + sample)
-    assert measure(supernet).rest_ms == pytest.approx(REST_MS)
-
-
-def test_a_sample_is_the_fastest_call_after_an_untimed_one(monkeypatch):
-    clock = iter([1.0, 5.0, 3.0, 4.0])
-    monkeypatch.setattr(timing, "_cpu_ms", lambda *_: next(clock))
-    assert timing._sample_ms(nn.Identity(), [], torch.device("cpu")) == 3.0
-    assert not list(clock)
-
-
-@pytest.mark.parametrize(("threads", "expected_ms"), [(1, 75), (2, 750)])
-def test_one_thread_is_timed_by_its_cpu_time_and_more_by_wall_time(monkeypatch, two_threads, threads, expected_ms):
-    now = SimpleNamespace(s=100.0)
-
-    class Takes(nn.Module):
-        def forward(self, seconds):
-            now.s += seconds.item()
-
-    clocks = SimpleNamespace(perf_counter=lambda: now.s, thread_time=lambda: now.s / 10)
-    monkeypatch.setattr(timing, "time", clocks)
-    torch.set_num_threads(threads)
-    inputs = [torch.tensor(0.25), torch.tensor(0.5)]
-    assert timing._cpu_ms(Takes(), inputs, torch.device("cpu")) == pytest.approx(expected_ms)
-
-
-def test_progress_counts_every_timing(supernet, use_timer):
-    timer, counts = use_timer(), []
-    measure(supernet, repeats=2, on_part=lambda done, total: counts.append((done, total)))
-    assert counts == [(done, timer.samples) for done in range(1, timer.samples + 1)]
-
-
-def test_device_name_is_the_processor_s(monkeypatch, tmp_path):
-    listed = tmp_path / "cpuinfo"
-    monkeypatch.setattr(timing, "Path", lambda path: listed)
-    monkeypatch.setattr(timing.platform, "processor", lambda: "")
-    monkeypatch.setattr(timing.platform, "machine", lambda: "riscv64")
-    assert timing.device_name(torch.device("cpu")) == "riscv64"
-    listed.write_text("processor\t: 0\n")
-    assert timing.device_name(torch.device("cpu")) == "riscv64"
-    listed.write_text("processor\t: 0\nmodel name\t: Some CPU: 3 GHz\nprocessor\t: 1\nmodel name\t: Other\n")
-    assert timing.device_name(torch.device("cpu")) == "Some CPU: 3 GHz"
-
-
-# A real run
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_a_real_run_times_everything_and_leaves_all_as_it_was(supernet, two_threads):
-    supernet.train()
-    supernet.dropout.eval()
-    set_configuration(supernet, (4, 2, 16))
-    modes = [module.training for module in supernet.modules()]
-    state = {name: value.clone() for name, value in supernet.state_dict().items()}
-    model = measure(supernet, batch_size=2, threads=1, repeats=3, num_sampled=5)
-    assert torch.get_num_threads() == 2
-    assert [module.training for module in supernet.modules()] == modes
-    assert get_configuration(supernet) == (4, 2, 16)
-    assert all(torch.equal(value, state[name]) for name, value in supernet.state_dict().items())
-    assert not any(module._forward_hooks for module in supernet.modules())
-    assert {name: tuple(times) for name, times in model.layer_ms.items()} == SIZES
-    assert model.rest_ms > 0 and all(ms > 0 for times in model.layer_ms.values() for ms in times.values())
-    assert model.slope >= 0 and math.isfinite(model.median_error) and model.median_error >= 0
-    assert (model.batch_size, model.threads, model.num_sampled) == (2, 1, 5)
-    assert model.device and model.host == socket.gethostname()
-    tables(model)
-
-
-def test_whole_networks_are_timed_beside_one_another(supernet, use_timer, two_threads):
-    timer, few, many = use_timer(), extract(supernet, (4, 2, 16)).train(), extract(supernet, (32, 16, 64)).train()
-    options = LatencyOptions(batch_size=3, repeats=4)
-    found = time_networks({"few": few, "many": many}, IMAGE, options)
-    for name, network in (("few", few), ("many", many)):
-        ms = found[name].latency_ms
-        assert ms == pytest.approx(timer.measured[Configuration(map(group_size, bottlenecks(network)))])
-        assert vars(found[name]) == {
-            "latency_ms": ms, "device": timing.device_name(torch.device("cpu")), "host": socket.gethostname(),
-            "batch_size": 3, "threads": 1,
-        }  # fmt: skip
-    assert few.training and torch.get_num_threads() == 2
-    assert {module.training for module, _ in timer.seen} == {False}
-    assert {tuple(images.shape) for _, (images,) in timer.seen} == {(3, *IMAGE)}
-    with pytest.raises(InvalidValueError, match="the network cannot run an image of 5x16x16"):
-        time_networks({"few": few}, (5, 16, 16), options)
-
-
-def test_threads_are_restored_when_the_timing_fails(supernet, two_threads):
-    with pytest.raises(InvalidValueError, match="the network cannot run an image of 5x16x16: RuntimeError: "):
-        measure(supernet, image=(5, 16, 16), threads=1)
-    assert torch.get_num_threads() == 2
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_times_a_supernet_that_lies_elsewhere(supernet):
-    model = measure(supernet, device="cuda", repeats=3)
-    assert model.device == torch.cuda.get_device_name()
-    assert model.rest_ms > 0 and all(ms > 0 for times in model.layer_ms.values() for ms in times.values())
-    assert not next(supernet.parameters()).is_cuda
+    with pytest.raises(InvalidValueError, match="not all are finite numbers"):
+        from_tables(latencies.assign(added_ms=math.nan), summary)
 
 
 # Errors
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "least"),
+    ("name", "value", "rule"),
     [
-        ("batch_size", 0, 1),
-        ("threads", -1, 1),
-        ("repeats", 0, 1),
-        ("num_sampled", 1, 2),
-        ("repeats", 2.0, 1),
-        ("threads", True, 1),
-        ("batch_size", "1", 1),
+        ("batch_size", 0, "must be a whole number, 1 or more"),
+        ("threads", -1, "must be a whole number, 1 or more"),
+        ("repeats", 1, "must be a whole number, 2 or more"),
+        ("num_sampled", 1, "must be a whole number, 2 or more, or 0: as many as the layers need"),
+        ("num_sampled", False, "must be a whole number, 2 or more, or 0"),
+        ("repeats", 2.0, "must be a whole number, 2 or more"),
+        ("threads", True, "must be a whole number, 1 or more"),
+        ("batch_size", "1", "must be a whole number, 1 or more"),
+        ("runtime", "tflite", "must be one of onnxruntime, openvino, torch, compiled"),
     ],
 )
-def test_options_out_of_range_are_refused(name, value, least):
-    with pytest.raises(InvalidValueError, match=f"latency.{name} = {value!r}: must be a whole number, {least} or more"):
-        LatencyOptions(**{name: value})
+def test_options_out_of_range_are_refused(name: str, value: object, rule: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"latency.{name} = {value!r}: {rule}"):
+        LatencyOptions(**{name: value})  # type: ignore[arg-type]
 
 
-def test_a_space_of_one_configuration_is_refused(random_supernet):
-    with pytest.raises(InvalidValueError, match="space of one configuration: needs two group-sizes"):
-        measure(random_supernet(four_conv(), {"conv2": (4,), "conv3": (8,)}))
-
-
-def test_a_network_without_decomposed_layers_is_refused():
+def test_a_network_without_decomposed_layers_is_refused() -> None:
     with pytest.raises(InvalidValueError, match="no decomposed layer"):
-        measure(four_conv())
+        measure(four_conv(image_size=16))
 
 
-def test_other_devices_are_refused(supernet):
+def test_other_devices_are_refused(supernet: nn.Module) -> None:
     with pytest.raises(InvalidValueError, match="device = 'meta': latency is measured on cpu or cuda"):
         measure(supernet, device="meta")
+
+
+def test_the_layers_of_the_supernet_are_the_layers_of_the_model(supernet: nn.Module) -> None:
+    assert list(measure(supernet, num_sampled=2).added_ms) == list(series_layers(supernet))
+    assert str(Configuration([DENSE])) == "d"
+
+
+def test_equal_networks_are_each_timed(supernet: nn.Module) -> None:
+    full, other = (DENSE,) * 3, (1, 2, DENSE)
+    options = LatencyOptions(runtime="torch", repeats=2)
+    relative = measure_relative(supernet, IMAGE, options, [full, other, full, full, other, other, full])
+    assert relative.shape == (7,) and (relative > 0).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -19,7 +20,11 @@ from gross_ray.errors import GrossRayError
 from gross_ray.experiment import DataOptions
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+from gross_ray.search.latency import LatencyModel
+from gross_ray.search.timing import device_name
+from gross_ray.space import DENSE
 from pipelines.commands import exporting
+from pipelines.stages import latencies
 
 
 def test_a_validated_configuration_is_exported_with_its_card(whole_run: tuple[Path, str], tmp_path: Path) -> None:
@@ -64,11 +69,12 @@ torch.testing.assert_close(logits.detach(), held["expected"], rtol=1e-5, atol=1e
 """
 
 
-def test_an_export_folds_layers_where_that_is_faster(whole_run: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_leaves_nothing(whole_run: tuple[Path, str], tmp_path: Path) -> None:
     run, target = whole_run[0], tmp_path / "folded.pt2"
-    alone = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target), "--batch", "8")
-    assert (alone.exit_code, target.exists()) == (2, False)
-    assert "--batch 8 without --fold latency_ms" in alone.stderr
+    unmeasured = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target), "--fold", "latency_ms")
+    assert (unmeasured.exit_code, target.exists()) == (2, False)
+    assert "--fold latency_ms: no latency is measured in" in unmeasured.stderr
+    assert "run `gross latency` on it first" in unmeasured.stderr
     beside = tmp_path / "folded.pt2.json"
     beside.mkdir()
     taken = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target))
@@ -79,22 +85,46 @@ def test_an_export_folds_layers_where_that_is_faster(whole_run: tuple[Path, str]
     assert nowhere.exit_code == 1
     assert "/proc/.partial-folded.pt2.json: No such file or directory; name another file" in nowhere.stderr
     assert len(nowhere.stderr.splitlines()) == 1
-    words = ["--configuration", "16-16-16", "--to", str(target), "--fold", "latency_ms", "--batch", "8"]
-    ended = invoke("export", str(run), *words, "--device", "cpu")
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_an_export_is_in_the_form_that_was_measured(run: Path, tmp_path: Path, ending: str) -> None:
+    opened, target = Run(RunStore.open(run)), tmp_path / f"folded.{ending}"
+    signs = {"conv2": 1, "conv3": -1, "conv4": 1}
+    added = {
+        layer: {DENSE: 0.0} | {size: signs[layer] * 0.1 for size in sizes}
+        for layer, sizes in opened.space.group_sizes.items()
+    }
+    model = LatencyModel(
+        runtime="onnxruntime", version="1", device=device_name(torch.device("cpu")), host=socket.gethostname(),
+        batch_size=8, threads=1, full_ms=9.0, base_ms=9.0, added_ms=added, num_sampled=3, median_error=0.1, noise=0.1,
+    )  # fmt: skip
+    latencies.put(opened, model)
+    ended = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target))
     assert ended.exit_code == 0, ended.stderr
-    card = json.loads((tmp_path / "folded.pt2.json").read_text())
-    folded = {one["layer"] for one in card["folded"]}
-    assert card["latency_ms"] > 0 and card["latency of"]["timed"] == "whole" and card["latency of"]["batch_size"] == 8
-    assert f" ms as bottlenecks, {card['latency_ms']:.6g} ms as written\n" in ended.stdout
+    card = json.loads(Path(f"{target}.json").read_text())
+    assert card["folded by"] == "latency_ms" and {one["layer"] for one in card["folded"]} == {"conv2", "conv4"}
     lines = [line for line in ended.stdout.splitlines() if "latency_ms" in line]
     assert [(line.split()[0], line.endswith(": folded")) for line in lines] == [
-        (layer, layer in folded) for layer in ("conv2", "conv3", "conv4")
-    ]
-    network = Run(RunStore.open(run)).validated("16-16-16", 0).eval()
+        ("conv2", True), ("conv3", False), ("conv4", True),
+    ]  # fmt: skip
+    assert card["latency_ms"] > 0 and card["latency of"]["timed"] == "whole" and card["latency of"]["batch_size"] == 8
+    assert card["latency of"]["version"] == onnxruntime.__version__
+    what = "the file" if ending == "onnx" else "the network"
+    assert f"{what} takes {card['latency_ms']:.3g} ms for a batch of 8 in ONNX Runtime" in ended.stdout
+    assert "; the full network takes " in ended.stdout
+    (predicted,) = card["predicted latencies"]
+    assert predicted["latency_ms"] == pytest.approx(8.9) and predicted["latency of"]["full network, ms"] == 9.0
+    network = opened.validated("16-16-16", 0).eval()
     images = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 4 - 2
-    program = torch.export.load(target).module()
-    torch.testing.assert_close(program(images).detach(), network(images).detach(), rtol=1e-4, atol=1e-4)
-    assert sum(parameter.numel() for parameter in program.parameters()) == card["parameters"]
+    if ending == "pt2":
+        found = torch.export.load(target).module()(images).detach()
+    else:
+        found = torch.from_numpy(onnxruntime.InferenceSession(target).run(None, {"images": images.numpy()})[0])
+    torch.testing.assert_close(found, network(images).detach(), rtol=1e-4, atol=1e-4)
+    kept = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target), "--fold", "none")
+    assert kept.exit_code == 0 and "folded" not in kept.stdout.splitlines()[0]
+    assert "folded by" not in json.loads(Path(f"{target}.json").read_text())
 
 
 def test_a_training_whose_row_is_not_stored_is_not_exported(run: Path, tmp_path: Path) -> None:

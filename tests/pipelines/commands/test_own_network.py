@@ -22,7 +22,7 @@ from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.cost import layer_costs
 from gross_ray.search.latency import LatencyModel
-from gross_ray.space import Configuration
+from gross_ray.space import DENSE, Configuration
 from gross_ray.supernet.build import empty_supernet
 from gross_ray.training.loop import accuracy
 from gross_ray.weights import hash_of_tensors
@@ -154,17 +154,9 @@ def test_a_limit_on_a_latency_is_told_once_the_networks_are_trained(tmp_path: Pa
     with pytest.raises(MissingStageError, match="search.limits has latency_ms, .*run `gross latency` on it before"):
         check_limits(run)
     model = LatencyModel(
-        device="a GPU",
-        host="host",
-        batch_size=1,
-        threads=1,
-        rest_ms=1.0,
-        layer_ms={"2": {1: 0.1, 2: 0.2, 4: 0.3}},
-        offset_ms=0.0,
-        slope=1.0,
-        num_sampled=3,
-        median_error=0.01,
-    )
+        runtime="torch", version="2", device="a GPU", host="host", batch_size=1, threads=1, full_ms=1.6, base_ms=1.5,
+        added_ms={"2": {1: -0.4, 2: -0.3, 4: 0.2, DENSE: 0.0}}, num_sampled=3, median_error=0.01, noise=0.01,
+    )  # fmt: skip
     latencies.put(run, model)
-    with pytest.raises(InvalidValueError, match="latency_ms=0.5: nothing fits; the smallest is latency_ms=1.1.* at 1"):
+    with pytest.raises(InvalidValueError, match="latency_ms=0.5: nothing fits; the smallest is latency_ms=1.1 at 1"):
         check_limits(run)

@@ -51,7 +51,7 @@ WRONG = [
         ["decomposition.keep_dense=true", "search.budgets=[32]"],
         r"group-size 32 is not among .* conv2: 1, 2, 4, 8, 16, d \(group-sizes 32: no fewer MACs or parameters than",
     ),
-    (['search.limits=["latency_ms=60%"]'], "only macs and parameters may be limited in percent of the full network's"),
+    (['search.limits=["macs_paper=60%"]'], "only macs, parameters, latency_ms may be limited in percent of the full"),
     (["model=vgg16"], "the space has .* configurations; let a strategy choose"),
     (["model=vgg16", "weights=WEIGHTS", "training.seeds=1"], "belong to another network: .* missing"),
 ]
@@ -77,7 +77,9 @@ def test_nothing_is_wrong_with_the_presets(splits: Splits, name: str) -> None:
 
 
 def test_a_limit_in_milliseconds_is_left_to_the_search(splits: Splits) -> None:
-    check_experiment(preset("quickstart").override(['search.limits=["latency_ms=0.001,macs=2.5M"]']), splits)
+    check_experiment(
+        preset("quickstart").override(['search.limits=["latency_ms=0.001,macs=2.5M","latency_ms=1%"]']), splits
+    )
 
 
 def test_layers_without_a_common_group_size_have_limits_alone(splits: Splits) -> None:

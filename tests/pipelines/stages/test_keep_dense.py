@@ -107,7 +107,7 @@ def test_it_is_selected_exported_and_shown(finished: Path, tmp_path: Path) -> No
         "conv3": "dense",
         "conv4": 16,
     }
-    words = ("--configuration", "d-d-d", "--to", tmp_path / "whole.safetensors", "--fold", "latency_ms")
+    words = ("--configuration", "d-d-d", "--to", tmp_path / "whole.safetensors", "--fold", "macs")
     folded = invoke("export", finished, *words)
     assert folded.stdout.startswith("no layer is decomposed: nothing to fold\n"), folded.stderr
     assert "d-d-d" in invoke("show", finished, "configurations", "--rows", "30").stdout

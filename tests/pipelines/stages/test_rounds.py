@@ -19,7 +19,7 @@ from gross_ray.search.latency import LatencyModel
 from gross_ray.search.options import STRATEGY_NAMES
 from gross_ray.search.selection import best_under, supernet_accuracies
 from gross_ray.search.strategies import STRATEGIES
-from gross_ray.space import Configuration
+from gross_ray.space import DENSE, Configuration
 from gross_ray.training.sampling import settled_scaling
 from pipelines.stages import latencies, rounds, validate
 from pipelines.stages import search as stage
@@ -140,10 +140,11 @@ def test_the_other_strategies_search_too(whole_run: tuple[Path, str], tmp_path: 
 
 def made_up_latency(run: Run, host: str = "a phone") -> LatencyModel:
     """Times by which the most dense layers are the fastest: nothing that MACs would tell."""
-    times = {name: {size: 1.0 / size for size in sizes} for name, sizes in run.space.group_sizes.items()}
+    added = {name: {size: 2.0 / size - 2.0 for size in sizes} for name, sizes in run.space.group_sizes.items()}
     return LatencyModel(
-        device="a chip", host=host, batch_size=1, threads=1, rest_ms=0.5, layer_ms=times, offset_ms=0.1, slope=2.0,
-        num_sampled=20, median_error=0.05,
+        runtime="torch", version="2", device="a chip", host=host, batch_size=1, threads=1, full_ms=7.0, base_ms=6.6,
+        added_ms={layer: added | {DENSE: 0.0} for layer, added in added.items()}, num_sampled=20, median_error=0.05,
+        noise=0.01,
     )  # fmt: skip
 
 

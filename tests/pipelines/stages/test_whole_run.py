@@ -96,9 +96,9 @@ def test_a_damaged_table_and_a_lost_checkpoint_are_found_named_and_done_again(
 def test_damage_in_tables_that_no_stage_completes_is_found_by_the_next_command(
     whole_run: tuple[Path, str], run: Path, tmp_path: Path
 ) -> None:
-    timed = invoke("latency", run, "--device", "cpu", "--repeats", "1")
+    timed = invoke("latency", run, "--device", "cpu", "--repeats", "2")
     assert timed.exit_code == 0, timed.stderr
-    files = [next(run.glob(f"tables/{name}/*")) for name in ("runs", "latencies", "selections")]
+    files = [next(run.glob(f"tables/{name}/*")) for name in ("runs", "layer_latencies", "selections")]
     for file in files:
         file.write_bytes(file.read_bytes()[:-1])
     early = invoke("validate", run, "--in-process")
@@ -109,7 +109,7 @@ def test_damage_in_tables_that_no_stage_completes_is_found_by_the_next_command(
     told = dict(re.findall(r"damaged file tables/(\w+)/[^:]*: deleted; (.*)", early.stderr + found.stderr))
     assert told == {
         "runs": "that start is on record no more",
-        "latencies": "measure again with `gross latency`",
+        "layer_latencies": "measure again with `gross latency`",
         "selections": "its stage, asked for as before, makes it anew",
     }
     do(*run_words(run))
