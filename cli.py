@@ -151,7 +151,7 @@ def search(
 )
 @click.option("--batch", type=click.IntRange(min=1), help="Images in a batch [1].")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; more than one need an idle machine [1].")
-@click.option("--repeats", type=click.IntRange(min=2), help="Rounds of timings [10].")
+@click.option("--repeats", type=click.IntRange(min=2), help="Rounds of timings [5].")
 @click.option(
     "--to", "target", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write FILE.parquet."
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from scipy.stats import spearmanr
 
 from gross_ray.models import build_model
+from gross_ray.nn.batch_norm import as_if_trained
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency, measure_relative
 from gross_ray.search.timing import device_name
 from gross_ray.space import Configuration, SearchSpace
@@ -26,6 +28,8 @@ from gross_ray.supernet.build import empty_supernet, made_up
 from gross_ray.supernet.layers import choice_of
 from gross_ray.weights import load_weights
 
+ROUNDS = 10
+"""Rounds in which the configurations themselves are timed, twice."""
 IMAGES = {"resnet20": 32, "vgg16": 32, "resnet18": 224}
 
 
@@ -55,9 +59,7 @@ def made_up_supernet(name: str, weights: Path | None = None) -> torch.nn.Module:
     if weights is not None:
         load_weights(network, weights)
     else:
-        for module in network.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):  # as after a training: an exporter leaves out a bias of zeros
-                module.running_mean.normal_(std=0.1, generator=generator)
+        as_if_trained(network, generator)
     choice = choice_of(network, (), (1, 4, 16), {}, keep_dense=True, input_shape=(3, size, size))
     return made_up(empty_supernet(network, choice.group_sizes), generator)
 
@@ -68,8 +70,9 @@ def compared(supernet: torch.nn.Module, size: int, options: LatencyOptions, numb
     model = measure_latency(supernet, (3, size, size), options, generator=torch.Generator().manual_seed(0))
     seconds = time.perf_counter() - started
     configurations = drawn(SearchSpace.of(supernet), number)
+    more = replace(options, repeats=ROUNDS)
     first, second = (
-        measure_relative(supernet, (3, size, size), options, [faster(model, one) for one in configurations])
+        measure_relative(supernet, (3, size, size), more, [faster(model, one) for one in configurations])
         for _ in range(2)
     )
     predicted = np.array([model.predict(one) for one in configurations]) / model.full_ms

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -113,6 +114,18 @@ def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[in
         # Clones: shared modules give one memory two names, which safetensors refuses.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
         save_file(tensors, partial)
+
+
+def file_facts(path: str | Path, network: nn.Module) -> dict[str, Any]:
+    """Return what a user of a written file has to know: its batch and precision, ONNX's opset, or the modules."""
+    precision = str(next(network.parameters(), torch.empty(0)).dtype).removeprefix("torch.")
+    facts: dict[str, Any] = {"batch": "any", "precision": precision}
+    if Path(path).suffix == ".onnx":
+        import onnx
+
+        opsets = onnx.load(str(path), load_external_data=False).opset_import
+        return facts | {"opset": max(one.version for one in opsets if not one.domain)}
+    return facts if Path(path).suffix == ".pt2" else facts | {"network": str(network).splitlines()}
 
 
 @dataclass(frozen=True, kw_only=True)

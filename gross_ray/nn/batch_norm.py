@@ -72,6 +72,14 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.momentum = momentum
 
 
+def as_if_trained(network: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Draw running means, in place, and return the network: without a shift, an exporter leaves out an addition."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_(std=0.1, generator=generator)
+    return network
+
+
 def statistics_of(network: nn.Module) -> list[dict[str, Tensor]]:
     """Return the statistics of every batch-norm of `network`, in layer order, as buffers by name."""
     return [dict(norm.named_buffers(recurse=False)) for norm in network.modules() if has_statistics(norm)]

@@ -1,4 +1,4 @@
-"""Measured latency as tables and sentences: where, how well it is predicted, and what is slower than it needs."""
+"""Measured latency as tables and sentences: where, how well it is predicted, and which group-sizes do not pay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gross_ray.run.latencies import unit_in_force
 from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel, dominated
 from gross_ray.search.options import RUNTIMES
-from gross_ray.space import Configuration, ordered
+from gross_ray.space import DENSE, Configuration, ordered
 
 
 def latency_table(store: RunStore) -> ResultTable:
@@ -33,7 +33,7 @@ def latency_table(store: RunStore) -> ResultTable:
             ]
         )
     heads = ["runtime", "device", "host", "batch", "threads", "full network, ms"]
-    heads += ["median error of predictions (networks timed)", "noise of a timing", "counts"]
+    heads += ["median error of predictions (networks timed)", "noise of a timing", "predicts latency_ms"]
     return ResultTable("Measured latency", heads, rows)
 
 
@@ -58,14 +58,14 @@ def _time(model: LatencyModel, ms: float) -> list[str]:
 
 def _folded(model: LatencyModel, configuration: Configuration) -> str:
     layers = list(model.added_ms)
-    dense = sum(size == 0 or model.folded(layer, size) for layer, size in zip(layers, configuration, strict=True))
+    dense = sum(size == DENSE or model.folded(layer, size) for layer, size in zip(layers, configuration, strict=True))
     return f"{dense} of {len(layers)}"
 
 
 def dominated_sentences(model: LatencyModel) -> list[str]:
     """Return a sentence for each group-size that a larger one, or the dense layer, beats in a layer or more."""
     return [
-        f"in {where(model)} group-size {size} costs more than {'the dense layer' if other == 'd' else other} "
-        f"in {beaten} of {layers} layers"
+        f"in {where(model)}, group-size {size} costs more than "
+        f"{'the dense layer' if other == DENSE else other} in {beaten} of {layers} layers"
         for size, (other, beaten, layers) in dominated(model).items()
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -25,12 +25,12 @@ def model_card(
     classes: Sequence[str],
     *,
     layers: Sequence[str],
-    latency: LatencyModel | Timing | None = None,
+    latency: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the card of a validated configuration: accuracies, costs, expected input, and origin.
 
     Costs are those of `network`, the exported form of the configuration, for an input of `input_shape` (C, H, W).
-    `layers` names the decomposed layers in order; `latency` predicts the network's time or is its measured time.
+    `layers` names the decomposed layers in order; `latency` is a `predicted_entry` or a `timed_entry`.
     """
     repeats = store.read_table("validations").query("configuration == @configuration")
     row = repeats.query("seed == @seed").iloc[0]
@@ -48,7 +48,7 @@ def model_card(
         "macs": count_macs(network, input_shape),
         "parameters": count_parameters(network),
         "activations": peak_activations(network, input_shape),
-        **({"latency_ms": None, "latency of": None} if latency is None else latency_entry(latency, sizes)),
+        **(latency or {"latency_ms": None, "latency of": None}),
         "input": {
             "shape": ["N", *input_shape],
             "dtype": "float32",
@@ -83,13 +83,22 @@ def most_accurate_seed(store: RunStore, configuration: str) -> int | None:
     return int(repeats.sort_values(["val_accuracy", "seed"], ascending=[False, True])["seed"].iloc[0])
 
 
-def latency_entry(latency: LatencyModel | Timing, configuration: Sequence[int]) -> dict[str, Any]:
-    """Return the time of a batch and the conditions of its measurement; a prediction has its error beside it."""
-    conditions = {name: getattr(latency, name) for name in CONDITIONS}
-    if isinstance(latency, Timing):
-        return {"latency_ms": latency.latency_ms, "latency of": conditions | {"timed": "whole"}}
-    predicted = {"timed": "predicted", "median_error": latency.median_error, "full network, ms": latency.full_ms}
-    return {"latency_ms": latency.predict(configuration), "latency of": conditions | predicted}
+def predicted_entry(model: LatencyModel, forms: Mapping[str, int]) -> dict[str, Any]:
+    """Return the predicted time of a batch of a network whose layers have these forms, and how it was measured."""
+    about = {"timed": "predicted", "median_error": model.median_error, "full network, ms": model.full_ms}
+    return {"latency_ms": model.predict_forms(forms), "latency of": _conditions(model) | about}
+
+
+def timed_entry(timing: Timing, what: str, full_ms: float) -> dict[str, Any]:
+    """Return the time of a batch, and how it was measured; `what` is the file or the network."""
+    return {
+        "latency_ms": timing.latency_ms,
+        "latency of": _conditions(timing) | {"timed": what, "full network, ms": full_ms},
+    }
+
+
+def _conditions(latency: LatencyModel | Timing) -> dict[str, Any]:
+    return {name: getattr(latency, name) for name in CONDITIONS}
 
 
 def _text(values: Sequence[float]) -> str:

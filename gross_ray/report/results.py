@@ -283,15 +283,26 @@ def correlation_sentence(store: RunStore, supernet: pd.Series, validations: pd.D
 
 def latency_sentences(store: RunStore) -> list[str]:
     """Return a sentence on the measurement that predicts latency_ms: runtime, conditions and error; none without it."""
-    unit = unit_in_force(store)
-    if unit is None:
+    model = _measurement(store)
+    if model is None:
         return []
-    model = next(store.read_units("runtime_latencies", [unit]).itertuples())
     return [
         f"ms: one batch of {model.batch_size} in {where(model)}, each layer in its faster form; the full network takes "
         f"{model.full_ms:.3g} ms; predicted with a median error of {100 * model.median_error:.1f} % of "
         f"{model.num_sampled} networks timed whole"
     ]
+
+
+def runtime_in_use(store: RunStore) -> str:
+    """Return the batch and the runtime that predict latency_ms; empty if none is in use."""
+    model = _measurement(store)
+    return "" if model is None else f"batch of {model.batch_size} in {RUNTIMES[model.runtime]}"
+
+
+def _measurement(store: RunStore) -> Any:
+    """Return the row of `runtime_latencies` that predicts latency_ms; None without it."""
+    unit = unit_in_force(store)
+    return None if unit is None else next(store.read_units("runtime_latencies", [unit]).itertuples())
 
 
 def where(model: Any) -> str:

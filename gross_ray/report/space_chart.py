@@ -12,7 +12,7 @@ import torch
 
 from gross_ray.errors import MissingStageError
 from gross_ray.report.charts import BLUE, COLOURS, GREEN, GREY, MARKS, MAX_DETAILS, Chart, evenly, layout, padded, shown
-from gross_ray.report.results import ResultTable, kinds_of
+from gross_ray.report.results import ResultTable, kinds_of, runtime_in_use
 from gross_ray.report.searched import Searched
 from gross_ray.run.limits import full_costs
 from gross_ray.run.store import RunStore
@@ -58,7 +58,9 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
     versions, budgets = {}, {}
     for cost, front in fronts.items():
         title, unit = COST_TITLES[cost]
-        versions[title] = _figure(searched, cost, front, sample, marked, _full_network(store, cost))
+        versions[title] = _figure(
+            searched, cost, front, sample, marked, _full_network(store, cost), runtime_in_use(store)
+        )
         budgets[title] = {
             "scale": unit,
             "unit": title,
@@ -99,20 +101,17 @@ def _figure(
     sample: pd.DataFrame,
     marked: dict[str, pd.DataFrame],
     full: tuple[float, float] | None,
+    runtime: str,
 ) -> go.Figure:
     accuracies = searched.accuracies
     title, unit = COST_TITLES[cost]
     costs, percents = accuracies[cost] / unit, 100 * accuracies["supernet_accuracy"]
-    beside = ([], []) if full is None else ([full[0] / unit], [100 * full[1]])
     dense = len(sample) < len(accuracies)
-    figure = go.Figure(
-        layout=layout(
-            title,
-            "accuracy in the supernet, % (val)",
-            xaxis={"range": padded([*costs, *beside[0]])},
-            yaxis={"range": padded([*percents, *beside[1]])},
-        )
-    )
+    places = [*zip(costs, percents, strict=True), *([] if full is None else [(full[0] / unit, 100 * full[1])])]
+    x, y = zip(*places, strict=True)
+    axis = f"ms for a {runtime} (predicted)" if cost == "latency_ms" else title
+    ranges = {"xaxis": {"range": padded(x)}, "yaxis": {"range": padded(y)}}
+    figure = go.Figure(layout=layout(axis, "accuracy in the supernet, % (val)", **ranges))
     if dense:
         figure.add_trace(_density(costs, percents))
 
@@ -135,12 +134,8 @@ def _figure(
         )
 
     points = f"{len(sample):,} of {len(accuracies):,} configurations" if dense else "configurations"
-    add(
-        points,
-        sample,
-        mode="markers",
-        marker={"color": GREY, "size": 4 if dense else 7, "opacity": 0.6 if dense else 0.8},
-    )
+    faint = {"color": GREY, "size": 4 if dense else 7, "opacity": 0.6 if dense else 0.8}
+    add(points, sample, mode="markers", marker=faint)
     figure.add_trace(_stairs(front[cost] / unit, 100 * front["supernet_accuracy"]))
     rows = front.iloc[evenly(range(len(front)), MAX_MARKED)]
     add(_FRONT, rows, mode="markers", marker={"color": BLUE, "size": 7}, legendgroup=_FRONT)
@@ -150,15 +145,17 @@ def _figure(
             size = 13 if symbol == "star" else 11
             add(kind, rows, mode="markers", marker={"color": colour, "size": size, "symbol": symbol})
     if full is not None:
-        mark = {"color": COLOURS[7], "size": 12, "symbol": "x"}
-        hover = "<b>full network</b><br>%{y:.2f} % (val)<br>%{x:.4g}<extra></extra>"
-        figure.add_trace(
-            go.Scatter(name="full network", x=beside[0], y=beside[1], mode="markers", marker=mark, hovertemplate=hover)
-        )
+        figure.add_trace(_mark_of_full(places[-1], title))
     best = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"width": 3}}
     # For the legend only: the page's script draws the ring at the best configuration.
     figure.add_trace(go.Scatter(name="best within the budget", x=[None], y=[None], mode="markers", marker=best))
     return figure
+
+
+def _mark_of_full(place: tuple[float, float], unit: str) -> go.Scatter:
+    mark = {"color": COLOURS[7], "size": 12, "symbol": "x"}
+    hover = "<b>full network</b><br>%{y:.2f} % (val)<br>%{x:.4g} " + unit + "<extra></extra>"
+    return go.Scatter(name="full network", x=[place[0]], y=[place[1]], mode="markers", marker=mark, hovertemplate=hover)
 
 
 def _stairs(costs: pd.Series, percents: pd.Series) -> go.Scatter:

@@ -10,7 +10,7 @@ _IN_FORCE = "in-force"
 
 
 def put_in_force(store: RunStore, unit: str) -> None:
-    """Let a stored measurement predict `latency_ms` from now on."""
+    """Make a stored measurement the one that predicts `latency_ms`."""
     store.save_checkpoint(STAGE, _IN_FORCE, {}, {"unit": unit})
 
 

@@ -25,8 +25,8 @@ def full_costs(store: RunStore, costs: Collection[str]) -> dict[str, float]:
         unit = unit_in_force(store)
         if unit is None:
             raise MissingStageError(
-                f"latency_ms in percent of the full network's, which is not measured in {store.storage}: "
-                "run `gross latency` on it first"
+                f"a limit on latency_ms in percent of the full network's needs a measurement, and {store.storage} has "
+                "none in use: run `gross latency` on it first"
             )
         found["latency_ms"] = float(store.read_units("runtime_latencies", [unit], ["full_ms"])["full_ms"].iloc[0])
     return found

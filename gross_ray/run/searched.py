@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pandas as pd
 
 from gross_ray.errors import RunFolderError
+from gross_ray.run.latencies import unit_in_force
 from gross_ray.run.store import RunStore
 from gross_ray.search.selection import COSTS, supernet_accuracies
 
@@ -34,10 +36,14 @@ def evaluated_parts(
 ) -> Iterator[pd.DataFrame]:
     """Yield the rows of `configurations` part by part, each with the rows of all supernets of one alpha and scaling.
 
+    `latency_ms` is missing unless a stored measurement predicts it (`unit_in_force`): without one, nobody could say in
+    which runtime it was.
+
     `units` are rows of `evaluated_units`, by default all; `columns` must include "configuration". Raises RunFolderError
     naming a damaged file, or a file with the rows of several supernets.
     """
     found = evaluated_units(store) if units is None else units
+    unmeasured = "latency_ms" in columns and unit_in_force(store) is None
     for _, part in found.groupby(["alpha", "scaling", "first"], sort=False):
         rows = store.read_units(_TABLE, part["unit"].tolist(), columns)
         if (rows["configuration"] == rows["configuration"].iloc[0]).sum() > len(part):
@@ -45,7 +51,7 @@ def evaluated_parts(
                 f"{store.storage}: a file of the table {_TABLE} (unit {part['unit'].iloc[0]}) has the rows of "
                 "several supernets: keep the results again with `python scripts/results.py keep`, or split it"
             )
-        yield rows
+        yield rows.assign(latency_ms=np.nan) if unmeasured else rows
 
 
 def evaluated_accuracies(store: RunStore, units: pd.DataFrame | None = None) -> Iterator[pd.DataFrame]:

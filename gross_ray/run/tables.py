@@ -286,17 +286,11 @@ _TABLES = (
     ),
     Table(
         name="runtime_latencies",
-        meaning="How a configuration's time is predicted in one runtime: base_ms, and for each layer the added_ms of "
+        meaning="How a configuration's time is predicted in one runtime: full_ms, and for each layer the added_ms of "
         "its group-size, or 0 if that is less.",
         columns=(
             *_CONDITIONS,
             _real("full_ms", "Median time of a batch of the full network", "ms"),
-            Column(
-                name="base_ms",
-                type=pa.float64(),
-                meaning="Fitted time of a batch with all layers dense",
-                unit="ms",
-            ),
             _count("num_sampled", "Whole networks that were timed", "networks", low=1),
             _real("median_error", "Median relative error of a timed network, predicted from the others", "fraction"),
             _real("noise", "Median relative error of a network's own time", "fraction"),

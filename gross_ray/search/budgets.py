@@ -40,8 +40,9 @@ class Budget:
         return "" if self.percent is None else f", {amount / self.limit * self.percent:.3g} % of the full network's"
 
     def __str__(self) -> str:
-        share = "" if self.percent is None else f", {self.percent:g} % of the full network's"
-        return f"{self.cost}={readable_amount(self.cost, self.limit)}{share}"
+        if self.percent is None:
+            return f"{self.cost}={format_amount(self.limit)}"
+        return f"{self.cost}={readable_amount(self.cost, self.limit)}, {self.percent:g} % of the full network's"
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.calls import input_of, network_calls, network_errors_as_invalid_value
 from gross_ray.nn.modes import evaluating
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import activations, count_parameters, plain_macs
+from gross_ray.search.forms import bottlenecks, dense_convolution, fold_layers, group_size_of, grouped
 from gross_ray.search.options import LatencyOptions
-from gross_ray.search.timing import Work, cpu_clock, cuda_clock, threads, timed_device, typical_ms
+from gross_ray.search.runtimes import Runtime, runtime_of
+from gross_ray.search.timing import Work, timed_device, typical_ms
 from gross_ray.supernet.configure import check_plain
 
 OBJECTIVES = ("macs", "parameters", "activations", "latency_ms")
 """The costs to choose by: MACs of one image, weights, activations alive at once, or a measured time."""
-_PARTS = ("pointwise_in", "grouped", "pointwise_out")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def fold(
 
     `network` is what `extract` returns, (N, *input_shape) its input. In exact arithmetic the outputs are equal; dense
     kernels are computed in float64 and rounded to the network's dtype. "latency_ms" times both forms of each layer
-    alone, on `device`, as `latency` says (`num_sampled` is not used). Raises InvalidValueError for a supernet, an
+    alone, on `device`, as `latency` says (`num_sampled` is not used); `LatencyModel.fold` folds by the times of whole
+    networks, which is more exact. Raises InvalidValueError for a supernet, an
     unknown objective, cuda on a machine without it, and a network that cannot run such an input.
     """
     if objective not in OBJECTIVES:
@@ -79,56 +80,6 @@ def fold(
     return fold_layers(network, [folding.layer for folding in foldings if folding.folded]), foldings
 
 
-def fold_layers(network: nn.Module, layers: Collection[str]) -> nn.Module:
-    """Return a copy of `network` with the bottlenecks of these layers as dense convolutions."""
-    modules = bottlenecks(network)
-    return replace_modules(network, {name: dense_convolution(modules[name]) for name in layers})
-
-
-def bottlenecks(network: nn.Module) -> dict[str, nn.Sequential]:
-    """Return the bottlenecks of a plain network by name; one that is used several times appears once."""
-    return {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Sequential) and tuple(module._modules) == _PARTS
-    }
-
-
-def dense_convolution(bottleneck: nn.Sequential) -> nn.Conv2d:
-    """Return the dense convolution that a bottleneck of three convolutions equals."""
-    parts: list[nn.Conv2d] = [getattr(bottleneck, part) for part in _PARTS]
-    _, grouped, last = parts
-    kernel = Bottleneck(*(part.weight.detach().double() for part in parts)).dense_kernel()
-    conv = nn.Conv2d(
-        kernel.shape[1],
-        kernel.shape[0],
-        grouped.kernel_size,  # type: ignore[arg-type]
-        grouped.stride,  # type: ignore[arg-type]
-        grouped.padding,  # type: ignore[arg-type]
-        grouped.dilation,  # type: ignore[arg-type]
-        bias=last.bias is not None,
-        padding_mode=grouped.padding_mode,
-        dtype=grouped.weight.dtype,
-        device=grouped.weight.device,
-    )
-    with torch.no_grad():
-        conv.weight.copy_(kernel)
-        if conv.bias is not None and last.bias is not None:
-            conv.bias.copy_(last.bias)
-    return conv
-
-
-def group_size_of(bottleneck: nn.Sequential) -> int:
-    """Return the group-size of a bottleneck of three convolutions."""
-    return _grouped(bottleneck).weight.shape[1]
-
-
-def _grouped(bottleneck: nn.Sequential) -> nn.Conv2d:
-    conv = bottleneck.get_submodule("grouped")
-    assert isinstance(conv, nn.Conv2d)
-    return conv
-
-
 def _macs(
     network: nn.Module, modules: dict[str, nn.Sequential], dense: dict[str, nn.Conv2d], input_shape: Sequence[int]
 ) -> dict[str, tuple[float, float]]:
@@ -138,7 +89,7 @@ def _macs(
         if (name := layer_of.get(id(call.module))) is None:
             continue
         before, as_dense = costs[name]
-        if call.module is _grouped(modules[name]):  # the dense convolution has as many output positions
+        if call.module is grouped(modules[name]):  # the dense convolution has as many output positions
             positions = call.output_size[0] * call.output_size[2] * call.output_size[3]
             as_dense += positions * dense[name].weight.numel()
         costs[name] = (before + plain_macs(call), as_dense)
@@ -171,24 +122,25 @@ def _milliseconds(
     options: LatencyOptions,
     device: torch.device,
 ) -> dict[str, tuple[float, float]]:
+    runtime = runtime_of(options.runtime, device, options.threads)
     inputs = _inputs(network, modules, input_shape, options.batch_size)
-    works = {
-        (name, form): _work(module, [images.to(device) for images in inputs[name]], device)
-        for name in modules
-        for form, module in (("bottleneck", modules[name]), ("dense", dense[name]))
-    }
-    clock = cuda_clock(device) if device.type == "cuda" else cpu_clock(options.threads)
-    with threads(options.threads), torch.inference_mode():
-        times = typical_ms(works, options.repeats, clock)
+    with runtime.settings():
+        works = {
+            (name, form): _work(runtime, module, inputs[name])
+            for name in modules
+            for form, module in (("bottleneck", modules[name]), ("dense", dense[name]))
+        }
+        times = typical_ms(works, options.repeats, runtime.clock())
     return {name: (times[name, "bottleneck"], times[name, "dense"]) for name in modules}
 
 
-def _work(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> Work:
-    copied = replace_modules(module, {}).eval().to(device)
+def _work(runtime: Runtime, module: nn.Module, inputs: Sequence[Tensor]) -> Work:
+    """Return a call that runs a layer on all its inputs, which may differ in shape."""
+    runs = [runtime.load(replace_modules(module, {}).eval(), images) for images in inputs]
 
     def run() -> None:
-        for images in inputs:
-            copied(images)
+        for each in runs:
+            each()
 
     return run
 

@@ -27,23 +27,26 @@ from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.nn.calls import output_of
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import LayerCosts
-from gross_ray.search.folding import Folding, bottlenecks, fold_layers, group_size_of
+from gross_ray.search.forms import bottlenecks, fold_layers, group_size_of
+from gross_ray.search.options import RUNTIMES
 from gross_ray.search.options import LatencyOptions as LatencyOptions
 from gross_ray.search.runtimes import Run, Runtime, is_installed, runtime_of
 from gross_ray.search.timing import device_name, timed_device, typical_ms, undisturbed_logs
 from gross_ray.search.variants import Forms, Variants, balanced
-from gross_ray.space import DENSE, Configuration
+from gross_ray.space import DENSE
 from gross_ray.supernet.configure import check_plain
 
 CONDITIONS = ("runtime", "version", "device", "host", "batch_size", "threads")
-_SUMMARY = (*CONDITIONS, "full_ms", "base_ms", "num_sampled", "median_error", "noise")
+_SUMMARY = (*CONDITIONS, "full_ms", "num_sampled", "median_error", "noise")
 _BESIDE = 5
 """Networks that are timed beside the full one: each holds its weights in memory."""
 _PER_FORM, _AT_LEAST = 2.5, 20
+_PASSES, _EXACT = 3, 0.02
+"""More networks are timed, up to so many times as many, while the median error is above this."""
 _RIDGES = (1e-4, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Penalties on squared effects, in units of squared relative error; the one that predicts best is taken."""
-_WEIGHT_OF_FULL = 3.0
-"""The full network counts as this many observations: it is timed beside all others."""
+_WEIGHT_OF_FULL = 1000.0
+"""The full network counts as this many observations: it is timed beside all others, and predicted as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +67,10 @@ class _Conditions:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyModel(_Conditions):
-    """Predicts the time of one batch's forward pass: base_ms plus what each layer's faster form adds."""
+    """Predicts the time of one batch's forward pass: the full network's, plus what each layer's faster form adds."""
 
     full_ms: float
     """Measured time of the full network, in ms."""
-    base_ms: float
-    """Fitted time of the network with all layers dense, in ms."""
     added_ms: Mapping[str, Mapping[int, float]]
     """What a layer's bottleneck at each group-size adds in place of the dense convolution, in ms; negative: it saves.
     For DENSE it is 0."""
@@ -88,23 +89,32 @@ class LatencyModel(_Conditions):
         """Return whether the layer is faster as the dense convolution than as a bottleneck of this group-size."""
         return group_size != DENSE and self.added_ms[layer][group_size] > 0
 
-    def fold(self, network: nn.Module) -> tuple[nn.Module, list[Folding]]:
+    def predict_forms(self, forms: Mapping[str, int]) -> float:
+        """Return the time of one batch in ms, 0 or more, of layers in these forms: a bottleneck's group-size, or DENSE.
+
+        Raises InvalidValueError for a missing or unknown layer and for a group-size that was not timed.
+        """
+        if wrong := forms.keys() ^ self.added_ms.keys():
+            raise InvalidValueError(f"layers {', '.join(wrong)}: missing, or not of {', '.join(self.added_ms)}")
+        as_named = LayerCosts("latency_ms", self.full_ms, self.added_ms)
+        return max(as_named.of_one([forms[layer] for layer in self.added_ms]), 0.0)
+
+    def fold(self, network: nn.Module) -> tuple[nn.Module, dict[str, float]]:
         """Return a copy of a plain network with each layer in its faster form, and what each bottleneck adds, in ms.
 
-        `network` is what `extract` returns of the supernet that was timed.
+        `network` is what `extract` returns of the supernet that was timed. A bottleneck that adds more than 0 ms is
+        folded.
         """
         check_plain(network, "fold")
-        foldings = []
-        for name, module in bottlenecks(network).items():
-            size = group_size_of(module)
-            foldings.append(Folding(name, size, bottleneck=self.added_ms[name][size], dense=0.0))
-        return fold_layers(network, [one.layer for one in foldings if one.folded]), foldings
+        sizes = {name: group_size_of(module) for name, module in bottlenecks(network).items()}
+        added = {name: self.added_ms[name][size] for name, size in sizes.items()}
+        return fold_layers(network, [name for name, size in sizes.items() if self.folded(name, size)]), added
 
     @cached_property
     def costs(self) -> LayerCosts:
         """The prediction as a sum over the layers, in ms; a negative sum means 0."""
         faster = {name: {size: min(ms, 0.0) for size, ms in added.items()} for name, added in self.added_ms.items()}
-        return LayerCosts("latency_ms", self.base_ms, faster)
+        return LayerCosts("latency_ms", self.full_ms, faster)
 
     def predict_many(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the time of one batch in ms, 0 or more, for many configurations: float64 (N,).
@@ -120,10 +130,8 @@ class LatencyModel(_Conditions):
     def timed_here(self) -> torch.device | None:
         """Return this machine's device that was timed; None for another machine's, or a runtime that is missing."""
         devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-        for device in devices:
-            if (device_name(device), socket.gethostname()) == (self.device, self.host):
-                return device if is_installed(self.runtime) else None
-        return None
+        here = [each for each in devices if (device_name(each), socket.gethostname()) == (self.device, self.host)]
+        return here[0] if here and is_installed(self.runtime) else None
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the table `layer_latencies`."""
@@ -154,8 +162,12 @@ class LatencyModel(_Conditions):
                     "gross latency"
                 )
             summary = frame[list(_SUMMARY)].drop_duplicates()
+            if unknown := {*summary["runtime"]} - {*RUNTIMES}:
+                raise InvalidValueError(f"{path}: is of the runtime {', '.join(unknown)}, which this gross_ray has not")
             return cls.from_tables(frame[[*CONDITIONS, "layer", "group_size", "added_ms"]], summary)
-        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InvalidValueError):
+                raise
             raise InvalidValueError(
                 f"{path}: not a table of latencies ({one_line(error)}); write one with gross latency"
             ) from None
@@ -170,7 +182,7 @@ class LatencyModel(_Conditions):
         if len(summary) != 1:
             raise InvalidValueError(f"runtime_latencies has {len(summary)} rows: choose the one to predict with")
         row: dict[str, Any] = summary.to_dict("records")[0]
-        times = [*latencies["added_ms"], *(row[name] for name in ("full_ms", "base_ms", "median_error", "noise"))]
+        times = [*latencies["added_ms"], *(row[name] for name in ("full_ms", "median_error", "noise"))]
         if not np.isfinite(np.array(times, dtype=np.float64)).all():
             raise InvalidValueError("layer_latencies: not all are finite numbers; measure them again")
         parts = latencies[np.logical_and.reduce([latencies[name] == row[name] for name in CONDITIONS])]
@@ -198,9 +210,9 @@ def measure_latency(
     """Return a latency model of all configurations of `supernet`, measured on `device` (default: the supernet's).
 
     `input_shape` is (C, H, W). `generator` draws the timed networks (all different) and the input. `on_part` is called
-    after each network with the number done and the total. The supernet and torch's number of threads stay unchanged.
-    Raises InvalidValueError for a network without decomposed layers, a runtime that is not installed or cannot take the
-    network, a device other than cpu and cuda, and a network that cannot run such an input.
+    after each group of networks with the number done and the total. The supernet and torch's number of threads stay
+    unchanged. Raises InvalidValueError for a network without decomposed layers, a runtime that is not installed or
+    cannot take the network, a device other than cpu and cuda, and a network that cannot run such an input.
     """
     parameter = next(supernet.parameters())
     target = timed_device(parameter.device if device is None else device)
@@ -208,20 +220,27 @@ def measure_latency(
     output_of(supernet, input_shape)
     variants = Variants(supernet, target, input_shape)
     forms = variants.forms
-    number = options.num_sampled or max(_AT_LEAST, math.ceil(_PER_FORM * sum(map(len, forms.values()))))
-    full = (DENSE,) * len(forms)
-    networks = [one for one in balanced(forms, number + 1, generator) if one != full][:number]
+    if variants.size == 1:
+        raise InvalidValueError("each decomposed layer may only stay dense: there is no latency to choose by")
     images = torch.randn(options.batch_size, *input_shape, generator=generator, device=generator.device)
+    most = max(map(len, forms.values()))  # so that each form is drawn
+    number = max(most, options.num_sampled or max(_AT_LEAST, math.ceil(_PER_FORM * sum(map(len, forms.values())))))
+    passes = 1 if options.num_sampled else _PASSES
     with runtime.settings():
         load = runtime.variants(variants, images.to("cpu", parameter.dtype))
-        times = _Times.of(networks, full, load, runtime, options.repeats, on_part)
-    base_ms, added_ms, errors = _fit(forms, [*networks, full], np.array([*times.relative, 1.0]))
+        times = _Times((DENSE,) * len(forms), load, runtime, options.repeats, number * passes, on_part)
+        for _ in range(passes):
+            times.add(balanced(forms, number, generator, besides=[times.full, *times.networks]))
+            added, errors = _fit(forms, [*times.networks, times.full], np.array([*times.relative, 1.0]))
+            if np.median(errors) <= _EXACT or len(times.networks) == variants.size - 1:
+                break
+    if on_part is not None:
+        on_part(len(times.networks), len(times.networks))
     return LatencyModel(
         full_ms=times.full_ms,
-        base_ms=times.full_ms * base_ms,
-        added_ms={name: {size: times.full_ms * ms for size, ms in added.items()} for name, added in added_ms.items()},
-        num_sampled=len(networks),
-        median_error=float(np.median(errors[:-1])),
+        added_ms={name: {size: times.full_ms * ms for size, ms in each.items()} for name, each in added.items()},
+        num_sampled=len(times.networks),
+        median_error=float(np.median(errors)),
         noise=times.noise,
         **_conditions(runtime, target, options),
     )
@@ -237,65 +256,78 @@ def measure_relative(
 ) -> np.ndarray:
     """Return the time of each network, its layers in these forms, divided by the full network's: float64 (N,).
 
-    Arguments and errors are those of `measure_latency`.
+    The other arguments and the errors are those of `measure_latency`.
     """
     target = timed_device(device)
     runtime = runtime_of(options.runtime, target, options.threads)
+    output_of(supernet, input_shape)
     variants = Variants(supernet, target, input_shape)
     images = torch.randn(options.batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(supernet.parameters()).dtype)
     with runtime.settings():
         load = runtime.variants(variants, images)
-        return _Times.of(networks, (DENSE,) * len(variants.forms), load, runtime, options.repeats, None).relative
+        times = _Times((DENSE,) * len(variants.forms), load, runtime, options.repeats)
+        times.add(networks)
+    return np.array(times.relative)
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Times:
-    full_ms: float
-    """Time of the full network."""
-    relative: np.ndarray
-    """Time of each other network, divided by the full one's beside it: (N,)."""
-    noise: float
-    """Median relative error of these times."""
+    """The times of networks, a few at a time beside the full one."""
 
-    @classmethod
-    def of(
-        cls,
-        networks: Sequence[Forms],
+    def __init__(
+        self,
         full: Forms,
         load: Callable[[Forms], Run],
         runtime: Runtime,
         repeats: int,
-        on_part: Callable[[int, int], object] | None,
-    ) -> _Times:
-        """Time the networks, a few at a time beside the full one."""
-        clock, run_full = runtime.clock(), load(full)
-        relative, full_ms, noises = [], [], []
+        total: int = 0,
+        on_part: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """Load the full network; `total` is the number of networks that `on_part` is told."""
+        self.full = full
+        self.networks: list[Forms] = []
+        self.relative: list[float] = []
+        """Time of each network, divided by the full one's beside it."""
+        self._load, self._run_full, self._clock = load, load(full), runtime.clock()
+        self._repeats, self._total, self._on_part = repeats, total, on_part
+        self._full_ms: list[float] = []
+        self._noises: list[float] = []
+
+    @property
+    def full_ms(self) -> float:
+        """Time of the full network."""
+        return float(np.median(self._full_ms))
+
+    @property
+    def noise(self) -> float:
+        """Median relative error of a time."""
+        return float(np.median(self._noises))
+
+    def add(self, networks: Sequence[Forms]) -> None:
+        """Time more networks."""
         for first in range(0, len(networks), _BESIDE):
             group = networks[first : first + _BESIDE]
-            works = [run_full]  # by place: of several equal networks each is timed
-            for done, one in enumerate(group, first):
-                works.append(load(one))
-                if on_part is not None and done:
-                    on_part(done, len(networks))
-            logs = undisturbed_logs(dict(enumerate(works)), repeats, clock)
+            works = [self._run_full, *map(self._load, group)]  # by place: of several equal networks each is timed
+            logs = undisturbed_logs(dict(enumerate(works)), self._repeats, self._clock)
             medians = np.median(logs, axis=0)
-            full_ms.append(math.exp(medians[0]))
-            relative += np.exp(medians[1:] - medians[0]).tolist()
+            self.networks += group
+            self.relative += np.exp(medians[1:] - medians[0]).tolist()
+            self._full_ms.append(math.exp(medians[0]))
+            # The median of all rounds has half the spread of the difference of its halves.
             halves = np.median(logs[::2], axis=0) - np.median(logs[1::2], axis=0)
-            noises += np.abs(halves[1:] / 2).tolist()  # the median of all rounds has half the spread of this difference
-        if on_part is not None:
-            on_part(len(networks), len(networks))
-        return cls(full_ms=float(np.median(full_ms)), relative=np.array(relative), noise=float(np.median(noises)))
+            self._noises += np.abs(halves[1:] / 2).tolist()
+            if self._on_part is not None:
+                self._on_part(len(self.networks), self._total)
 
 
 def _fit(
     forms: Mapping[str, Forms], networks: Sequence[Forms], times: np.ndarray
-) -> tuple[float, dict[str, dict[int, float]], np.ndarray]:
-    """Fit times (N,) as a sum over the layers, the last network being the full one.
+) -> tuple[dict[str, dict[int, float]], np.ndarray]:
+    """Fit times (N,), relative to the full network's, as a sum over the layers; the last network is the full one.
 
-    Return the time with all layers dense, what each form adds to it, and each network's relative error (N,) when it is
-    predicted from a fit to the others (in closed form, from the hat matrix). Errors are relative, so that fast networks
-    count as much as slow ones.
+    Return what each form adds to the full network's time, and the relative error of each other network (N - 1,) when it
+    is predicted from a fit to the others (in closed form, from the hat matrix). Errors are relative, so that fast
+    networks count as much as slow ones.
     """
     columns = [(layer, size) for layer, sizes in enumerate(forms.values()) for size in sizes]
     chosen = np.array([[one[layer] == size for layer, size in columns] for one in networks], dtype=np.float64)
@@ -307,18 +339,17 @@ def _fit(
         solved = np.linalg.lstsq(rows.T @ rows + penalty, rows.T, rcond=None)[0]
         coefficients = solved @ (weights * times)
         left_out = 1 - np.minimum(np.einsum("ij,ji->i", rows, solved), 1 - 1e-9)
-        errors = np.abs(rows @ coefficients / (weights * times) - 1) / left_out
+        errors = (np.abs(rows @ coefficients / (weights * times) - 1) / left_out)[:-1]
         if best is None or np.median(errors) < best[0]:
             best = float(np.median(errors)), coefficients, errors
     assert best is not None
     _, coefficients, errors = best
     effects = dict(zip(columns, coefficients[1:].tolist(), strict=True))
-    base = float(coefficients[0]) + sum(effects[layer, DENSE] for layer in range(len(forms)))
     added = {
         name: {size: effects[layer, size] - effects[layer, DENSE] for size in sizes}
         for layer, (name, sizes) in enumerate(forms.items())
     }
-    return base, added, errors
+    return added, errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,22 +392,25 @@ def time_networks(
     return {name: Timing(latency_ms=ms, **conditions) for name, ms in times.items()}
 
 
-def dominated(model: LatencyModel) -> dict[int, tuple[str, int, int]]:
-    """Return the group-sizes that a larger choice beats, because a larger one is at least as accurate.
+def dominated(model: LatencyModel) -> dict[int, tuple[int, int, int]]:
+    """Return the group-sizes that a larger choice beats clearly, because a larger one is at least as accurate.
 
-    By group-size: the larger choice that costs less in the most layers, as it is written, the number of these layers,
-    and the number of layers that have both.
+    By group-size: the larger group-size that costs less in the most layers, or DENSE for the layers that are slower as
+    a bottleneck than dense; the number of these layers; and the number of layers that have both. A difference counts
+    above the noise of the timings. Group-sizes are compared in the faster form of each layer.
     """
-    found: dict[int, tuple[str, int, int]] = {}
+    clearly = model.noise * model.full_ms
+    found: dict[int, tuple[int, int, int]] = {}
     sizes = sorted({size for added in model.added_ms.values() for size in added} - {DENSE})
     for size in sizes:
-        best = (0, 0, DENSE)
-        for larger in [*(other for other in sizes if other > size), DENSE]:
-            both = [added for added in model.added_ms.values() if size in added and larger in added]
-            beaten = sum(added[larger] < added[size] for added in both)
-            best = max(best, (beaten, len(both), larger), key=lambda one: one[0])
-        if best[0]:
-            found[size] = (str(Configuration([best[2]])), best[0], best[1])
+        having = [added for added in model.added_ms.values() if size in added]
+        best = (DENSE, sum(added[size] > clearly for added in having), len(having))
+        for larger in (other for other in sizes if other > size):
+            both = [added for added in having if larger in added]
+            beaten = sum(min(added[larger], 0.0) < min(added[size], 0.0) - clearly for added in both)
+            best = max(best, (larger, beaten, len(both)), key=lambda one: one[1])
+        if best[1]:
+            found[size] = best
     return found
 
 

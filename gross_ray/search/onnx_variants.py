@@ -34,6 +34,9 @@ class OnnxVariants:
         """Export the full network, once."""
         self._variants = variants
         self._full = exported(variants.full, variants.input_shape)
+        self._without_nodes = onnx.ModelProto()
+        self._without_nodes.CopyFrom(self._full)
+        del self._without_nodes.graph.node[:], self._without_nodes.graph.initializer[:]
         self._layer_of = {f"{name}.weight": name for name in variants.forms}
 
     @property
@@ -49,25 +52,23 @@ class OnnxVariants:
     def model(self, forms: Forms) -> bytes:
         """Return the ONNX model of a variant."""
         chosen = dict(zip(self._variants.forms, forms, strict=True))
-        model = onnx.ModelProto(ir_version=self._full.ir_version, opset_import=self._full.opset_import)
-        model.graph.name = self._full.graph.name
-        model.graph.input.extend(self._full.graph.input)
-        model.graph.output.extend(self._full.graph.output)
+        model = onnx.ModelProto()
+        model.CopyFrom(self._without_nodes)
         for node in self._full.graph.node:
             name = self._layer(node)
             if name is None or chosen[name] == DENSE:
                 model.graph.node.append(node)
             else:
                 model.graph.node.extend(_exchanged(node, name, self._variants.form(name, chosen[name])))
-        model.graph.initializer.extend(self._initializers(model, chosen))
+        model.graph.initializer.extend(self._initializers(chosen))
         return model.SerializeToString()
 
     def _layer(self, node: onnx.NodeProto) -> str | None:
         return self._layer_of.get(node.input[1]) if node.op_type == "Conv" else None
 
-    def _initializers(self, model: onnx.ModelProto, chosen: dict[str, int]) -> Iterator[onnx.TensorProto]:
-        used = {name for node in model.graph.node for name in node.input}
-        yield from (tensor for tensor in self._full.graph.initializer if tensor.name in used)
+    def _initializers(self, chosen: dict[str, int]) -> Iterator[onnx.TensorProto]:
+        exchanged = {f"{name}.weight" for name, size in chosen.items() if size != DENSE}
+        yield from (tensor for tensor in self._full.graph.initializer if tensor.name not in exchanged)
         for name, size in chosen.items():
             if size != DENSE:
                 for part, weight in _weights(self._variants.form(name, size)).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gross_ray.errors import InvalidValueError, first_line
+from gross_ray.errors import GrossRayError, InvalidValueError, first_line
 from gross_ray.nn.calls import network_errors_as_invalid_value
 from gross_ray.search.options import RUNTIMES
 from gross_ray.search.timing import Clock, cpu_clock, cuda_clock
@@ -25,7 +26,7 @@ Run = Callable[[], Tensor]
 
 
 class Runtime(Protocol):
-    """What runs a network on one device with a number of threads."""
+    """Runs networks on one device with a fixed number of threads."""
 
     name: str
     """As it is written in options and tables."""
@@ -48,7 +49,7 @@ class Runtime(Protocol):
         """Return a function that loads any of the variants, as `load` would."""
 
     def clock(self) -> Clock:
-        """Return what times a call."""
+        """Return the clock that fits the device and the threads."""
 
     def settings(self) -> contextlib.AbstractContextManager[object]:
         """Return a context in which networks are loaded and run: settings of the whole process."""
@@ -62,7 +63,7 @@ def runtime_of(name: str, device: torch.device, threads: int) -> Runtime:
     """
     if name not in RUNTIMES:
         raise InvalidValueError(f"runtime = {name!r}: must be one of {', '.join(RUNTIMES)}")
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads > cores:
         raise InvalidValueError(f"threads = {threads}: this machine has {cores}; ask for {cores} or fewer")
     return _RUNTIMES[name](device, threads)
@@ -159,14 +160,22 @@ class _OfOnnx:
         """Read the network as `export_onnx` writes it."""
         from gross_ray.search.onnx_variants import exported
 
-        return self.read(exported(network.cpu(), tuple(images.shape[1:])).SerializeToString(), images)
+        with self._takes_the_network():
+            model = exported(network.cpu(), tuple(images.shape[1:]))
+        return self.read(model.SerializeToString(), images)
 
     def variants(self, variants: Variants, images: Tensor) -> Callable[[Forms], Run]:
         """Return a function that exchanges nodes of one export where it can, and otherwise exports each variant."""
         from gross_ray.search.onnx_variants import OnnxVariants
 
-        models = OnnxVariants(variants)
+        with self._takes_the_network():
+            models = OnnxVariants(variants)
         if not models.complete:
+            warnings.warn(
+                "each network is exported by itself, which takes seconds: its layers pad by themselves, or "
+                "share weights",
+                stacklevel=2,
+            )
             return lambda forms: self.load(variants.network(forms), images)
         return lambda forms: self.read(models.model(forms), images)
 
@@ -181,6 +190,17 @@ class _OfOnnx:
     def settings(self) -> contextlib.AbstractContextManager[object]:
         """Return a context of no effect: the number of threads belongs to each session."""
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _takes_the_network(self) -> Iterator[None]:
+        try:
+            yield
+        except InvalidValueError:
+            raise
+        except GrossRayError as error:
+            raise InvalidValueError(
+                f"{RUNTIMES[self.name]} reads ONNX: {first_line(error.__cause__ or error)}; choose --runtime torch"
+            ) from error
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
@@ -206,7 +226,7 @@ class OnnxRuntime(_OfOnnx):
         if self._provider not in self._package.get_available_providers():
             raise InvalidValueError(
                 f"device = {str(device)!r}: this ONNX Runtime has no {self._provider}; "
-                "pip install onnxruntime-gpu, or choose --runtime torch"
+                "choose --device cpu or --runtime torch, or pip install onnxruntime-gpu"
             )
 
     def read(self, model: Path | bytes, images: Tensor) -> Run:
@@ -214,10 +234,20 @@ class OnnxRuntime(_OfOnnx):
         options = self._package.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
         options.log_severity_level = 3
+        options.add_session_config_entry(
+            "session.force_spinning_stop", "1"
+        )  # else idle threads slow down the next call
+        where = (self._provider, {"device_id": self._device.index or 0} if self._device.type == "cuda" else {})
         with self._one_line():
-            session = self._package.InferenceSession(model, options, providers=[self._provider])
+            session = self._package.InferenceSession(model, options, providers=[where])
+            session.disable_fallback()
             feed = {session.get_inputs()[0].name: images.contiguous().numpy()}
             session.run(None, feed)
+        if session.get_providers()[0] != self._provider:
+            raise InvalidValueError(
+                f"{RUNTIMES[self.name]} took {session.get_providers()[0]}, not {self._provider}: its libraries are "
+                "missing; choose --device cpu or --runtime torch"
+            )
         return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
@@ -230,7 +260,7 @@ class OpenVino(_OfOnnx):
         """Raise InvalidValueError if the package is not installed, and for a device other than cpu."""
         super().__init__(device, threads)
         if device.type != "cpu":
-            raise InvalidValueError(f"device = {str(device)!r}: runtime openvino runs on cpu; choose --runtime torch")
+            raise InvalidValueError(f"device = {str(device)!r}: runtime openvino runs on cpu; choose --device cpu")
         self._package = _imported("openvino", self.name)
         self.version = self._package.__version__.partition("-")[0]
         self._core = self._package.Core()
@@ -247,8 +277,8 @@ class OpenVino(_OfOnnx):
             network = self._core.read_model(model)
             network.reshape(list(images.shape))
             request = self._core.compile_model(network, "CPU", settings).create_infer_request()
-            held = images.contiguous().numpy()  # the tensor shares its memory
-            request.set_input_tensor(self._package.Tensor(held, shared_memory=True))
+            batch = images.contiguous().numpy()  # the tensor shares its memory
+            request.set_input_tensor(self._package.Tensor(batch, shared_memory=True))
             request.infer()
         output = request.get_output_tensor()
 

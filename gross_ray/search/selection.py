@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.budgets import COSTS, Budget, format_amount
+from gross_ray.search.budgets import COSTS, Budget, readable_amount
 from gross_ray.space import Configuration, SearchSpace, listed
 
 
@@ -56,7 +56,11 @@ def best_of_chunks(chunks: Iterable[pd.DataFrame], budgets: Sequence[Budget], to
         raise InvalidValueError("nothing to choose from: no configuration is evaluated; run `gross search RUN` first")
     merged = _best(pd.concat(best), budgets, top)
     if merged.empty:
-        listed = ", ".join(f"{cost}={format_amount(least)} at {name}" for cost, (least, name) in smallest.items())
+        percents = {budget.cost: budget.percent_of_full for budget in budgets}
+        listed = ", ".join(
+            f"{cost}={readable_amount(cost, least)}{percents[cost](least) if cost in percents else ''} at {name}"
+            for cost, (least, name) in smallest.items()
+        )
         raise InvalidValueError(f"budget {' and '.join(map(str, budgets))}: nothing fits; the smallest is {listed}")
     return merged
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from math import prod
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from gross_ray.nn.calls import network_calls
 from gross_ray.nn.replace import replace_modules
-from gross_ray.search.folding import dense_convolution
+from gross_ray.search.forms import dense_convolution
 from gross_ray.space import DENSE
 from gross_ray.supernet.configure import series_layers
 
@@ -68,17 +68,20 @@ class Variants:
         return replace_modules(self.full, chosen, share_weights=True)
 
 
-def balanced(forms: Mapping[str, Forms], number: int, generator: torch.Generator) -> list[Forms]:
-    """Draw `number` different networks in which each layer has each form about equally often; all of a smaller space.
+def balanced(
+    forms: Mapping[str, Forms], number: int, generator: torch.Generator, besides: Collection[Forms] = ()
+) -> list[Forms]:
+    """Draw `number` different networks, none of `besides`, in which each layer has each form about equally often.
 
-    Each form is then seen beside many forms of the other layers, and a least-squares fit averages over them.
+    Of a space with fewer, return all. Each form is seen beside many forms of the other layers, and a least-squares fit
+    averages over them.
     """
     layers = list(forms.values())
-    number = min(number, prod(map(len, layers)))
+    number = min(number, prod(map(len, layers)) - len(besides))
     drawn: dict[Forms, None] = {}
     while len(drawn) < number:
         columns = [_shuffled(each, number, generator) for each in layers]
-        drawn |= dict.fromkeys(zip(*columns, strict=True))
+        drawn |= dict.fromkeys(one for one in zip(*columns, strict=True) if one not in besides)
     return list(drawn)[:number]
 
 

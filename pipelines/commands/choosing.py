@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 
 from gross_ray.errors import MissingStageError
-from gross_ray.report.results import budget_table
+from gross_ray.report.results import budget_table, latency_sentences
 from gross_ray.report.terminal import as_text, front_table
 from gross_ray.run.limits import budget_amounts
 from gross_ray.run.opened import Run
@@ -29,12 +29,11 @@ def best_and_front(
     Raises MissingStageError, naming the command to run, if the search is not finished.
     """
     opened = Run(RunStore.open(run))
-    parts = []
+    limited, parts = budget_amounts(opened.store, budgets), []
     try:
         if search.by_strategy(opened) and not rounds.ended(opened) and not opened.store.units("selections"):
             raise MissingStageError("its strategy still proposes configurations")
         if budgets:
-            limited = budget_amounts(opened.store, budgets)
             parts.append(as_text(budget_table(search.best(opened, limited, top), limited)))
         if pareto:
             costs = costs or [budgets[0].cost if budgets else "macs"]
@@ -43,4 +42,6 @@ def best_and_front(
         raise MissingStageError(
             f"the search in {opened.store.storage} is not finished: run `gross search {run}` first"
         ) from error
+    if "latency_ms" in {*(costs or ()), *(budget.cost for budget in budgets)}:
+        parts += latency_sentences(opened.store)
     click.echo("\n\n".join(parts))

@@ -13,18 +13,19 @@ from torch import nn
 
 from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.data.image_set import ImageSet
-from gross_ray.errors import MissingStageError
-from gross_ray.export import card_path, check_export, check_format, export_network
-from gross_ray.report.model_card import foldings_text, latency_entry, model_card, most_accurate_seed
+from gross_ray.errors import InvalidValueError, MissingStageError
+from gross_ray.export import card_path, check_export, check_format, export_network, file_facts
+from gross_ray.report.model_card import foldings_text, model_card, most_accurate_seed, predicted_entry, timed_entry
 from gross_ray.report.results import where
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import check_data
 from gross_ray.run.store import RunStore
 from gross_ray.search.folding import fold
-from gross_ray.search.latency import LatencyModel, Timing, time_networks
+from gross_ray.search.forms import bottlenecks, group_size_of
+from gross_ray.search.latency import LatencyModel, time_networks
 from gross_ray.search.options import LatencyOptions
 from gross_ray.search.runtimes import READ_ONNX
-from gross_ray.space import Configuration
+from gross_ray.space import DENSE, Configuration
 from pipelines.driver import DataSource
 from pipelines.stages import latencies
 
@@ -41,10 +42,10 @@ def export(
 
     `seed` is the repeat, by default the most accurate one on the validation split. With an `objective`, layers are
     written as dense convolutions if that costs less (`fold`), for "latency_ms" in the runtime measured last; None:
-    latency_ms if it was measured, else no layer is. With `images`, the file is compared with the network on the run's
-    test split. Raises InvalidValueError for a file that cannot be written or a configuration outside the space,
-    MissingStageError if it is not validated, or no latency measured, and GrossRayError if the format cannot represent
-    the network or the file computes something else; then nothing is written.
+    latency_ms if it was measured, otherwise all layers stay bottlenecks. With `images`, the file is compared with the
+    network on the run's test split. Raises InvalidValueError for a file that cannot be written or a configuration
+    outside the space, MissingStageError if it is not validated, or no latency is measured, and GrossRayError if the
+    format cannot represent the network or the file computes something else; then nothing is written.
     """
     check_format(target)
     store, configuration = RunStore.open(run), str(Configuration.parse(configuration))
@@ -53,10 +54,10 @@ def export(
     opened = Run(store)
     network, base = opened.validated(configuration, seed), opened.base
     measured = latencies.in_force(opened)
-    objective = objective or ("latency_ms" if measured else "none")
-    network, lines, folding = _folded(opened, network, objective, measured)
-    by_time = objective == "latency_ms" or not folding  # else the prediction is of another form
-    time: LatencyModel | Timing | None = measured if by_time else None
+    network, lines, folding = _folded(opened, network, objective or ("latency_ms" if measured else "none"), measured)
+    forms = dict.fromkeys(opened.space.layers, DENSE)
+    forms |= {name: group_size_of(module) for name, module in bottlenecks(network).items()}
+    time = None if measured is None else predicted_entry(measured, forms)
     test = None if images is None else _test_images(opened, images)
     beside = card_path(target)
     with whole_or_not_at_all(beside) as partial_card, whole_or_not_at_all(target) as partial:  # both files, or neither
@@ -68,7 +69,7 @@ def export(
             lines.append(str(compared))
             check = {"check": asdict(compared)}
         if measured is not None and (device := measured.timed_here()) is not None:
-            time, line = _timed(opened, measured, device, partial if target.suffix == ".onnx" else None, network)
+            time, line = _timed(opened, measured, device, partial if target.suffix == ".onnx" else None, network, time)
             lines.append(line)
         card = model_card(
             store,
@@ -80,9 +81,8 @@ def export(
             layers=opened.space.layers,
             latency=time,
         )
-        card |= {**folding, **check, "predicted latencies": _predictions(opened, configuration), "file": target.name}
-        if target.suffix == ".safetensors":
-            card["network"] = str(network).splitlines()
+        card |= {**folding, **check, "predicted latencies": _predictions(opened, forms), "file": target.name}
+        card |= file_facts(partial, network)
         partial_card.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     click.echo("\n".join([*lines, f"{configuration} (seed {seed}) written to {target}, its card to {beside}"]))
 
@@ -93,40 +93,58 @@ def _folded(
     """Return the network in the form that costs less, a line for each layer, and what the card says of them."""
     if objective == "none":
         return network, [], {}
-    if objective == "latency_ms":
-        if measured is None:
-            raise MissingStageError(
-                f"--fold latency_ms: no latency is measured in {run.store.storage}; run `gross latency` on it first"
-            )
-        network, foldings = measured.fold(network)
-    else:
+    if objective != "latency_ms":
         network, foldings = fold(network, run.base.input_shape, objective=objective)
-    folded = [asdict(layer) for layer in foldings if layer.folded]
-    return network, [foldings_text(objective, foldings)], {"folded by": objective, "folded": folded}
+        folded = [asdict(layer) for layer in foldings if layer.folded]
+        return network, [foldings_text(objective, foldings)], {"folded by": objective, "folded": folded}
+    if measured is None:
+        raise MissingStageError(
+            f"--fold latency_ms needs a measurement, and {run.store.storage} has none in use: run `gross latency` on "
+            "it first"
+        )
+    sizes = {name: group_size_of(module) for name, module in bottlenecks(network).items()}
+    network, added = measured.fold(network)
+    lines = [
+        f"{name} (group-size {sizes[name]}): a bottleneck is {abs(ms):.3g} ms "
+        f"{'slower: written as the dense convolution' if ms > 0 else 'faster: kept'}"
+        for name, ms in added.items()
+    ]
+    dense = [{"layer": name, "group_size": sizes[name], "added_ms": ms} for name, ms in added.items() if ms > 0]
+    return network, lines, {"folded by": objective, "folded": dense}
 
 
 def _timed(
-    run: Run, measured: LatencyModel, device: torch.device, file: Path | None, network: nn.Module
-) -> tuple[Timing, str]:
-    """Time the network as written beside the full one, in the runtime and the conditions measured last."""
-    options = LatencyOptions(
-        runtime=measured.runtime, batch_size=measured.batch_size, threads=measured.threads, repeats=ROUNDS
-    )
+    run: Run,
+    measured: LatencyModel,
+    device: torch.device,
+    file: Path | None,
+    network: nn.Module,
+    predicted: dict[str, Any] | None,
+) -> tuple[dict[str, Any] | None, str]:
+    """Time the network as written beside the full one, in the runtime and the conditions measured last.
+
+    Return the card's entry and a line. If it cannot be timed any more, the entry is the prediction.
+    """
     of_file = file is not None and measured.runtime in READ_ONNX
     networks = {"full": run.base.network, "written": file if of_file and file is not None else network}
-    times = time_networks(networks, run.base.input_shape, options, device=device)
+    try:
+        options = LatencyOptions(
+            runtime=measured.runtime, batch_size=measured.batch_size, threads=measured.threads, repeats=ROUNDS
+        )
+        times = time_networks(networks, run.base.input_shape, options, device=device)
+    except InvalidValueError as error:
+        return predicted, f"not timed again: {error}"
     full, written = (times[name].latency_ms for name in networks)
     line = (
         f"{'the file' if of_file else 'the network'} takes {written:.3g} ms for a batch of {measured.batch_size} in "
         f"{where(times['written'])}; the full network takes {full:.3g} ms"
     )
-    return times["written"], line
+    return timed_entry(times["written"], "file" if of_file else "network", full), line
 
 
-def _predictions(run: Run, configuration: str) -> list[dict[str, Any]]:
-    """Return the time that each stored measurement predicts, whatever its runtime, batch and threads."""
-    sizes = Configuration.parse(configuration)
-    return [latency_entry(model, sizes) for model in latencies.all_of(run)]
+def _predictions(run: Run, forms: dict[str, int]) -> list[dict[str, Any]]:
+    """Return the time that each stored measurement predicts of these forms, whatever its runtime, batch and threads."""
+    return [predicted_entry(model, forms) for model in latencies.all_of(run)]
 
 
 def _test_images(run: Run, source: DataSource) -> ImageSet:

@@ -9,6 +9,7 @@ import click
 import torch
 
 from gross_ray.models import model_of
+from gross_ray.nn.batch_norm import as_if_trained
 from gross_ray.report.inspection import inspection
 from gross_ray.report.latency import dominated_sentences, extremes_table
 from gross_ray.report.terminal import as_text
@@ -44,9 +45,9 @@ def inspect(
     if timed is None:
         return
     generator = torch.Generator().manual_seed(0)
-    supernet = made_up(empty_supernet(network, choice.group_sizes), generator)
+    supernet = made_up(empty_supernet(as_if_trained(network, generator), choice.group_sizes), generator)
     options = LatencyOptions(**timed)
     with measuring_bar(options.runtime, "cpu") as advance:
-        model = measure_latency(supernet, shape, options, generator=generator, on_part=advance)
-    found = [as_text(extremes_table(model, choice.group_sizes)), *dominated_sentences(model)]
+        measured = measure_latency(supernet, shape, options, generator=generator, on_part=advance)
+    found = [as_text(extremes_table(measured, choice.group_sizes)), *dominated_sentences(measured)]
     click.echo("\n" + "\n\n".join(found))

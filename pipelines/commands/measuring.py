@@ -43,8 +43,9 @@ def latency(run: str, device: str | None, asked: dict[str, Any], *, target: Path
 
 
 def asked_for(device: str | None, options: dict[str, Any]) -> tuple[str, LatencyOptions]:
-    """Return the device, by default a GPU if there is one, and the options: on a GPU torch, by default."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device and the options; by default torch on a GPU if there is one, else ONNX Runtime."""
+    on_gpu = torch.cuda.is_available() and options.get("runtime", "torch") in ("torch", "compiled")
+    device = device or ("cuda" if on_gpu else "cpu")
     by_default = "torch" if device == "cuda" else "onnxruntime"
     return device, LatencyOptions(**{"runtime": by_default} | options)
 

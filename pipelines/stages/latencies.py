@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 from gross_ray.errors import InvalidValueError
@@ -44,8 +45,11 @@ def put(run: Run, model: LatencyModel) -> None:
             f"the latencies are of other layers or group-sizes than the run's, which has {_listed(sizes)}; "
             f"they are of {_listed({name: ordered(added) for name, added in model.added_ms.items()})}"
         )
-    device = re.sub("[^0-9A-Za-z]+", "-", f"{model.device} {model.host}").strip("-")
-    name = f"runtime={model.runtime},device={device[:80]},batch={model.batch_size},threads={model.threads}"
+    device = re.sub("[^0-9A-Za-z]+", "-", model.device).strip("-")[:60]
+    machine = zlib.crc32(f"{model.device} {model.host}".encode())
+    name = f"runtime={model.runtime},device={device}-{machine:08x},batch={model.batch_size},threads={model.threads}"
+    for table in TABLES:  # a run that is killed in between never mixes two measurements
+        store.delete_unit(table, name)
     store.write_table("layer_latencies", name, model.rows())
     store.write_table("runtime_latencies", name, [model.summary()])
     put_in_force(store, name)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from math import ceil
 
 from gross_ray.errors import InvalidValueError, MissingStageError
-from gross_ray.run.latencies import measured
 from gross_ray.run.limits import limits
 from gross_ray.run.opened import Run
 from gross_ray.run.store import SEARCH_ENDED
@@ -155,8 +154,8 @@ def additive_cost(run: Run, cost: str) -> LayerCosts:
         model = latencies.in_force(run)
         if model is None:
             raise MissingStageError(
-                f"search.limits has latency_ms, and {run.store.storage} no measurement of it that counts: "
-                "run `gross latency` on it before the search; of several the one that is measured or read last counts"
+                f"search.limits has latency_ms, and {run.store.storage} no measurement of it in use: "
+                "run `gross latency` on it before the search; of several the one that is measured or read last is used"
             )
         return model.costs
     return layer_costs(empty_supernet(run.base.network, run.space.group_sizes), run.base.input_shape, cost)
@@ -164,11 +163,7 @@ def additive_cost(run: Run, cost: str) -> LayerCosts:
 
 def check_limits(run: Run) -> None:
     """Raise the errors of `additive_cost` for the experiment's limits, and InvalidValueError for an unreachable one."""
-    options = run.experiment.search
     for budgets in limits(run.store):
-        timed = any(budget.cost == "latency_ms" for budget in budgets) and options.strategy == "exhaustive"
-        if timed and measured(run.store) and latencies.in_force(run) is None:
-            continue  # the latencies stored with the configurations count
         BudgetedSpace(run.space, [additive_cost(run, budget.cost) for budget in budgets], budgets)
 
 

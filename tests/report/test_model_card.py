@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import finished_run
 from torch import nn
 
 from gross_ray.data.identity import identity_of
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.report.model_card import model_card
+from gross_ray.report.model_card import model_card, predicted_entry, timed_entry
 from gross_ray.report.sections import sections
 from gross_ray.run.pins import pin
 from gross_ray.search.latency import LatencyModel, Timing
+from gross_ray.space import DENSE, Configuration
+from runs import finished_run
 
 LAYERS = ("conv2", "conv3", "conv4")
 
@@ -22,25 +23,27 @@ LAYERS = ("conv2", "conv3", "conv4")
 def test_a_latency_comes_with_its_conditions(tmp_path: Path) -> None:
     store = finished_run(tmp_path / "run")
     name = store.read_table("validations")["configuration"].iloc[0]
-    added = {layer: {size: size / 100 - 0.2 for size in (1, 2, 4, 8, 16, 32, 64)} for layer in LAYERS}
+    added = {layer: {size: size / 100 - 0.2 for size in (1, 2, 4, 8, 16, 32, 64)} | {DENSE: 0.0} for layer in LAYERS}
     where = {"runtime": "openvino", "version": "3", "device": "a chip", "host": "there", "batch_size": 8, "threads": 2}
     model = LatencyModel(
-        **where, full_ms=2.0, base_ms=1.5, added_ms=added, num_sampled=3, median_error=0.01, noise=0.02
+        **where, full_ms=1.5, added_ms=added, num_sampled=3, median_error=0.01, noise=0.02
     )  # fmt: skip
     for unit in store.units("configurations"):  # validated by name, say, and never searched
         store.delete_unit("configurations", unit)
     network, shape = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2, 2)), (3, 3, 3)
-    card = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS, latency=model)
+    sizes = dict(zip(LAYERS, Configuration.parse(name), strict=True))
+    latency = predicted_entry(model, sizes | {"conv2": DENSE})
+    card = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS, latency=latency)
     assert (card["macs"], card["parameters"], card["activations"]) == (2 * 27 + 4, 2 * 27 + 2 + 6, 27 + 2)
-    sizes = [int(size) for size in name.split("-")]
-    assert card["layers"] == dict(zip(LAYERS, sizes, strict=True))
-    assert card["latency_ms"] == pytest.approx(1.5 + sum(min(size / 100 - 0.2, 0) for size in sizes))
-    predicted = {"timed": "predicted", "median_error": 0.01, "full network, ms": 2.0}
+    assert card["layers"] == sizes
+    assert card["latency_ms"] == pytest.approx(1.5 + sum(sizes[layer] / 100 - 0.2 for layer in LAYERS[1:]))
+    predicted = {"timed": "predicted", "median_error": 0.01, "full network, ms": 1.5}
     assert card["latency of"] == where | predicted
     timing = Timing(latency_ms=3.25, **where)
-    timed = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS, latency=timing)
+    latency = timed_entry(timing, "file", 4.0)
+    timed = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS, latency=latency)
     assert timed["latency_ms"] == 3.25
-    assert timed["latency of"] == where | {"timed": "whole"}
+    assert timed["latency of"] == where | {"timed": "file", "full network, ms": 4.0}
     without = model_card(store, name, 0, network, shape, ["a"] * 10, layers=LAYERS)
     assert without["latency_ms"] is None and without["latency of"] is None
 

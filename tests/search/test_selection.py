@@ -1,3 +1,4 @@
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -7,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.search.budgets import COSTS, RELATIVE, Budget, RelativeBudget, amounts, parse_budget, parse_budgets
+from gross_ray.search.budgets import (
+    COSTS,
+    RELATIVE,
+    Budget,
+    RelativeBudget,
+    amounts,
+    parse_budget,
+    parse_budgets,
+    readable_amount,
+)
 from gross_ray.search.selection import (
     _undominated,
     best_of_chunks,
@@ -405,3 +415,12 @@ def test_several_budgets_are_read_from_one_text():
         parse_budgets("macs=1k,macs=2k")
     with pytest.raises(InvalidValueError, match="write COST=LIMIT"):
         parse_budgets("macs=1k,")
+
+
+@given(st.floats(1e-6, 1e6))
+def test_a_time_is_written_with_four_digits_within_which_it_fits(ms: float) -> None:
+    written = readable_amount("latency_ms", ms)
+    budget = parse_budget(f"latency_ms={written}")
+    assert isinstance(budget, Budget) and ms <= budget.limit <= ms * 1.0011
+    assert len(re.sub("[^0-9]", "", written).strip("0")) <= 4
+    assert readable_amount("macs", 1234567) == "1.234567M"

@@ -271,7 +271,7 @@ def test_the_memory_of_an_untraceable_network_is_that_of_its_largest_configurati
 
 
 def test_latency_is_measured_of_the_dense_layer_too(supernet: nn.Module, tmp_path: Any) -> None:
-    options = LatencyOptions(repeats=3, num_sampled=4, batch_size=1, threads=1)
+    options = LatencyOptions(runtime="torch", repeats=3, num_sampled=4)
     model = measure_latency(supernet, SHAPE, options, generator=torch.Generator().manual_seed(0))
     assert {name: set(times) for name, times in model.added_ms.items()} == {"2": {1, 4, DENSE}, "5": {1, 4, DENSE}}
     model.save(tmp_path / "times.parquet")

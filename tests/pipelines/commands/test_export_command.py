@@ -44,6 +44,8 @@ def test_a_validated_configuration_is_exported_with_its_card(whole_run: tuple[Pa
         assert card["input"]["from pixels 0 to 255"] == "(x / 255 - 0.5) / 0.225"
         assert len(card["classes"]) == 10
         assert card["versions"]["torch"] == version("torch")
+        assert (card["batch"], card["precision"]) == ("any", "float32")
+        assert ("opset" in card, "network" in card) == (ending == "onnx", ending == "safetensors")
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
     for first, last in ((0, 100), (7, 8), (0, 33)):  # any batch
         (logits,) = session.run(None, {"images": images[first:last].numpy()})
@@ -73,7 +75,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(whole_run: tuple[Path, str
     run, target = whole_run[0], tmp_path / "folded.pt2"
     unmeasured = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target), "--fold", "latency_ms")
     assert (unmeasured.exit_code, target.exists()) == (2, False)
-    assert "--fold latency_ms: no latency is measured in" in unmeasured.stderr
+    assert "--fold latency_ms needs a measurement, and" in unmeasured.stderr
     assert "run `gross latency` on it first" in unmeasured.stderr
     beside = tmp_path / "folded.pt2.json"
     beside.mkdir()
@@ -97,20 +99,22 @@ def test_an_export_is_in_the_form_that_was_measured(run: Path, tmp_path: Path, e
     }
     model = LatencyModel(
         runtime="onnxruntime", version="1", device=device_name(torch.device("cpu")), host=socket.gethostname(),
-        batch_size=8, threads=1, full_ms=9.0, base_ms=9.0, added_ms=added, num_sampled=3, median_error=0.1, noise=0.1,
+        batch_size=8, threads=1, full_ms=9.0, added_ms=added, num_sampled=3, median_error=0.1, noise=0.1,
     )  # fmt: skip
     latencies.put(opened, model)
     ended = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target))
     assert ended.exit_code == 0, ended.stderr
     card = json.loads(Path(f"{target}.json").read_text())
     assert card["folded by"] == "latency_ms" and {one["layer"] for one in card["folded"]} == {"conv2", "conv4"}
-    lines = [line for line in ended.stdout.splitlines() if "latency_ms" in line]
-    assert [(line.split()[0], line.endswith(": folded")) for line in lines] == [
-        ("conv2", True), ("conv3", False), ("conv4", True),
-    ]  # fmt: skip
-    assert card["latency_ms"] > 0 and card["latency of"]["timed"] == "whole" and card["latency of"]["batch_size"] == 8
-    assert card["latency of"]["version"] == onnxruntime.__version__
+    assert ended.stdout.splitlines()[:3] == [
+        "conv2 (group-size 16): a bottleneck is 0.1 ms slower: written as the dense convolution",
+        "conv3 (group-size 16): a bottleneck is 0.1 ms faster: kept",
+        "conv4 (group-size 16): a bottleneck is 0.1 ms slower: written as the dense convolution",
+    ]
     what = "the file" if ending == "onnx" else "the network"
+    of = card["latency of"]
+    assert card["latency_ms"] > 0 and (of["timed"], of["batch_size"]) == (what.split()[1], 8)
+    assert of["full network, ms"] > 0 and of["version"] == onnxruntime.__version__
     assert f"{what} takes {card['latency_ms']:.3g} ms for a batch of 8 in ONNX Runtime" in ended.stdout
     assert "; the full network takes " in ended.stdout
     (predicted,) = card["predicted latencies"]
@@ -123,8 +127,27 @@ def test_an_export_is_in_the_form_that_was_measured(run: Path, tmp_path: Path, e
         found = torch.from_numpy(onnxruntime.InferenceSession(target).run(None, {"images": images.numpy()})[0])
     torch.testing.assert_close(found, network(images).detach(), rtol=1e-4, atol=1e-4)
     kept = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target), "--fold", "none")
-    assert kept.exit_code == 0 and "folded" not in kept.stdout.splitlines()[0]
-    assert "folded by" not in json.loads(Path(f"{target}.json").read_text())
+    assert kept.exit_code == 0 and "bottleneck" not in kept.stdout
+    card = json.loads(Path(f"{target}.json").read_text())
+    assert "folded by" not in card
+    assert card["predicted latencies"][0]["latency_ms"] == pytest.approx(9.1), "of the bottlenecks that it has"
+
+
+def test_a_file_is_written_where_its_time_cannot_be_taken(run: Path, tmp_path: Path) -> None:
+    opened, target = Run(RunStore.open(run)), tmp_path / "network.pt2"
+    added = {layer: {DENSE: 0.0} | dict.fromkeys(sizes, 0.1) for layer, sizes in opened.space.group_sizes.items()}
+    here = {"device": device_name(torch.device("cpu")), "host": socket.gethostname()}
+    for threads, host, told in ((4096, here["host"], "not timed again: threads = 4096: this machine"), (1, "b", None)):
+        model = LatencyModel(
+            runtime="torch", version="1", device=here["device"], host=host, batch_size=8, threads=threads, full_ms=9.0,
+            added_ms=added, num_sampled=3, median_error=0.1, noise=0.1,
+        )  # fmt: skip
+        latencies.put(opened, model)
+        ended = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target))
+        assert ended.exit_code == 0, ended.stderr
+        assert told is None or told in ended.stdout
+        card = json.loads(Path(f"{target}.json").read_text())
+        assert card["latency_ms"] == pytest.approx(9.0) and card["latency of"]["timed"] == "predicted"
 
 
 def test_a_training_whose_row_is_not_stored_is_not_exported(run: Path, tmp_path: Path) -> None:

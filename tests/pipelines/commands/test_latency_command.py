@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from miniature import do, invoke, tables
 
 from gross_ray import read_table
-from gross_ray.errors import DamagedFileError, InvalidValueError
+from gross_ray.errors import DamagedFileError, InvalidValueError, MissingStageError
+from gross_ray.run.limits import budget_amounts
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import RelativeBudget
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import Configuration
-from pipelines.stages import latencies
+from pipelines.commands import measuring
+from pipelines.stages import latencies, rounds
 
 
 def test_latency_is_measured_on_request_and_can_be_a_budget(whole_run: tuple[Path, str], run: Path) -> None:
@@ -32,7 +38,7 @@ def test_latency_is_measured_on_request_and_can_be_a_budget(whole_run: tuple[Pat
     added = read_table(run, "layer_latencies").set_index(["layer", "group_size"])["added_ms"]
     row = configurations[configurations["configuration"] == "2-8-64"].iloc[0]
     of_layers = sum(min(0.0, added[layer]) for layer in (("conv2", 2), ("conv3", 8), ("conv4", 64)))
-    assert row["latency_ms"] == pytest.approx(model["base_ms"][0] + of_layers)
+    assert row["latency_ms"] == pytest.approx(model["full_ms"][0] + of_layers)
     pd.testing.assert_frame_equal(
         configurations.drop(columns="latency_ms"), tables(whole_run[0])["configurations"].drop(columns="latency_ms")
     )
@@ -42,6 +48,97 @@ def test_latency_is_measured_on_request_and_can_be_a_budget(whole_run: tuple[Pat
     searched = configurations[configurations["alpha"] == 0]  # the others are the sweep's
     accuracy = searched[searched["latency_ms"] <= limit].groupby("configuration")["val_accuracy"].median()
     assert accuracy.idxmax() in again.stdout or (accuracy == accuracy.max()).sum() > 1
+
+
+def test_budgets_in_percent_are_of_the_full_networks_time_in_that_runtime(run: Path) -> None:
+    early = invoke("search", run, "--budget", "latency_ms=60%")
+    assert early.exit_code == 2
+    assert "a limit on latency_ms in percent of the full network's needs a measurement, and" in early.stderr
+    assert "run `gross latency` on it first" in early.stderr
+    opened = Run(RunStore.open(run))
+    latencies.put(opened, made_up_model(opened, full_ms=4.0))
+    told = invoke("search", run, "--budget", "latency_ms=60%", "--top", "1000").stdout
+    assert told.startswith("Most accurate within latency_ms=2.4, 60 % of the full network's\n")
+    assert (
+        "ms: one batch of 1 in OpenVINO 3 on a chip, 1 thread, each layer in its faster form; the full network" in told
+    )
+    rows = read_table(run, "configurations")
+    within = set(rows.loc[rows["latency_ms"] <= 2.4, "configuration"])
+    shown = {line.split()[1] for line in told.splitlines() if line.strip()[:1].isdigit()}
+    assert shown == within != set(rows["configuration"])
+    refused = invoke("search", run, "--budget", "latency_ms=1%")
+    assert refused.exit_code == 2 and "latency_ms=0.04, 1 % of the full network's" in refused.stderr
+    fastest = invoke("search", run, "--budget", "latency_ms=1000%", "--top", "1000").stdout
+    assert fastest and re.search(
+        r"the smallest is latency_ms=\S+, 2[0-9.]+ % of the full network's at 1-", refused.stderr
+    )
+    with pytest.raises(
+        InvalidValueError, match=r"latency_ms=0.04, 1 % .*: nothing fits; the smallest is latency_ms=0.9"
+    ):
+        BudgetedSpace(
+            opened.space, [rounds.additive_cost(opened, "latency_ms")], budget_amounts(opened.store, ONE_PERCENT)
+        )
+
+
+ONE_PERCENT = [RelativeBudget("latency_ms", 1.0)]
+
+
+def made_up_model(run: Run, **about: float) -> LatencyModel:
+    added = {
+        layer: {0: 0.0} | {size: size / 64 - 1 for size in sizes} for layer, sizes in run.space.group_sizes.items()
+    }
+    return LatencyModel(
+        runtime="openvino", version="3", device="a chip", host="b", batch_size=1, threads=1, added_ms=added,
+        num_sampled=20, median_error=0.01, noise=0.01, **about,
+    )  # fmt: skip
+
+
+def test_times_that_no_measurement_explains_are_not_used(run: Path, tmp_path: Path) -> None:
+    opened = Run(RunStore.open(run))
+    latencies.put(opened, made_up_model(opened, full_ms=4.0))
+    assert "ms: one batch of 1 in OpenVINO" in invoke("report", run, "--markdown").stdout
+    for table in ("layer_latencies", "runtime_latencies"):  # as in a folder that an earlier version measured
+        shutil.rmtree(run / "tables" / table)
+    assert read_table(run, "configurations")["latency_ms"].notna().all()
+    refused = invoke("search", run, "--budget", "latency_ms=3")
+    assert refused.exit_code == 2 and "latency_ms is not measured for every configuration" in refused.stderr
+    assert " ms " not in invoke("report", run, "--markdown").stdout
+
+
+def test_a_gpu_is_only_for_runtimes_that_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device, options, expected in (
+        (None, {}, ("cuda", "torch")),
+        (None, {"runtime": "compiled"}, ("cuda", "compiled")),
+        (None, {"runtime": "onnxruntime"}, ("cpu", "onnxruntime")),
+        ("cpu", {}, ("cpu", "onnxruntime")),
+        ("cuda", {"runtime": "onnxruntime"}, ("cuda", "onnxruntime")),
+    ):
+        on, settled = measuring.asked_for(device, options)
+        assert (on, settled.runtime) == expected
+
+
+def test_a_limit_in_percent_waits_for_the_measurement(run: Path) -> None:
+    limited = RunStore.open(run).experiment.override(['search.limits=["latency_ms=60%"]'])
+    store = RunStore.create(run.parent / "limited", limited)
+    for table in ("networks", "decompositions"):
+        shutil.copytree(run / "tables" / table, store.path / "tables" / table)
+    shutil.copytree(run / "checkpoints", store.path / "checkpoints", dirs_exist_ok=True)
+    opened = Run(store)
+    with pytest.raises(MissingStageError, match="has none in use: run `gross latency` on it first"):
+        rounds.check_limits(opened)
+    latencies.put(opened, made_up_model(opened, full_ms=4.0))
+    rounds.check_limits(opened)
+
+
+def test_a_network_is_timed_before_anything_is_trained() -> None:
+    words = ("inspect", "--model", "four-conv", "--group-sizes", "1,16", "--layers", "conv2", "--keep-dense")
+    told = invoke(*words, "--runtime", "torch", "--batch", "2")
+    assert told.exit_code == 0, told.stderr
+    table = told.stdout.split("Time of a batch of 2 in torch")[1]
+    assert [line.split()[0] for line in table.splitlines()[2:5]] == ["fastest", "slowest", "full"]
+    alone = invoke(*words, "--batch", "2")
+    assert alone.exit_code == 2 and "--batch 2 without --runtime" in alone.stderr
 
 
 def test_a_measurement_is_carried_to_another_machine(run: Path, tmp_path: Path) -> None:
@@ -90,7 +187,7 @@ def test_what_is_no_measurement_is_refused(run: Path, tmp_path: Path) -> None:
         assert refused.exit_code == 2
         assert complaint in refused.stderr
     model = LatencyModel(
-        runtime="torch", version="2", device="a", host="b", batch_size=1, threads=1, full_ms=1.0, base_ms=1.0,
+        runtime="torch", version="2", device="a", host="b", batch_size=1, threads=1, full_ms=1.0,
         added_ms={"conv2": {0: 0.0, 1: -0.5}}, num_sampled=2, median_error=0.0, noise=0.0,
     )  # fmt: skip
     with pytest.raises(InvalidValueError, match="the latencies are of other layers .* they are of conv2 at 1, d"):

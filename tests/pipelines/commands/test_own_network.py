@@ -154,7 +154,7 @@ def test_a_limit_on_a_latency_is_told_once_the_networks_are_trained(tmp_path: Pa
     with pytest.raises(MissingStageError, match="search.limits has latency_ms, .*run `gross latency` on it before"):
         check_limits(run)
     model = LatencyModel(
-        runtime="torch", version="2", device="a GPU", host="host", batch_size=1, threads=1, full_ms=1.6, base_ms=1.5,
+        runtime="torch", version="2", device="a GPU", host="host", batch_size=1, threads=1, full_ms=1.5,
         added_ms={"2": {1: -0.4, 2: -0.3, 4: 0.2, DENSE: 0.0}}, num_sampled=3, median_error=0.01, noise=0.01,
     )  # fmt: skip
     latencies.put(run, model)

@@ -142,7 +142,7 @@ def made_up_latency(run: Run, host: str = "a phone") -> LatencyModel:
     """Times by which the most dense layers are the fastest: nothing that MACs would tell."""
     added = {name: {size: 2.0 / size - 2.0 for size in sizes} for name, sizes in run.space.group_sizes.items()}
     return LatencyModel(
-        runtime="torch", version="2", device="a chip", host=host, batch_size=1, threads=1, full_ms=7.0, base_ms=6.6,
+        runtime="torch", version="2", device="a chip", host=host, batch_size=1, threads=1, full_ms=6.6,
         added_ms={layer: added | {DENSE: 0.0} for layer, added in added.items()}, num_sampled=20, median_error=0.05,
         noise=0.01,
     )  # fmt: skip
@@ -152,7 +152,7 @@ def test_a_strategy_searches_within_a_limit_in_milliseconds(whole_run: tuple[Pat
     run = part_of(whole_run[0], tmp_path / "run", "breadth-first", 24, limits=["latency_ms=1.5", "parameters=1.2M"])
     refused = invoke("search", run, "--in-process")
     assert refused.exit_code == 2
-    assert "no measurement of it that counts: run `gross latency` on it before the search" in refused.stderr
+    assert "no measurement of it in use: run `gross latency` on it before the search" in refused.stderr
     model = made_up_latency(opened(run))
     latencies.put(opened(run), model)
     do("search", run)
