@@ -31,22 +31,17 @@ from gross_ray.search.forms import bottlenecks, fold_layers, group_size_of
 from gross_ray.search.options import RUNTIMES
 from gross_ray.search.options import LatencyOptions as LatencyOptions
 from gross_ray.search.runtimes import Run, Runtime, is_installed, runtime_of
-from gross_ray.search.timing import device_name, timed_device, typical_ms, undisturbed_logs
+from gross_ray.search.timed_networks import Times, fit
+from gross_ray.search.timing import device_name, timed_device, typical_ms
 from gross_ray.search.variants import Forms, Variants, balanced
 from gross_ray.space import DENSE
 from gross_ray.supernet.configure import check_plain
 
 CONDITIONS = ("runtime", "version", "device", "host", "batch_size", "threads")
 _SUMMARY = (*CONDITIONS, "full_ms", "num_sampled", "median_error", "noise")
-_BESIDE = 5
-"""Networks that are timed beside the full one: each holds its weights in memory."""
 _PER_FORM, _AT_LEAST = 2.5, 20
 _PASSES, _EXACT = 3, 0.02
 """More networks are timed, up to so many times as many, while the median error is above this."""
-_RIDGES = (1e-4, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Penalties on squared effects, in units of squared relative error; the one that predicts best is taken."""
-_WEIGHT_OF_FULL = 1000.0
-"""The full network counts as this many observations: it is timed beside all others, and predicted as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +223,10 @@ def measure_latency(
     passes = 1 if options.num_sampled else _PASSES
     with runtime.settings():
         load = runtime.variants(variants, images.to("cpu", parameter.dtype))
-        times = _Times((DENSE,) * len(forms), load, runtime, options.repeats, number * passes, on_part)
+        times = Times((DENSE,) * len(forms), load, runtime, options.repeats, number * passes, on_part)
         for _ in range(passes):
             times.add(balanced(forms, number, generator, besides=[times.full, *times.networks]))
-            added, errors = _fit(forms, [*times.networks, times.full], np.array([*times.relative, 1.0]))
+            added, errors = fit(forms, [*times.networks, times.full], np.array([*times.relative, 1.0]))
             if np.median(errors) <= _EXACT or len(times.networks) == variants.size - 1:
                 break
     if on_part is not None:
@@ -266,90 +261,9 @@ def measure_relative(
     images = images.to(next(supernet.parameters()).dtype)
     with runtime.settings():
         load = runtime.variants(variants, images)
-        times = _Times((DENSE,) * len(variants.forms), load, runtime, options.repeats)
+        times = Times((DENSE,) * len(variants.forms), load, runtime, options.repeats)
         times.add(networks)
     return np.array(times.relative)
-
-
-class _Times:
-    """The times of networks, a few at a time beside the full one."""
-
-    def __init__(
-        self,
-        full: Forms,
-        load: Callable[[Forms], Run],
-        runtime: Runtime,
-        repeats: int,
-        total: int = 0,
-        on_part: Callable[[int, int], object] | None = None,
-    ) -> None:
-        """Load the full network; `total` is the number of networks that `on_part` is told."""
-        self.full = full
-        self.networks: list[Forms] = []
-        self.relative: list[float] = []
-        """Time of each network, divided by the full one's beside it."""
-        self._load, self._run_full, self._clock = load, load(full), runtime.clock()
-        self._repeats, self._total, self._on_part = repeats, total, on_part
-        self._full_ms: list[float] = []
-        self._noises: list[float] = []
-
-    @property
-    def full_ms(self) -> float:
-        """Time of the full network."""
-        return float(np.median(self._full_ms))
-
-    @property
-    def noise(self) -> float:
-        """Median relative error of a time."""
-        return float(np.median(self._noises))
-
-    def add(self, networks: Sequence[Forms]) -> None:
-        """Time more networks."""
-        for first in range(0, len(networks), _BESIDE):
-            group = networks[first : first + _BESIDE]
-            works = [self._run_full, *map(self._load, group)]  # by place: of several equal networks each is timed
-            logs = undisturbed_logs(dict(enumerate(works)), self._repeats, self._clock)
-            medians = np.median(logs, axis=0)
-            self.networks += group
-            self.relative += np.exp(medians[1:] - medians[0]).tolist()
-            self._full_ms.append(math.exp(medians[0]))
-            # The median of all rounds has half the spread of the difference of its halves.
-            halves = np.median(logs[::2], axis=0) - np.median(logs[1::2], axis=0)
-            self._noises += np.abs(halves[1:] / 2).tolist()
-            if self._on_part is not None:
-                self._on_part(len(self.networks), self._total)
-
-
-def _fit(
-    forms: Mapping[str, Forms], networks: Sequence[Forms], times: np.ndarray
-) -> tuple[dict[str, dict[int, float]], np.ndarray]:
-    """Fit times (N,), relative to the full network's, as a sum over the layers; the last network is the full one.
-
-    Return what each form adds to the full network's time, and the relative error of each other network (N - 1,) when it
-    is predicted from a fit to the others (in closed form, from the hat matrix). Errors are relative, so that fast
-    networks count as much as slow ones.
-    """
-    columns = [(layer, size) for layer, sizes in enumerate(forms.values()) for size in sizes]
-    chosen = np.array([[one[layer] == size for layer, size in columns] for one in networks], dtype=np.float64)
-    weights = np.append(np.ones(len(times) - 1), math.sqrt(_WEIGHT_OF_FULL)) / times
-    rows = np.column_stack([np.ones(len(times)), chosen]) * weights[:, None]
-    best: tuple[float, np.ndarray, np.ndarray] | None = None
-    for ridge in _RIDGES:
-        penalty = np.diag([0.0, *np.full(len(columns), ridge * float(np.mean(1 / times**2)))])
-        solved = np.linalg.lstsq(rows.T @ rows + penalty, rows.T, rcond=None)[0]
-        coefficients = solved @ (weights * times)
-        left_out = 1 - np.minimum(np.einsum("ij,ji->i", rows, solved), 1 - 1e-9)
-        errors = (np.abs(rows @ coefficients / (weights * times) - 1) / left_out)[:-1]
-        if best is None or np.median(errors) < best[0]:
-            best = float(np.median(errors)), coefficients, errors
-    assert best is not None
-    _, coefficients, errors = best
-    effects = dict(zip(columns, coefficients[1:].tolist(), strict=True))
-    added = {
-        name: {size: effects[layer, size] - effects[layer, DENSE] for size in sizes}
-        for layer, (name, sizes) in enumerate(forms.items())
-    }
-    return added, errors
 
 
 @dataclass(frozen=True, kw_only=True)
