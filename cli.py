@@ -153,6 +153,11 @@ def search(
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; more than one need an idle machine [1].")
 @click.option("--repeats", type=click.IntRange(min=2), help="Rounds of timings [5].")
 @click.option(
+    "--networks",
+    type=click.IntRange(min=2),
+    help="Whole networks to time [2.5 for each form of each layer, more while they are predicted badly].",
+)
+@click.option(
     "--to", "target", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write FILE.parquet."
 )
 @click.option(
@@ -169,6 +174,7 @@ def latency(
     batch: int | None,
     threads: int | None,
     repeats: int | None,
+    networks: int | None,
     target: Path | None,
     source: Path | None,
 ) -> None:
@@ -187,7 +193,7 @@ def latency(
     """
     from pipelines.commands import measuring
 
-    asked = {"runtime": runtime, "batch_size": batch, "threads": threads, "repeats": repeats}
+    asked = {"runtime": runtime, "batch_size": batch, "threads": threads, "repeats": repeats, "num_sampled": networks}
     measuring.latency(run, device, asked, target=target, source=source)
 
 

@@ -5,7 +5,8 @@
 Baseline: the time of each configuration measured whole, beside the full network, every layer in its faster form. The
 networks are the models of that name with made-up weights: ResNet-20 and VGG-16 for images of 32 pixels, ResNet-18 for
 224; each layer may have group-size 1, 4 or 16, or stay dense. The configurations are drawn uniformly, and those of the
-fit are others. "noise" is how far a configuration's own time differs when it is measured again.
+fit are others. Each is loaded and timed five times, and the median counts; "noise" is how far one of the five is from
+it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from gross_ray.supernet.build import empty_supernet, made_up
 from gross_ray.supernet.layers import choice_of
 from gross_ray.weights import load_weights
 
-ROUNDS = 10
-"""Rounds in which the configurations themselves are timed, twice."""
+ROUNDS, TIMES = 5, 5
+"""Rounds in which the configurations themselves are timed, and how often they are loaded anew for them."""
 IMAGES = {"resnet20": 32, "vgg16": 32, "resnet18": 224}
 
 
@@ -70,14 +71,11 @@ def compared(supernet: torch.nn.Module, size: int, options: LatencyOptions, numb
     model = measure_latency(supernet, (3, size, size), options, generator=torch.Generator().manual_seed(0))
     seconds = time.perf_counter() - started
     configurations = drawn(SearchSpace.of(supernet), number)
-    more = replace(options, repeats=ROUNDS)
-    first, second = (
-        measure_relative(supernet, (3, size, size), more, [faster(model, one) for one in configurations])
-        for _ in range(2)
-    )
+    more, forms = replace(options, repeats=ROUNDS), [faster(model, one) for one in configurations]
+    measured_each = np.array([measure_relative(supernet, (3, size, size), more, forms) for _ in range(TIMES)])
     predicted = np.array([model.predict(one) for one in configurations]) / model.full_ms
-    measured = (first + second) / 2
-    errors, noise = np.abs(predicted / measured - 1), np.abs(second / first - 1)
+    measured = np.median(measured_each, axis=0)
+    errors, noise = np.abs(predicted / measured - 1), np.abs(measured_each / measured - 1)
     return (
         f"{options.runtime}: full {model.full_ms:.3g} ms, all at 1 {model.predict([1] * len(model.added_ms)):.3g} ms; "
         f"median error {100 * np.median(errors):.1f} %, largest {100 * errors.max():.0f} %, "

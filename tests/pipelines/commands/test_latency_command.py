@@ -27,11 +27,15 @@ def test_latency_is_measured_on_request_and_can_be_a_budget(whole_run: tuple[Pat
     early = invoke("search", str(run), "--budget", "latency_ms=5")
     assert early.exit_code == 2
     assert "gross latency RUN" in early.stderr
-    first = invoke("latency", run, "--device", "cpu", "--batch", "2", "--repeats", "2")
+    first = invoke("latency", run, "--device", "cpu", "--batch", "2", "--repeats", "2", "--networks", "25")
     assert first.exit_code == 0, first.stderr
     assert "ONNX Runtime" in first.stdout and "fastest" in first.stdout and "full network" in first.stdout
     configurations, model = read_table(run, "configurations"), read_table(run, "runtime_latencies")
-    assert model["batch_size"].tolist() == [2] and model["runtime"].tolist() == ["onnxruntime"]
+    assert (
+        model["num_sampled"].tolist() == [25]
+        and model["batch_size"].tolist() == [2]
+        and model["runtime"].tolist() == ["onnxruntime"]
+    )
     assert (configurations["latency_ms"] > 0).all()
     assert configurations.groupby("configuration")["latency_ms"].nunique().eq(1).all()
     added = read_table(run, "layer_latencies").set_index(["layer", "group_size"])["added_ms"]
