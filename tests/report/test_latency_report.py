@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import new_run
 
 from gross_ray.report.latency import dominated_sentences, extremes_table, latency_table
 from gross_ray.report.results import latency_sentences
@@ -13,7 +14,6 @@ from gross_ray.run.latencies import put_in_force, unit_in_force
 from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel
 from gross_ray.space import DENSE
-from runs import new_run
 
 
 def a_model(**changed: Any) -> LatencyModel:

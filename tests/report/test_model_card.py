@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import finished_run
 from torch import nn
 
 from gross_ray.data.identity import identity_of
@@ -15,7 +16,6 @@ from gross_ray.report.sections import sections
 from gross_ray.run.pins import pin
 from gross_ray.search.latency import LatencyModel, Timing
 from gross_ray.space import DENSE, Configuration
-from runs import finished_run
 
 LAYERS = ("conv2", "conv3", "conv4")
 

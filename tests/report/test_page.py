@@ -17,18 +17,6 @@ from typing import Any
 
 import pytest
 from parsed_page import ParsedPage, traces
-
-import gross_ray
-from gross_ray.errors import GrossRayError, InvalidValueError, StorageError
-from gross_ray.report import charts, space_chart
-from gross_ray.report.page import html_page, write_page
-from gross_ray.report.results import kinds_of
-from gross_ray.report.searched import Searched
-from gross_ray.report.space_chart import COST_TITLES, MAX_POINTS
-from gross_ray.report.sweep_charts import MAX_PROFILE_POINTS
-from gross_ray.report.terminal import results
-from gross_ray.run.store import RunStore
-from gross_ray.search.budgets import COSTS
 from runs import (
     FIXED,
     FOUR_CONV,
@@ -45,6 +33,18 @@ from runs import (
     write_selections,
     write_start,
 )
+
+import gross_ray
+from gross_ray.errors import GrossRayError, InvalidValueError, StorageError
+from gross_ray.report import charts, space_chart
+from gross_ray.report.page import html_page, write_page
+from gross_ray.report.results import kinds_of
+from gross_ray.report.searched import Searched
+from gross_ray.report.space_chart import COST_TITLES, MAX_POINTS
+from gross_ray.report.sweep_charts import MAX_PROFILE_POINTS
+from gross_ray.report.terminal import results
+from gross_ray.run.store import RunStore
+from gross_ray.search.budgets import COSTS
 
 ROOT = Path(gross_ray.__file__).parents[1]
 TABLE_2 = "Full network and fixed configurations (test split, Table 2)"
