@@ -142,7 +142,9 @@ def search(
 @main.command()
 @click.argument("run", metavar="RUN")
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="Device of this machine to time [cuda if there is a GPU]."
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Device of this machine to time [cuda if there is a GPU and the runtime is torch or compiled, else cpu].",
 )
 @click.option(
     "--runtime",
@@ -155,7 +157,8 @@ def search(
 @click.option(
     "--networks",
     type=click.IntRange(min=2),
-    help="Whole networks to time [2.5 for each form of each layer, more while they are predicted badly].",
+    help="Whole networks to time [2.5 for each form of each layer; up to three times as many while the median error is "
+    "above 2 %].",
 )
 @click.option(
     "--to", "target", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write FILE.parquet."

@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 from gross_ray.models import build_model
 from gross_ray.nn.batch_norm import as_if_trained
-from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency, measure_relative
+from gross_ray.search.latency import LatencyOptions, measure_latency, measure_relative
 from gross_ray.search.timing import device_name
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet, made_up
@@ -71,7 +71,7 @@ def compared(supernet: torch.nn.Module, size: int, options: LatencyOptions, numb
     model = measure_latency(supernet, (3, size, size), options, generator=torch.Generator().manual_seed(0))
     seconds = time.perf_counter() - started
     configurations = drawn(SearchSpace.of(supernet), number)
-    more, forms = replace(options, repeats=ROUNDS), [faster(model, one) for one in configurations]
+    more, forms = replace(options, repeats=ROUNDS), [model.faster_forms(one) for one in configurations]
     measured_each = np.array([measure_relative(supernet, (3, size, size), more, forms) for _ in range(TIMES)])
     predicted = np.array([model.predict(one) for one in configurations]) / model.full_ms
     measured = np.median(measured_each, axis=0)
@@ -90,13 +90,6 @@ def drawn(space: SearchSpace, number: int) -> list[Configuration]:
     generator = np.random.default_rng(1)
     sizes = space.group_sizes.values()
     return [Configuration([int(generator.choice(each)) for each in sizes]) for _ in range(number)]
-
-
-def faster(model: LatencyModel, configuration: Configuration) -> tuple[int, ...]:
-    """Return the form of each layer that is faster."""
-    return tuple(
-        0 if model.folded(layer, size) else size for layer, size in zip(model.added_ms, configuration, strict=True)
-    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Baseline: the full network in the same runtime, timed beside each configuration. The networks and their layers' choices
 are those of `benchmarks/latency.py`; `--weights` gives one network trained weights. Within 40 % of the full network's
 MACs, and within 60 % of its time in each runtime, the configuration of the lowest summed relative error of the
-decompositions is chosen (exactly, by integer programming), or the fastest one if nothing fits. Each is timed whole in
+decompositions is chosen (exactly, by integer programming), or the cheapest one if nothing fits. Each is timed whole in
 every runtime, its layers in the forms that are faster there, as `gross export` writes it.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from latency import IMAGES, faster, made_up_supernet
+from latency import IMAGES, made_up_supernet
 from scipy.optimize import LinearConstraint, milp
 from torch import nn
 
@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=60.0, help="percent of the full network's")
     parser.add_argument("--steps", type=int, default=50, help="most steps of a decomposition")
     asked = parser.parse_args()
+    if asked.weights and len(asked.networks) != 1:
+        parser.error("--weights is for one network: name it with --networks")
     print(f"{device_name(torch.device('cpu'))}, 1 thread, batch of 1; ratios to the full network in the same runtime")
     for name in asked.networks:
         supernet, shape = made_up_supernet(name, asked.weights), (3, IMAGES[name], IMAGES[name])
@@ -58,7 +60,7 @@ def main() -> None:
             chosen[f"{runtime} {asked.latency:g}%"] = best_within(models[runtime].costs, limit, errors)
         print(f"  {name}: full network {full / 1e6:.1f} M MACs")
         for runtime, model in models.items():
-            forms = [faster(model, one) for one, _ in chosen.values()]
+            forms = [model.faster_forms(one) for one, _ in chosen.values()]
             relative = measure_relative(supernet, shape, LatencyOptions(runtime=runtime), forms)
             print(f"    in {runtime} {model.version}, full {model.full_ms:.3g} ms:")
             for (budget, (one, how)), ratio in zip(chosen.items(), relative, strict=True):
@@ -85,7 +87,7 @@ def decomposition_errors(supernet: nn.Module, steps: int) -> Errors:
 
 
 def best_within(cost: LayerCosts, limit: float, errors: Errors) -> tuple[Configuration, str]:
-    """Return the configuration of the lowest summed error within the limit, or the fastest one, and which it is."""
+    """Return the configuration of the lowest summed error within the limit, or the cheapest one, and which it is."""
     layers = list(cost.by_layer)
     columns = [(place, size) for place, layer in enumerate(layers) for size in errors[layer]]
     one_each = np.array([[float(place == row) for place, _ in columns] for row in range(len(layers))])
@@ -97,7 +99,7 @@ def best_within(cost: LayerCosts, limit: float, errors: Errors) -> tuple[Configu
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None], ub=limit - cost.shared)],
     )
     if not found.success:
-        return cost.cheapest, "(nothing fits: the fastest) "
+        return cost.cheapest, f"(nothing fits: the least {cost.name}) "
     return Configuration([size for (_, size), taken in zip(columns, found.x, strict=True) if taken > 0.5]), ""
 
 

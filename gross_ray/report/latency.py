@@ -58,7 +58,7 @@ def _time(model: LatencyModel, ms: float) -> list[str]:
 
 def _folded(model: LatencyModel, configuration: Configuration) -> str:
     layers = list(model.added_ms)
-    dense = sum(size == DENSE or model.folded(layer, size) for layer, size in zip(layers, configuration, strict=True))
+    dense = model.faster_forms(configuration).count(DENSE)
     return f"{dense} of {len(layers)}"
 
 

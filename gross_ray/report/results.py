@@ -288,7 +288,7 @@ def latency_sentences(store: RunStore) -> list[str]:
         return []
     return [
         f"ms: one batch of {model.batch_size} in {where(model)}, each layer in its faster form; the full network takes "
-        f"{model.full_ms:.3g} ms; predicted with a median error of {100 * model.median_error:.1f} % of "
+        f"{model.full_ms:.3g} ms; the median error of the predictions is {100 * model.median_error:.1f} %, over "
         f"{model.num_sampled} networks timed whole"
     ]
 

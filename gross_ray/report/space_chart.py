@@ -84,7 +84,7 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
 
 
 def _full_network(store: RunStore, cost: str) -> tuple[float, float] | None:
-    """Return the full network's cost and mean validation accuracy; None if one is not stored, or never counted."""
+    """Return the full network's cost and mean validation accuracy; None if one of them is not known."""
     networks = store.read_table("networks", ["val_accuracy"])
     if networks.empty or cost not in RELATIVE:
         return None
@@ -107,8 +107,9 @@ def _figure(
     title, unit = COST_TITLES[cost]
     costs, percents = accuracies[cost] / unit, 100 * accuracies["supernet_accuracy"]
     dense = len(sample) < len(accuracies)
-    places = [*zip(costs, percents, strict=True), *([] if full is None else [(full[0] / unit, 100 * full[1])])]
-    x, y = zip(*places, strict=True)
+    x, y = [costs.min(), costs.max()], [percents.min(), percents.max()]
+    if full is not None:
+        x, y = [*x, full[0] / unit], [*y, 100 * full[1]]
     axis = f"ms for a {runtime} (predicted)" if cost == "latency_ms" else title
     ranges = {"xaxis": {"range": padded(x)}, "yaxis": {"range": padded(y)}}
     figure = go.Figure(layout=layout(axis, "accuracy in the supernet, % (val)", **ranges))
@@ -145,7 +146,7 @@ def _figure(
             size = 13 if symbol == "star" else 11
             add(kind, rows, mode="markers", marker={"color": colour, "size": size, "symbol": symbol})
     if full is not None:
-        figure.add_trace(_mark_of_full(places[-1], title))
+        figure.add_trace(_mark_of_full((x[-1], y[-1]), title))
     best = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"width": 3}}
     # For the legend only: the page's script draws the ring at the best configuration.
     figure.add_trace(go.Scatter(name="best within the budget", x=[None], y=[None], mode="markers", marker=best))

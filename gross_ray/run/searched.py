@@ -36,8 +36,7 @@ def evaluated_parts(
 ) -> Iterator[pd.DataFrame]:
     """Yield the rows of `configurations` part by part, each with the rows of all supernets of one alpha and scaling.
 
-    `latency_ms` is missing unless a stored measurement predicts it (`unit_in_force`): without one, nobody could say in
-    which runtime it was.
+    `latency_ms` is NaN unless a stored measurement predicts it (`unit_in_force`): otherwise its runtime is unknown.
 
     `units` are rows of `evaluated_units`, by default all; `columns` must include "configuration". Raises RunFolderError
     naming a damaged file, or a file with the rows of several supernets.

@@ -36,8 +36,8 @@ class Budget:
             )
 
     def percent_of_full(self, amount: float) -> str:
-        """Return ", 39 % of the full network's" for an amount, if the limit was written in percent; else nothing."""
-        return "" if self.percent is None else f", {amount / self.limit * self.percent:.3g} % of the full network's"
+        """Return ", 39 % of the full network's," for an amount, if the limit was written in percent; else nothing."""
+        return "" if self.percent is None else f", {amount / self.limit * self.percent:.3g} % of the full network's,"
 
     def __str__(self) -> str:
         if self.percent is None:

@@ -153,12 +153,12 @@ def _inputs(
     names = {id(module): name for name, module in modules.items()}
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        inputs[names[id(module)]].append(input_of(args, kwargs).clone())  # a later module may overwrite the input
+        inputs[names[id(module)]].append(input_of(args, kwargs).to("cpu", copy=True))  # a later module may overwrite it
 
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules.values()]
     images = torch.randn(batch_size, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
-        with network_errors_as_invalid_value(input_shape), torch.inference_mode(), evaluating(network):
+        with network_errors_as_invalid_value(input_shape), torch.no_grad(), evaluating(network):
             network(images.to(next(network.parameters())))
     finally:
         for handle in handles:

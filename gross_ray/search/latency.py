@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,8 +40,9 @@ from gross_ray.supernet.configure import check_plain
 CONDITIONS = ("runtime", "version", "device", "host", "batch_size", "threads")
 _SUMMARY = (*CONDITIONS, "full_ms", "num_sampled", "median_error", "noise")
 _PER_FORM, _AT_LEAST = 2.5, 20
+"""Networks for each form of each layer, and the least number of networks."""
 _PASSES, _EXACT = 3, 0.02
-"""More networks are timed, up to so many times as many, while the median error is above this."""
+"""The most passes of so many networks; the last one is that whose median error is at most _EXACT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +85,20 @@ class LatencyModel(_Conditions):
         """Return whether the layer is faster as the dense convolution than as a bottleneck of this group-size."""
         return group_size != DENSE and self.added_ms[layer][group_size] > 0
 
-    def predict_forms(self, forms: Mapping[str, int]) -> float:
-        """Return the time of one batch in ms, 0 or more, of layers in these forms: a bottleneck's group-size, or DENSE.
+    def faster_forms(self, configuration: Sequence[int]) -> Forms:
+        """Return the faster form of each layer, in layer order: the group-size of its bottleneck, or DENSE."""
+        return tuple(
+            DENSE if self.folded(layer, size) else size
+            for layer, size in zip(self.added_ms, configuration, strict=True)
+        )
 
-        Raises InvalidValueError for a missing or unknown layer and for a group-size that was not timed.
+    def predict_forms(self, forms: Mapping[str, int]) -> float:
+        """Return the time of one batch in ms, 0 or more, if each layer has the form that is named.
+
+        A form is a bottleneck's group-size, or DENSE. Raises InvalidValueError for a missing or unknown layer and for a
+        group-size that was not timed.
         """
-        if wrong := forms.keys() ^ self.added_ms.keys():
-            raise InvalidValueError(f"layers {', '.join(wrong)}: missing, or not of {', '.join(self.added_ms)}")
+        self._check_layers(forms)
         as_named = LayerCosts("latency_ms", self.full_ms, self.added_ms)
         return max(as_named.of_one([forms[layer] for layer in self.added_ms]), 0.0)
 
@@ -98,12 +106,21 @@ class LatencyModel(_Conditions):
         """Return a copy of a plain network with each layer in its faster form, and what each bottleneck adds, in ms.
 
         `network` is what `extract` returns of the supernet that was timed. A bottleneck that adds more than 0 ms is
-        folded.
+        folded. Raises InvalidValueError for a supernet, and for a layer or group-size that was not timed.
         """
         check_plain(network, "fold")
         sizes = {name: group_size_of(module) for name, module in bottlenecks(network).items()}
+        self._check_layers(dict.fromkeys(self.added_ms, DENSE) | sizes)
+        for name, size in sizes.items():
+            if size not in self.added_ms[name]:
+                raise InvalidValueError(f"group-size {size} of layer {name!r}: must be one of {[*self.added_ms[name]]}")
         added = {name: self.added_ms[name][size] for name, size in sizes.items()}
         return fold_layers(network, [name for name, size in sizes.items() if self.folded(name, size)]), added
+
+    def _check_layers(self, layers: Collection[str]) -> None:
+        if wrong := sorted({*layers} ^ {*self.added_ms}):
+            timed = ", ".join(self.added_ms)
+            raise InvalidValueError(f"layers {', '.join(wrong)}: missing or unknown; the timed layers are {timed}")
 
     @cached_property
     def costs(self) -> LayerCosts:
@@ -117,9 +134,7 @@ class LatencyModel(_Conditions):
         `columns` maps each decomposed layer's name to its group-sizes, (N,). Raises InvalidValueError for a missing or
         unknown layer and for a group-size that was not timed.
         """
-        if wrong := columns.keys() ^ self.added_ms.keys():
-            timed = ", ".join(self.added_ms)
-            raise InvalidValueError(f"layers {', '.join(columns)}: {', '.join(wrong)} is missing or not of {timed}")
+        self._check_layers(columns)
         return np.maximum(self.costs.of(np.column_stack([columns[name] for name in self.added_ms])), 0.0)
 
     def timed_here(self) -> torch.device | None:
@@ -158,7 +173,9 @@ class LatencyModel(_Conditions):
                 )
             summary = frame[list(_SUMMARY)].drop_duplicates()
             if unknown := {*summary["runtime"]} - {*RUNTIMES}:
-                raise InvalidValueError(f"{path}: is of the runtime {', '.join(unknown)}, which this gross_ray has not")
+                raise InvalidValueError(
+                    f"{path}: was measured in {', '.join(unknown)}, which this gross_ray does not know"
+                )
             return cls.from_tables(frame[[*CONDITIONS, "layer", "group_size", "added_ms"]], summary)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             if isinstance(error, InvalidValueError):
@@ -205,9 +222,9 @@ def measure_latency(
     """Return a latency model of all configurations of `supernet`, measured on `device` (default: the supernet's).
 
     `input_shape` is (C, H, W). `generator` draws the timed networks (all different) and the input. `on_part` is called
-    after each group of networks with the number done and the total. The supernet and torch's number of threads stay
-    unchanged. Raises InvalidValueError for a network without decomposed layers, a runtime that is not installed or
-    cannot take the network, a device other than cpu and cuda, and a network that cannot run such an input.
+    after each group of networks with the number done and the most that may be timed. The supernet and torch's number of
+    threads stay unchanged. Raises InvalidValueError for a network without decomposed layers, a runtime that is not
+    installed or cannot take the network, a device other than cpu and cuda, and a network that cannot run such an input.
     """
     parameter = next(supernet.parameters())
     target = timed_device(parameter.device if device is None else device)
@@ -249,9 +266,10 @@ def measure_relative(
     *,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Return the time of each network, its layers in these forms, divided by the full network's: float64 (N,).
+    """Return the time of each network, divided by the full network's: float64 (N,).
 
-    The other arguments and the errors are those of `measure_latency`.
+    `networks` has the form of each layer, in layer order. Raises as `measure_latency` does, except for a supernet whose
+    layers may only stay dense.
     """
     target = timed_device(device)
     runtime = runtime_of(options.runtime, target, options.threads)
@@ -281,7 +299,7 @@ def time_networks(
     *,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Return the time of each network in `options.runtime` on `device`, timed alternately.
+    """Return the time of each network in `options.runtime` on `device`; each round times all of them.
 
     A path names an ONNX file, for the runtimes that read ONNX. `input_shape` is (C, H, W); `options.num_sampled` is not
     used. The networks and torch's number of threads stay unchanged. Raises InvalidValueError for cuda on a machine
@@ -307,11 +325,11 @@ def time_networks(
 
 
 def dominated(model: LatencyModel) -> dict[int, tuple[int, int, int]]:
-    """Return the group-sizes that a larger choice beats clearly, because a larger one is at least as accurate.
+    """Return the group-sizes that clearly cost more than a larger one or the dense layer, which are as accurate.
 
     By group-size: the larger group-size that costs less in the most layers, or DENSE for the layers that are slower as
     a bottleneck than dense; the number of these layers; and the number of layers that have both. A difference counts
-    above the noise of the timings. Group-sizes are compared in the faster form of each layer.
+    only if it exceeds the noise of the timings. Group-sizes are compared in the faster form of each layer.
     """
     clearly = model.noise * model.full_ms
     found: dict[int, tuple[int, int, int]] = {}

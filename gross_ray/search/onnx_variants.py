@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from gross_ray.export import export_onnx
+from gross_ray.search.forms import PARTS
 from gross_ray.search.variants import Forms, Variants
 from gross_ray.space import DENSE
 
@@ -76,10 +77,7 @@ class OnnxVariants:
 
 
 def _weights(bottleneck: nn.Module) -> dict[str, Tensor]:
-    return {
-        part: bottleneck.get_parameter(f"{part}.weight").detach().cpu()
-        for part in ("pointwise_in", "grouped", "pointwise_out")
-    }
+    return {part: bottleneck.get_parameter(f"{part}.weight").detach().cpu() for part in PARTS}
 
 
 def _exchanged(node: onnx.NodeProto, name: str, bottleneck: nn.Module) -> list[onnx.NodeProto]:

@@ -79,7 +79,8 @@ def _imported(package: str, runtime: str) -> Any:
         return import_module(package)
     except ImportError:
         raise InvalidValueError(
-            f"runtime {runtime} is not installed: pip install {package}, or choose another of {', '.join(RUNTIMES)}"
+            f"runtime {runtime} is not installed: pip install {package}, or choose another runtime: "
+            f"{', '.join(name for name in RUNTIMES if name != runtime)}"
         ) from None
 
 
@@ -131,7 +132,7 @@ class Compiled(Torch):
     name = "compiled"
 
     def load(self, network: nn.Module, images: Tensor) -> Run:
-        """Compile the traced network: networks of one class would share torch.compile's few attempts."""
+        """Trace the network, then compile it: torch.compile limits recompilations for each class, and all have one."""
         moved, batch = network.eval().to(self._device), images.to(self._device)
         try:
             with torch.no_grad():
@@ -172,8 +173,8 @@ class _OfOnnx:
             models = OnnxVariants(variants)
         if not models.complete:
             warnings.warn(
-                "each network is exported by itself, which takes seconds: its layers pad by themselves, or "
-                "share weights",
+                "each network is exported separately, which takes seconds: a layer pads with other values than zeros, "
+                "or layers share a weight",
                 stacklevel=2,
             )
             return lambda forms: self.load(variants.network(forms), images)

@@ -16,11 +16,12 @@ from gross_ray.space import DENSE
 BESIDE = 5
 """Networks that are timed beside the full one: each holds its weights in memory."""
 DISTURBED, AGAIN = 1.1, 2
-"""A group is timed again if its full network took so many times the tenth percentile of all, and at most so often."""
+"""A group is timed again, at most AGAIN times, if its full network took more than DISTURBED times the tenth percentile
+of all groups' full networks."""
 RIDGES = (1e-4, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Penalties on squared effects, in units of squared relative error; the one that predicts best is taken."""
 WEIGHT_OF_FULL = 1000.0
-"""The full network counts as this many observations: it is timed beside all others, and predicted as it is."""
+"""Weight of the full network in the fit, as a number of observations: it makes the fit reproduce its measured time."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Times:
     """The times of networks, in groups.
 
     Each network, the full one too, is loaded anew for its group: where a runtime places the weights in memory changes
-    its speed by some percent. What else runs on a machine changes the networks' speed for seconds, and unequally: a
-    group in which the full network was clearly slower than in the fastest groups is timed again.
+    its speed by some percent (in torch's eager mode the networks share their weights). What else runs on a machine
+    changes the networks' speed for seconds, and unequally: a group in which the full network was clearly slower than in
+    the fastest groups is timed again.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Times:
         total: int = 0,
         on_part: Callable[[int, int], object] | None = None,
     ) -> None:
-        """Time nothing yet; `total` is the number of networks that `on_part` is told."""
+        """Time nothing yet; `total` is passed to `on_part` as its second argument."""
         self.full = full
         self._load, self._clock = load, runtime.clock()
         self._repeats, self._total, self._on_part = repeats, total, on_part
@@ -80,18 +82,19 @@ class Times:
 
     def add(self, networks: Sequence[Forms]) -> None:
         """Time more networks."""
+        begin = len(self._groups)
         for first in range(0, len(networks), BESIDE):
             self._groups.append(self._timed(networks[first : first + BESIDE]))
             if self._on_part is not None:
                 self._on_part(len(self.networks), self._total)
         for _ in range(AGAIN):
             slowest = DISTURBED * float(np.quantile([group.full_ms for group in self._groups], 0.1))
-            for place, group in enumerate(self._groups):
+            for index, group in enumerate(self._groups[begin:], begin):
                 if group.full_ms > slowest:
-                    self._groups[place] = min(group, self._timed(group.networks), key=lambda one: one.full_ms)
+                    self._groups[index] = min(group, self._timed(group.networks), key=lambda one: one.full_ms)
 
     def _timed(self, networks: Sequence[Forms]) -> Group:
-        works = [self._load(one) for one in (self.full, *networks)]  # by place: each of equal networks is timed
+        works = [self._load(one) for one in (self.full, *networks)]  # by index: equal networks are each timed
         logs = undisturbed_logs(dict(enumerate(works)), self._repeats, self._clock)
         medians = np.median(logs, axis=0)
         # The median of all rounds has half the spread of the difference of its halves.

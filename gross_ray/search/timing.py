@@ -55,10 +55,9 @@ def typical_ms(
     works: Mapping[Any, Work],
     repeats: int,
     clock: Clock,
-    on_sample: Callable[[int, int], object] | None = None,
 ) -> dict[Any, float]:
     """Return each call's median time over the rounds, in ms, with each round's own speed divided out."""
-    times = np.exp(np.median(undisturbed_logs(works, repeats, clock, on_sample), axis=0))
+    times = np.exp(np.median(undisturbed_logs(works, repeats, clock), axis=0))
     return dict(zip(works, times.tolist(), strict=True))
 
 
@@ -66,19 +65,15 @@ def undisturbed_logs(
     works: Mapping[Any, Work],
     repeats: int,
     clock: Clock,
-    on_sample: Callable[[int, int], object] | None = None,
 ) -> np.ndarray:
     """Return the logarithm of each call's time in each round, in ms: (repeats, len(works)).
 
-    Each round's own speed is divided out (Tukey's median polish). `on_sample` is called after each timing with the
-    number done and the total.
+    Each round's own speed is divided out (Tukey's median polish).
     """
     samples = np.empty((_WARM_UP_ROUNDS + repeats, len(works)))
     for row in range(len(samples)):
         for column, work in enumerate(works.values()):
             samples[row, column] = _sample_ms(work, clock)
-            if on_sample is not None:
-                on_sample(row * len(works) + column + 1, samples.size)
     logs = np.log(np.maximum(samples[_WARM_UP_ROUNDS:], _TICK_MS))
     slowness = np.zeros((repeats, 1))
     for _ in range(_POLISHES):

@@ -125,8 +125,9 @@ def _timed(
 
     Return the card's entry and a line. If it cannot be timed any more, the entry is the prediction.
     """
-    of_file = file is not None and measured.runtime in READ_ONNX
-    networks = {"full": run.base.network, "written": file if of_file and file is not None else network}
+    as_written = file if file is not None and measured.runtime in READ_ONNX else network
+    what = "network" if as_written is network else "file"
+    networks = {"full": run.base.network, "written": as_written}
     try:
         options = LatencyOptions(
             runtime=measured.runtime, batch_size=measured.batch_size, threads=measured.threads, repeats=ROUNDS
@@ -136,10 +137,10 @@ def _timed(
         return predicted, f"not timed again: {error}"
     full, written = (times[name].latency_ms for name in networks)
     line = (
-        f"{'the file' if of_file else 'the network'} takes {written:.3g} ms for a batch of {measured.batch_size} in "
+        f"the {what} takes {written:.3g} ms for a batch of {measured.batch_size} in "
         f"{where(times['written'])}; the full network takes {full:.3g} ms"
     )
-    return timed_entry(times["written"], "file" if of_file else "network", full), line
+    return timed_entry(times["written"], what, full), line
 
 
 def _predictions(run: Run, forms: dict[str, int]) -> list[dict[str, Any]]:

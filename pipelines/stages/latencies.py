@@ -17,7 +17,7 @@ from gross_ray.space import DENSE, listed, ordered
 from gross_ray.supernet.build import empty_supernet, made_up
 
 OnPart = Callable[[int, int], object]
-"""Called with the number of finished timings and the number of all timings."""
+"""Called with the number of networks timed so far, and the most that may be timed."""
 
 
 def measure(run: Run, device: str, options: LatencyOptions, on_part: OnPart | None = None) -> LatencyModel:
@@ -48,7 +48,8 @@ def put(run: Run, model: LatencyModel) -> None:
     device = re.sub("[^0-9A-Za-z]+", "-", model.device).strip("-")[:60]
     machine = zlib.crc32(f"{model.device} {model.host}".encode())
     name = f"runtime={model.runtime},device={device}-{machine:08x},batch={model.batch_size},threads={model.threads}"
-    for table in TABLES:  # a run that is killed in between never mixes two measurements
+    _clear(run, model)  # before it is in force: a run that is killed in between has no times, not another runtime's
+    for table in TABLES:
         store.delete_unit(table, name)
     store.write_table("layer_latencies", name, model.rows())
     store.write_table("runtime_latencies", name, [model.summary()])
@@ -82,23 +83,24 @@ def _model(store: RunStore, unit: str) -> LatencyModel:
 
 def fill(run: Run, model: LatencyModel) -> None:
     """Put the predictions of `model` into the rows of `configurations`."""
-    store, layers = run.store, run.space.layers
-    changed = []
-    for unit in sorted(store.finished_units("configurations")):
-        predicted, stored = _predicted(store, model, unit, layers)
+    _clear(run, model)  # all before the first is set, so that a run that is killed never mixes two measurements
+    for unit in sorted(run.store.finished_units("configurations")):
+        predicted, stored = _predicted(run, model, unit)
         if predicted != stored:
-            changed.append(unit)
-    for unit in changed:  # first clear all, so that a run that is killed in between never mixes two measurements
-        missing = [None] * len(store.read_units("configurations", [unit], ["latency_ms"]))
-        store.set_column("configurations", unit, "latency_ms", missing)
-    for unit in changed:
-        store.set_column("configurations", unit, "latency_ms", _predicted(store, model, unit, layers)[0])
+            run.store.set_column("configurations", unit, "latency_ms", predicted)
 
 
-def _predicted(
-    store: RunStore, model: LatencyModel, unit: str, layers: Sequence[str]
-) -> tuple[list[float], list[float]]:
-    """Return the latencies that the model predicts for a unit's rows, and the stored latencies."""
-    rows = store.read_units("configurations", [unit], [*(f"layer {layer}" for layer in layers), "latency_ms"])
+def _clear(run: Run, model: LatencyModel) -> None:
+    """Delete the latencies of the units in which they differ from the predictions of `model`."""
+    for unit in sorted(run.store.finished_units("configurations")):
+        predicted, stored = _predicted(run, model, unit)
+        if predicted != stored and any(ms == ms for ms in stored):  # NaN: there is none yet
+            run.store.set_column("configurations", unit, "latency_ms", [None] * len(stored))
+
+
+def _predicted(run: Run, model: LatencyModel, unit: str) -> tuple[list[float], list[float]]:
+    """Return the latencies that the model predicts for a unit's rows, and the stored latencies, NaN for none."""
+    layers = run.space.layers
+    rows = run.store.read_units("configurations", [unit], [*(f"layer {layer}" for layer in layers), "latency_ms"])
     predicted = model.predict_many({layer: rows[f"layer {layer}"].to_numpy() for layer in layers})
-    return predicted.tolist(), rows["latency_ms"].tolist()
+    return predicted.tolist(), rows["latency_ms"].astype(float).tolist()

@@ -154,8 +154,8 @@ def additive_cost(run: Run, cost: str) -> LayerCosts:
         model = latencies.in_force(run)
         if model is None:
             raise MissingStageError(
-                f"search.limits has latency_ms, and {run.store.storage} no measurement of it in use: "
-                "run `gross latency` on it before the search; of several the one that is measured or read last is used"
+                f"search.limits has latency_ms, but {run.store.storage} has no measurement in use: run `gross latency` "
+                "on it before the search; if there are several, the last one measured or read is used"
             )
         return model.costs
     return layer_costs(empty_supernet(run.base.network, run.space.group_sizes), run.base.input_shape, cost)

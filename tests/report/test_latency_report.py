@@ -58,7 +58,7 @@ def test_every_measurement_is_listed_and_the_one_that_counts_is_marked(store: Ru
     (sentence,) = latency_sentences(store)
     assert sentence == (
         "ms: one batch of 8 in OpenVINO 2026.4.1 on Xeon, 1 thread, each layer in its faster form; the full network "
-        "takes 3.9 ms; predicted with a median error of 3.4 % of 20 networks timed whole"
+        "takes 3.9 ms; the median error of the predictions is 3.4 %, over 20 networks timed whole"
     )
 
 

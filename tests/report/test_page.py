@@ -430,7 +430,10 @@ def test_table_3_has_the_latencies_where_they_are_stored(tmp_path: Path) -> None
         name: f"{rows[name]:.3f}" for name in [*SELECTED, *(one for some in SELECTED.values() for one in some)]
     }
     (note,) = [line for line in results(store).splitlines() if line.startswith("ms: ")]
-    assert "one batch of 1 in torch 2 on a phone, 2 threads" in note and "median error of 1.2 % of 20" in note
+    assert (
+        "one batch of 1 in torch 2 on a phone, 2 threads" in note
+        and "median error of the predictions is 1.2 %, over 20" in note
+    )
 
 
 HOSTILE = '</script><b>bold & "quoted"</b><!--'

@@ -149,7 +149,7 @@ def test_a_layer_that_pads_by_itself_is_exported_each_time(random_supernet: Supe
     network(images())
     variants = Variants(random_supernet(network, {"1": (1, 2)}), CPU, IMAGE)
     assert not OnnxVariants(variants).complete
-    with pytest.warns(UserWarning, match="each network is exported by itself, which takes seconds"):
+    with pytest.warns(UserWarning, match="each network is exported separately, which takes seconds"):
         run = runtime_of("onnxruntime", CPU, 1).variants(variants, images())((2,))
     with torch.no_grad():
         torch.testing.assert_close(run(), variants.network((2,))(images()), rtol=1e-4, atol=1e-4)

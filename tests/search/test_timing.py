@@ -65,13 +65,6 @@ def test_each_round_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(logs, expected)
 
 
-def test_progress_counts_every_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    works, seen = disturbed(monkeypatch, lambda turn, place: 1.0)
-    counts: list[tuple[int, int]] = []
-    typical_ms(works, 2, no_clock, lambda done, total: counts.append((done, total)))
-    assert counts == [(done, len(seen)) for done in range(1, len(seen) + 1)]
-
-
 def test_a_sample_is_the_fastest_call_after_an_untimed_one() -> None:
     times = iter([1.0, 5.0, 3.0, 4.0])
     assert timing._sample_ms(lambda: None, lambda _: next(times)) == 3.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -71,7 +72,7 @@ def test_budgets_in_percent_are_of_the_full_networks_time_in_that_runtime(run: P
     assert shown == within != set(rows["configuration"])
     refused = invoke("search", run, "--budget", "latency_ms=1%")
     assert refused.exit_code == 2 and "latency_ms=0.04, 1 % of the full network's" in refused.stderr
-    assert "the smallest is latency_ms=1.047, 26.2 % of the full network's at 1-1-1" in refused.stderr
+    assert "the smallest is latency_ms=1.047, 26.2 % of the full network's, at 1-1-1" in refused.stderr
     with pytest.raises(
         InvalidValueError, match=r"latency_ms=0.04, 1 % .*: nothing fits; the smallest is latency_ms=1.047, 26.2 %"
     ):
@@ -240,3 +241,21 @@ def test_a_configuration_is_validated_by_name(run: Path) -> None:
     refused = invoke("validate", run, "--configuration", "3-3-3", "--in-process")
     assert refused.exit_code == 2
     assert len(store.read_table("validations")) == len(rows)
+
+
+def test_a_measurement_that_is_killed_leaves_no_other_runtimes_times(run: Path) -> None:
+    opened = Run(RunStore.open(run))
+    latencies.put(opened, made_up_model(opened, full_ms=4.0))
+    other = replace(made_up_model(opened, full_ms=9.0), runtime="torch")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(latencies, "fill", interrupted)
+        latencies.put(opened, other)
+    assert read_table(run, "configurations")["latency_ms"].isna().all()
+    refused = invoke("search", run, "--budget", "latency_ms=60%")
+    assert refused.exit_code == 2 and "latency_ms is not measured for every configuration" in refused.stderr
+    latencies.put(opened, other)
+    assert read_table(run, "configurations")["latency_ms"].max() > 4.0
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

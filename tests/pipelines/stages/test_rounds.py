@@ -152,7 +152,7 @@ def test_a_strategy_searches_within_a_limit_in_milliseconds(whole_run: tuple[Pat
     run = part_of(whole_run[0], tmp_path / "run", "breadth-first", 24, limits=["latency_ms=1.5", "parameters=1.2M"])
     refused = invoke("search", run, "--in-process")
     assert refused.exit_code == 2
-    assert "no measurement of it in use: run `gross latency` on it before the search" in refused.stderr
+    assert "has no measurement in use: run `gross latency` on it before the search" in refused.stderr
     model = made_up_latency(opened(run))
     latencies.put(opened(run), model)
     do("search", run)
