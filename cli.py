@@ -158,7 +158,7 @@ def search(
     "--networks",
     type=click.IntRange(min=2),
     help="Whole networks to time [2.5 for each form of each layer; up to three times as many while the median error is "
-    "above 2 %].",
+    "above 1.5 %].",
 )
 @click.option(
     "--to", "target", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write FILE.parquet."

@@ -41,7 +41,7 @@ CONDITIONS = ("runtime", "version", "device", "host", "batch_size", "threads")
 _SUMMARY = (*CONDITIONS, "full_ms", "num_sampled", "median_error", "noise")
 _PER_FORM, _AT_LEAST = 2.5, 20
 """Networks for each form of each layer, and the least number of networks."""
-_PASSES, _EXACT = 3, 0.02
+_PASSES, _EXACT = 3, 0.015
 """The most passes of so many networks; the last one is that whose median error is at most _EXACT."""
 
 

@@ -59,7 +59,7 @@ class LatencyOptions:
     """Rounds; each takes one sample of all networks of a group that is timed together."""
     num_sampled: int = 0
     """How many whole networks are timed, at least as many as a layer has forms; 0: two and a half for each form of each
-    layer, and 20 at least; up to three times as many while the median error is above 2 %."""
+    layer, and 20 at least; up to three times as many while the median error is above 1.5 %."""
 
     def __post_init__(self) -> None:
         rule = f"must be one of {', '.join(RUNTIMES)}"
