@@ -14,7 +14,7 @@ from gross_ray.nn.calls import input_of, network_calls, network_errors_as_invali
 from gross_ray.nn.modes import evaluating
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import activations, count_parameters, plain_macs
-from gross_ray.search.forms import bottlenecks, dense_convolution, fold_layers, group_size_of, grouped
+from gross_ray.search.forms import bottlenecks, dense_convolution, group_size_of, grouped
 from gross_ray.search.options import LatencyOptions
 from gross_ray.search.runtimes import Runtime, runtime_of
 from gross_ray.search.timing import Work, timed_device, typical_ms
@@ -56,8 +56,8 @@ def fold(
     `network` is what `extract` returns, (N, *input_shape) its input. In exact arithmetic the outputs are equal; dense
     kernels are computed in float64 and rounded to the network's dtype. "latency_ms" times both forms of each layer
     alone, on `device`, as `latency` says (`num_sampled` is not used); `LatencyModel.fold` folds by the times of whole
-    networks, which is more exact. Raises InvalidValueError for a supernet, an
-    unknown objective, cuda on a machine without it, and a network that cannot run such an input.
+    networks, which is more exact. Raises InvalidValueError for a supernet, an unknown objective, a runtime that is not
+    installed or cannot take a layer, cuda on a machine without it, and a network that cannot run such an input.
     """
     if objective not in OBJECTIVES:
         raise InvalidValueError(f"objective = {objective!r}: must be one of {', '.join(OBJECTIVES)}")
@@ -77,7 +77,8 @@ def fold(
     else:
         costs = _milliseconds(network, modules, dense, input_shape, latency, timed_device(device))
     foldings = [Folding(name, group_size_of(modules[name]), *costs[name]) for name in modules]
-    return fold_layers(network, [folding.layer for folding in foldings if folding.folded]), foldings
+    replaced = {folding.layer: dense[folding.layer] for folding in foldings if folding.folded}
+    return replace_modules(network, replaced), foldings
 
 
 def _macs(

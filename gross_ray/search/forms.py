@@ -35,6 +35,11 @@ def group_size_of(bottleneck: nn.Sequential) -> int:
     return grouped(bottleneck).weight.shape[1]
 
 
+def group_sizes_of(network: nn.Module) -> dict[str, int]:
+    """Return the group-size of each bottleneck of a plain network by name."""
+    return {name: group_size_of(module) for name, module in bottlenecks(network).items()}
+
+
 def dense_convolution(bottleneck: nn.Sequential) -> nn.Conv2d:
     """Return the dense convolution that a bottleneck of three convolutions equals."""
     parts: list[nn.Conv2d] = [getattr(bottleneck, part) for part in PARTS]

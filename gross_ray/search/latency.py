@@ -27,7 +27,7 @@ from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.nn.calls import output_of
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search.cost import LayerCosts
-from gross_ray.search.forms import bottlenecks, fold_layers, group_size_of
+from gross_ray.search.forms import fold_layers, group_sizes_of
 from gross_ray.search.options import RUNTIMES
 from gross_ray.search.options import LatencyOptions as LatencyOptions
 from gross_ray.search.runtimes import Run, Runtime, is_installed, runtime_of
@@ -109,7 +109,7 @@ class LatencyModel(_Conditions):
         folded. Raises InvalidValueError for a supernet, and for a layer or group-size that was not timed.
         """
         check_plain(network, "fold")
-        sizes = {name: group_size_of(module) for name, module in bottlenecks(network).items()}
+        sizes = group_sizes_of(network)
         self._check_layers(dict.fromkeys(self.added_ms, DENSE) | sizes)
         for name, size in sizes.items():
             if size not in self.added_ms[name]:
@@ -325,7 +325,7 @@ def time_networks(
 
 
 def dominated(model: LatencyModel) -> dict[int, tuple[int, int, int]]:
-    """Return the group-sizes that clearly cost more than a larger one or the dense layer, which are as accurate.
+    """Return the group-sizes that clearly cost more than a larger one or the dense layer: those are no less accurate.
 
     By group-size: the larger group-size that costs less in the most layers, or DENSE for the layers that are slower as
     a bottleneck than dense; the number of these layers; and the number of layers that have both. A difference counts

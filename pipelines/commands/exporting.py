@@ -21,7 +21,7 @@ from gross_ray.run.opened import Run
 from gross_ray.run.pins import check_data
 from gross_ray.run.store import RunStore
 from gross_ray.search.folding import fold
-from gross_ray.search.forms import bottlenecks, group_size_of
+from gross_ray.search.forms import group_sizes_of
 from gross_ray.search.latency import LatencyModel, time_networks
 from gross_ray.search.options import LatencyOptions
 from gross_ray.search.runtimes import READ_ONNX
@@ -55,8 +55,7 @@ def export(
     network, base = opened.validated(configuration, seed), opened.base
     measured = latencies.in_force(opened)
     network, lines, folding = _folded(opened, network, objective or ("latency_ms" if measured else "none"), measured)
-    forms = dict.fromkeys(opened.space.layers, DENSE)
-    forms |= {name: group_size_of(module) for name, module in bottlenecks(network).items()}
+    forms = dict.fromkeys(opened.space.layers, DENSE) | group_sizes_of(network)
     time = None if measured is None else predicted_entry(measured, forms)
     test = None if images is None else _test_images(opened, images)
     beside = card_path(target)
@@ -102,7 +101,7 @@ def _folded(
             f"--fold latency_ms needs a measurement, and {run.store.storage} has none in use: run `gross latency` on "
             "it first"
         )
-    sizes = {name: group_size_of(module) for name, module in bottlenecks(network).items()}
+    sizes = group_sizes_of(network)
     network, added = measured.fold(network)
     lines = [
         f"{name} (group-size {sizes[name]}): a bottleneck is {abs(ms):.3g} ms "

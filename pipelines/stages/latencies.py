@@ -82,8 +82,7 @@ def _model(store: RunStore, unit: str) -> LatencyModel:
 
 
 def fill(run: Run, model: LatencyModel) -> None:
-    """Put the predictions of `model` into the rows of `configurations`."""
-    _clear(run, model)  # all before the first is set, so that a run that is killed never mixes two measurements
+    """Put the predictions of `model`, which is in force, into the rows of `configurations`."""
     for unit in sorted(run.store.finished_units("configurations")):
         predicted, stored = _predicted(run, model, unit)
         if predicted != stored:

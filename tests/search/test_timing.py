@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,14 +94,6 @@ def test_device_name_is_the_processor_s(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert timing.device_name(torch.device("cpu")) == "riscv64"
     listed.write_text("processor\t: 0\nmodel name\t: Some CPU: 3 GHz\nprocessor\t: 1\nmodel name\t: Other\n")
     assert timing.device_name(torch.device("cpu")) == "Some CPU: 3 GHz"
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_threads_are_restored_after_an_error(two_threads: None) -> None:
