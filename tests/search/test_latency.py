@@ -424,7 +424,7 @@ def test_model_is_the_same_when_read_from_its_tables(tmp_path: Path) -> None:
     assert LatencyModel.load(tmp_path / "times.parquet") == model
 
 
-def test_a_file_of_an_earlier_version_is_told(tmp_path: Path) -> None:
+def test_a_file_of_an_earlier_version_is_reported(tmp_path: Path) -> None:
     old = {"device": ["a"], "part": ["rest"], "latency_ms": [1.0], "offset_ms": [0.1], "slope": [1.0]}
     pd.DataFrame(old).to_parquet(tmp_path / "old.parquet")
     with pytest.raises(InvalidValueError, match="old.parquet: was written by an earlier gross_ray, .*; measure again"):

@@ -188,7 +188,7 @@ def test_every_form_is_drawn_equally_often() -> None:
 # Errors
 
 
-def test_what_cannot_be_had_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_available_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidValueError, match="runtime = 'tflite': must be one of onnxruntime, openvino, torch"):
         runtime_of("tflite", CPU, 1)
     with pytest.raises(InvalidValueError, match=r"threads = 4096: this machine has \d+; ask for \d+ or fewer"):
@@ -223,7 +223,7 @@ def test_a_file_that_fixes_another_batch_is_refused(tmp_path: Any) -> None:
         runtime.read(file, images(3))
 
 
-def test_a_runtime_without_the_operator_is_told() -> None:
+def test_a_runtime_without_the_operator_is_reported() -> None:
     with pytest.raises(
         InvalidValueError, match="ONNX Runtime cannot run the network: NotImpl.* implementation for Conv"
     ):
@@ -231,7 +231,7 @@ def test_a_runtime_without_the_operator_is_told() -> None:
 
 
 @needs_compiler
-def test_a_network_that_cannot_be_compiled_is_told() -> None:
+def test_a_network_that_cannot_be_compiled_is_reported() -> None:
     class Asks(nn.Module):
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             return rows if float(rows.sum()) > 0 else -rows
@@ -241,7 +241,7 @@ def test_a_network_that_cannot_be_compiled_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
-def test_a_network_that_onnx_cannot_hold_is_told(name: str) -> None:
+def test_a_network_that_onnx_cannot_hold_is_reported(name: str) -> None:
     class Asks(nn.Module):
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             return rows if float(rows.sum()) > 0 else -rows

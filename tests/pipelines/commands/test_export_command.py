@@ -137,7 +137,10 @@ def test_a_file_is_written_where_its_time_cannot_be_taken(run: Path, tmp_path: P
     opened, target = Run(RunStore.open(run)), tmp_path / "network.pt2"
     added = {layer: {DENSE: 0.0} | dict.fromkeys(sizes, 0.1) for layer, sizes in opened.space.group_sizes.items()}
     here = {"device": device_name(torch.device("cpu")), "host": socket.gethostname()}
-    for threads, host, told in ((4096, here["host"], "not timed again: threads = 4096: this machine"), (1, "b", None)):
+    for threads, host, expected in (
+        (4096, here["host"], "not timed again: threads = 4096: this machine"),
+        (1, "b", None),
+    ):
         model = LatencyModel(
             runtime="torch", version="1", device=here["device"], host=host, batch_size=8, threads=threads, full_ms=9.0,
             added_ms=added, num_sampled=3, median_error=0.1, noise=0.1,
@@ -145,7 +148,7 @@ def test_a_file_is_written_where_its_time_cannot_be_taken(run: Path, tmp_path: P
         latencies.put(opened, model)
         ended = invoke("export", str(run), "--configuration", "16-16-16", "--to", str(target))
         assert ended.exit_code == 0, ended.stderr
-        assert told is None or told in ended.stdout
+        assert expected is None or expected in ended.stdout
         card = json.loads(Path(f"{target}.json").read_text())
         assert card["latency_ms"] == pytest.approx(9.0) and card["latency of"]["timed"] == "predicted"
 

@@ -61,14 +61,15 @@ def test_budgets_in_percent_are_of_the_full_networks_time_in_that_runtime(run: P
     assert "run `gross latency` on it first" in early.stderr
     opened = Run(RunStore.open(run))
     latencies.put(opened, made_up_model(opened, full_ms=4.0))
-    told = invoke("search", run, "--budget", "latency_ms=60%", "--top", "1000").stdout
-    assert told.startswith("Most accurate within latency_ms=2.4, 60 % of the full network's\n")
+    printed = invoke("search", run, "--budget", "latency_ms=60%", "--top", "1000").stdout
+    assert printed.startswith("Most accurate within latency_ms=2.4, 60 % of the full network's\n")
     assert (
-        "ms: one batch of 1 in OpenVINO 3 on a chip, 1 thread, each layer in its faster form; the full network" in told
+        "ms: one batch of 1 in OpenVINO 3 on a chip, 1 thread, each layer in its faster form; the full network"
+        in printed
     )
     rows = read_table(run, "configurations")
     within = set(rows.loc[rows["latency_ms"] <= 2.4, "configuration"])
-    shown = {line.split()[1] for line in told.splitlines() if line.strip()[:1].isdigit()}
+    shown = {line.split()[1] for line in printed.splitlines() if line.strip()[:1].isdigit()}
     assert shown == within != set(rows["configuration"])
     refused = invoke("search", run, "--budget", "latency_ms=1%")
     assert refused.exit_code == 2 and "latency_ms=0.04, 1 % of the full network's" in refused.stderr
@@ -134,9 +135,9 @@ def test_a_limit_in_percent_waits_for_the_measurement(run: Path) -> None:
 
 def test_a_network_is_timed_before_anything_is_trained() -> None:
     words = ("inspect", "--model", "four-conv", "--group-sizes", "1,16", "--layers", "conv2", "--keep-dense")
-    told = invoke(*words, "--runtime", "torch", "--batch", "2")
-    assert told.exit_code == 0, told.stderr
-    table = told.stdout.split("Time of a batch of 2 in torch")[1]
+    printed = invoke(*words, "--runtime", "torch", "--batch", "2")
+    assert printed.exit_code == 0, printed.stderr
+    table = printed.stdout.split("Time of a batch of 2 in torch")[1]
     assert [line.split()[0] for line in table.splitlines()[2:5]] == ["fastest", "slowest", "full"]
     alone = invoke(*words, "--batch", "2")
     assert alone.exit_code == 2 and "--batch 2 without --runtime" in alone.stderr
@@ -163,8 +164,8 @@ def test_a_measurement_is_carried_to_another_machine(run: Path, tmp_path: Path) 
     again = invoke("latency", str(run), "--from", str(file))
     assert again.exit_code == 0, again.stderr
     assert len(store.read_table("runtime_latencies")) == 1
-    told = invoke("search", str(run), "--budget", f"latency_ms={min(expected) * 1.01:.6f}", "--top", "1")
-    assert told.exit_code == 0, told.stderr
+    printed = invoke("search", str(run), "--budget", f"latency_ms={min(expected) * 1.01:.6f}", "--top", "1")
+    assert printed.exit_code == 0, printed.stderr
 
 
 def test_what_is_no_measurement_is_refused(run: Path, tmp_path: Path) -> None:
