@@ -10,18 +10,20 @@ from typing import Any
 
 import click
 
-from gross_ray.search.options import RUNTIMES
 from pipelines.commands.one_line_errors import OneLineErrors
 from pipelines.commands.options import (
     MODEL_HELP,
+    OUT_HELP,
     WORK_PARAMETERS,
     budgets_of,
     callback_option,
+    compress_options,
     configurations_of,
     costs_of,
     experiment_options,
     refuse_alone,
     refuse_beside,
+    runtime_options,
     whole_numbers,
     work_options,
 )
@@ -41,7 +43,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--out", required=True, help="Run folder, or a URI like s3://bucket/folder.")
+@click.option("--out", required=True, help=OUT_HELP)
 @click.option(
     "--reuse",
     metavar="RUN",
@@ -68,6 +70,26 @@ def run(out: str, reuse: str | None, reuse_evaluations: bool, **how: Any) -> Non
     from pipelines.commands import running
 
     running.run(out, reuse=reuse, reuse_evaluations=reuse_evaluations, **how)
+
+
+@main.command()
+@compress_options
+@runtime_options
+@work_options
+def compress(runtime: str | None, batch_size: int | None, threads: int | None, **how: Any) -> None:
+    """Compress a trained network within a budget: do every stage, and write the best network found as a file.
+
+    Learning rates, batches and choices are made for the network and its images, and printed first. OUT is an ordinary
+    run folder; the same command again continues it.
+
+    \b
+    Example:
+      gross compress --model my.nets:net --weights net.pt --data folder:images --budget macs=40% --out runs/a
+      gross compress --model resnet20 --weights resnet20.th --data cifar10 --budget latency_ms=60% --out runs/b
+    """
+    from pipelines.commands import compressing
+
+    compressing.compress(timed={"runtime": runtime, "batch_size": batch_size, "threads": threads}, **how)
 
 
 def _stage_command(name: str, description: str) -> click.Command:
@@ -146,16 +168,11 @@ def search(
     type=click.Choice(["cpu", "cuda"]),
     help="Device of this machine to time [cuda if there is a GPU and the runtime is torch or compiled, else cpu].",
 )
-@click.option(
-    "--runtime",
-    type=click.Choice(list(RUNTIMES)),
-    help="What runs the networks [onnxruntime; on a GPU torch].",
-)
-@click.option("--batch", type=click.IntRange(min=1), help="Images in a batch [1].")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; more than one need an idle machine [1].")
+@runtime_options
 @click.option("--repeats", type=click.IntRange(min=2), help="Rounds of timings [5].")
 @click.option(
     "--networks",
+    "num_sampled",
     type=click.IntRange(min=2),
     help="Whole networks to time [2.5 for each form of each layer; up to three times as many while the median error is "
     "above 1.5 %].",
@@ -170,17 +187,7 @@ def search(
     metavar="FILE",
     help="Read the times that --to wrote on another machine, and time nothing.",
 )
-def latency(
-    run: str,
-    device: str | None,
-    runtime: str | None,
-    batch: int | None,
-    threads: int | None,
-    repeats: int | None,
-    networks: int | None,
-    target: Path | None,
-    source: Path | None,
-) -> None:
+def latency(run: str, device: str | None, target: Path | None, source: Path | None, **asked: int | str | None) -> None:
     """Time networks of RUN's layers in a runtime on this machine, and predict latency_ms of each configuration.
 
     It needs only the base network. Before the search, it allows limits like latency_ms=1.5 and latency_ms=60%
@@ -196,7 +203,6 @@ def latency(
     """
     from pipelines.commands import measuring
 
-    asked = {"runtime": runtime, "batch_size": batch, "threads": threads, "repeats": repeats, "num_sampled": networks}
     measuring.latency(run, device, asked, target=target, source=source)
 
 
@@ -279,10 +285,10 @@ def presets(name: str | None) -> None:
 @click.option("--keep-dense", is_flag=True, help="Make the original layer a choice too, written d.")
 @click.option("--image-size", type=click.IntRange(1), default=32, show_default=True, help="Pixels on an image's side.")
 @click.option("--num-classes", type=click.IntRange(1), default=10, show_default=True, help="Number of classes.")
-@click.option("--runtime", type=click.Choice(list(RUNTIMES)), help="Also time networks of these layers in it.")
-@click.option("--batch", type=click.IntRange(min=1), help="Images in a batch that --runtime times [1].")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads that --runtime uses [1].")
-def inspect(group_sizes: str | None, runtime: str | None, batch: int | None, threads: int | None, **what: Any) -> None:
+@functools.partial(runtime_options, what="Also time networks of these layers in it.")
+def inspect(
+    group_sizes: str | None, runtime: str | None, batch_size: int | None, threads: int | None, **what: Any
+) -> None:
     """Preview the decomposition of a network: layers, group-sizes, the space and its cheapest configuration.
 
     \b
@@ -292,10 +298,10 @@ def inspect(group_sizes: str | None, runtime: str | None, batch: int | None, thr
       gross inspect --model resnet18 --group-sizes 1,4,16 --keep-dense --runtime onnxruntime --image-size 224
     """
     sizes = whole_numbers("--group-sizes", group_sizes)
-    refuse_alone("--runtime", runtime is not None, {"--batch": batch, "--threads": threads})
+    refuse_alone("--runtime", runtime is not None, {"--batch": batch_size, "--threads": threads})
     from pipelines.commands import inspecting
 
-    timed = None if runtime is None else {"runtime": runtime, "batch_size": batch or 1, "threads": threads or 1}
+    timed = None if runtime is None else {"runtime": runtime, "batch_size": batch_size or 1, "threads": threads or 1}
     inspecting.inspect(group_sizes=sizes, timed=timed, **what)
 
 

@@ -1,14 +1,11 @@
-"""Compress your own network on your own data within a latency budget; export ONNX: python examples/own_model.py."""
+"""Compress your own network on your own images within a latency budget; export ONNX: python examples/own_model.py."""
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import gross_ray as gr
-from gross_ray.search.latency import LatencyOptions, measure_latency
-from gross_ray.training.loop import accuracy
-from gross_ray.training.sampling import ConfigurationSampler
-from gross_ray.training.stages import finetune, reconstruct, train_network
+from gross_ray.training.stages import train_network
 
 
 def pictures() -> tuple[TensorDataset, TensorDataset]:
@@ -38,20 +35,10 @@ def small_resnet() -> nn.Module:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    data, network = gr.load_dataset(gr.DataOptions(name="own_model:pictures")), small_resnet()
+    train, test = pictures()
+    network = small_resnet()
+    data = gr.load_dataset(gr.DataOptions(name="own_model:pictures"))
     train_network(network, data, gr.Schedule(epochs=3, lr=0.05, batch_size=64, augment=False), seed=0)
-    supernet = gr.decompose_model(network, group_sizes=(1, 4, 16))  # 4 convolutions: 81 configurations
-    short = gr.Schedule(epochs=1, lr=1e-3, batch_size=64, augment=False)
-    sampler = ConfigurationSampler(gr.SearchSpace.of(supernet), alpha=0.0)
-    reconstruct(supernet, network, data, short, seed=0, sampler=sampler)
-    finetune(supernet, data, short, seed=0, sampler=sampler)
-    table = gr.evaluate_configurations(supernet, data.validation.images, data.validation.labels)
-    model = measure_latency(supernet, (3, 32, 32), LatencyOptions(), generator=torch.Generator())
-    table["ms"] = [model.predict(gr.Configuration.parse(one)) for one in table["configuration"]]
-    fitting = table[table["ms"] <= (budget := table["ms"].quantile(0.3))]
-    best = gr.Configuration.parse(fitting.nlargest(1, "accuracy")["configuration"].iloc[0])
-    gr.set_configuration(supernet, best)
-    finetune(supernet, data, short, seed=1)  # this configuration alone
-    plain, _ = model.fold(gr.extract(supernet, best))  # each layer in its faster form
-    gr.export_onnx(plain, "own_model.onnx", (3, 32, 32))
-    print(f"full network {accuracy(network, data.test):.3f}; {best}, {budget:.2f} ms, {accuracy(plain, data.test):.3f}")
+    found = gr.compress(network, train, test, budget="latency_ms=90%", effort="quick", settings=["search.top=1"])
+    print(found.table.to_string(index=False))
+    gr.export_onnx(found.network, "own_model.onnx", (3, 32, 32))

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` im
     from gross_ray.btd.expansion import expand_grouped_weight as expand_grouped_weight
     from gross_ray.btd.options import BTDOptions as BTDOptions
     from gross_ray.btd.solver import block_term_decomposition as block_term_decomposition
+    from gross_ray.compression import Compressed as Compressed
+    from gross_ray.compression import compress as compress
     from gross_ray.data.images import load_dataset as load_dataset
     from gross_ray.data.options import DataOptions as DataOptions
     from gross_ray.errors import GrossRayError as GrossRayError
@@ -44,6 +46,7 @@ _MODULES = {
     "BTDStatus": "gross_ray.btd.block_terms",
     "BlockTerms": "gross_ray.btd.block_terms",
     "Bottleneck": "gross_ray.btd.bottleneck",
+    "Compressed": "gross_ray.compression",
     "Configuration": "gross_ray.space",
     "DataOptions": "gross_ray.data.options",
     "Experiment": "gross_ray.experiment",
@@ -54,6 +57,7 @@ _MODULES = {
     "SeriesConv2d": "gross_ray.supernet.series",
     "block_term_decomposition": "gross_ray.btd.solver",
     "choice_of": "gross_ray.supernet.layers",
+    "compress": "gross_ray.compression",
     "configuration_macs": "gross_ray.search.cost",
     "count_macs": "gross_ray.search.cost",
     "decompose_model": "gross_ray.supernet.build",

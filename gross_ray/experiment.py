@@ -66,11 +66,18 @@ class Experiment:
         require(bool(self.name), "name", self.name, "must not be empty")
         require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
         check_model_name(self.model)
-        one_network = not self.weights or self.training.seeds == 1
+        one_network = self.trains_base or self.training.seeds == 1
         require(one_network, "training.seeds", self.training.seeds, "must be 1 with weights; set training.seeds=1")
+        begins = bool(self.weights) or self.training.start == "new"
+        require(begins, "training.start", self.training.start, "needs weights to begin from; set weights")
         rule = "a sweep needs fixed configurations to compare with; set validation.fixed, or sweep.alphas=[]"
         compared = bool(self.validation.fixed or self.search.budgets or not (self.sweep.alphas and self.sweep.scalings))
         require(compared, "sweep.alphas", self.sweep.alphas, rule)
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether base networks are trained, and not taken as `weights` has them."""
+        return not self.weights or self.training.start == "weights"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the experiment as nested plain values, ready for JSON."""
@@ -126,8 +133,10 @@ class Experiment:
             values["weights"] = f"file:{weights}"
         if self.data.name.startswith(_FOLDER):
             values["data"]["name"] = _FOLDER + data
-        if not self.decomposition.keep_dense:  # a field that came later changes no earlier experiment's fingerprint
-            del values["decomposition"]["keep_dense"]
+        defaults = Experiment().to_dict()
+        for group, name in _LATER_FIELDS:
+            if values[group][name] == defaults[group][name]:
+                del values[group][name]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -173,6 +182,8 @@ class Experiment:
 
 
 _FOLDER = "folder:"
+_LATER_FIELDS = (("decomposition", "keep_dense"), ("training", "start"), ("data", "validation_from"))
+"""Fields that earlier versions did not have: at their defaults they change no fingerprint."""
 PATH_FIELDS = {"data.name": "data", "weights": "weights"}
 """The fields that may be paths, each with the name under which a run folder stores its content's hash."""
 

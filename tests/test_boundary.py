@@ -17,15 +17,22 @@ ROOT = Path(gross_ray.__file__).parents[1]
 
 LAYERS = (
     ("gross_ray.errors",),
-    ("gross_ray.atomic", "gross_ray.fields", "gross_ray.model_names", "gross_ray.own_code", "gross_ray.seeds"),
+    (
+        "gross_ray.atomic",
+        "gross_ray.efforts",
+        "gross_ray.fields",
+        "gross_ray.model_names",
+        "gross_ray.own_code",
+        "gross_ray.seeds",
+    ),
     ("gross_ray.space", "gross_ray.data", "gross_ray.models", "gross_ray.weights"),
     ("gross_ray.nn", "gross_ray.btd"),
     ("gross_ray.supernet",),
     ("gross_ray.export",),
     ("gross_ray.search", "gross_ray.training"),
     ("gross_ray.experiment",),
-    ("gross_ray.presets", "gross_ray.run"),
-    ("gross_ray.report",),
+    ("gross_ray.defaults", "gross_ray.presets", "gross_ray.run"),
+    ("gross_ray.compression", "gross_ray.report"),
     ("gross_ray",),  # gross_ray/__init__.py alone: the public names
     ("pipelines",),  # pipelines/__init__.py alone
     ("pipelines.nodes", "pipelines.watching", "pipelines.resources", "pipelines.units"),

@@ -26,13 +26,12 @@ def run(folder: Path, name: str, *words: str) -> str:
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
     assert len((EXAMPLES / "own_model.py").read_text().splitlines()) < 60
     told = run(tmp_path, "own_model.py")
-    found = re.fullmatch(r"full network (0\.\d+|1\.0+); ([\d-]+), (\d+\.\d+) ms, (0\.\d+|1\.0+)\n", told)
-    assert found is not None, told
-    full, configuration, milliseconds, compressed = found.groups()
-    assert len(configuration.split("-")) == 4
-    assert float(milliseconds) > 0
-    assert float(full) > 0.5  # an eighth by chance
-    assert float(compressed) > 0.5
+    rows = [line.split() for line in told.splitlines()]
+    assert rows[0] == ["network", "val_accuracy", "test_accuracy", "macs", "parameters", "latency_ms"]
+    full, compressed = rows[1][2:], rows[2]  # "full network" are two words
+    assert len(compressed[0].split("-")) == 4
+    assert float(full[1]) > 0.5 and float(compressed[2]) > 0.5  # an eighth by chance
+    assert float(compressed[-1]) <= 0.9 * float(full[-1]) * 1.001  # the table is rounded
     session = onnxruntime.InferenceSession(tmp_path / "own_model.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": np.zeros((5, 3, 32, 32), np.float32)})
     assert logits.shape == (5, 8)

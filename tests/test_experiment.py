@@ -89,7 +89,10 @@ def test_no_field_takes_what_its_type_forbids(name: str) -> None:
         ("training.seeds", "0", "must be 1 or more"),
         ("training.batch_size", "0", "must be 1 or more"),
         ("reconstruction.images", "-1", "must be 0 (all images) or more"),
-        ("training.lr", "0", "must be above 0"),
+        ("training.lr", "-1", "must be above 0, or 0: found by a range test"),
+        ("training.start", "old", "must be one of new, weights"),
+        ("training.start", "weights", "needs weights to begin from"),
+        ("data.validation_from", "half", "must be one of train, test"),
         ("training.momentum", "1", "must be in [0, 1)"),
         ("training.gamma", "0", "must be in (0, 1]"),
         ("training.gamma", "1.1", "must be in (0, 1]"),
@@ -425,8 +428,12 @@ def test_learning_rates_are_those_of_multi_step_lr(lr: float, gamma: float, mile
 def test_a_field_that_came_later_leaves_earlier_fingerprints_as_they_were() -> None:
     now = preset("quickstart")
     earlier = json.loads(now.to_json())
-    del earlier["decomposition"]["keep_dense"]
+    later = {"decomposition.keep_dense": "true", "training.start": "weights", "data.validation_from": "test"}
+    for group, _, field in (name.partition(".") for name in later):
+        del earlier[group][field]
     assert Experiment.from_json(json.dumps(earlier)) == now
     canonical = json.dumps(earlier, sort_keys=True, separators=(",", ":"))
     assert now.fingerprint() == hashlib.sha256(canonical.encode()).hexdigest()[:16]
-    assert now.override(["decomposition.keep_dense=true"]).fingerprint() != now.fingerprint()
+    one = now.override(["training.seeds=1", "weights=net.pt"])
+    for name, value in later.items():
+        assert one.override([f"{name}={value}"]).fingerprint() != one.fingerprint()

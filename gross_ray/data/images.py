@@ -12,9 +12,11 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +25,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import Dataset
 
 from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.names import check_dataset_name
 from gross_ray.data.normalisation import Normalisation
 from gross_ray.data.options import DataOptions
-from gross_ray.data.own import read_own
+from gross_ray.data.own import read_datasets, read_own
 from gross_ray.errors import DatasetError, InvalidValueError, one_line
 
 SAMPLE_FILE = Path(__file__).with_name("sample.parquet")
@@ -52,6 +55,7 @@ FASHION_PADDING = 2  # to 32x32, as CIFAR-10
 FASHION_FILES = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
+_TENSORS = ("images", "labels")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 DOWNLOAD_ERRORS = (RuntimeError, OSError, http.client.HTTPException)
 # What PIL raised for damaged files in tests: not all are OSErrors.
@@ -71,7 +75,7 @@ def load_dataset(options: DataOptions, *, root: str | Path | None = None, downlo
     check_dataset_name(options.name)
     folder = Path("~/.cache/gross_ray" if root is None else root).expanduser()
     if options.name == "sample":
-        splits = read_sample(SAMPLE_FILE, options)
+        splits = read_sample(SAMPLE_FILE, options if options.validation_from == "train" else DataOptions())
     elif options.name == "fashion-mnist":
         splits = _load_fashion_mnist(folder, download)
     elif options.name == "cifar10":
@@ -80,6 +84,21 @@ def load_dataset(options: DataOptions, *, root: str | Path | None = None, downlo
         splits = _load_folder(options.name, Path(options.name.removeprefix("folder:")).expanduser())
     else:
         splits = _in_three(options.name, *read_own(options.name))
+    if options.validation_from == "test":
+        splits = _validated_on_test(splits)
+    return _settled(splits, options)
+
+
+def splits_of(name: str, datasets: Sequence[Dataset[Any]], options: DataOptions) -> Splits:
+    """Return datasets in memory, (train, test) or (train, validation, test), as splits called `name`.
+
+    Raises DatasetError, naming the dataset and item, for one of the wrong form (`gross_ray.data.own`).
+    """
+    return _settled(_in_three(name, *read_datasets(name, tuple(datasets))), options)
+
+
+def _settled(splits: Splits, options: DataOptions) -> Splits:
+    """Return the splits, cut to the limits of `options`, with its normalisation."""
     limits = (options.limit_train, options.limit_validation, options.limit_test)
     normalisation = Normalisation(options.mean, options.std)
     train, validation, test = (
@@ -154,6 +173,14 @@ def _ranks(classes: Tensor) -> Tensor:
 def _split(pool: ImageSet, proportions: tuple[int, ...]) -> list[ImageSet]:
     generator = torch.Generator().manual_seed(0)  # which image is in which split is part of the dataset, not of a run
     return [pool.part(indices) for indices in balanced_split(pool.labels, proportions, generator)]
+
+
+def _validated_on_test(splits: Splits) -> Splits:
+    """Make half of the test split the validation split; the images that were the validation split join the training."""
+    images, labels = ([getattr(part, name) for part in (splits.train, splits.validation)] for name in _TENSORS)
+    (train,) = _split(ImageSet(torch.cat(images), torch.cat(labels)), (1,))
+    validation, test = _split(splits.test, (1, 1))
+    return Splits(splits.name, train, validation, test, splits.classes)
 
 
 def _limited(splits: Splits, split: str, limit: int) -> ImageSet:

@@ -8,6 +8,9 @@ from gross_ray.data.names import check_dataset_name
 from gross_ray.data.normalisation import DEVIATION, MEAN, Normalisation
 from gross_ray.fields import require, settle
 
+VALIDATION_FROM = ("train", "test")
+"""The splits from which the validation split may be taken."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -19,6 +22,9 @@ class DataOptions:
     """Mean for the normalisation of pixels (0 to 1): one for all channels, or one for each of three."""
     std: tuple[float, ...] = (DEVIATION,)
     """Standard deviation for the normalisation of pixels: one for all channels, or one for each of three."""
+    validation_from: str = "train"
+    """train: the validation split is the dataset's own, or part of its training images; test: half of its test split,
+    for weights that were trained on all training images."""
     limit_train: int = 0
     """Use only the first `limit_train` training images (0: all)."""
     limit_validation: int = 0
@@ -30,5 +36,7 @@ class DataOptions:
         settle(self, "data.")
         check_dataset_name(self.name)
         Normalisation(self.mean, self.std)
+        rule = f"must be one of {', '.join(VALIDATION_FROM)}"
+        require(self.validation_from in VALIDATION_FROM, "data.validation_from", self.validation_from, rule)
         for name in ("limit_train", "limit_validation", "limit_test"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "must be 0 (all images) or more")

@@ -41,6 +41,11 @@ def read_own(name: str) -> tuple[list[ImageSet], tuple[str, ...]]:
         datasets = function()
     except Exception as error:  # whatever the user's own code raises
         raise DatasetError(f"{name}: the function fails: {one_line(error)}") from error
+    return read_datasets(name, datasets)
+
+
+def read_datasets(name: str, datasets: Any) -> tuple[list[ImageSet], tuple[str, ...]]:
+    """Read datasets, (train, test) or (train, validation, test), as `read_own` does; `name` is for errors."""
     if not isinstance(datasets, tuple | list) or len(datasets) not in (2, 3):
         found = f"{len(datasets)} values" if isinstance(datasets, tuple | list) else type(datasets).__name__
         raise DatasetError(f"{name}: the function returned {found}; {LAYOUT}")

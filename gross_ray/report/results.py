@@ -200,6 +200,12 @@ def _within_limits(
     return found
 
 
+def candidates(store: RunStore, searched: Searched) -> list[str]:
+    """Return the best evaluated configurations within each of the experiment's limits."""
+    found = [best for _, best in _within_limits(store, searched) if not isinstance(best, str)]
+    return list(dict.fromkeys(name for best in found for name in best["configuration"]))
+
+
 def _within(budgets: Sequence[Budget | RelativeBudget]) -> str:
     return f"Most accurate within {' and '.join(map(str, budgets))}"
 

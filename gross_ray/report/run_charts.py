@@ -141,6 +141,37 @@ def _number(counts: pd.Series) -> str:
     return f"{least} repeat{'s' if least > 1 else ''}" if least == most else f"{least} to {most} repeats"
 
 
+def rates_chart(tests: pd.DataFrame) -> Chart:
+    """Return the figure of the loss by learning rate in each range test; `tests` must not be empty."""
+    figure = go.Figure(
+        layout=layout("learning rate", "training loss", xaxis={"type": "log"}, yaxis={"type": "log"}, showlegend=False)
+    )
+    rows = []
+    for number, (schedule, tried) in enumerate(tests.groupby("schedule", sort=False)):
+        colour = COLOURS[number % len(COLOURS)]
+        finite = tried.dropna(subset="train_loss")
+        chosen = finite[finite["chosen"]]
+        style: dict[str, Any] = {"name": shown(schedule), "legendgroup": shown(schedule)}
+        text = "%{fullData.name}<br>learning rate %{x:g}<br>loss %{y:.4g}<extra></extra>"
+        line = {"color": colour, "width": 1.5}
+        x, y = finite["lr"].tolist(), finite["train_loss"].tolist()
+        figure.add_trace(go.Scatter(x=x, y=y, mode="lines+markers", line=line, hovertemplate=text, **style))
+        mark = {"color": colour, "size": 13, "symbol": "star"}
+        x, y = chosen["lr"].tolist(), chosen["train_loss"].tolist()
+        figure.add_trace(
+            go.Scatter(x=x, y=y, mode="markers", marker=mark, hovertemplate=text, **style | {"showlegend": False})
+        )
+        diverged = ", ".join(f"{rate:g}" for rate in tried.loc[tried["train_loss"].isna(), "lr"])
+        rows.append([str(schedule), f"{x[0]:g}", f"{y[0]:.4g}", diverged or "-"])
+    found = ", ".join(f"{schedule} {rate}" for schedule, rate, *_ in rows)
+    summary = (
+        "Mean training loss after a few steps at each learning rate, always from the same weights and with the same "
+        f"batches; the rate with a star is used: {found}."
+    )
+    details = ResultTable("Learning rates found", ["schedule", "learning rate", "its loss", "diverged at"], rows)
+    return Chart("rates", "Range tests of the learning rates", summary, {"": figure}, details=details)
+
+
 def curves_chart(history: pd.DataFrame) -> Chart:
     """Return the training curves of each stage; `history` must not be empty."""
     versions, rows = {}, []

@@ -12,7 +12,7 @@ import pandas as pd
 from gross_ray.data.identity import SHORT, SPLITS
 from gross_ray.report.charts import Chart
 from gross_ray.report.results import ResultTable, is_swept, main_tables, sweep_table
-from gross_ray.report.run_charts import curves_chart, decomposition_chart, retrained_chart
+from gross_ray.report.run_charts import curves_chart, decomposition_chart, rates_chart, retrained_chart
 from gross_ray.report.searched import Searched
 from gross_ray.report.space_chart import space_chart
 from gross_ray.report.sweep_charts import sweep_charts
@@ -53,6 +53,7 @@ def sections(store: RunStore, searched: Searched | None = None) -> list[Section]
         _retrained(store, searched),
         _sweep(store),
         _decompositions(store),
+        _rates(store),
         _curves(store),
         _times(store),
         _experiment(store),
@@ -91,6 +92,11 @@ def _decompositions(store: RunStore) -> Section:
     if decompositions.empty:
         return Section("decompositions", "The decompositions", missing=["the decompositions (run `gross decompose`)"])
     return Section("decompositions", "The decompositions", [decomposition_chart(decompositions)])
+
+
+def _rates(store: RunStore) -> Section:
+    tests = store.read_table("range_tests")
+    return Section("rates", "The learning rates", [rates_chart(tests)] if len(tests) else [])
 
 
 def _curves(store: RunStore) -> Section:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from gross_ray.errors import RunFolderError
+from gross_ray.errors import InvalidValueError, RunFolderError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.run.storage import Storage
 from gross_ray.run.tables import SCHEMA_VERSION
@@ -45,6 +46,22 @@ def read_experiment(storage: Storage) -> Experiment:
             "restore it, or name another folder"
         ) from None
     raise RunFolderError(f"{storage}: {_versions(written_by)}: use the gross_ray that wrote it, or name another folder")
+
+
+def experiment_of(file: Path) -> Experiment:
+    """Return the experiment of a JSON file: its fields, or the experiment.json of a run folder.
+
+    Missing fields get their defaults. Raises InvalidValueError, naming the file, for anything else.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            values.pop(_WRITTEN_BY, None)
+        return Experiment.from_json(json.dumps(values))
+    except (OSError, ValueError) as error:  # also InvalidValueError and UnicodeDecodeError
+        raise InvalidValueError(
+            f"experiment {file}: {one_line(error)}; write one like a run folder's {EXPERIMENT}"
+        ) from None
 
 
 def _versions(written_by: Any) -> str:

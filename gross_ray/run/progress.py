@@ -59,9 +59,9 @@ def history_unit(stage: str, unit: str) -> str:
 
 
 def finished_units(store: RunStore, stage: str) -> set[str]:
-    """Return the names of a stage's finished units; base networks with the user's weights have no history."""
+    """Return the names of a stage's finished units; base networks that are not trained have no history."""
     stored = STORED[stage]
-    if stage == "train" and store.experiment.weights:
+    if stage == "train" and not store.experiment.trains_base:
         stored = replace(stored, history=False)
     return stored.finished(store)
 

@@ -208,6 +208,20 @@ _TABLES = (
         ),
     ),
     Table(
+        name="range_tests",
+        meaning="One learning rate of a range test, which finds the rate of a schedule whose lr is 0.",
+        columns=(
+            _text("schedule", "Field of the experiment, like finetuning or validation.finetuning"),
+            _real("lr", "Learning rate that was tried"),
+            _real(
+                "train_loss",
+                "Mean training loss of its last steps (see history); missing if it diverged",
+                nullable=True,
+            ),
+            Column(name="chosen", type=pa.bool_(), meaning="Whether the schedule is trained with this rate"),
+        ),
+    ),
+    Table(
         name="networks",
         meaning="One trained base network; the network of median validation accuracy is decomposed.",
         columns=(

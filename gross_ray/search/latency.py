@@ -38,6 +38,8 @@ from gross_ray.space import DENSE
 from gross_ray.supernet.configure import check_plain
 
 CONDITIONS = ("runtime", "version", "device", "host", "batch_size", "threads")
+Added = dict[str, dict[int, float]]
+"""What each form of each layer adds to the full network's time."""
 _SUMMARY = (*CONDITIONS, "full_ms", "num_sampled", "median_error", "noise")
 _PER_FORM, _AT_LEAST = 2.5, 20
 """Networks for each form of each layer, and the least number of networks."""
@@ -241,8 +243,10 @@ def measure_latency(
     with runtime.settings():
         load = runtime.variants(variants, images.to("cpu", parameter.dtype))
         times = Times((DENSE,) * len(forms), load, runtime, options.repeats, number * passes, on_part)
+        added: Added = {}
         for _ in range(passes):
-            times.add(balanced(forms, number, generator, besides=[times.full, *times.networks]))
+            drawn = balanced(forms, number, generator, besides=[times.full, *times.networks])
+            times.add(_in_faster_forms(drawn, added, besides=[times.full, *times.networks]))
             added, errors = fit(forms, [*times.networks, times.full], np.array([*times.relative, 1.0]))
             if np.median(errors) <= _EXACT or len(times.networks) == variants.size - 1:
                 break
@@ -256,6 +260,20 @@ def measure_latency(
         noise=times.noise,
         **_conditions(runtime, target, options),
     )
+
+
+def _in_faster_forms(networks: Sequence[Forms], added: Added, besides: Collection[Forms]) -> list[Forms]:
+    """Return the networks with each layer dense that `added` says is faster so; without those of `besides`.
+
+    Configurations run in these forms, which is where a prediction has to hold: what a layer adds depends a little on
+    the forms of the others. Without an earlier fit, the networks stay unchanged.
+    """
+    effects = list(added.values()) or [dict[int, float]()] * len(next(iter(networks), ()))
+    faster = (
+        tuple(DENSE if each.get(size, 0.0) > 0 else size for size, each in zip(one, effects, strict=True))
+        for one in networks
+    )
+    return [one for one in dict.fromkeys(faster) if one not in besides]
 
 
 def measure_relative(

@@ -20,6 +20,8 @@ from gross_ray.space import DENSE, listed
 _MOST_NAMED = 8
 """Most names in an error; of more, it lists the closest."""
 _UNREACHED = "the forward pass never reaches it"
+NOT_PAYING = "no group-size needs fewer MACs or parameters than it"
+"""Why a layer that may stay dense is not decomposed at any of its default group-sizes."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def choice_of(
             continue
         left_alone[name] = f"none of the group-sizes {listed(requested)} divides its {conv.in_channels} input channels"
         if not requested:
-            left_alone[name] = "no group-size needs fewer MACs or parameters than it"
+            left_alone[name] = NOT_PAYING
         if name in (names or ()) or name in own:
             raise InvalidValueError(f"layer {name!r}: {left_alone[name]}; name other group-sizes or leave it out")
     if not group_sizes:

@@ -10,6 +10,8 @@ from gross_ray.nn.precision import PRECISIONS
 
 SCALINGS = ("index", "normalised")
 """The two readings of Eq. 8."""
+STARTS = ("new", "weights")
+"""What the training of a base network begins from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class Schedule:
     epochs: int
     """Passes over the training split."""
     lr: float
-    """Learning rate of the first epoch."""
+    """Learning rate of the first epoch; 0: a range test finds it before the training (docs/method.md)."""
     milestones: tuple[int, ...] = ()
     """Epochs after which the learning rate is multiplied by `gamma`."""
     gamma: float = 0.1
@@ -38,7 +40,7 @@ class Schedule:
     def __post_init__(self) -> None:
         settle(self, "")
         require(self.epochs >= 1, "epochs", self.epochs, "must be 1 or more")
-        require(self.lr > 0, "lr", self.lr, "must be above 0")
+        require(self.lr >= 0, "lr", self.lr, "must be above 0, or 0: found by a range test")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be 1 or more")
         require(self.images >= 0, "images", self.images, "must be 0 (all images) or more")
         require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
@@ -52,7 +54,11 @@ class Schedule:
         return min(self.images or num_images, num_images)
 
     def lr_at(self, epoch: int) -> float:
-        """Return the learning rate of `epoch` (0 is the first)."""
+        """Return the learning rate of `epoch` (0 is the first).
+
+        Raises InvalidValueError for a schedule whose rate is still to be found.
+        """
+        require(self.lr > 0, "lr", self.lr, "is not found yet; set a rate above 0, or call find_rate first")
         return self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 
@@ -65,10 +71,13 @@ class TrainingOptions(Schedule):
     milestones: tuple[int, ...] = (50, 75)
     seeds: int = 5
     """How many networks are trained; the one with the median validation accuracy is decomposed."""
+    start: str = "new"
+    """new: begin from new weights, or train nothing if `weights` is set; weights: train the network of `weights` on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.seeds >= 1, "training.seeds", self.seeds, "must be 1 or more")
+        require(self.start in STARTS, "training.start", self.start, f"must be one of {', '.join(STARTS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,30 +12,42 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from gross_ray.efforts import EFFORTS
 from gross_ray.search.budgets import COSTS, Budget, RelativeBudget, parse_budgets
+from gross_ray.search.options import RUNTIMES
 from gross_ray.space import Configuration
 from pipelines.resources import DEVICES, Resources
 
 if TYPE_CHECKING:  # it imports torch, which only the commands that do work need
     from pipelines.driver import DataSource
 
+OUT_HELP = "Run folder, or a URI like s3://bucket/folder."
 PRESET_HELP = "Named experiment (see `gross presets`)."
+EXPERIMENT_HELP = "File of an experiment in place of --preset, like the experiment.json of a run folder."
 SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
 MODEL_HELP = "Network: four-conv, vgg16, resnet18 (20, 32, 56), or a function of your own, package.module:factory."
 DATA_HELP = "Dataset: sample, fashion-mnist, cifar10, folder:PATH, or a function of your own, package.module:function."
 WEIGHTS_HELP = "Trained weights of the network: safetensors, or a state dict by torch.save [train them]."
+ADAPT_HELP = "Train the weights on for so many epochs first, on these images."
+EFFORT_HELP = "How many epochs and evaluations are spent."
+BUDGET_HELP = (
+    "COST=LIMIT on macs, parameters or latency_ms, like macs=40% or latency_ms=60% of the full network's, or "
+    "macs=2.66M; may be repeated: all limits hold at once."
+)
+TO_HELP = "File to write: FILE.onnx, FILE.pt2 (torch.export) or FILE.safetensors (weights) [OUT/best.onnx]."
 IN_PROCESS_HELP = "Do the units one after another in this process, without Ray."
 CALLBACK_HELP = (
     "A ray.tune.Callback, or a function that makes one, to be notified of the trials of validate and sweep-alpha; "
     "may be repeated."
 )
 WORK_PARAMETERS = (
-    *("preset_name", "settings", "data", "model", "weights"),
+    *("preset_name", "experiment_file", "settings", "data", "model", "weights"),
     *("address", "num_cpus", "device", "gpus_per_unit", "in_process", "data_root", "download"),
 )
 """The parameters that `experiment_options` and `work_options` add."""
 
 Command = Callable[..., None]
+_FILE = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +71,25 @@ class Place:
 
 
 def experiment_options(command: Command, *, preset_required: bool = False) -> Command:
-    """Add the options that define an experiment; the command gets `preset_name` and the `settings` that change it."""
+    """Add the options that define an experiment; the command gets `preset_name` and the `settings` that change it.
+
+    `preset_name` is the name of a preset, or the path of an experiment's file.
+    """
 
     @functools.wraps(command)
     def wrapped(
-        settings: tuple[str, ...], data: str | None, model: str | None, weights: Path | None, **rest: Any
+        preset_name: str | None,
+        experiment_file: Path | None,
+        settings: tuple[str, ...],
+        data: str | None,
+        model: str | None,
+        weights: Path | None,
+        **rest: Any,
     ) -> None:
+        if preset_name is not None and experiment_file is not None:
+            raise click.UsageError(f"--experiment {experiment_file} with --preset {preset_name}: leave one of them out")
+        if preset_required and preset_name is None and experiment_file is None:
+            raise click.UsageError("Missing option '--preset' or '--experiment'.")
         path = None if weights is None else str(weights.absolute())
         named = {"model": model, "data.name": data, "weights": path}
         own = {field: value for field, value in named.items() if value is not None}
@@ -72,17 +97,52 @@ def experiment_options(command: Command, *, preset_required: bool = False) -> Co
         words += [f"--set {setting}" for setting in settings]
         _refuse_twice([*own, *(setting.partition("=")[0].strip() for setting in settings)], words)
         one = [] if weights is None else ["training.seeds=1"]  # one trained network
-        command(settings=(*(f"{field}={json.dumps(value)}" for field, value in own.items()), *one, *settings), **rest)
+        changed = (*(f"{field}={json.dumps(value)}" for field, value in own.items()), *one, *settings)
+        command(preset_name=experiment_file or preset_name, settings=changed, **rest)
 
     for decorate in (
         click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP),
         click.option("--data", metavar="NAME", help=DATA_HELP),
-        click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help=WEIGHTS_HELP),
+        click.option("--weights", type=_FILE, metavar="FILE", help=WEIGHTS_HELP),
         click.option("--model", metavar="NAME", help=MODEL_HELP),
-        click.option("--preset", "preset_name", required=preset_required, help=PRESET_HELP),
+        click.option("--experiment", "experiment_file", type=_FILE, metavar="FILE", help=EXPERIMENT_HELP),
+        click.option("--preset", "preset_name", help=PRESET_HELP),
     ):
         wrapped = decorate(wrapped)
     return wrapped
+
+
+def runtime_options(command: Command, what: str = "What runs the networks [onnxruntime; on a GPU torch].") -> Command:
+    """Add the options of a measurement of latency: `runtime`, `batch_size` and `threads`, None if not given."""
+    for decorate in (
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads; more need an idle machine [1]."),
+        click.option("--batch", "batch_size", type=click.IntRange(min=1), help="Images in a batch that is timed [1]."),
+        click.option("--runtime", type=click.Choice(list(RUNTIMES)), help=what),
+    ):
+        command = decorate(command)
+    return command
+
+
+def compress_options(command: Command) -> Command:
+    """Add the options of `gross compress` that define its experiment, and the file it writes."""
+    for decorate in (
+        click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP),
+        click.option("--to", "target", type=_FILE, metavar="FILE", help=TO_HELP),
+        click.option(
+            "--epochs", type=click.IntRange(min=1), help="Epochs of the supernet's fine-tuning [by --effort]."
+        ),
+        click.option(
+            "--effort", type=click.Choice(list(EFFORTS)), default="normal", show_default=True, help=EFFORT_HELP
+        ),
+        click.option("--adapt", type=click.IntRange(min=1), metavar="EPOCHS", help=ADAPT_HELP),
+        click.option("--budget", "budgets", required=True, multiple=True, callback=budgets_of, help=BUDGET_HELP),
+        click.option("--data", required=True, metavar="NAME", help=DATA_HELP),
+        click.option("--weights", type=_FILE, metavar="FILE", help=WEIGHTS_HELP),
+        click.option("--model", required=True, metavar="NAME", help=MODEL_HELP),
+        click.option("--out", required=True, help=OUT_HELP),
+    ):
+        command = decorate(command)
+    return command
 
 
 def work_options(command: Command) -> Command:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from gross_ray.data.names import is_function_name
@@ -10,6 +12,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.models import factory_of
 from gross_ray.presets import preset
+from gross_ray.run.experiment_file import experiment_of
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import pin, pin_weights
 from gross_ray.run.progress import store_plans
@@ -23,18 +26,28 @@ from pipelines.stages.train import check_given
 
 
 def run_folder(
-    run: str, preset_name: str | None, settings: tuple[str, ...], source: DataSource, reuse: RunStore | None = None
+    run: str,
+    preset_name: str | Path | None,
+    settings: tuple[str, ...],
+    source: DataSource,
+    reuse: RunStore | None = None,
 ) -> RunStore:
-    """Open a run folder, or make it for a preset and its settings; an existing folder must agree with them.
+    """Open a run folder, or make it for a preset or an experiment's file; an existing folder must agree with it.
 
     A new experiment is first checked against the network, the images of `source` and the run folder `reuse`, so that a
     mistake leaves nothing behind.
     """
     if preset_name is None:
         if settings:
-            raise InvalidValueError(f"--set {settings[0]} without --preset: name the preset that it changes")
+            raise InvalidValueError(
+                f"--set {settings[0]} without --preset: name the preset, or the file, that it changes"
+            )
         return RunStore.open(run)
-    experiment = _experiment_of(preset_name, settings)
+    return folder_of(run, _experiment_of(preset_name, settings), source, reuse)
+
+
+def folder_of(run: str, experiment: Experiment, source: DataSource, reuse: RunStore | None = None) -> RunStore:
+    """Open a run folder, or make it for an experiment; an existing folder must agree with it (see `run_folder`)."""
     if not RunStore.is_there(run):
         return _new_run_folder(run, experiment, source, reuse)
     store = RunStore.create(run, experiment)
@@ -68,9 +81,12 @@ def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse:
     return store
 
 
-def _experiment_of(preset_name: str, settings: tuple[str, ...]) -> Experiment:
-    """Return the experiment; raises InvalidValueError also if a function that it names cannot be imported."""
-    experiment = preset(preset_name).override(list(settings))
+def _experiment_of(named: str | Path, settings: tuple[str, ...]) -> Experiment:
+    """Return the experiment of a preset or a file, with its settings.
+
+    Raises InvalidValueError, also if a function that it names cannot be imported.
+    """
+    experiment = (experiment_of(named) if isinstance(named, Path) else preset(named)).override(list(settings))
     factory_of(experiment.model)
     if is_function_name(experiment.data.name):
         function_of(experiment.data.name)

@@ -13,12 +13,14 @@ from gross_ray.space import DENSE
 from gross_ray.supernet.build import build_supernet
 from gross_ray.training.stages import reconstruct
 from gross_ray.training.together import reconstruct_together
-from pipelines.stages import decompose, supernets
+from pipelines.stages import decompose, rates, supernets
 from pipelines.stages.base import Driver
+from pipelines.stages.rates import FindRates
 from pipelines.stages.supernets import Measure, Supernet, Training
 from pipelines.units import Context, Group, Job
 
 NAME = "reconstruct"
+SCHEDULE = "reconstruction"
 
 
 def plan(run: Run) -> Sequence[Supernet]:
@@ -36,7 +38,9 @@ def do(driver: Driver) -> None:
     run = driver.run
     if not {unit.name for unit in plan(run)} <= done(run):
         decompose.require_all(run)
-    driver.do(job(run, plan(run)))
+    todo = job(run, plan(run))
+    rates.settle(driver, todo, [SCHEDULE], find)
+    driver.do(todo)
 
 
 def job(run: Run, units: Sequence[Supernet], *, shown: str | None = None) -> Job:
@@ -48,20 +52,30 @@ def work(
     context: Context, unit: Supernet, share: tuple[float, float] = (0.0, 1.0), measure: Measure | None = None
 ) -> str:
     """Build one supernet from its decompositions and reconstruct the responses; `share` and `measure` as in `train`."""
-    supernet, original = _decomposed(context, unit), context.run.base.on(context.device)
-    training: Training = partial(reconstruct, supernet, original)
-    if supernets.as_one_graph(context.run.experiment.engine, context.device):
-        training = supernets.as_stack(supernet, partial(reconstruct_together, original=original))
-    schedule = context.run.experiment.reconstruction
-    last = supernets.train(context, unit, NAME, supernet, schedule, training, share, measure)
+    supernet, schedule = _decomposed(context, unit), rates.schedule(context.run, SCHEDULE)
+    last = supernets.train(context, unit, NAME, supernet, schedule, _training(context, supernet), share, measure)
     return f"response error {last.train_loss:.4f}"
+
+
+def find(context: Context, unit: FindRates) -> str:
+    """Find the learning rate on one supernet."""
+    assert isinstance(unit.of, Supernet)
+    supernet = _decomposed(context, unit.of)
+    return supernets.find(context, unit, NAME, supernet, _training(context, supernet))
+
+
+def _training(context: Context, supernet: nn.Module) -> Training:
+    original = context.run.base.on(context.device)
+    if supernets.as_one_graph(context.run.experiment.engine, context.device):
+        return supernets.as_stack(supernet, partial(reconstruct_together, original=original))
+    return partial(reconstruct, supernet, original)
 
 
 def work_on_group(context: Context, group: Group) -> str:
     """Build several supernets and reconstruct their responses in one pass."""
     built = {unit: _decomposed(context, unit) for unit in group.members if isinstance(unit, Supernet)}
     together = partial(reconstruct_together, original=context.run.base.on(context.device))
-    return supernets.train_group(context, group, NAME, built, context.run.experiment.reconstruction, together)
+    return supernets.train_group(context, group, NAME, built, rates.schedule(context.run, SCHEDULE), together)
 
 
 def _decomposed(context: Context, unit: Supernet) -> nn.Module:

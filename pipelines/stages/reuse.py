@@ -14,7 +14,7 @@ from gross_ray.run.pins import check_data, check_weights, stored_data, stored_we
 from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration
 from gross_ray.weights import hash_of_tensors, read_weights
-from pipelines.stages import decompose, finetune, reconstruct, rounds, search, supernets, train, validate
+from pipelines.stages import decompose, finetune, rates, reconstruct, rounds, search, supernets, train, validate
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class _Part:
     """Tables that contain only this stage's units."""
     trains: bool = False
     """Whether `history` has units named after the stage."""
+    schedules: tuple[str, ...] = ()
+    """The schedules of its trainings, whose learning rates may have been found by range tests."""
 
 
 _NETWORKS = ("seed", "model", "weights", "data", "training", "engine.precision", "engine.compile")
@@ -45,13 +47,17 @@ _WHATEVER_STAYS_DENSE = (decompose.NAME, validate.NAME)
 _REMEDY = "use the same ones, or leave --reuse out"
 
 PARTS = (
-    _Part(train.NAME, _NETWORKS, ("networks",), trains=True),
+    _Part(train.NAME, _NETWORKS, ("networks",), trains=True, schedules=(train.SCHEDULE,)),
     _Part(decompose.NAME, _TERMS, ("decompositions",)),
     _Part(latencies.STAGE, _TERMS, latencies.TABLES),
-    _Part(reconstruct.NAME, _SUPERNETS, trains=True),
-    _Part(finetune.NAME, (*_SUPERNETS, "finetuning"), trains=True),
+    _Part(reconstruct.NAME, _SUPERNETS, trains=True, schedules=(reconstruct.SCHEDULE,)),
+    _Part(finetune.NAME, (*_SUPERNETS, "finetuning"), trains=True, schedules=(finetune.SCHEDULE,)),
     _Part(
-        validate.NAME, (*_TERMS, "validation", "search.budgets", "engine.recalibrate"), ("validations",), trains=True
+        validate.NAME,
+        (*_TERMS, "validation", "search.budgets", "engine.recalibrate"),
+        ("validations",),
+        trains=True,
+        schedules=validate.SCHEDULES,
     ),
 )
 """The parts in the order of the stages, without the search: its strategy decides which configurations it evaluates."""
@@ -172,6 +178,8 @@ def _copy(store: RunStore, other: RunStore, part: _Part) -> int:
             copied.add(unit)
         if f"{prefix}{unit}" in history and not store.has_unit("history", f"{prefix}{unit}"):
             store.copy_unit(other, "history", f"{prefix}{unit}")
+    for unit in {*part.schedules} & other.finished_units(rates.TABLE) - store.finished_units(rates.TABLE):
+        store.copy_unit(other, rates.TABLE, unit)
     for table in part.tables:
         for unit in other.units(table):
             if not store.has_unit(table, unit):

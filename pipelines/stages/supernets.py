@@ -19,7 +19,9 @@ from gross_ray.training.capture import captures
 from gross_ray.training.loop import EpochRecord
 from gross_ray.training.sampling import ConfigurationSampler, settled_scaling
 from gross_ray.training.together import Member, Outcome
+from pipelines.stages import rates
 from pipelines.stages.base import history_rows, metrics
+from pipelines.stages.rates import FindRates
 from pipelines.units import Context, EpochSlot, Group, Job, Unit, Work
 
 KIND = "supernets"
@@ -143,7 +145,7 @@ def train(
         context.splits,
         schedule,
         seed=derive_seed(context.seed, stage, unit.name),
-        sampler=_sampler(supernet, unit),
+        sampler=sampler_of(supernet, unit),
         engine=context.run.experiment.engine,
         checkpoint=EpochSlot(context.store, stage, unit.name),
         on_epoch=report,
@@ -162,8 +164,8 @@ def as_stack(supernet: nn.Module, together: Callable[..., list[Outcome]]) -> Tra
         seed: int,
         sampler: ConfigurationSampler,
         engine: EngineOptions,
-        checkpoint: EpochSlot,
-        on_epoch: Callable[[EpochRecord], object],
+        checkpoint: EpochSlot | None,
+        on_epoch: Callable[[EpochRecord], object] | None,
     ) -> list[EpochRecord]:
         members = [Member(supernet, seed, sampler, checkpoint, on_epoch)]
         (outcome,) = together(members, splits=splits, schedule=schedule, engine=engine)
@@ -192,7 +194,7 @@ def train_group(
         Member(
             supernet,
             derive_seed(context.seed, stage, unit.name),
-            _sampler(supernet, unit),
+            sampler_of(supernet, unit),
             EpochSlot(context.store, stage, unit.name),
             report,
         )
@@ -211,7 +213,27 @@ def train_group(
     return f"loss {min(losses):.4f} to {max(losses):.4f}"
 
 
-def _sampler(supernet: nn.Module, unit: Supernet) -> ConfigurationSampler:
+def find(context: Context, unit: FindRates, stage: str, supernet: nn.Module, training: Training) -> str:
+    """Find the learning rate of a stage's schedule on one supernet, which keeps its weights."""
+    (name,), of = unit.schedules, unit.of
+    assert isinstance(of, Supernet)
+
+    def train_shortly(splits: Splits, schedule: Schedule) -> list[EpochRecord]:
+        return training(
+            splits,
+            schedule,
+            seed=derive_seed(context.seed, stage, unit.name, "rate"),
+            sampler=sampler_of(supernet, of),
+            engine=context.run.experiment.engine,
+            checkpoint=None,
+            on_epoch=None,
+        )
+
+    return f"learning rate {rates.find(context, name, supernet, train_shortly):g}"
+
+
+def sampler_of(supernet: nn.Module, unit: Supernet) -> ConfigurationSampler:
+    """Return the sampler of a supernet's configurations."""
     return ConfigurationSampler(SearchSpace.of(supernet), unit.alpha, scaling=unit.scaling)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.training.loop import EpochRecord, count_correct
 from gross_ray.training.stages import train_network
 from gross_ray.weights import read_weights, set_weights
+from pipelines.stages import rates
 from pipelines.stages.base import Driver, history_rows, metrics
+from pipelines.stages.rates import FindRates
 from pipelines.units import Context, EpochSlot, Job, Unit
 
 NAME = "train"
+SCHEDULE = "training"
 GIVEN = "given"
 """Name of the stage under which the run folder stores the user's weights."""
 
@@ -56,7 +60,10 @@ def do(driver: Driver) -> None:
         kept = done(run) or run.store.has_checkpoint(GIVEN, "weights")
         check_given(run.store) if kept else keep_given(run.store)
     units = plan(run)
-    driver.do(Job(stage=NAME, units=units, work=work, done=lambda: done(run), kind=NAME, num_equal=len(units)))
+    job = Job(stage=NAME, units=units, work=work, done=lambda: done(run), kind=NAME, num_equal=len(units))
+    if run.experiment.trains_base:
+        rates.settle(driver, job, [SCHEDULE], find)
+    driver.do(job)
 
 
 def keep_given(store: RunStore) -> None:
@@ -91,14 +98,8 @@ def load_given(store: RunStore, network: nn.Module) -> None:
 def work(context: Context, unit: BaseNetwork) -> str:
     """Train one base network, or take the user's weights, and measure it."""
     run, splits, store = context.run, context.splits, context.store
-    image_size = splits.train.images.shape[-1]
-    generator = derived_generator(context.seed, NAME, unit.name, "weights")
-    network = run.new_network(len(splits.classes), image_size, generator).to(context.device)
-    if run.experiment.weights:
-        load_given(store, network)
-        history: list[EpochRecord] = []
-    else:
-        history = _train(context, unit, network)
+    network = _untrained(context, unit)
+    history = _train(context, unit, network) if run.experiment.trains_base else []
     correct, total = count_correct(network, splits.validation), len(splits.validation)
     row = {
         "seed": unit.seed,
@@ -117,17 +118,36 @@ def work(context: Context, unit: BaseNetwork) -> str:
     return f"validation accuracy {correct / total:.4f}"
 
 
+def find(context: Context, unit: FindRates) -> str:
+    """Find the learning rate on the network of one unit."""
+    assert isinstance(unit.of, BaseNetwork)
+    experiment, network = context.run.experiment, _untrained(context, unit.of)
+    seed = derive_seed(context.seed, NAME, unit.name, "rate")
+    training = partial(train_network, network, seed=seed, engine=experiment.engine)
+    return f"learning rate {rates.find(context, SCHEDULE, network, training):g}"
+
+
+def _untrained(context: Context, unit: BaseNetwork) -> nn.Module:
+    """Return a unit's network before its training, on the context's device: new, or with the user's weights."""
+    run, splits = context.run, context.splits
+    generator = derived_generator(context.seed, NAME, unit.name, "weights")
+    network = run.new_network(len(splits.classes), splits.train.images.shape[-1], generator).to(context.device)
+    if run.experiment.weights:
+        load_given(context.store, network)
+    return network
+
+
 def _train(context: Context, unit: BaseNetwork, network: nn.Module) -> list[EpochRecord]:
-    experiment = context.run.experiment
+    experiment, schedule = context.run.experiment, rates.schedule(context.run, SCHEDULE)
     return train_network(
         network,
         context.splits,
-        experiment.training,
+        schedule,
         seed=derive_seed(context.seed, NAME, unit.name, "epochs"),
         engine=experiment.engine,
         checkpoint=EpochSlot(context.store, NAME, unit.name),
         on_epoch=lambda record: context.report(
-            record.epoch / experiment.training.epochs, f"epoch {record.epoch}", **metrics(record)
+            record.epoch / schedule.epochs, f"epoch {record.epoch}", **metrics(record)
         ),
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -20,12 +21,15 @@ from gross_ray.seeds import derive_seed
 from gross_ray.space import DENSE, Configuration
 from gross_ray.supernet.build import build_supernet
 from gross_ray.training.loop import EpochRecord, accuracy
+from gross_ray.training.rates import STEPS
 from gross_ray.training.stages import finetune, reconstruct
-from pipelines.stages import decompose, rounds, search
+from pipelines.stages import decompose, rates, rounds, search
 from pipelines.stages.base import Driver, history_rows, metrics
+from pipelines.stages.rates import FindRates
 from pipelines.units import Context, EpochSlot, Job, Unit
 
 NAME = "validate"
+SCHEDULES = ("validation.reconstruction", "validation.finetuning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,17 +122,18 @@ def _do(driver: Driver, shown: str, units: Sequence[Validation]) -> None:
     if missing:
         driver.do(decompose.job(run, list(missing)))
     num_selected = (len(options.search.budgets) + len(options.search.limits)) * options.search.top
-    driver.do(
-        Job(
-            stage=shown,
-            units=units,
-            work=work,
-            done=lambda: done(run),
-            kind=NAME,
-            num_equal=(len(fixed_configurations(run)) + num_selected) * options.validation.seeds,
-            trials=True,
-        )
+    job = Job(
+        stage=shown,
+        units=units,
+        work=work,
+        done=lambda: done(run),
+        kind=NAME,
+        num_equal=(len(fixed_configurations(run)) + num_selected) * options.validation.seeds,
+        trials=True,
     )
+    trained = [unit for unit in units if _decompositions(run, unit)]  # the original network has nothing to train
+    rates.settle(driver, replace(job, units=trained), SCHEDULES, find)
+    driver.do(job)
 
 
 def _decompositions(run: Run, unit: Validation) -> list[decompose.Decomposition]:
@@ -140,12 +145,7 @@ def _decompositions(run: Run, unit: Validation) -> list[decompose.Decomposition]
 def work(context: Context, unit: Validation) -> str:
     """Reconstruct and fine-tune one configuration from its decompositions, and measure it."""
     run, store, splits = context.run, context.store, context.splits
-    terms = _decompositions(run, unit)
-    bottlenecks: dict[str, list[Bottleneck]] = {layer: [] for layer in run.space.layers}
-    for term in terms:
-        bottlenecks[term.layer].append(decompose.load_terms(store, term).to_bottleneck())
-    dense = [layer for layer, found in bottlenecks.items() if not found]
-    network = build_supernet(run.base.network, bottlenecks, dense).to(context.device)
+    network, terms = _decomposed(context, unit), _decompositions(run, unit)
     slots = {name: EpochSlot(store, f"{NAME}-{name}", unit.name) for name in ("reconstruct", "finetune")}
     rows = _train(context, unit, network, slots) if terms else []  # the original network has no series to train
     if run.experiment.engine.recalibrate:
@@ -166,32 +166,60 @@ def work(context: Context, unit: Validation) -> str:
     return f"validation {val_accuracy:.4f}, test {test_accuracy:.4f}"
 
 
+def find(context: Context, unit: FindRates) -> str:
+    """Find the learning rates on one configuration: that of fine-tuning after a few steps of reconstruction."""
+    assert isinstance(unit.of, Validation)
+    network, found = _decomposed(context, unit.of), []
+    for name, training in zip(SCHEDULES, _trainings(context, network), strict=True):
+        seeded = partial(training, seed=derive_seed(context.seed, NAME, unit.of.name, "rate", name))
+        if name in unit.schedules:
+            rate = rates.find(context, name, network, seeded)
+            found.append(f"{name.rpartition('.')[2]} {rate:g}")
+        settled = rates.schedule(context.run, name)
+        few = replace(settled, epochs=1, milestones=(), images=STEPS * settled.batch_size)
+        seeded(replace(context.splits, validation=context.splits.validation.first(1)), few)
+    return f"learning rates: {', '.join(found)}"
+
+
+def _decomposed(context: Context, unit: Validation) -> nn.Module:
+    """Return the supernet of one configuration, built from its decompositions, on the context's device."""
+    run = context.run
+    bottlenecks: dict[str, list[Bottleneck]] = {layer: [] for layer in run.space.layers}
+    for term in _decompositions(run, unit):
+        bottlenecks[term.layer].append(decompose.load_terms(context.store, term).to_bottleneck())
+    dense = [layer for layer, found in bottlenecks.items() if not found]
+    return build_supernet(run.base.network, bottlenecks, dense).to(context.device)
+
+
+def _trainings(context: Context, network: nn.Module) -> list[Callable[..., list[EpochRecord]]]:
+    """Return the trainings of the two SCHEDULES, which take the images and a schedule."""
+    run = context.run
+    original, engine = run.base.on(context.device), run.experiment.engine
+    return [partial(reconstruct, network, original, engine=engine), partial(finetune, network, engine=engine)]
+
+
 def _train(context: Context, unit: Validation, network: nn.Module, slots: dict[str, EpochSlot]) -> list[dict[str, Any]]:
     """Reconstruct and fine-tune a supernet of one configuration in place, and return the rows of its history."""
-    run, options = context.run, context.run.experiment.validation
-    epochs = options.reconstruction.epochs + options.finetuning.epochs
+    schedules = [rates.schedule(context.run, name) for name in SCHEDULES]
+    reconstruction, finetuning = _trainings(context, network)
+    epochs = sum(schedule.epochs for schedule in schedules)
 
     def report(before: int, what: str, record: EpochRecord) -> None:
         context.report((before + record.epoch) / (epochs + 1), f"{what} epoch {record.epoch}", **metrics(record))
 
-    reconstructed = reconstruct(
-        network,
-        run.base.on(context.device),
+    reconstructed = reconstruction(
         context.splits,
-        options.reconstruction,
+        schedules[0],
         seed=derive_seed(context.seed, NAME, "reconstruct", unit.name),
-        engine=run.experiment.engine,
         checkpoint=slots["reconstruct"],
         on_epoch=lambda record: report(0, "reconstruct", record),
     )
-    finetuned = finetune(
-        network,
+    finetuned = finetuning(
         context.splits,
-        options.finetuning,
+        schedules[1],
         seed=derive_seed(context.seed, NAME, "finetune", unit.name),
-        engine=run.experiment.engine,
         checkpoint=slots["finetune"],
-        on_epoch=lambda record: report(options.reconstruction.epochs, "finetune", record),
+        on_epoch=lambda record: report(schedules[0].epochs, "finetune", record),
     )
     return [
         *history_rows(f"{NAME}-reconstruct", unit.name, unit.seed, reconstructed),

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from io import BytesIO
@@ -198,6 +199,20 @@ def test_limits(sample: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
             getattr(limited, split).images, getattr(sample, split).images[: len(getattr(limited, split))]
         )
     assert limited.train.labels.bincount().tolist() == [7] * 10
+
+
+def test_half_of_the_test_split_may_be_the_validation_split(sample: Splits) -> None:
+    halved = load_dataset(DataOptions(validation_from="test"))
+    assert sizes(halved) == (8000, 1000, 1000)
+    assert_well_formed(halved, (32, 32))
+    assert Counter([*keys(halved.validation), *keys(halved.test)]) == Counter(keys(sample.test))
+    assert Counter(keys(halved.train)) == Counter([*keys(sample.train), *keys(sample.validation)])
+    for part in (halved.train, halved.validation, halved.test):
+        assert part.first(50).labels.bincount().tolist() == [5] * 10  # its order interleaves the classes
+    limited = load_dataset(DataOptions(validation_from="test", limit_train=7000, limit_validation=30, limit_test=20))
+    assert sizes(limited) == (7000, 30, 20)
+    assert torch.equal(limited.train.images, halved.train.images[:7000])
+    assert_equal(load_dataset(DataOptions(validation_from="test")), halved)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -128,7 +128,10 @@ def test_the_printed_fields_of_a_preset_set_the_same_experiment(tmp_path: Path, 
         (["--preset", "quickstart", "--num-cpus", "0"], ["num_cpus = 0"]),
         (["--preset", "quickstart", "--num-cpus", "2", "--address", "10.0.0.1:6379"], ["num_cpus = 2", "10.0.0.1"]),
         (["--preset", "quickstart", "--gpus-per-unit", "0"], ["gpus_per_unit = 0.0"]),
-        ([], ["Missing option '--preset'"]),
+        ([], ["Missing option '--preset' or '--experiment'"]),
+        (["--preset", "quickstart", "--experiment", "a.json"], ["--experiment a.json with --preset quickstart"]),
+        (["--experiment", "none.json"], ["experiment none.json: FileNotFoundError"]),
+        (["--experiment", __file__], ["test_cli.py: JSONDecodeError"]),
     ],
 )
 def test_a_wrong_experiment_or_place_of_work_leaves_nothing_behind(

@@ -1,0 +1,311 @@
+"""Compress a trained network in one call, in this process and in memory; `gross compress` can resume and distribute."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from gross_ray.btd.bottleneck import Bottleneck
+from gross_ray.btd.solver import block_term_decomposition
+from gross_ray.data.image_set import Splits
+from gross_ray.data.images import splits_of
+from gross_ray.data.normalisation import DEVIATION, MEAN
+from gross_ray.data.options import DataOptions
+from gross_ray.defaults import compression_experiment
+from gross_ray.experiment import Experiment
+from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
+from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import amounts, parse_budgets
+from gross_ray.search.cost import LayerCosts, count_parameters, layer_costs
+from gross_ray.search.evaluator import Evaluator
+from gross_ray.search.latency import CONDITIONS, LatencyModel, measure_latency
+from gross_ray.search.operations import count_operations
+from gross_ray.search.options import EvaluationOptions, LatencyOptions
+from gross_ray.search.strategies import strategy
+from gross_ray.seeds import derive_seed, derived_generator
+from gross_ray.space import DENSE, Configuration, SearchSpace
+from gross_ray.supernet.build import build_supernet, empty_supernet, made_up, running_supernet
+from gross_ray.supernet.configure import extract
+from gross_ray.supernet.layers import LayerChoice, choice_of
+from gross_ray.supernet.options import parse_layer_group_sizes
+from gross_ray.training.loop import EpochRecord, accuracy
+from gross_ray.training.options import Schedule
+from gross_ray.training.rates import find_rate
+from gross_ray.training.sampling import ConfigurationSampler
+from gross_ray.training.stages import finetune, reconstruct, train_network
+
+Data = Dataset[Any] | tuple[Tensor, Tensor]
+"""A dataset with a length and items (image, class number), or two tensors: images and class numbers."""
+OnProgress = Callable[[str, float], object]
+"""Receives the name of the step and the share of it that is done (0 to 1)."""
+ROUND = 32
+"""Configurations that the search evaluates at a time."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed network, and what is known of it."""
+
+    network: nn.Module
+    """Plain torch.nn modules, in eval mode; with a runtime, each layer in the form that is faster there."""
+    configuration: Configuration
+    """Its group-sizes, in layer order."""
+    table: pd.DataFrame
+    """The full network and each candidate: network, val_accuracy, test_accuracy, macs, parameters, latency_ms."""
+    card: dict[str, Any]
+    """Plain values for JSON: configuration, layers, accuracies, costs, the expected input, classes, experiment."""
+
+
+def compress(
+    network: nn.Module,
+    train: Data,
+    test: Data,
+    *,
+    budget: str | Sequence[str],
+    validation: Data | None = None,
+    runtime: str = "onnxruntime",
+    batch_size: int = 1,
+    threads: int = 1,
+    effort: str = "normal",
+    epochs: int = 0,
+    adapt: int = 0,
+    mean: Sequence[float] = (MEAN,),
+    std: Sequence[float] = (DEVIATION,),
+    settings: Sequence[str] = (),
+    on_progress: OnProgress | None = None,
+) -> Compressed:
+    """Return the most accurate version of a trained `network` within `budget` that the search finds.
+
+    `train` and `test` have PIL images, uint8 arrays (H, W) or (H, W, 3), or tensors (1 or 3, H, W), all of one size,
+    with class numbers; without `validation`, a fifth of `train` selects. `budget` is one or more like "macs=40%" or
+    "latency_ms=60%", of the full network's cost; time is that of a batch of `batch_size` on `threads` threads in
+    `runtime`, measured here. `effort` is quick, normal or long; `epochs` those of the supernet's fine-tuning; `adapt`
+    the epochs in which the network itself is trained on first. Pixels (0 to 1) are normalised by `mean` and `std`.
+    `settings` override fields of the experiment, like "seed=1". `on_progress` is called with a step's name and the
+    share of it that is done; by default tqdm shows it, if it is installed. The network that is passed stays unchanged.
+    Raises InvalidValueError for a network or a value that cannot be used, and DatasetError for images.
+    """
+    options = DataOptions(mean=tuple(mean), std=tuple(std))
+    given = [train, *([] if validation is None else [validation]), test]
+    sets = [TensorDataset(*each) if isinstance(each, tuple) else each for each in given]
+    splits = splits_of("the given images", sets, options)
+    texts = [budget] if isinstance(budget, str) else list(budget)
+    base, shape = copy.deepcopy(network).eval(), splits.train.images.shape[1:]
+    experiment = compression_experiment(
+        base, shape, budgets=texts, num_images=len(splits.train), effort=effort, epochs=epochs
+    ).override(list(settings))
+    timed = LatencyOptions(runtime=runtime, batch_size=batch_size, threads=threads)
+    with _shown(on_progress) as show:
+        if adapt:
+            schedule = replace(experiment.training, epochs=adapt, milestones=())
+            _train("adapt", base, partial(train_network, base), splits, schedule, experiment, show)
+        return _compressed(base, splits, experiment, timed, show)
+
+
+def _compressed(
+    base: nn.Module, splits: Splits, experiment: Experiment, timed: LatencyOptions, show: OnProgress
+) -> Compressed:
+    """Do every stage with a network that nothing else uses."""
+    shape = splits.train.images.shape[1:]
+    options = experiment.decomposition
+    by_layer = parse_layer_group_sizes(options.layer_group_sizes)
+    choice = choice_of(base, options.layers, options.group_sizes, by_layer, keep_dense=True, input_shape=shape)
+    running_supernet(base, choice.group_sizes, shape)
+    model = _measured(base, choice, shape, timed, experiment.seed, show)
+    bottlenecks = _decomposed(choice, experiment, show)
+    within = _within(base, choice, shape, experiment, model)
+    supernet = build_supernet(base, {name: list(each.values()) for name, each in bottlenecks.items()}, [*bottlenecks])
+    sampler = ConfigurationSampler(within.space, experiment.supernet.alpha, scaling=experiment.supernet.scaling)
+    training = partial(reconstruct, supernet, base, sampler=sampler)
+    _train("reconstruct", supernet, training, splits, experiment.reconstruction, experiment, show)
+    training = partial(finetune, supernet, sampler=sampler)
+    _train("finetune", supernet, training, splits, experiment.finetuning, experiment, show)
+    best = _searched(supernet, splits, experiment, within, show)
+    candidates = {one: _alone(one, base, bottlenecks, splits, experiment, show) for one in best}
+    rows = [_row("full network", base, splits, shape, model.full_ms)]
+    rows += [_row(str(one), found, splits, shape, model.predict(one)) for one, found in candidates.items()]
+    table = pd.DataFrame(rows)
+    chosen = best[int(table["val_accuracy"].iloc[1:].to_numpy().argmax())]
+    folded, _ = model.fold(candidates[chosen])
+    card = _card(chosen, [*choice.group_sizes], table, splits, experiment, model)
+    return Compressed(folded.eval(), chosen, table, card)
+
+
+def _measured(
+    base: nn.Module, choice: LayerChoice, shape: Sequence[int], timed: LatencyOptions, seed: int, show: OnProgress
+) -> LatencyModel:
+    generator = derived_generator(seed, "latency")
+    supernet = made_up(empty_supernet(base, choice.group_sizes), generator)
+    step = f"latency in {timed.runtime}"
+    return measure_latency(
+        supernet, shape, timed, generator=generator, device="cpu", on_part=lambda done, all_: show(step, done / all_)
+    )
+
+
+def _decomposed(choice: LayerChoice, experiment: Experiment, show: OnProgress) -> dict[str, dict[int, Bottleneck]]:
+    """Return each layer's bottlenecks by group-size."""
+    found: dict[str, dict[int, Bottleneck]] = {name: {} for name in choice.group_sizes}
+    units = [(name, size) for name, sizes in choice.group_sizes.items() for size in sizes if size != DENSE]
+    for number, (name, size) in enumerate(units, 1):
+        terms = block_term_decomposition(
+            choice.convs[name].weight.detach(),
+            size,
+            options=experiment.decomposition,
+            seed=derive_seed(experiment.seed, "decompose", name, size),
+        )
+        found[name][size] = terms.to_bottleneck()
+        show("decompose", number / len(units))
+    return found
+
+
+def _train(
+    step: str,
+    network: nn.Module,
+    training: Callable[..., list[EpochRecord]],
+    splits: Splits,
+    schedule: Schedule,
+    experiment: Experiment,
+    show: OnProgress,
+) -> None:
+    """Train in place; a range test finds the rate if the schedule leaves it open."""
+    seeded = partial(training, seed=derive_seed(experiment.seed, step), engine=experiment.engine)
+    if not schedule.lr:
+        show(f"{step}: learning rate", 0.0)
+        schedule = replace(schedule, lr=find_rate(network, seeded, splits, schedule).chosen)
+    seeded(splits, schedule, on_epoch=lambda record: show(step, record.epoch / schedule.epochs))
+
+
+def _within(
+    base: nn.Module, choice: LayerChoice, shape: Sequence[int], experiment: Experiment, model: LatencyModel
+) -> BudgetedSpace:
+    """Return the configurations within the experiment's limits; raises InvalidValueError if there are none."""
+    supernet = empty_supernet(base, choice.group_sizes)
+    asked = [budget for text in experiment.search.limits for budget in parse_budgets(text)]
+    full = {
+        "macs": float(count_operations(base, shape).macs),
+        "parameters": float(count_parameters(base)),
+        "latency_ms": model.full_ms,
+    }
+    budgets = amounts(asked, full)
+    names = dict.fromkeys(["macs", *(budget.cost for budget in budgets)])
+    costs: list[LayerCosts] = [
+        model.costs if name == "latency_ms" else layer_costs(supernet, shape, name) for name in names
+    ]
+    return BudgetedSpace(SearchSpace.of(supernet), costs, budgets)
+
+
+def _searched(
+    supernet: nn.Module, splits: Splits, experiment: Experiment, within: BudgetedSpace, show: OnProgress
+) -> list[Configuration]:
+    """Return the most accurate configurations within the budgets, on the validation split, the best first."""
+    options = experiment.search
+    evaluator = Evaluator(
+        supernet.eval(),
+        EvaluationOptions(form=options.form, precision=options.precision),
+        normalisation=splits.validation.normalisation,
+    )
+    proposing = strategy(options.strategy, within, derive_seed(experiment.seed, "search") % 2**32)
+    calibration = calibration_images(splits.train) if experiment.engine.recalibrate else None
+    most = options.evaluations or within.space.size
+    accuracies: dict[Configuration, float] = {}
+    while proposed := proposing.propose(min(ROUND, most - len(accuracies))):
+        correct, _ = evaluator.evaluate(splits.validation.images, splits.validation.labels, proposed, calibration)
+        learned = dict(zip(proposed, (correct / len(splits.validation)).tolist(), strict=True))
+        proposing.learn(learned)
+        accuracies |= learned
+        show("search", len(accuracies) / most)
+    ranked = sorted(accuracies, key=lambda one: (-accuracies[one], one))
+    return ranked[: options.top]
+
+
+def _alone(
+    configuration: Configuration,
+    base: nn.Module,
+    bottlenecks: Mapping[str, Mapping[int, Bottleneck]],
+    splits: Splits,
+    experiment: Experiment,
+    show: OnProgress,
+) -> nn.Module:
+    """Return one configuration, trained on its own from its decompositions, as a plain network."""
+    chosen = dict(zip(bottlenecks, configuration, strict=True))
+    series = {name: [bottlenecks[name][size]] if size != DENSE else [] for name, size in chosen.items()}
+    own = build_supernet(base, series, [name for name, each in series.items() if not each])
+    options = experiment.validation
+    if any(series.values()):
+        training = partial(reconstruct, own, base)
+        _train(f"{configuration}: reconstruct", own, training, splits, options.reconstruction, experiment, show)
+        _train(f"{configuration}: finetune", own, partial(finetune, own), splits, options.finetuning, experiment, show)
+    if experiment.engine.recalibrate:
+        recalibrate(own, map(splits.train.as_inputs, calibration_batches(calibration_images(splits.train))))
+    return extract(own, configuration).eval()
+
+
+def _row(name: str, network: nn.Module, splits: Splits, shape: Sequence[int], latency_ms: float) -> dict[str, Any]:
+    return {
+        "network": name,
+        "val_accuracy": accuracy(network, splits.validation),
+        "test_accuracy": accuracy(network, splits.test),
+        "macs": count_operations(network, shape).macs,
+        "parameters": count_parameters(network),
+        "latency_ms": latency_ms,
+    }
+
+
+def _card(
+    configuration: Configuration,
+    layers: Sequence[str],
+    table: pd.DataFrame,
+    splits: Splits,
+    experiment: Experiment,
+    model: LatencyModel,
+) -> dict[str, Any]:
+    (row,) = table[table["network"] == str(configuration)].to_dict("records")
+    images, normalisation = splits.train.images, splits.train.normalisation
+    where = {name: getattr(model, name) for name in CONDITIONS}
+    fields = experiment.fields()
+    return {
+        "configuration": str(configuration),
+        "layers": {layer: size or "dense" for layer, size in zip(layers, configuration, strict=True)},
+        "accuracy": {"validation": row["val_accuracy"], "test": row["test_accuracy"]},
+        "macs": int(row["macs"]),
+        "parameters": int(row["parameters"]),
+        "latency_ms": row["latency_ms"],
+        "latency of": where | {"timed": "predicted", "full network, ms": model.full_ms},
+        "input": {"shape": ["N", *images.shape[1:]], "mean": normalisation.mean, "std": normalisation.std},
+        "classes": list(splits.classes),
+        "experiment": {name: fields[name] for name in fields if name not in _ELSEWHERE},
+    }
+
+
+_ELSEWHERE = ("model", "weights", "data.name")
+"""Fields of an experiment that name what was passed to `compress` as objects."""
+
+
+@contextmanager
+def _shown(on_progress: OnProgress | None) -> Iterator[OnProgress]:
+    """Yield the callback, or by default one that shows a bar for each step, if tqdm is installed."""
+    if on_progress is not None:
+        yield on_progress
+        return
+    if importlib.util.find_spec("tqdm") is None:
+        yield lambda step, share: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=1.0, bar_format="{desc}: {percentage:3.0f}% {elapsed}") as bar:
+
+        def show(step: str, share: float) -> None:
+            bar.set_description_str(step, refresh=False)
+            bar.n = share
+            bar.refresh()
+
+        yield show

@@ -1,0 +1,137 @@
+"""The experiment that compresses a network within budgets, with defaults that fit the network and its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from gross_ray.data.options import DataOptions
+from gross_ray.efforts import EFFORTS
+from gross_ray.errors import InvalidValueError
+from gross_ray.experiment import Experiment
+from gross_ray.fields import require
+from gross_ray.search.options import SearchOptions
+from gross_ray.space import DENSE, SearchSpace
+from gross_ray.supernet.layers import NOT_PAYING, LayerChoice, choice_of
+from gross_ray.supernet.options import DecompositionOptions
+from gross_ray.training.options import (
+    FinetuningOptions,
+    ReconstructionOptions,
+    Schedule,
+    SupernetOptions,
+    SweepOptions,
+    TrainingOptions,
+    ValidationOptions,
+)
+
+GROUP_SIZES = (1, 4, 16)
+"""Group-sizes that a layer may take, beside staying dense; those that need no fewer MACs or parameters are left out."""
+MOST_EXHAUSTIVE = 1000
+"""A space of at most this many configurations is searched whole; a larger one by the strategy `surrogate`."""
+LARGEST_BATCH, SMALLEST_BATCH = 128, 16
+LEAST_STEPS = 50
+"""Steps that an epoch should have: with fewer images, batches are smaller."""
+
+
+def compression_experiment(
+    network: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    budgets: Sequence[str],
+    num_images: int,
+    model: str = "four-conv",
+    data: DataOptions = DataOptions(),  # noqa: B008 (frozen)
+    weights: str = "",
+    adapt: int = 0,
+    effort: str = "normal",
+    epochs: int = 0,
+) -> Experiment:
+    """Return the experiment that compresses `network` within `budgets`; `input_shape` is (C, H, W).
+
+    `model`, `weights` and `data` are the names of the network and the images, for a run folder. All `budgets`, like
+    "macs=40%", hold at once. `num_images` is the size of the training split. With `adapt`, weights are first trained on
+    for that many epochs. `epochs` replaces the effort's epochs of the supernet's fine-tuning, and changes a
+    configuration's in proportion.
+    Learning rates are left open: a range test finds each before its training. Raises InvalidValueError for an unknown
+    effort, for `adapt` without weights, without a budget, and as `choice_of` does.
+    """
+    require(effort in EFFORTS, "effort", effort, f"must be one of {', '.join(EFFORTS)}")
+    if not budgets:
+        raise InvalidValueError("no budget: name one or more, like macs=40% or latency_ms=60%")
+    if adapt and not weights:
+        raise InvalidValueError(f"adapt = {adapt}: trains given weights on; name weights, or leave it out")
+    spent = EFFORTS[effort]
+    finetuning = epochs or spent.finetuning
+    own = max(1, round(finetuning * spent.own_finetuning / spent.finetuning))
+    images = spent.images
+    size = _batch_size(min(images or num_images, num_images))
+    decomposition, space = _choices(network, input_shape)
+    whole = space.size <= MOST_EXHAUSTIVE
+
+    def schedule(num_epochs: int) -> dict[str, object]:
+        late = tuple(sorted({round(num_epochs * share) for share in (0.6, 0.85)} - {0, num_epochs}))
+        return {"epochs": num_epochs, "lr": 0.0, "milestones": late, "batch_size": size, "images": images}
+
+    return Experiment(
+        name="compress",
+        model=model,
+        weights=weights,
+        data=data,
+        training=TrainingOptions(
+            seeds=1,
+            start="weights" if adapt else "new",
+            **schedule(adapt or spent.training),  # type: ignore[arg-type]
+        ),
+        decomposition=decomposition,
+        supernet=SupernetOptions(seeds=1),
+        reconstruction=ReconstructionOptions(**schedule(spent.reconstruction)),  # type: ignore[arg-type]
+        finetuning=FinetuningOptions(**schedule(finetuning)),  # type: ignore[arg-type]
+        search=SearchOptions(
+            budgets=(),
+            limits=(",".join(budgets),),
+            top=spent.top,
+            strategy="exhaustive" if whole else "surrogate",
+            evaluations=0 if whole else spent.evaluations,
+        ),
+        sweep=SweepOptions(alphas=()),
+        validation=ValidationOptions(
+            fixed=(),
+            seeds=1,
+            reconstruction=Schedule(**schedule(spent.own_reconstruction)),  # type: ignore[arg-type]
+            finetuning=Schedule(**schedule(own)),  # type: ignore[arg-type]
+        ),
+    )
+
+
+def _choices(network: nn.Module, input_shape: Sequence[int]) -> tuple[DecompositionOptions, SearchSpace]:
+    """Return the options that give each layer the GROUP_SIZES that pay, and dense; and the space."""
+    paying = choice_of(network, keep_dense=True, input_shape=input_shape)
+    sizes = {layer: tuple(size for size in GROUP_SIZES if size in each) for layer, each in paying.group_sizes.items()}
+    layers = [layer for layer, each in sizes.items() if each]
+    dividing = {layer: tuple(s for s in GROUP_SIZES if paying.convs[layer].in_channels % s == 0) for layer in layers}
+    own = [f"{layer}={','.join(map(str, sizes[layer]))}" for layer in layers if sizes[layer] != dividing[layer]]
+    options = DecompositionOptions(
+        tolerance=1e-4,
+        layers=tuple(layers) if len(layers) < len(_all(paying)) else (),
+        group_sizes=GROUP_SIZES,
+        layer_group_sizes=tuple(own),
+        keep_dense=True,
+    )
+    return options, SearchSpace({layer: (*sizes[layer], DENSE) for layer in layers})
+
+
+def _all(choice: LayerChoice) -> list[str]:
+    """Return the layers that GROUP_SIZES would decompose if nothing else were named."""
+    unpaid = [layer for layer, why in choice.left_alone.items() if why == NOT_PAYING]
+    return [*choice.group_sizes, *unpaid]
+
+
+def _batch_size(num_images: int) -> int:
+    """Return the images of a batch: fewer for small datasets, and never such that one is left for the last batch."""
+    size = LARGEST_BATCH
+    while size > SMALLEST_BATCH and num_images < LEAST_STEPS * size:
+        size //= 2
+    while size > 2 and num_images % size == 1:
+        size -= 1
+    return size

@@ -1,0 +1,133 @@
+"""The command `gross compress`: from a trained network and images to a smaller file, by every stage of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from gross_ray.data.options import DataOptions
+from gross_ray.defaults import compression_experiment
+from gross_ray.errors import InvalidValueError
+from gross_ray.experiment import Experiment
+from gross_ray.export import check_format
+from gross_ray.models import build_model
+from gross_ray.report.compressed import best_candidate, compressed_table, plan_lines
+from gross_ray.report.page import write_page
+from gross_ray.report.terminal import as_text
+from gross_ray.run.opened import layer_choice
+from gross_ray.search.budgets import Budget, RelativeBudget
+from gross_ray.space import SearchSpace
+from pipelines.commands import exporting
+from pipelines.commands.measuring import asked_for
+from pipelines.commands.options import Place
+from pipelines.commands.run_folders import folder_of
+from pipelines.commands.running import work
+from pipelines.commands.terminal import measuring_bar
+from pipelines.driver import DataSource, Session
+from pipelines.stages import latencies, train
+from pipelines.stages.pipeline import do_all
+
+_CONDITIONS = ("runtime", "batch_size", "threads")
+BEST = "best.onnx"
+"""The exported file in the run folder, if no other is named."""
+
+
+def compress(
+    out: str,
+    *,
+    model: str,
+    weights: Path | None,
+    data: str,
+    budgets: Sequence[Budget | RelativeBudget],
+    adapt: int | None,
+    effort: str,
+    epochs: int | None,
+    settings: Sequence[str],
+    timed: dict[str, Any],
+    target: Path | None,
+    place: Place,
+) -> None:
+    """Do every stage of the compression within `budgets`, write the best network and the page, and print a table.
+
+    `timed` are fields of LatencyOptions, the runtime in which latency is measured (None: the default); `settings`
+    override fields of the experiment. Raises as `compression_experiment`, `check_experiment` and `export` do.
+    """
+    target = _target(out, target)
+    source = place.source()
+    experiment = _experiment(
+        source, model, weights, data, list(map(str, budgets)), adapt or 0, effort, epochs or 0, settings
+    )
+    store = folder_of(out, experiment, source)
+
+    def do(session: Session) -> None:
+        train.do(session)
+        _measure(session, timed)
+        do_all(session)
+
+    page = work(store, place, do, lambda: write_page(store))
+    best = best_candidate(store)
+    exporting.export(out, best, target, seed=None, objective=None, images=source)
+    click.echo("\n" + as_text(compressed_table(store, best, str(target))))
+    click.echo(f"page: {page}", err=True)
+
+
+def _target(out: str, target: Path | None) -> Path:
+    """Return the file to write; raises InvalidValueError if it cannot be written."""
+    if target is None:
+        if "://" in out:
+            raise InvalidValueError(f"--out {out}: the best network cannot be written there; name a file with --to")
+        return Path(out) / BEST
+    check_format(target)
+    return target
+
+
+def _experiment(
+    source: DataSource,
+    model: str,
+    weights: Path | None,
+    data: str,
+    budgets: Sequence[str],
+    adapt: int,
+    effort: str,
+    epochs: int,
+    settings: Sequence[str],
+) -> Experiment:
+    """Return the experiment for the network and the images, and print what it chose."""
+    data_fields = [setting for setting in settings if setting.partition("=")[0].strip().startswith("data.")]
+    options = Experiment(data=DataOptions(name=data)).override(data_fields).data
+    splits = source.load(options)
+    shape = splits.train.images.shape[1:]
+    network = build_model(model, num_classes=len(splits.classes), image_size=shape[-1], generator=torch.Generator())
+    experiment = compression_experiment(
+        network,
+        shape,
+        model=model,
+        budgets=budgets,
+        num_images=len(splits.train),
+        data=options,
+        weights="" if weights is None else str(weights.absolute()),
+        adapt=adapt,
+        effort=effort,
+        epochs=epochs,
+    ).override([setting for setting in settings if setting not in data_fields])
+    space = SearchSpace(layer_choice(network, experiment.decomposition, shape).group_sizes)
+    for line in plan_lines(experiment, space, splits):
+        click.echo(line, err=True)
+    return experiment
+
+
+def _measure(session: Session, timed: dict[str, Any]) -> None:
+    """Measure latency in the run's process, unless the measurement in use was made in the same conditions."""
+    device, options = asked_for(None, {name: value for name, value in timed.items() if value is not None})
+    used = latencies.in_force(session.run)
+    if used is not None and all(getattr(used, name) == getattr(options, name) for name in _CONDITIONS):
+        return
+    with measuring_bar(options.runtime, device) as advance:
+        model = latencies.measure(session.run, device, options, advance)
+    latencies.put(session.run, model)
+    fastest = model.predict(model.costs.cheapest)
+    session.note(f"latency: the full network takes {model.full_ms:.3g} ms, the fastest configuration {fastest:.3g} ms")
