@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.errors import GrossRayError, InvalidValueError, first_line
 from gross_ray.nn.calls import output_of, zero_images
+from gross_ray.nn.copies import copied
 from gross_ray.nn.modes import evaluating
 from gross_ray.supernet.configure import check_plain
 
@@ -98,9 +99,11 @@ def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int
 
 
 def _program(model: nn.Module, input_shape: Sequence[int]) -> torch.export.ExportedProgram:
-    batch = ({0: torch.export.Dim("batch")},)
+    of_images = {0: torch.export.Dim("batch")}
+    first = next(iter(inspect.signature(model.forward).parameters.values()))
+    shapes = ((of_images,),) if first.kind is first.VAR_POSITIONAL else (of_images,)  # of a forward with *args
     with torch.no_grad():
-        return torch.export.export(model, (zero_images(model, 2, input_shape),), dynamic_shapes=batch)
+        return torch.export.export(model, (zero_images(model, 2, input_shape),), dynamic_shapes=shapes)
 
 
 def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[int] = ()) -> None:
@@ -161,7 +164,8 @@ def check_export(path: str | Path, network: nn.Module, batches: Iterable[Tensor]
     images = differing = 0
     difference = largest = 0.0
     with evaluating(network), torch.inference_mode():
-        for inputs in batches:
+        for batch in batches:
+            inputs = batch.contiguous()  # as the network was traced: a program may depend on the memory format
             expected, found = network(inputs), run(inputs)
             images += len(inputs)
             differing += int((found.argmax(1) != expected.argmax(1)).sum())
@@ -203,7 +207,7 @@ def _program_runner(path: Path, _: nn.Module) -> tuple[str, Callable[[Tensor], T
 
 
 def _weights_runner(path: Path, network: nn.Module) -> tuple[str, Callable[[Tensor], Tensor]]:
-    loaded = copy.deepcopy(network)
+    loaded = copied(network)
     loaded.load_state_dict(load_file(path))
     return f"torch {torch.__version__}", loaded.eval()
 

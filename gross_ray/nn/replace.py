@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+
+from gross_ray.nn.copies import copied
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 """Attributes that torch gives every module, among them its children."""
@@ -15,17 +16,17 @@ _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 def replace_modules(
     model: nn.Module, replacements: Mapping[str, nn.Module], *, share_weights: bool = False
 ) -> nn.Module:
-    """Return a deep copy of `model` with the named modules replaced under all their names, so that sharing is kept.
+    """Return a copy of `model` with the named modules replaced under all their names, so that sharing is kept.
 
     Modules in plain lists, tuples and dicts are replaced too. With `share_weights` the copy uses the parameters and
-    buffers of `model` itself.
+    buffers of `model` itself. Raises InvalidValueError like `copied`.
     """
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} if share_weights else {}
-    copied = copy.deepcopy(model, kept)
-    new = {id(copied.get_submodule(name)): module for name, module in replacements.items()}
-    if id(copied) in new:
-        return new[id(copied)]
-    for parent in list(copied.modules()):
+    network = copied(model, kept)
+    new = {id(network.get_submodule(name)): module for name, module in replacements.items()}
+    if id(network) in new:
+        return new[id(network)]
+    for parent in list(network.modules()):
         for attribute, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
                 replacement = new[id(child)]
@@ -34,7 +35,7 @@ def replace_modules(
         for attribute, value in list(vars(parent).items()):
             if attribute not in _TORCH_ATTRIBUTES and isinstance(value, list | tuple | dict):
                 vars(parent)[attribute] = _replaced(value, new)
-    return copied
+    return network
 
 
 def _replaced(value: Any, new: Mapping[int, nn.Module]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from gross_ray.errors import MissingStageError
 from gross_ray.experiment import DecompositionOptions, Experiment
 from gross_ray.models import build_model
+from gross_ray.nn.copies import copied
 from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
@@ -50,7 +50,7 @@ class Base:
         decomposition round.
         """
         if device not in self._copies:
-            self._copies[device] = copy.deepcopy(self.network).to(device)
+            self._copies[device] = copied(self.network).to(device)
         return self._copies[device]
 
 

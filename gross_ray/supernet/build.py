@@ -14,6 +14,7 @@ from gross_ray.btd.options import BTDOptions
 from gross_ray.btd.solver import block_term_decompositions, default_restarts
 from gross_ray.errors import InvalidValueError, first_line
 from gross_ray.nn.calls import network_calls
+from gross_ray.nn.copies import copied
 from gross_ray.nn.replace import replace_modules
 from gross_ray.space import DENSE
 from gross_ray.supernet.configure import series_layers
@@ -39,8 +40,7 @@ def decompose_model(
     `nested`, each group-size starts from the expansion of the next smaller one. With `keep_dense`, the original
     layer is a choice too: DENSE, written d. The network's first convolution stays: with `input_shape` (C, H, W) the
     first that a forward pass reaches, otherwise the first registered. `choice_of` returns which layers stay, and why.
-    Raises InvalidValueError like `choice_of`, and with `input_shape` also like
-    `running_supernet`.
+    Raises InvalidValueError like `choice_of`, `copied`, and with `input_shape` also like `running_supernet`.
     """
     if isinstance(group_sizes, Mapping):
         choice = choice_of(model, layers, by_layer=group_sizes, keep_dense=keep_dense, input_shape=input_shape)
@@ -48,7 +48,9 @@ def decompose_model(
         sizes_of_all = () if group_sizes is None else group_sizes
         choice = choice_of(model, layers, sizes_of_all, keep_dense=keep_dense, input_shape=input_shape)
     chosen, sizes = choice.convs, choice.group_sizes
-    if input_shape is not None:
+    if input_shape is None:
+        copied(model)  # raises before the decompositions, which take long
+    else:
         running_supernet(model, sizes, input_shape)
     bottlenecks: dict[str, list[Bottleneck]] = {}
     for names in _batches(chosen, sizes):
