@@ -35,6 +35,8 @@ class ImageSet:
     """Applied to the images in `as_inputs`."""
     streamed_to: torch.device | None = field(default=None, kw_only=True)
     """The device to which batches are copied; None if the images are already there."""
+    memory_format: torch.memory_format = field(default=torch.channels_last, kw_only=True)
+    """The memory format of `as_inputs`: torch.channels_last or torch.contiguous_format."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -90,8 +92,8 @@ class ImageSet:
             yield images.to(self.streamed_to, non_blocking=pinned), labels.to(self.streamed_to, non_blocking=pinned)
 
     def as_inputs(self, images: Tensor) -> Tensor:
-        """Return uint8 images (B, 3, H, W) as network inputs: normalised, channels last."""
-        return self.normalisation(images).contiguous(memory_format=torch.channels_last)
+        """Return uint8 images (B, 3, H, W) as network inputs: normalised, in `memory_format`."""
+        return self.normalisation(images).contiguous(memory_format=self.memory_format)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from gross_ray.data.normalisation import THE_PAPERS, Normalisation
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.batch_norm import calibration_batches, recalibrated, statistics_of, with_statistics
 from gross_ray.nn.calls import output_of
+from gross_ray.nn.memory_format import memory_format_of
 from gross_ray.nn.modes import evaluating
 from gross_ray.nn.precision import at_precision, products_at
 from gross_ray.search.batch_plan import (
@@ -123,6 +124,8 @@ class Evaluator:
         self._space = SearchSpace.of(supernet)
         self._fixed_forms = dict(forms or {})
         self._walk: PrefixWalk | None = None
+        self._memory_format = torch.channels_last
+        """In which the network runs, decided by the first evaluation."""
         self._joined = True
         """Whether rows of several prefixes may share a batch: nothing in the network mixes rows."""
         self.not_traceable: str | None = None
@@ -163,7 +166,9 @@ class Evaluator:
         loss = torch.zeros(len(configurations), dtype=torch.float64)
         if not configurations:
             return correct, loss
-        with torch.inference_mode(), evaluation_mode(self._supernet):
+        if self._walk is None and self.not_traceable is None:
+            self._memory_format = memory_format_of(self._supernet, images.shape[1:])
+        with torch.inference_mode(), evaluation_mode(self._supernet, self._memory_format):
             plan = self._prepared_plan(images, configurations)
             counts, losses = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
             with at_precision(self._options.precision, self._device):
@@ -277,18 +282,23 @@ class Evaluator:
         to_time = [layer for name, layer in layers.items() if auto and name not in self._fixed_forms]
         walk = PrefixWalk(self._supernet, traced)
         if to_time:
-            walk.siblings = {layer: Siblings(layer, LayerForm.uniform(layer, "bottleneck")) for layer in forms}
+            bottlenecks = {layer: LayerForm.uniform(layer, "bottleneck") for layer in forms}
+            walk.siblings = {layer: self._siblings(layer, form) for layer, form in bottlenecks.items()}
 
             def on_layer(layer: SeriesConv2d, inputs: Tensor) -> None:
                 if layer in to_time:
-                    forms[layer] = fastest_form(layer, _typical_rows(layer, inputs, self._budget()))
+                    rows = _typical_rows(layer, inputs, self._budget(), self._memory_format)
+                    forms[layer] = fastest_form(layer, rows, self._memory_format)
 
             path, once = walk.tree([self._space[0]]), [1] * walk.num_layers
             with modules_out_of_place(self._supernet):
                 walk.run(self._batch(images[:1]), path, lambda *_: None, limits=once, on_layer=on_layer)
         with torch.autocast(self._device.type, enabled=False):  # derive the kernels at the weights' own precision
-            walk.siblings = {layer: Siblings(layer, forms[layer]) for layer in walk.layers}
+            walk.siblings = {layer: self._siblings(layer, forms[layer]) for layer in walk.layers}
         return walk
+
+    def _siblings(self, layer: SeriesConv2d, form: LayerForm) -> Siblings:
+        return Siblings(layer, form, self._memory_format)
 
     def _budget(self) -> int:
         return self._options.memory_budget or default_memory_budget(self._device)
@@ -354,7 +364,7 @@ class Evaluator:
         batch = images.to(self._device)
         if not batch.is_floating_point():
             batch = self._normalisation(batch).to(self._dtype)
-        return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
+        return batch.contiguous(memory_format=self._memory_format)
 
 
 class _Totals:
@@ -386,25 +396,27 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def _typical_rows(layer: SeriesConv2d, inputs: Tensor, memory_budget: int) -> Tensor:
+def _typical_rows(
+    layer: SeriesConv2d, inputs: Tensor, memory_budget: int, memory_format: torch.memory_format
+) -> Tensor:
     """Return copies of one row, about TIMED_MACS of work for the layer, as far as they fit the memory."""
     kernel, sizes = layer.kernel_size[0] * layer.kernel_size[1], len(layer.group_sizes)
     macs = layer.in_channels * layer.out_channels * kernel * inputs.shape[2] * inputs.shape[3]
     channels = 3 * layer.in_channels + 2 * sizes * layer.out_channels
     needed = channels * inputs.shape[2] * inputs.shape[3] * inputs.element_size()
     rows = int(min(max(TIMED_MACS / macs / sizes, 8), 128, max(memory_budget // needed, 1)))
-    return inputs[:1].repeat(rows, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    return inputs[:1].repeat(rows, 1, 1, 1).contiguous(memory_format=memory_format)
 
 
 @contextmanager
-def evaluation_mode(supernet: nn.Module) -> Iterator[None]:
-    """Within the block, set evaluation mode and channels-last weights; restore both and the configuration after it."""
+def evaluation_mode(supernet: nn.Module, memory_format: torch.memory_format) -> Iterator[None]:
+    """Within the block, set evaluation mode and the format of weights; restore both and the configuration after it."""
     active = get_configuration(supernet)
     weights = {module: module.weight.data for module in supernet.modules() if isinstance(module, nn.Conv2d)}
     try:
         with evaluating(supernet):
             for conv, weight in weights.items():  # else each call would copy them
-                conv.weight.data = weight.contiguous(memory_format=torch.channels_last)
+                conv.weight.data = weight.contiguous(memory_format=memory_format)
             yield
     finally:
         for conv, weight in weights.items():

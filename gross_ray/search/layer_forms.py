@@ -50,19 +50,21 @@ class LayerForm:
 class Siblings:
     """One decomposed layer, prepared to run at any of its group-sizes; later changes of its weights are ignored."""
 
-    def __init__(self, layer: SeriesConv2d, form: LayerForm) -> None:
-        """Derive one dense kernel or one bottleneck for each group-size, as `form` says."""
-        self._layer, self.form = layer, form
+    def __init__(
+        self, layer: SeriesConv2d, form: LayerForm, memory_format: torch.memory_format = torch.channels_last
+    ) -> None:
+        """Derive one dense kernel or one bottleneck for each group-size, as `form` says, for images in that format."""
+        self._layer, self.form, self._memory_format = layer, form, memory_format
         dense = [size for size in layer.group_sizes if form.by_size[size] == "dense"]
         self._dense_index = {size: index for index, size in enumerate(dense)}
         kernels = [layer.dense_kernel(size) for size in dense]
-        self._kernels = _channels_last(torch.cat(kernels)) if kernels else None
+        self._kernels = self._laid_out(torch.cat(kernels)) if kernels else None
         self._bottlenecks: dict[int, Bottleneck] = {}
         for size in layer.group_sizes:
             if form.by_size[size] == "bottleneck":
                 terms = layer.bottleneck(size)
                 self._bottlenecks[size] = Bottleneck(
-                    *(_channels_last(part) for part in (terms.pointwise_in, terms.grouped, terms.pointwise_out))
+                    *(self._laid_out(part) for part in (terms.pointwise_in, terms.grouped, terms.pointwise_out))
                 )
 
     def run(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -99,15 +101,21 @@ class Siblings:
             return stacked
         num, _, height, width = stacked.shape
         apart = stacked.permute(0, 2, 3, 1).unflatten(3, (len(sizes), channels)).permute(3, 0, 1, 2, 4)
-        return apart.reshape(len(sizes) * num, height, width, channels).permute(0, 3, 1, 2)
+        joined = apart.reshape(len(sizes) * num, height, width, channels).permute(0, 3, 1, 2)
+        return self._laid_out(joined)
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=self._memory_format)
 
 
-def fastest_form(layer: SeriesConv2d, images: Tensor) -> LayerForm:
-    """Time the forms of `layer` on `images`, on their device, and return the fastest."""
+def fastest_form(
+    layer: SeriesConv2d, images: Tensor, memory_format: torch.memory_format = torch.channels_last
+) -> LayerForm:
+    """Time the forms of `layer` on `images`, which are in that format, on their device, and return the fastest."""
     sizes = layer.group_sizes
-    stacked = Siblings(layer, LayerForm.uniform(layer, "dense"))
-    apart = Siblings(layer, LayerForm(stacked.form.by_size, stacked=False))
-    bottleneck = Siblings(layer, LayerForm.uniform(layer, "bottleneck"))
+    stacked = Siblings(layer, LayerForm.uniform(layer, "dense"), memory_format)
+    apart = Siblings(layer, LayerForm(stacked.form.by_size, stacked=False), memory_format)
+    bottleneck = Siblings(layer, LayerForm.uniform(layer, "bottleneck"), memory_format)
     together = _seconds(images, lambda: stacked.run(images, sizes))
     one_each = _seconds(images, lambda: [apart.run(images, (size,)) for size in sizes])
     dense = min(together, one_each if one_each < CLEARLY * together else together) / len(sizes)
@@ -128,7 +136,3 @@ def _seconds(images: Tensor, work: Callable[[], object]) -> float:
 
     timed()  # warm-up
     return min(timed() for _ in range(REPEATS))
-
-
-def _channels_last(weight: Tensor) -> Tensor:
-    return weight.contiguous(memory_format=torch.channels_last)

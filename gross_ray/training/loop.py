@@ -8,14 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gross_ray.data.image_set import ImageSet
 from gross_ray.errors import DivergedError, InvalidValueError
+from gross_ray.nn.memory_format import memory_format_of
 from gross_ray.nn.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
 from gross_ray.training.capture import CapturedStep, captures
@@ -33,8 +34,9 @@ PART = 64
 FLOAT32 = EngineOptions()
 """The default engine: float32, nothing compiled, one training at a time."""
 
+T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Takes normalised images (B, 3, H, W), channels last, and labels (B,)."""
+"""Takes normalised images (B, 3, H, W), in the memory format of their set, and labels (B,)."""
 
 
 @dataclass(frozen=True)
@@ -205,12 +207,40 @@ def count_correct(network: nn.Module, images: ImageSet, *, batch_size: int | Non
     """Return the number of correctly classified images; leaves the network in eval mode."""
     device = images.device
     size = batch_size or (EVALUATION_BATCH_CUDA if device.type == "cuda" else EVALUATION_BATCH)
+
+    def count(images: ImageSet) -> int:
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        with torch.inference_mode(), products_at("float32", device):
+            for batch, labels in images.batches(size):
+                correct += (network(images.as_inputs(batch)).argmax(dim=1) == labels).sum()
+        return int(correct)
+
     network.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.inference_mode(), products_at("float32", device):
-        for batch, labels in images.batches(size):
-            correct += (network(images.as_inputs(batch)).argmax(dim=1) == labels).sum()
-    return int(correct)
+    return run_in_format_of(network, images, count)
+
+
+def run_in_format_of(network: nn.Module, images: ImageSet, run: Callable[[ImageSet], T], *, trained: bool = False) -> T:
+    """Return `run(images)`, or if `network` fails on that memory format but not on the other, `run` of images in that.
+
+    Before the second call, the network's buffers get their values from before the first. With `trained`, `run` trains.
+    """
+    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        return run(images)
+    except Exception:
+        other = in_format_of(network, images, trained=trained)
+        if other.memory_format == images.memory_format:
+            raise
+    with torch.no_grad():
+        for buffer, values in before:
+            buffer.copy_(values)
+    return run(other)
+
+
+def in_format_of(network: nn.Module, images: ImageSet, *, trained: bool = False) -> ImageSet:
+    """Return the same images in the memory format that `network` runs, or with `trained` can be trained, in."""
+    memory_format = memory_format_of(network, images.images.shape[1:], trained=trained)
+    return replace(images, memory_format=memory_format)
 
 
 def _gradients(

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from gross_ray.data.image_set import Splits
+from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import InvalidValueError
 from gross_ray.supernet.configure import largest_decomposed, series_layers, set_configuration
-from gross_ray.training.loop import FLOAT32, CheckpointSlot, EpochRecord, accuracy, train
+from gross_ray.training.loop import FLOAT32, CheckpointSlot, EpochRecord, accuracy, run_in_format_of, train
 from gross_ray.training.options import EngineOptions, Schedule
 from gross_ray.training.sampling import ConfigurationSampler
 
@@ -37,21 +37,25 @@ def train_network(
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise InvalidValueError("no parameter of the network requires gradients: there is nothing to train")
-    network.to(memory_format=torch.channels_last)
-    return train(
-        network,
-        splits.train,
-        schedule,
-        parameters=parameters,
-        loss=lambda inputs, labels: F.cross_entropy(network(inputs), labels),
-        seed=seed,
-        set_mode=network.train,
-        engine=engine,
-        in_parts=True,
-        measure=lambda: accuracy(network, splits.validation),
-        checkpoint=checkpoint,
-        on_epoch=on_epoch,
-    )
+
+    def run(images: ImageSet) -> list[EpochRecord]:
+        network.to(memory_format=images.memory_format)
+        return train(
+            network,
+            images,
+            schedule,
+            parameters=parameters,
+            loss=lambda inputs, labels: F.cross_entropy(network(inputs), labels),
+            seed=seed,
+            set_mode=network.train,
+            engine=engine,
+            in_parts=True,
+            measure=lambda: accuracy(network, splits.validation),
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+        )
+
+    return run_in_format_of(network, splits.train, run, trained=True)
 
 
 def response_error(response: Tensor, target: Tensor) -> Tensor:
@@ -101,30 +105,34 @@ def reconstruct(
     parameters = freeze_all_but_series(supernet)
     names = list(series_layers(supernet))
     original.eval()
-    original.to(memory_format=torch.channels_last)
-    with Responses(supernet, names) as ours, Responses(original, names) as theirs:
 
-        def loss(inputs: Tensor, _: Tensor) -> Tensor:
-            ours.take()  # drop the responses of passes between two steps, like measurements after an epoch
-            theirs.take()
-            with torch.no_grad():
-                original(inputs)
-            supernet(inputs)
-            return total_response_error(ours.take(), theirs.take())
+    def run(images: ImageSet) -> list[EpochRecord]:
+        original.to(memory_format=images.memory_format)
+        with Responses(supernet, names) as ours, Responses(original, names) as theirs:
 
-        return train(
-            supernet,
-            splits.train,
-            schedule,
-            parameters=parameters,
-            loss=loss,
-            seed=seed,
-            set_mode=supernet.eval,
-            engine=engine,
-            before_step=None if sampler is None else lambda g: set_configuration(supernet, sampler.draw(g)),
-            checkpoint=checkpoint,
-            on_epoch=on_epoch,
-        )
+            def loss(inputs: Tensor, _: Tensor) -> Tensor:
+                ours.take()  # drop the responses of passes between two steps, like measurements after an epoch
+                theirs.take()
+                with torch.no_grad():
+                    original(inputs)
+                supernet(inputs)
+                return total_response_error(ours.take(), theirs.take())
+
+            return train(
+                supernet,
+                images,
+                schedule,
+                parameters=parameters,
+                loss=loss,
+                seed=seed,
+                set_mode=supernet.eval,
+                engine=engine,
+                before_step=None if sampler is None else lambda g: set_configuration(supernet, sampler.draw(g)),
+                checkpoint=checkpoint,
+                on_epoch=on_epoch,
+            )
+
+    return run_in_format_of(supernet, splits.train, run, trained=True)
 
 
 def finetune(
@@ -151,21 +159,24 @@ def finetune(
             set_configuration(supernet, largest_decomposed(supernet))
         return accuracy(supernet, splits.validation)
 
-    return train(
-        supernet,
-        splits.train,
-        schedule,
-        parameters=parameters,
-        loss=lambda inputs, labels: F.cross_entropy(supernet(inputs), labels),
-        seed=seed,
-        set_mode=partial(train_with_fixed_statistics, supernet),
-        engine=engine,
-        in_parts=True,
-        before_step=None if sampler is None else lambda g: set_configuration(supernet, sampler.draw(g)),
-        measure=measure,
-        checkpoint=checkpoint,
-        on_epoch=on_epoch,
-    )
+    def run(images: ImageSet) -> list[EpochRecord]:
+        return train(
+            supernet,
+            images,
+            schedule,
+            parameters=parameters,
+            loss=lambda inputs, labels: F.cross_entropy(supernet(inputs), labels),
+            seed=seed,
+            set_mode=partial(train_with_fixed_statistics, supernet),
+            engine=engine,
+            in_parts=True,
+            before_step=None if sampler is None else lambda g: set_configuration(supernet, sampler.draw(g)),
+            measure=measure,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+        )
+
+    return run_in_format_of(supernet, splits.train, run, trained=True)
 
 
 def freeze_all_but_series(supernet: nn.Module) -> Mapping[str, nn.Parameter]:

@@ -6,7 +6,6 @@ if it were trained alone. Shapes: S supernets, B images of a batch.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.func import functional_call, vmap
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError, InvalidValueError, one_line
+from gross_ray.nn.copies import copied
 from gross_ray.nn.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
 from gross_ray.space import SearchSpace
@@ -35,6 +35,7 @@ from gross_ray.training.loop import (
     check_finite,
     images_of_part,
     restore,
+    run_in_format_of,
     state,
 )
 from gross_ray.training.options import EngineOptions, Schedule
@@ -88,7 +89,6 @@ def reconstruct_together(
 
     Raises InvalidValueError for supernets of different networks, and for networks that cannot be batched.
     """
-    original.eval().to(memory_format=torch.channels_last)
     names = list(series_layers(members[0].supernet))
 
     def targets(inputs: Tensor) -> Goal:
@@ -102,8 +102,13 @@ def reconstruct_together(
         return total_response_error(ours.take(), goal)
 
     stage = _Stage(loss, nn.Module.eval, targets, lambda template: Responses(template, names))
+
+    def run(images: ImageSet) -> list[Outcome]:
+        original.eval().to(memory_format=images.memory_format)
+        return _train_all(members, replace(splits, train=images), schedule, engine, stage)
+
     with _naming_options(engine):
-        return _train_all(members, splits, schedule, engine, stage)
+        return run_in_format_of(members[0].supernet, splits.train, run, trained=True)
 
 
 def finetune_together(
@@ -114,7 +119,14 @@ def finetune_together(
     Raises InvalidValueError for supernets of different networks, and for networks that cannot be batched.
     """
     with _naming_options(engine):
-        return _train_all(members, splits, schedule, engine, _FINETUNING)
+        return _finetune(members, splits, schedule, engine)
+
+
+def _finetune(members: Sequence[Member], splits: Splits, schedule: Schedule, engine: EngineOptions) -> list[Outcome]:
+    def run(images: ImageSet) -> list[Outcome]:
+        return _train_all(members, replace(splits, train=images), schedule, engine, _FINETUNING)
+
+    return run_in_format_of(members[0].supernet, splits.train, run, trained=True)
 
 
 _FINETUNING = _Stage(
@@ -128,12 +140,12 @@ def check_stackable(supernet: nn.Module, shape: Sequence[int], engine: EngineOpt
     The error names the engine options to change. The supernet stays unchanged.
     """
     images = ImageSet(torch.zeros(2, *shape, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
-    member = Member(copy.deepcopy(supernet), 0, ConfigurationSampler(SearchSpace.of(supernet), 0.0))
+    member = Member(copied(supernet), 0, ConfigurationSampler(SearchSpace.of(supernet), 0.0))
     plain = replace(engine, compile=False, capture=False, precision="float32")
     splits = Splits("", images, images, images, ())
     with _naming_options(engine):
         try:
-            _train_all([member], splits, Schedule(epochs=1, lr=1e-9), plain, _FINETUNING)
+            _finetune([member], splits, Schedule(epochs=1, lr=1e-9), plain)
         except (RuntimeError, NotImplementedError) as error:  # torch.func lacks a rule for an operation
             raise _NoStackError(f"the network cannot be mapped over several supernets: {one_line(error)}") from None
 

@@ -20,7 +20,7 @@ from gross_ray.run.opened import Run
 from gross_ray.run.progress import finished_units
 from gross_ray.space import Configuration
 from gross_ray.supernet.configure import set_configuration
-from gross_ray.training.loop import EpochRecord, count_correct
+from gross_ray.training.loop import EpochRecord, count_correct, in_format_of
 from pipelines.stages import decompose, finetune, reconstruct, search, supernets, validate
 from pipelines.stages.base import Driver
 from pipelines.stages.supernets import Supernet
@@ -123,6 +123,7 @@ def mean_accuracy(
     Figure 1 compares the mean over the fixed configurations: they are few and span the space from the cheapest to the
     most accurate. The largest one alone, which fine-tuning reports, gains from any alpha that favours it.
     """
+    images = in_format_of(network, images)
     correct = 0
     for configuration in configurations:
         set_configuration(network, configuration)

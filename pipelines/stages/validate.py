@@ -20,7 +20,7 @@ from gross_ray.search.selection import uniform
 from gross_ray.seeds import derive_seed
 from gross_ray.space import DENSE, Configuration
 from gross_ray.supernet.build import build_supernet
-from gross_ray.training.loop import EpochRecord, accuracy
+from gross_ray.training.loop import EpochRecord, accuracy, in_format_of
 from gross_ray.training.rates import STEPS
 from gross_ray.training.stages import finetune, reconstruct
 from pipelines.stages import decompose, rates, rounds, search
@@ -149,7 +149,8 @@ def work(context: Context, unit: Validation) -> str:
     slots = {name: EpochSlot(store, f"{NAME}-{name}", unit.name) for name in ("reconstruct", "finetune")}
     rows = _train(context, unit, network, slots) if terms else []  # the original network has no series to train
     if run.experiment.engine.recalibrate:
-        recalibrate(network, map(splits.train.as_inputs, calibration_batches(calibration_images(splits.train))))
+        images = in_format_of(network, splits.train)
+        recalibrate(network, map(images.as_inputs, calibration_batches(calibration_images(images))))
     test_accuracy = accuracy(network, splits.test)
     val_accuracy = accuracy(network, splits.validation)
     save_supernet(store, NAME, unit.name, network, unit.values())
