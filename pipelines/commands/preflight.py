@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 
@@ -12,6 +10,7 @@ from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
 from gross_ray.nn.calls import network_errors_as_invalid_value
+from gross_ray.nn.copies import copied
 from gross_ray.nn.modes import evaluating
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgeted import BudgetedSpace
@@ -24,6 +23,7 @@ from gross_ray.supernet.build import running_supernet
 from gross_ray.supernet.layers import LayerChoice
 from gross_ray.training.together import check_stackable
 from gross_ray.weights import read_weights, set_weights
+from pipelines.commands.rehearsal import rehearse
 from pipelines.stages import search
 from pipelines.stages.supernets import as_one_graph
 
@@ -38,8 +38,9 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
 
     Checked are: weights of another network, images that the network cannot run, an output that is not logits, unknown
     layers and group-sizes, fixed configurations and budgets outside the space, limits below its cheapest configuration,
-    supernets that the engine cannot stack, a last batch that is too small, and a space that is too large for the
-    strategy. Limits on latency are not checked: it is measured after the training.
+    supernets that the engine cannot stack, and a space that is too large for the strategy. Then `rehearse` takes a step
+    of each training, and evaluates as the search does. Limits on latency are not checked: it is measured after the
+    training.
     """
     shape = splits.train.images.shape[1:]
     network = build_model(
@@ -49,11 +50,11 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
         set_weights(network, read_weights(experiment.weights), experiment.weights)
     _check_logits(network, shape, experiment.model, len(splits.classes))
     _check_training(network, shape, experiment.model)
-    _check_last_batch(network, shape, experiment, len(splits.train))
     choice = layer_choice(network, experiment.decomposition, shape)
     supernet = running_supernet(network, choice.group_sizes, shape)
     engine = experiment.engine
-    if engine.parallel_seeds > 1 or as_one_graph(engine, "cuda" if torch.cuda.is_available() else "cpu"):
+    stacked = engine.parallel_seeds > 1 or as_one_graph(engine, "cuda" if torch.cuda.is_available() else "cpu")
+    if stacked:
         check_stackable(supernet, shape, engine)
     space = SearchSpace.of(supernet)
     _check_fixed(experiment, space, layer_costs(supernet, shape, "macs"), choice)
@@ -64,6 +65,7 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     for text in limits:
         budgets = amounts([budget for budget in parse_budgets(text) if budget.cost != "latency_ms"], full)
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
+    rehearse(experiment, splits, network, supernet, stacked=stacked)
 
 
 def _full_costs(network: torch.nn.Module, shape: torch.Size) -> dict[str, float]:
@@ -104,36 +106,20 @@ def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_c
 
 
 def _check_training(network: torch.nn.Module, shape: torch.Size, model: str) -> None:
-    """Raise InvalidValueError for a network that cannot be trained, copied or stored."""
+    """Raise InvalidValueError for a network that cannot be trained or stored."""
     others = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
     if others:
         raise InvalidValueError(f"model {model!r}: {others[0]} of its state dict is no tensor; keep it elsewhere")
     try:
         with torch.random.fork_rng(devices=[]):
-            copied = copy.deepcopy(network).train()
-            logits = copied(torch.zeros(2, *shape))
+            logits = copied(network).train()(torch.zeros(2, *shape))
             torch.nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()
-            copy.deepcopy(copied)
+    except InvalidValueError:
+        raise
     except Exception as error:  # whatever the user's own code raises
         raise InvalidValueError(
             f"model {model!r}: cannot be trained: {one_line(error)}; a step is made of float32 images, logits from the "
-            "network in training mode, their gradients, and copies of the network"
-        ) from None
-
-
-def _check_last_batch(network: torch.nn.Module, shape: torch.Size, experiment: Experiment, num_images: int) -> None:
-    """Raise InvalidValueError if the last batch is a single image, and the network cannot be trained on one."""
-    options = experiment.training
-    count, size = options.images_of(num_images), options.batch_size
-    if experiment.weights or count % size != 1:
-        return
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            copy.deepcopy(network).train()(torch.zeros(1, *shape))
-    except Exception as error:  # whatever the user's code raises; batch-norm over one value raises
-        raise InvalidValueError(
-            f"training.batch_size = {size}: the last of {count} images is a batch by itself, which model "
-            f"{experiment.model!r} cannot be trained on: {one_line(error)}; set another training.batch_size"
+            "network in training mode, and their gradients"
         ) from None
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from miniature import invoke
 from torch import nn
-from torch.nn.utils import prune
 
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
@@ -125,8 +124,6 @@ class Fussy(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
         )
-        if fault == "pruned":
-            prune.l1_unstructured(self.layers[1], "weight", 0.5)
 
     def forward(self, images: torch.Tensor) -> object:
         logits = self.layers(images)
@@ -147,7 +144,6 @@ class Fussy(nn.Module):
         ("several outputs", "cannot be trained: TypeError: .*tuple"),
         ("no gradient", "cannot be trained: RuntimeError: .*does not require grad"),
         ("extra state", "_extra_state of its state dict is no tensor"),
-        ("pruned", "cannot be trained: RuntimeError: .*deepcopy"),
         ("double", "cannot run an image of 3x32x32: RuntimeError: .*type"),
     ],
 )
