@@ -33,6 +33,8 @@ FEW = 2
 """Images of a step: the fewest that every batch-norm can be trained on."""
 MOST_BYTES = 2**30
 """Bytes of live tensors that a whole batch may take here: the machine that trains may have more memory than this."""
+ANY_RATE = 1e-9
+"""Learning rate of a step whose schedule leaves it open."""
 UNLIMITED = 2**50
 """Bytes: a memory budget that limits no batch, because a worker's automatic budget is not known here."""
 Step = Callable[[Splits, Schedule], object]
@@ -119,7 +121,7 @@ def _trainings(
         train_with_fixed_statistics(supernet)
         return supernet
 
-    if not experiment.weights:
+    if experiment.trains_base:
         yield _Training("training", experiment.training, base, of_base, network.train)
     yield _Training("reconstruction", experiment.reconstruction, drawn_reconstruction, of_responses)
     yield _Training("finetuning", experiment.finetuning, drawn_finetuning, of_logits, fixed_statistics)
@@ -133,7 +135,8 @@ def _rehearse_training(training: _Training, splits: Splits, model: str) -> None:
     sizes = {min(size, FEW) for size in _batch_sizes(schedule, count)}
     for size in sorted(sizes, reverse=True):
         try:
-            training.step(_first(splits, size), replace(schedule, epochs=1, images=0, batch_size=size))
+            few = replace(schedule, epochs=1, images=0, batch_size=size, lr=schedule.lr or ANY_RATE)
+            training.step(_first(splits, size), few)
         except DivergedError:  # of weights that are made up
             pass
         except InvalidValueError:
