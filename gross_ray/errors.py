@@ -50,6 +50,10 @@ class UnitsFailedError(GrossRayError):
     """Units of work failed; the results of all others are stored."""
 
 
+class ConvertedNetworkWarning(UserWarning):
+    """A user's network has another floating-point type, and its copy in float32 is used instead."""
+
+
 def is_whole(value: object, least: int) -> bool:
     """Return whether a value is a whole number of at least `least`; True, 2.0 and nan are not whole numbers."""
     try:

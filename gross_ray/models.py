@@ -9,13 +9,14 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.model_names import FORM, check_model_name
 from gross_ray.own_code import own_function
+from gross_ray.own_network import accepted
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
 """Built-in networks by name, as functions of the number of classes and the image size in pixels."""
@@ -36,8 +37,9 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
     """Return the built-in network `name`, or the result of the user's function `package.module:factory`.
 
     A factory gets those of the arguments num_classes and image_size that its signature names (num_classes also with
-    **kwargs). Raises InvalidValueError for an unknown name or factory, and for a factory that fails, that returns no
-    nn.Module, or whose network torch cannot copy.
+    **kwargs). Its network comes without wrappers and in float32 (`accepted`). Raises InvalidValueError for an unknown
+    name or factory, for a factory that fails or returns no nn.Module, and for a network that `accepted` refuses or that
+    torch cannot copy.
     """
     factory = factory_of(name)
     if ":" not in name:
@@ -47,14 +49,15 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
             reason = str(error).splitlines()[0]
             raise InvalidValueError(f"model {name!r} for images of {image_size} pixels: {reason}") from None
     parameters = inspect.signature(factory).parameters.values()
-    accepted = {"num_classes" if one.kind is one.VAR_KEYWORD else one.name for one in parameters}
+    named = {"num_classes" if one.kind is one.VAR_KEYWORD else one.name for one in parameters}
     arguments = {"num_classes": num_classes, "image_size": image_size}
     try:
-        network = factory(**{argument: value for argument, value in arguments.items() if argument in accepted})
+        network = factory(**{argument: value for argument, value in arguments.items() if argument in named})
     except Exception as error:  # of any kind: this is the user's own code
         raise InvalidValueError(f"model {name!r}: its factory fails: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise InvalidValueError(f"model {name!r}: returned a {type(network).__name__}, must return an nn.Module")
+    network = accepted(network, f"model {name!r}")
     for path, module in network.named_modules():
         if problem := _problem(module):
             raise InvalidValueError(f"model {name!r}: its module {path!r} {problem}")
@@ -63,9 +66,12 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
 
 def _problem(module: nn.Module) -> str | None:
     """Return why a network with this module cannot be copied, and the remedy; None if it can."""
-    if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
-        return f"is a {type(module).__name__} without weights yet: run an image through it in the factory"
     for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            return (
+                "is pruned by torch.nn.utils.prune, which torch cannot copy: make it permanent with "
+                f"torch.nn.utils.prune.remove(module, {hook._tensor_name!r})"
+            )
         if isinstance(hook, WeightNorm | SpectralNorm):  # the weight they compute cannot be copied
             new = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
             return f"has torch.nn.utils.{new}, which torch cannot copy: use torch.nn.utils.parametrizations.{new}"

@@ -23,6 +23,7 @@ LAYERS = (
         "gross_ray.fields",
         "gross_ray.model_names",
         "gross_ray.own_code",
+        "gross_ray.own_network",
         "gross_ray.seeds",
     ),
     ("gross_ray.space", "gross_ray.data", "gross_ray.models", "gross_ray.weights"),

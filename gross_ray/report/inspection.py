@@ -25,7 +25,8 @@ from gross_ray.supernet.layers import LayerChoice, by_reason
 def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[int]) -> list[ResultTable]:
     """Return the decomposed layers with their costs, the extremes of the space, and the convolutions left alone.
 
-    `input_shape` is (C, H, W). Raises InvalidValueError if the network cannot run an image of that shape.
+    `network` is `choice.network`, `input_shape` is (C, H, W). Raises InvalidValueError if the network cannot run such
+    an image.
     """
     shape = "x".join(map(str, input_shape))
     dense: dict[int, int] = {}
@@ -44,7 +45,11 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
         costs_of_it = [millions(dense.get(id(conv), 0)), f"{decomposed[0]} to {decomposed[-1]}"]
         rows.append([name, _kernel(conv), outputs.get(id(conv), "-"), sizes, *costs_of_it])
     heads = ["layer", "kernel", "output", "group-sizes", "M MACs dense", "as bottleneck"]
-    notes = [f"not tried: {by_reason(choice.dropped)}"] if choice.dropped else []
+    notes = [
+        f"{what}: {by_reason(reasons)}"
+        for what, reasons in (("not tried", choice.dropped), ("made plain", choice.made_plain))
+        if reasons
+    ]
     layers = ResultTable(f"Decomposed: {len(rows)} layers, for images of {shape}", heads, rows, notes)
     smallest = Configuration([sizes[0] for sizes in space.group_sizes.values()])
     extremes = [smallest, largest_decomposed(supernet)]

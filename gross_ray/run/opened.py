@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gross_ray.errors import MissingStageError
+from gross_ray.errors import ConvertedNetworkWarning, MissingStageError
 from gross_ray.experiment import DecompositionOptions, Experiment
 from gross_ray.models import build_model
 from gross_ray.nn.copies import copied
@@ -30,7 +31,7 @@ class Base:
     """The base network that is decomposed: the network of median validation accuracy."""
 
     network: nn.Module
-    """On the CPU, exactly as stored; nothing may change it."""
+    """On the CPU, as stored, with the plain convolutions of `choice`; nothing may change it."""
     seed: int
     input_shape: tuple[int, int, int]
     choice: LayerChoice
@@ -96,7 +97,11 @@ class Run:
 
     def new_network(self, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
         """Return a newly initialised network of the experiment's model."""
-        return build_model(self.experiment.model, num_classes=num_classes, image_size=image_size, generator=generator)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvertedNetworkWarning)  # the command that made the folder showed it
+            return build_model(
+                self.experiment.model, num_classes=num_classes, image_size=image_size, generator=generator
+            )
 
     def supernet(self, stage: str, unit: str) -> nn.Module:
         """Return the supernet that `stage` stored for `unit`, on the CPU."""
@@ -157,7 +162,7 @@ def _load_base(store: RunStore) -> Base:
     restore_state(network, tensors, f"train, seed={seed} in {store.storage}")
     channels, height, width = about["input_shape"]
     choice = layer_choice(network, store.experiment.decomposition, (channels, height, width))
-    return Base(network, seed, (channels, height, width), choice, tuple(about["classes"]))
+    return Base(choice.network, seed, (channels, height, width), choice, tuple(about["classes"]))
 
 
 def _median_seed(store: RunStore) -> int:

@@ -39,15 +39,17 @@ def decompose_model(
     by name or glob; a layer takes the sizes that divide its input channels (default: all powers of two that do). With
     `nested`, each group-size starts from the expansion of the next smaller one. With `keep_dense`, the original
     layer is a choice too: DENSE, written d. The network's first convolution stays: with `input_shape` (C, H, W) the
-    first that a forward pass reaches, otherwise the first registered. `choice_of` returns which layers stay, and why.
-    Raises InvalidValueError like `choice_of`, `copied`, and with `input_shape` also like `running_supernet`.
+    first that a forward pass reaches, otherwise the first registered. With `input_shape`, subclasses of nn.Conv2d that
+    derive their weight or pad their input (weight standardisation, "same" padding) are decomposed too, with the weight
+    that they use now. `choice_of` returns which layers stay, and why. Raises InvalidValueError like `choice_of`,
+    `copied`, and with `input_shape` also like `running_supernet`.
     """
     if isinstance(group_sizes, Mapping):
         choice = choice_of(model, layers, by_layer=group_sizes, keep_dense=keep_dense, input_shape=input_shape)
     else:
         sizes_of_all = () if group_sizes is None else group_sizes
         choice = choice_of(model, layers, sizes_of_all, keep_dense=keep_dense, input_shape=input_shape)
-    chosen, sizes = choice.convs, choice.group_sizes
+    model, chosen, sizes = choice.network, choice.convs, choice.group_sizes
     if input_shape is None:
         copied(model)  # raises before the decompositions, which take long
     else:

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import difflib
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from math import prod
 
+import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from gross_ray.btd.bottleneck import bottleneck_macs
-from gross_ray.errors import InvalidValueError
-from gross_ray.nn.calls import network_calls
+from gross_ray.errors import InvalidValueError, first_line
+from gross_ray.nn.calls import Call, network_calls
+from gross_ray.nn.conv_calls import Bypasses, bypasses
+from gross_ray.own_network import accepted
 from gross_ray.space import DENSE, listed
+from gross_ray.supernet.plain import PlainNetwork, has_hooks, overrides_forward, with_plain_convolutions
+from gross_ray.supernet.remedies import remedy_for
 
 _MOST_NAMED = 8
 """Most names in an error; of more, it lists the closest."""
 _UNREACHED = "the forward pass never reaches it"
 NOT_PAYING = "no group-size needs fewer MACs or parameters than it"
 """Why a layer that may stay dense is not decomposed at any of its default group-sizes."""
+_BYPASSED = "the forward pass uses its weight without calling it"
+_FUNCTIONAL = "calls F.conv2d itself, outside of any nn.Conv2d"
 
 
 @dataclass(frozen=True)
 class LayerChoice:
     """Which convolutions of a network are decomposed, and how."""
 
+    network: nn.Module
+    """The network that is decomposed: the given one, or a copy in which convolutions of `made_plain` are plain."""
     convs: dict[str, nn.Conv2d]
     """The decomposed convolutions by name, in layer order."""
     group_sizes: dict[str, tuple[int, ...]]
@@ -36,6 +49,8 @@ class LayerChoice:
     """Why each other convolution is left alone, by name."""
     dropped: dict[str, str]
     """For each decomposed layer, the group-sizes that it cannot have or that do not pay, and why."""
+    made_plain: dict[str, str]
+    """What each convolution of a class of its own was before a plain one replaced it, by its name in `network`."""
 
 
 def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -60,7 +75,7 @@ def _choose(model: nn.Module, names: Sequence[str] | None, reached: _Reached) ->
     usual = _usual(model, reached)
     if not names:
         if not usual:
-            raise InvalidValueError("this network has no dense convolution with a kernel above 1x1 after its first one")
+            raise _nothing(model, reached)
         return usual
     modules = dict(model.named_modules())
     dense = {name: conv for name, conv in modules.items() if isinstance(conv, nn.Conv2d) and conv.groups == 1}
@@ -68,6 +83,8 @@ def _choose(model: nn.Module, names: Sequence[str] | None, reached: _Reached) ->
     for name in names:
         if name not in modules and any(sign in name for sign in "*?["):
             matching = {layer for layer in usual if fnmatchcase(layer, name)}
+            if not usual:
+                raise _nothing(model, reached)
             if not matching:
                 hint = _other_names(model, name, usual) or _known_names(name, usual)
                 raise InvalidValueError(f"layers {name!r}: matches no convolution that can be decomposed; {hint}")
@@ -78,12 +95,12 @@ def _choose(model: nn.Module, names: Sequence[str] | None, reached: _Reached) ->
                 f"layer {name!r} has groups = {conv.groups} of {conv.in_channels} input channels: only a convolution "
                 "with groups=1 can be decomposed"
             )
-        if name in dense and (custom := _custom(dense[name])):
+        if name in dense and (custom := reached.custom(name, dense[name])):
             raise InvalidValueError(
                 f"layer {name!r} is {custom}: only a plain nn.Conv2d can be decomposed; leave it out"
             )
         if name in dense and not reached.has(dense[name]):
-            raise InvalidValueError(f"layer {name!r}: {_UNREACHED}; leave it out")
+            raise InvalidValueError(f"layer {name!r}: {reached.why_not(dense[name])}; leave it out")
         if name not in dense:
             shared = dict(model.named_modules(remove_duplicate=False)).get(name)
             same = next((other for other, conv in dense.items() if conv is shared), None)
@@ -111,16 +128,19 @@ def choice_of(
     takes of the default sizes those that need fewer MACs or parameters than its convolution. A layer that no size
     divides, or for which none pays, is left alone, unless `names` or `by_layer` names it. With `input_shape` (C, H, W),
     the first convolution, which globs never match, is the first that the forward pass reaches instead of the first
-    registered, and layers that it never reaches are left alone. Raises InvalidValueError like `choose_layers`; for a
-    named layer without a group-size or that the forward pass never reaches; for group-sizes that are not whole numbers
-    above 0, or do not divide each other; for a name in `by_layer` that no layer has; if no layer remains; and if the
-    network cannot run such an image.
+    registered, layers that it never reaches are left alone, and `with_plain_convolutions` replaces subclasses of
+    nn.Conv2d. Raises InvalidValueError like `choose_layers` and `accepted`; for a named layer without a group-size or
+    that the forward pass never reaches; for group-sizes that are not whole numbers above 0, or do not divide each
+    other; for a name in `by_layer` that no layer has; if no layer remains; if the network cannot run such an image.
     """
-    reached = _Reached.of(model, input_shape)
+    model = accepted(model, "the network", dtypes=(torch.float32, torch.float64))
+    plain, reached = _made_plain(model, names or (), input_shape)
+    model, names = plain.network, [plain.renamed.get(name, name) for name in names or ()]
     convs = _choose(model, names, reached)
     paying = _paying_sizes(model, convs, input_shape) if keep_dense and input_shape is not None else {}
     sizes = _whole_numbers(sizes)
-    own = _sizes_by_layer(convs, {name: _whole_numbers(values) for name, values in (by_layer or {}).items()})
+    of_names = {plain.renamed.get(name, name): _whole_numbers(values) for name, values in (by_layer or {}).items()}
+    own = _sizes_by_layer(convs, of_names)
     group_sizes, dropped, left_alone = {}, {}, _reasons(model, convs, reached)
     for name, conv in convs.items():
         requested = own.get(name, sizes)
@@ -137,18 +157,37 @@ def choice_of(
         left_alone[name] = f"none of the group-sizes {listed(requested)} divides its {conv.in_channels} input channels"
         if not requested:
             left_alone[name] = NOT_PAYING
-        if name in (names or ()) or name in own:
+        if name in names or name in own:
             raise InvalidValueError(f"layer {name!r}: {left_alone[name]}; name other group-sizes or leave it out")
     if not group_sizes:
         name = next(iter(convs))
         raise InvalidValueError(f"no layer remains to decompose; {name!r}: {left_alone[name]}; name other group-sizes")
     in_order = [name for name, module in model.named_modules() if name in left_alone]
     return LayerChoice(
-        {name: conv for name, conv in convs.items() if name in group_sizes},
-        group_sizes,
-        {name: left_alone[name] for name in in_order},
-        dropped,
+        network=model,
+        convs={name: conv for name, conv in convs.items() if name in group_sizes},
+        group_sizes=group_sizes,
+        left_alone={name: left_alone[name] for name in [*in_order, *left_alone]},
+        dropped=dropped,
+        made_plain=plain.made_plain,
     )
+
+
+def _made_plain(
+    model: nn.Module, names: Sequence[str], input_shape: Sequence[int] | None
+) -> tuple[PlainNetwork, _Reached]:
+    """Return the network with plain convolutions in place of others, and what a forward pass of it reaches."""
+    reached = _Reached.of(model, input_shape)
+    plain = with_plain_convolutions(model, reached.calls, names)
+    if plain.made_plain:
+        try:
+            reached = _Reached.of(plain.network, input_shape)
+        except InvalidValueError as error:
+            why = f"with a plain one in its place the network fails: {first_line(error.__cause__ or error)}"
+            earlier = {new: old for old, new in plain.renamed.items()}
+            refused = {earlier.get(name, name): why for name in plain.made_plain}
+            plain = PlainNetwork(model, refused=plain.refused | refused)
+    return plain, replace(reached, not_plain=plain.refused)
 
 
 def default_group_sizes(in_channels: int) -> tuple[int, ...]:
@@ -214,15 +253,26 @@ def _sizes_by_layer(
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
-    """Return one line that lists the layers of each reason, the first few by name."""
+    """Return one line that lists the layers of each reason, commonest first, and the first few layers by name."""
     alike: dict[str, list[str]] = {}
     for layer, reason in reasons.items():
         alike.setdefault(reason, []).append(layer)
     parts = []
-    for reason, layers in alike.items():
+    for reason, layers in sorted(alike.items(), key=lambda item: -len(item[1])):
         more = f" and {len(layers) - _MOST_NAMED} more" if len(layers) > _MOST_NAMED else ""
         parts.append(f"{', '.join(layers[:_MOST_NAMED])}{more} ({reason})")
     return "; ".join(parts)
+
+
+def _nothing(model: nn.Module, reached: _Reached) -> InvalidValueError:
+    """Return the error for a network in which nothing can be decomposed: why for each convolution, and a remedy."""
+    reasons = _reasons(model, {}, reached)
+    if not reasons:
+        return InvalidValueError("nothing to decompose: this network has no convolution")
+    (commonest, _), *_ = Counter(reasons.values()).most_common(1)
+    return InvalidValueError(
+        f"no convolution of this network can be decomposed: {by_reason(reasons)}; {remedy_for(commonest)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -230,12 +280,19 @@ class _Reached:
     """The modules that a forward pass reaches, in order; without an image's shape, all registered modules."""
 
     modules: Sequence[nn.Module]
+    calls: Sequence[Call] | None = None
+    """The calls of the forward pass; None without an image's shape."""
+    bypasses: Bypasses = field(default_factory=Bypasses)
+    not_plain: Mapping[str, str] = field(default_factory=dict)
+    """Why no plain convolution can replace each of these convolutions of a class of its own."""
 
     @classmethod
     def of(cls, model: nn.Module, input_shape: Sequence[int] | None = None) -> _Reached:
         if input_shape is None:
             return cls(list(model.modules()))
-        return cls([call.module for call in network_calls(model, input_shape)])
+        with bypasses(model) as found:
+            calls = network_calls(model, input_shape)
+        return cls([call.module for call in calls], calls, found)
 
     @property
     def first(self) -> nn.Conv2d | None:
@@ -243,6 +300,15 @@ class _Reached:
 
     def has(self, conv: nn.Module) -> bool:
         return any(module is conv for module in self.modules)
+
+    def why_not(self, conv: nn.Module) -> str:
+        """Return why a convolution is not reached."""
+        return _BYPASSED if id(conv._parameters.get("weight")) in self.bypasses.weights else _UNREACHED
+
+    def custom(self, name: str, conv: nn.Conv2d) -> str | None:
+        """Return `_custom`, and why no plain convolution can replace it."""
+        custom, why = _custom(conv), self.not_plain.get(name)
+        return custom if why is None or custom is None else f"{custom}: {why}"
 
 
 def _usual(model: nn.Module, reached: _Reached) -> dict[str, nn.Conv2d]:
@@ -269,8 +335,8 @@ def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], reached: _Reache
             reasons[name] = "a transposed convolution"
         elif not isinstance(conv, nn.Conv2d):
             reasons[name] = f"a {type(conv).__name__}, not a Conv2d"
-        elif custom := _custom(conv):
-            reasons[name] = custom
+        elif has_hooks(conv):
+            reasons[name] = str(_custom(conv))
         elif conv.groups == conv.in_channels > 1:
             reasons[name] = "depthwise"
         elif conv.groups > 1:
@@ -278,21 +344,27 @@ def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], reached: _Reache
         elif max(conv.kernel_size) == 1:
             reasons[name] = "1x1"
         elif not reached.has(conv):
-            reasons[name] = _UNREACHED
+            reasons[name] = reached.why_not(conv)
         elif conv is reached.first:
             reasons[name] = "the network's first convolution"
+        elif custom := reached.custom(name, conv):
+            reasons[name] = custom
         else:
             reasons[name] = "not named"
-    return reasons
+    return reasons | dict.fromkeys([name or "(network)" for name in reached.bypasses.functional], _FUNCTIONAL)
 
 
 def _custom(conv: nn.Conv2d) -> str | None:
     """Return what a convolution has that a series would not run (hooks, an overridden forward), or None."""
-    kind = type(conv)
-    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
-        return f"a {kind.__name__}, which overrides the forward of nn.Conv2d"
-    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
-    return f"a {kind.__name__} with hooks" if any(hooks) else None
+    kind = type(conv).__name__
+    for hook in conv._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            return f"a {kind} pruned by torch.nn.utils.prune"
+        if isinstance(hook, WeightNorm | SpectralNorm):
+            return f"a {kind} with torch.nn.utils.{'weight' if isinstance(hook, WeightNorm) else 'spectral'}_norm"
+    if has_hooks(conv):
+        return f"a {kind} with hooks"
+    return f"a {kind}, which overrides the forward of nn.Conv2d" if overrides_forward(conv) else None
 
 
 def _known_names(name: str, known: Mapping[str, object]) -> str:

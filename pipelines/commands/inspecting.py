@@ -41,6 +41,7 @@ def inspect(
     shape = (3, image_size, image_size)
     by_layer = parse_layer_group_sizes(layer_group_sizes)
     choice = choice_of(network, layers, group_sizes, by_layer, keep_dense=keep_dense, input_shape=shape)
+    network = choice.network
     click.echo("\n\n".join(map(as_text, inspection(network, choice, shape))))
     if timed is None:
         return

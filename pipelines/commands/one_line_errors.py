@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from gross_ray.errors import DivergedError, GrossRayError, StorageError, UnitsFailedError
+from gross_ray.errors import ConvertedNetworkWarning, DivergedError, GrossRayError, StorageError, UnitsFailedError
 from pipelines.execution import signals
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Within the block, show a warning about a user's network as one line, without the line of our code."""
+    show, shown = warnings.showwarning, set[str]()
+
+    def show_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, ConvertedNetworkWarning):
+            show(message, category, *where, **more)
+        elif str(message) not in shown:  # a command builds a network more than once
+            shown.add(str(message))
+            click.echo(f"Warning: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_line
+        yield
 
 
 class OneLineErrors(click.Group):
@@ -21,7 +41,7 @@ class OneLineErrors(click.Group):
         if not standalone_mode:
             return run()
         try:
-            with signals.orderly():
+            with signals.orderly(), _one_line_warnings():
                 result: Any = run()
             sys.exit(result if isinstance(result, int) else 0)
         except click.exceptions.NoArgsIsHelpError as error:

@@ -51,7 +51,7 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     _check_logits(network, shape, experiment.model, len(splits.classes))
     _check_training(network, shape, experiment.model)
     choice = layer_choice(network, experiment.decomposition, shape)
-    supernet = running_supernet(network, choice.group_sizes, shape)
+    supernet = running_supernet(choice.network, choice.group_sizes, shape)
     engine = experiment.engine
     stacked = engine.parallel_seeds > 1 or as_one_graph(engine, "cuda" if torch.cuda.is_available() else "cpu")
     if stacked:

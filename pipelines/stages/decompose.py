@@ -116,7 +116,11 @@ def do(driver: Driver) -> None:
     run = driver.run
     units, choice = plan(run), run.base.choice
     if not {unit.name for unit in units} <= done(run):
-        for what, reasons in (("left alone", choice.left_alone), ("not tried", choice.dropped)):
+        for what, reasons in (
+            ("made plain", choice.made_plain),
+            ("left alone", choice.left_alone),
+            ("not tried", choice.dropped),
+        ):
             if reasons:
                 driver.note(f"{NAME}: {what}: {by_reason(reasons)}")
     driver.do(job(run, units))

@@ -119,7 +119,7 @@ def test_a_layer_that_is_called_by_another_way_than_its_place_is_named() -> None
 
 def test_a_network_without_weights_has_nothing_to_decompose() -> None:
     for shape in (None, (3, 9, 9)):
-        with pytest.raises(InvalidValueError, match="no dense convolution"):
+        with pytest.raises(InvalidValueError, match="this network has no convolution"):
             choice_of(nn.Sequential(nn.Flatten()), input_shape=shape)
     assert count_macs(nn.Sequential(nn.Flatten()), (3, 9, 9)) == 0
     with pytest.raises(InvalidValueError, match="input_shape = 9: must be"):
