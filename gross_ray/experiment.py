@@ -182,7 +182,12 @@ class Experiment:
 
 
 _FOLDER = "folder:"
-_LATER_FIELDS = (("decomposition", "keep_dense"), ("training", "start"), ("data", "validation_from"))
+_LATER_FIELDS = (
+    ("decomposition", "keep_dense"),
+    ("training", "start"),
+    ("data", "validation_from"),
+    ("data", "channels"),
+)
 """Fields that earlier versions did not have: at their defaults they change no fingerprint."""
 PATH_FIELDS = {"data.name": "data", "weights": "weights"}
 """The fields that may be paths, each with the name under which a run folder stores its content's hash."""

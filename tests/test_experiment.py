@@ -428,7 +428,8 @@ def test_learning_rates_are_those_of_multi_step_lr(lr: float, gamma: float, mile
 def test_a_field_that_came_later_leaves_earlier_fingerprints_as_they_were() -> None:
     now = preset("quickstart")
     earlier = json.loads(now.to_json())
-    later = {"decomposition.keep_dense": "true", "training.start": "weights", "data.validation_from": "test"}
+    later = {"decomposition.keep_dense": "true", "training.start": "weights"}
+    later |= {"data.validation_from": "test", "data.channels": "1"}
     for group, _, field in (name.partition(".") for name in later):
         del earlier[group][field]
     assert Experiment.from_json(json.dumps(earlier)) == now

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from gross_ray.data.grey import grey
 from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.names import check_dataset_name
@@ -65,9 +66,9 @@ PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 def load_dataset(options: DataOptions, *, root: str | Path | None = None, download: bool = False) -> Splits:
     """Load a dataset onto the CPU, cut to the limits of `options`, always in the same order.
 
-    Images are (N, 3, H, W), uint8. fashion-mnist and its sample are zero-padded from 28x28 to 32x32, and their grey
-    channel is repeated. `root` (default ~/.cache/gross_ray) is the folder of the files of fashion-mnist and cifar10;
-    `download` fetches missing ones.
+    Images are (N, 3, H, W), uint8, or (N, 1, H, W) if `options.channels` is 1 (`grey`). fashion-mnist and its sample
+    are zero-padded from 28x28 to 32x32, and their grey channel is repeated. `root` (default ~/.cache/gross_ray) is the
+    folder of the files of fashion-mnist and cifar10; `download` fetches missing ones.
 
     Raises InvalidValueError for an unknown name or a limit above the split's size, and DatasetError for a file that is
     missing, damaged or of the wrong kind.
@@ -101,10 +102,11 @@ def _settled(splits: Splits, options: DataOptions) -> Splits:
     """Return the splits, cut to the limits of `options`, with its normalisation."""
     limits = (options.limit_train, options.limit_validation, options.limit_test)
     normalisation = Normalisation(options.mean, options.std)
-    train, validation, test = (
+    sets = [
         replace(_limited(splits, split, limit), normalisation=normalisation)
         for split, limit in zip(SPLITS, limits, strict=True)
-    )
+    ]
+    train, validation, test = map(grey, sets) if options.channels == 1 else sets
     return Splits(options.name, train, validation, test, splits.classes)
 
 

@@ -18,6 +18,8 @@ class DataOptions:
 
     name: str = "sample"
     """Dataset: sample, fashion-mnist, cifar10, folder:PATH, or package.module:function, which returns datasets."""
+    channels: int = 3
+    """Channels of the images: 3 (RGB; grey images are repeated), or 1 (grey: the luminance)."""
     mean: tuple[float, ...] = (MEAN,)
     """Mean for the normalisation of pixels (0 to 1): one for all channels, or one for each of three."""
     std: tuple[float, ...] = (DEVIATION,)
@@ -38,5 +40,8 @@ class DataOptions:
         Normalisation(self.mean, self.std)
         rule = f"must be one of {', '.join(VALIDATION_FROM)}"
         require(self.validation_from in VALIDATION_FROM, "data.validation_from", self.validation_from, rule)
+        require(self.channels in (1, 3), "data.channels", self.channels, "must be 3 (RGB) or 1 (grey)")
+        one_each = self.channels == 3 or len(self.mean) == len(self.std) == 1
+        require(one_each, "data.channels", self.channels, "grey images take one number as data.mean, one as data.std")
         for name in ("limit_train", "limit_validation", "limit_test"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "must be 0 (all images) or more")

@@ -47,6 +47,37 @@ def network_calls(model: nn.Module, input_shape: Sequence[int]) -> list[Call]:
     return calls
 
 
+class _FirstLayer(Exception):
+    """Raised by the first layer that an image reaches; the arguments are the channels it takes and those it gets."""
+
+
+def input_channels(model: nn.Module, image_size: int) -> int | None:
+    """Return the number of channels of the square images that `model` takes; None if it is not found.
+
+    It follows from the first convolution or linear layer that an image reaches: if it takes a third of the features
+    that an image of three channels brings it, images have one.
+    """
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        size, linear = input_of(args, kwargs).shape, isinstance(module, nn.Linear)
+        raise _FirstLayer(module.in_features if linear else module.in_channels, size[-1 if linear else 1])
+
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in layers]
+    try:
+        for channels in (3, 1, 4):  # a forward may check the number of channels before its first layer
+            try:
+                output_of(model, (channels, image_size, image_size))
+            except InvalidValueError as error:
+                takes, gets = error.__cause__.args if isinstance(error.__cause__, _FirstLayer) else (0, 1)
+                if takes and channels * takes % gets == 0:
+                    return channels * takes // gets
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
 def _is_traced(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd | nn.Linear) or is_decomposed(module)
 
@@ -86,5 +117,5 @@ def network_errors_as_invalid_value(input_shape: Sequence[int]) -> Iterator[None
     except Exception as error:  # whatever the user's own code raises
         raise InvalidValueError(
             f"the network cannot run an image of {'x'.join(map(str, input_shape))}: {first_line(error)}; "
-            "choose images (or --image-size) that fit it, or another model"
+            "choose images that fit it (--image-size, data.channels), or another model"
         ) from error

@@ -53,6 +53,7 @@ def model_card(
             "shape": ["N", *input_shape],
             "dtype": "float32",
             "from pixels 0 to 255": f"(x / 255 - {_text(data.mean)}) / {_text(data.std)}",
+            **({"of colours": "x = 0.299 red + 0.587 green + 0.114 blue"} if data.channels == 1 else {}),
         },
         "classes": list(classes),
         "dataset": data.name,

@@ -10,6 +10,7 @@ import torch
 
 from gross_ray.models import model_of
 from gross_ray.nn.batch_norm import as_if_trained
+from gross_ray.nn.calls import input_channels
 from gross_ray.report.inspection import inspection
 from gross_ray.report.latency import dominated_sentences, extremes_table
 from gross_ray.report.terminal import as_text
@@ -38,7 +39,7 @@ def inspect(
     with made-up weights in the bottlenecks.
     """
     network = model_of(model, num_classes=num_classes, image_size=image_size).eval()
-    shape = (3, image_size, image_size)
+    shape = (input_channels(network, image_size) or 3, image_size, image_size)
     by_layer = parse_layer_group_sizes(layer_group_sizes)
     choice = choice_of(network, layers, group_sizes, by_layer, keep_dense=keep_dense, input_shape=shape)
     network = choice.network

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from torch import Generator
 
 from gross_ray.data.names import is_function_name
 from gross_ray.data.own import function_of
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
-from gross_ray.models import factory_of
+from gross_ray.models import build_model, factory_of
+from gross_ray.nn.calls import input_channels
 from gross_ray.presets import preset
 from gross_ray.run.experiment_file import experiment_of
 from gross_ray.run.opened import Run
@@ -23,6 +25,9 @@ from pipelines.driver import DataSource
 from pipelines.stages.pipeline import plans
 from pipelines.stages.reuse import check_reusable, check_same_images
 from pipelines.stages.train import check_given
+
+_CLASSES, _SIZE = 10, 32
+"""The number of classes and the image size for which a network is built to find the channels that it takes."""
 
 
 def run_folder(
@@ -90,4 +95,28 @@ def _experiment_of(named: str | Path, settings: tuple[str, ...]) -> Experiment:
     factory_of(experiment.model)
     if is_function_name(experiment.data.name):
         function_of(experiment.data.name)
+    return with_channels(experiment)
+
+
+def with_channels(experiment: Experiment) -> Experiment:
+    """Return the experiment with grey images if its network takes one channel, and report that in a line.
+
+    Raises InvalidValueError for a network that takes another number of channels than the images can have.
+    """
+    if ":" not in experiment.model:
+        return experiment
+    try:
+        network = build_model(experiment.model, num_classes=_CLASSES, image_size=_SIZE, generator=Generator())
+    except InvalidValueError:  # it may need other classes or sizes: `check_experiment` builds it for the images
+        return experiment
+    channels, images = input_channels(network, _SIZE) or 3, experiment.data.channels
+    if (channels, images) == (1, 3):
+        click.echo("data.channels = 1: the network takes one channel, so the images are made grey", err=True)
+        return experiment.override(["data.channels=1"])
+    if channels != images:
+        remedy = f"set data.channels={channels}" if channels == 3 else f"put nn.Conv2d(3, {channels}, 1) before it"
+        raise InvalidValueError(
+            f"model {experiment.model!r}: takes images of {channels} channels, and the images have {images} "
+            f"(data.channels: 3, or 1 for grey ones); {remedy}"
+        )
     return experiment
