@@ -135,12 +135,12 @@ def choice_of(
     """
     model = accepted(model, "the network", dtypes=(torch.float32, torch.float64))
     plain, reached = _made_plain(model, names or (), input_shape)
-    model, names = plain.network, [plain.renamed.get(name, name) for name in names or ()]
+    model, names = plain.network, [present for name in names or () for present in plain.present(name)]
     convs = _choose(model, names, reached)
     paying = _paying_sizes(model, convs, input_shape) if keep_dense and input_shape is not None else {}
     sizes = _whole_numbers(sizes)
-    of_names = {plain.renamed.get(name, name): _whole_numbers(values) for name, values in (by_layer or {}).items()}
-    own = _sizes_by_layer(convs, of_names)
+    by_name = {name: _whole_numbers(values) for name, values in (by_layer or {}).items()}
+    own = _sizes_by_layer(convs, {now: by_name[name] for name in by_name for now in plain.present(name)})
     group_sizes, dropped, left_alone = {}, {}, _reasons(model, convs, reached)
     for name, conv in convs.items():
         requested = own.get(name, sizes)
@@ -368,6 +368,8 @@ def _custom(conv: nn.Conv2d) -> str | None:
 
 
 def _known_names(name: str, known: Mapping[str, object]) -> str:
+    if not known:
+        return "it has none"
     if len(known) <= _MOST_NAMED:
         return f"known names: {', '.join(known)}"
     return f"closest names: {', '.join(difflib.get_close_matches(name, known, _MOST_NAMED, cutoff=0.0))}"

@@ -46,6 +46,12 @@ class PlainNetwork:
     refused: dict[str, str] = field(default_factory=dict)
     """Why each other convolution of a class of its own was not replaced, by name."""
 
+    def present(self, name: str) -> list[str]:
+        """Return what selects in `network` the layers that a name or glob selected before."""
+        behind = [new for old, new in self.renamed.items() if old == name or fnmatchcase(old, name)]
+        convs = (name for name, module in self.network.named_modules() if isinstance(module, nn.Conv2d))
+        return behind if behind and not any(fnmatchcase(conv, name) for conv in convs) else [*behind, name]
+
 
 def overrides_forward(conv: nn.Conv2d) -> bool:
     """Return whether a convolution's class has a forward of its own."""

@@ -69,3 +69,16 @@ def test_the_hashes_of_the_images_are_in_the_card_and_on_the_page(tmp_path: Path
         ["validation", "2", identity.validation.hash[:12]],
         ["test", "1", identity.test.hash[:12]],
     ]
+
+
+def test_the_card_of_grey_images_says_what_of_their_colours_counts(tmp_path: Path) -> None:
+    store = finished_run(tmp_path / "run")
+    name = store.read_table("validations")["configuration"].iloc[0]
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+
+    def takes() -> dict[str, object]:
+        return model_card(store, name, 0, network, (1, 3, 3), ["a"] * 10, layers=LAYERS)["input"]
+
+    assert "of colours" not in takes()
+    store.experiment = store.experiment.override(["data.channels=1"])
+    assert takes()["of colours"] == "x = 0.299 red + 0.587 green + 0.114 blue"

@@ -98,6 +98,11 @@ def test_an_unknown_name_is_refused(name: str, line: str) -> None:
         choose_layers(network(), ["body.0", name])
 
 
+def test_a_network_without_dense_convolutions_has_no_known_names() -> None:
+    with pytest.raises(InvalidValueError, match="^'2' is not a dense convolution of this network; it has none$"):
+        choose_layers(nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.ReLU()), ["2"])
+
+
 def test_a_layers_name_that_looks_like_a_glob_is_a_name_first() -> None:
     signs = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), "b[0]": nn.Conv2d(4, 4, 3), "b0": nn.Conv2d(4, 4, 3)})
     assert list(choose_layers(signs, ["b[0]"])) == ["b[0]"]

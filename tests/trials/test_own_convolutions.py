@@ -230,7 +230,7 @@ def test_a_parametrized_weight_is_that_of_evaluation_mode() -> None:
 
 
 def test_layers_are_named_as_before_or_behind_their_padding() -> None:
-    for name in ("2", "2.conv"):
+    for name in ("2", "2.conv", "[2]"):
         choice = gross_ray.choice_of(network(Padded), [name], by_layer={name: (4,)}, input_shape=SHAPE)
         assert choice.group_sizes == {"2.conv": (4,)}
         assert isinstance(choice.network[4], Padded)  # what is not decomposed stays
