@@ -39,7 +39,9 @@ class Experiment:
     model: str = "four-conv"
     """Network: four-conv (the paper's), vgg16, resnet18, 20, 32 or 56, or your own function, package.module:factory."""
     weights: str = ""
-    """File of its trained weights (safetensors, or a state dict by torch.save); empty: the network is trained."""
+    """File of its trained weights (safetensors, or a file of torch.save); empty: the network is trained."""
+    weights_key: str = ""
+    """Which state dict of that file to take, like model_ema; empty: the usual one, which a note names."""
     data: DataOptions = field(default_factory=DataOptions)
     """The images."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -66,6 +68,8 @@ class Experiment:
         require(bool(self.name), "name", self.name, "must not be empty")
         require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
         check_model_name(self.model)
+        rule = "chooses weights in a file, and there is none; name the file too (weights, --weights)"
+        require(bool(self.weights) or not self.weights_key, "weights_key", self.weights_key, rule)
         one_network = self.trains_base or self.training.seeds == 1
         require(one_network, "training.seeds", self.training.seeds, "must be 1 with weights; set training.seeds=1")
         begins = bool(self.weights) or self.training.start == "new"
@@ -125,10 +129,11 @@ class Experiment:
     def fingerprint(self, *, weights: str = "", data: str = "") -> str:
         """Return 16 hexadecimal digits that are equal for equal experiments.
 
-        Paths do not count. Instead `weights` and `data` are the hashes of the content at the paths in `weights` and in
-        `data.name`; each counts only if the experiment has such a path.
+        Paths and `weights_key` do not count. Instead `weights` and `data` are the hashes of the content at the paths in
+        `weights` and in `data.name`; each counts only if the experiment has such a path.
         """
         values = self.to_dict()
+        del values["weights_key"]  # the hash of what it chooses counts
         if self.weights:
             values["weights"] = f"file:{weights}"
         if self.data.name.startswith(_FOLDER):
@@ -165,8 +170,8 @@ class Experiment:
     def differences(self, other: Experiment, *, paths: typing.Collection[str] = ()) -> list[str]:
         """Return the names of the fields that differ from `other`.
 
-        Two different paths in `weights` or `data.name` count as a difference only if `paths` names the field: their
-        content is compared by its hash (`gross_ray.run.pins`).
+        Two different paths in `weights` or `data.name`, or two values of `weights_key`, count as a difference only if
+        `paths` names the field: their content is compared by its hash (`gross_ray.run.pins`).
         """
         mine, theirs = self.fields(), other.fields()
         differing = [name for name, value in mine.items() if value != theirs.get(name)]
@@ -189,14 +194,16 @@ _LATER_FIELDS = (
     ("data", "channels"),
 )
 """Fields that earlier versions did not have: at their defaults they change no fingerprint."""
-PATH_FIELDS = {"data.name": "data", "weights": "weights"}
-"""The fields that may be paths, each with the name under which a run folder stores its content's hash."""
+PATH_FIELDS = {"data.name": "data", "weights": "weights", "weights_key": "weights"}
+"""The fields that say where content is, each with the name under which a run folder stores its content's hash."""
 
 
 def _both_paths(name: str, one: object, other: object) -> bool:
-    """Return whether the values `one` and `other` of a field are both paths."""
+    """Return whether the values `one` and `other` of a field both say where content is."""
     if name == "weights":
         return bool(one and other)
+    if name == "weights_key":  # without weights there is none
+        return True
     return name == "data.name" and str(one).startswith(_FOLDER) and str(other).startswith(_FOLDER)
 
 

@@ -26,6 +26,7 @@ LAYERS = (
         "gross_ray.own_network",
         "gross_ray.seeds",
     ),
+    ("gross_ray.weights_file",),
     ("gross_ray.space", "gross_ray.data", "gross_ray.models", "gross_ray.weights"),
     ("gross_ray.nn", "gross_ray.btd"),
     ("gross_ray.supernet",),

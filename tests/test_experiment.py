@@ -432,6 +432,7 @@ def test_a_field_that_came_later_leaves_earlier_fingerprints_as_they_were() -> N
     later |= {"data.validation_from": "test", "data.channels": "1"}
     for group, _, field in (name.partition(".") for name in later):
         del earlier[group][field]
+    del earlier["weights_key"]
     assert Experiment.from_json(json.dumps(earlier)) == now
     canonical = json.dumps(earlier, sort_keys=True, separators=(",", ":"))
     assert now.fingerprint() == hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -27,7 +27,8 @@ EXPERIMENT_HELP = "File of an experiment in place of --preset, like the experime
 SET_HELP = "Override a field of the experiment, like training.epochs=3; may be repeated."
 MODEL_HELP = "Network: four-conv, vgg16, resnet18 (20, 32, 56), or a function of your own, package.module:factory."
 DATA_HELP = "Dataset: sample, fashion-mnist, cifar10, folder:PATH, or a function of your own, package.module:function."
-WEIGHTS_HELP = "Trained weights of the network: safetensors, or a state dict by torch.save [train them]."
+WEIGHTS_HELP = "Trained weights of the network: safetensors, or a file of torch.save [train them]."
+WEIGHTS_KEY_HELP = "Which state dict of --weights to take, like model_ema [the usual one, which a note names]."
 ADAPT_HELP = "Train the weights on for so many epochs first, on these images."
 EFFORT_HELP = "How many epochs and evaluations are spent."
 BUDGET_HELP = (
@@ -41,7 +42,7 @@ CALLBACK_HELP = (
     "may be repeated."
 )
 WORK_PARAMETERS = (
-    *("preset_name", "experiment_file", "settings", "data", "model", "weights"),
+    *("preset_name", "experiment_file", "settings", "data", "model", "weights", "weights_key"),
     *("address", "num_cpus", "device", "gpus_per_unit", "in_process", "data_root", "download"),
 )
 """The parameters that `experiment_options` and `work_options` add."""
@@ -84,6 +85,7 @@ def experiment_options(command: Command, *, preset_required: bool = False) -> Co
         data: str | None,
         model: str | None,
         weights: Path | None,
+        weights_key: str | None,
         **rest: Any,
     ) -> None:
         if preset_name is not None and experiment_file is not None:
@@ -91,9 +93,9 @@ def experiment_options(command: Command, *, preset_required: bool = False) -> Co
         if preset_required and preset_name is None and experiment_file is None:
             raise click.UsageError("Missing option '--preset' or '--experiment'.")
         path = None if weights is None else str(weights.absolute())
-        named = {"model": model, "data.name": data, "weights": path}
+        named = {"model": model, "data.name": data, "weights": path, "weights_key": weights_key}
         own = {field: value for field, value in named.items() if value is not None}
-        words = [*(f"--{field.partition('.')[0]} {value}" for field, value in own.items())]
+        words = [*(f"--{field.partition('.')[0].replace('_', '-')} {value}" for field, value in own.items())]
         words += [f"--set {setting}" for setting in settings]
         _refuse_twice([*own, *(setting.partition("=")[0].strip() for setting in settings)], words)
         one = [] if weights is None else ["training.seeds=1"]  # one trained network
@@ -103,6 +105,7 @@ def experiment_options(command: Command, *, preset_required: bool = False) -> Co
     for decorate in (
         click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP),
         click.option("--data", metavar="NAME", help=DATA_HELP),
+        click.option("--weights-key", metavar="KEY", help=WEIGHTS_KEY_HELP),
         click.option("--weights", type=_FILE, metavar="FILE", help=WEIGHTS_HELP),
         click.option("--model", metavar="NAME", help=MODEL_HELP),
         click.option("--experiment", "experiment_file", type=_FILE, metavar="FILE", help=EXPERIMENT_HELP),

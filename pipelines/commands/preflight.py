@@ -22,7 +22,7 @@ from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
 from gross_ray.supernet.layers import LayerChoice
 from gross_ray.training.together import check_stackable
-from gross_ray.weights import read_weights, set_weights
+from gross_ray.weights import load_weights
 from pipelines.commands.rehearsal import rehearse
 from pipelines.stages import search
 from pipelines.stages.supernets import as_one_graph
@@ -33,8 +33,10 @@ _LIMITS_ALONE = (
 )
 
 
-def check_experiment(experiment: Experiment, splits: Splits) -> None:
+def check_experiment(experiment: Experiment, splits: Splits) -> list[str]:
     """Raise InvalidValueError for any mistake that would make a stage of `experiment` on `splits` fail later.
+
+    Return lines for the user: what of the file of weights was taken, and what was passed over.
 
     Checked are: weights of another network, images that the network cannot run, an output that is not logits, unknown
     layers and group-sizes, fixed configurations and budgets outside the space, limits below its cheapest configuration,
@@ -46,8 +48,10 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
     network = build_model(
         experiment.model, num_classes=len(splits.classes), image_size=shape[-1], generator=torch.Generator()
     )
+    notes: list[str] = []
     if experiment.weights:
-        set_weights(network, read_weights(experiment.weights), experiment.weights)
+        loaded = load_weights(network, experiment.weights, key=experiment.weights_key)
+        notes += [f"weights {experiment.weights}: {line}" for line in loaded.lines]
     _check_logits(network, shape, experiment.model, len(splits.classes))
     _check_training(network, shape, experiment.model)
     choice = layer_choice(network, experiment.decomposition, shape)
@@ -66,6 +70,7 @@ def check_experiment(experiment: Experiment, splits: Splits) -> None:
         budgets = amounts([budget for budget in parse_budgets(text) if budget.cost != "latency_ms"], full)
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
     rehearse(experiment, splits, network, supernet, stacked=stacked)
+    return notes
 
 
 def _full_costs(network: torch.nn.Module, shape: torch.Size) -> dict[str, float]:

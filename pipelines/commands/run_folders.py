@@ -65,13 +65,15 @@ def folder_of(run: str, experiment: Experiment, source: DataSource, reuse: RunSt
 
 def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse: RunStore | None) -> RunStore:
     """Check a new experiment, make its run folder, and pin its images and weights there."""
-    weights = read_weights(experiment.weights) if experiment.weights else {}  # first, because images take longer
+    # First, because images take longer.
+    weights = read_weights(experiment.weights, experiment.weights_key) if experiment.weights else {}
     if reuse is not None:
         check_reusable(experiment, reuse)
     splits = source.load(experiment.data)
     if reuse is not None:
         check_same_images(splits, reuse)
-    check_experiment(experiment, splits)
+    for line in check_experiment(experiment, splits):
+        click.echo(line, err=True)
     for line in (
         *experiment.without_effect(),
         *experiment.without_effect(num_images=len(splits.train)),

@@ -31,7 +31,7 @@ class _Part:
     """The schedules of its trainings, whose learning rates may have been found by range tests."""
 
 
-_NETWORKS = ("seed", "model", "weights", "data", "training", "engine.precision", "engine.compile")
+_NETWORKS = ("seed", "model", "weights", "weights_key", "data", "training", "engine.precision", "engine.compile")
 """Without engine.capture and engine.parallel_seeds, which change rounding alone, like devices and threads."""
 _TERMS = (*_NETWORKS, "decomposition")
 _SUPERNETS = (*_TERMS, "supernet", "reconstruction")
@@ -122,7 +122,7 @@ def check_reusable(experiment: Experiment, other: RunStore) -> None:
     """
     _check_alike(experiment, other, PARTS[0].fields, "--reuse")
     if experiment.weights and Path(experiment.weights).is_file():
-        found = hash_of_tensors(read_weights(experiment.weights))
+        found = hash_of_tensors(read_weights(experiment.weights, experiment.weights_key))
         check_weights(other, experiment.weights, found, _REMEDY)
 
 

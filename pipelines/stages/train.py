@@ -71,7 +71,7 @@ def keep_given(store: RunStore) -> None:
 
     Raises InvalidValueError if the file's tensors differ from those with which the run was created.
     """
-    tensors = read_weights(store.experiment.weights)
+    tensors = read_weights(store.experiment.weights, store.experiment.weights_key)
     pin_weights(store, tensors)
     store.save_checkpoint(GIVEN, "weights", tensors, {})
 
@@ -86,7 +86,7 @@ def check_given(store: RunStore) -> None:
         return
     if stored_weights(store) is None and store.has_checkpoint(GIVEN, "weights"):
         pin_weights(store, store.load_checkpoint(GIVEN, "weights")[0])
-    pin_weights(store, read_weights(path))
+    pin_weights(store, read_weights(path, store.experiment.weights_key))
 
 
 def load_given(store: RunStore, network: nn.Module) -> None:

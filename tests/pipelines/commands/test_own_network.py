@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
 from gross_ray.run.opened import Run
+from gross_ray.run.pins import fingerprint
 from gross_ray.run.store import RunStore
 from gross_ray.search.cost import layer_costs
 from gross_ray.search.latency import LatencyModel
@@ -99,6 +101,46 @@ def test_given_weights_are_taken_as_they_are(folder: Path) -> None:
     assert decomposed.exit_code == 0, decomposed.stderr
     rows = store.read_table("decompositions")
     assert set(zip(rows["layer"], rows["group_size"], strict=True)) == {("2", 1), ("2", 2), ("2", 4)}
+
+
+def test_a_checkpoint_of_a_training_script(folder: Path) -> None:
+    names: dict[str, object] = {}
+    exec(OWN, names)
+    raw, averaged = (names["small"](10) for _ in range(2))  # type: ignore[operator]
+    with torch.no_grad():
+        averaged[0].weight.zero_()
+    checkpoint = {"model": raw.state_dict(), "model_ema": averaged.state_dict(), "args": argparse.Namespace(lr=0.1)}
+    torch.save(checkpoint, folder / "checkpoint.pth")
+    save_file(averaged.state_dict(), folder / "averaged.safetensors")
+    settings = [word for limit in LIMITS for word in ("--set", limit)]
+    own = ["--preset", "quickstart", "--model", "own_networks:small", *settings]
+    path = folder / "checkpoint.pth"
+    taken = command("train", "raw", *own, "--weights", str(path))
+    assert taken.exit_code == 0, taken.stderr
+    assert taken.stderr.splitlines()[0] == (
+        f"weights {path}: 'model' is taken; passed over: args; there too: model_ema; to take another, choose one, like "
+        "weights_key=model_ema (--weights-key model_ema; in Python key='model_ema')"
+    )
+    other = command("train", "run", *own, "--weights", str(path), "--weights-key", "model_ema")
+    assert other.exit_code == 0, other.stderr
+    assert "'model_ema' is taken; passed over: args; there too: model; " in other.stderr
+    stored, _ = RunStore.open(folder / "run").load_checkpoint("train", "seed=0")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in averaged.state_dict().items())
+    plain = [*own, "--weights", str(folder / "averaged.safetensors")]  # the same tensors in another file
+    again = command("train", "run", *plain)
+    assert again.exit_code == 0, again.stderr
+    assert command("train", "plain", *plain).exit_code == 0
+    assert fingerprint(RunStore.open(folder / "plain")) == fingerprint(RunStore.open(folder / "run"))
+    refused = command("train", "run", *own, "--weights", str(path))
+    assert refused.exit_code == 2 and "checkpoint.pth: the tensors differ from those" in refused.stderr
+    for words, line in (
+        (["--weights-key", "model_ema"], "weights_key = 'model_ema': chooses weights in a file, and there is none"),
+        (["--weights", str(path), "--weights-key", "ema"], "no prefix of names weights_key = 'ema'; it has: model, m"),
+        (["--weights-key", "a", "--set", "weights_key=b"], "--weights-key a and --set weights_key=b both set"),
+    ):
+        mistaken = command("train", "new", *own, *words)
+        assert mistaken.exit_code == 2 and line in mistaken.stderr
+        assert not (folder / "new").exists()
 
 
 def test_mistakes_are_told_in_a_line_before_anything_is_made(folder: Path) -> None:
