@@ -21,6 +21,7 @@ from gross_ray.btd.bottleneck import bottleneck_macs
 from gross_ray.errors import InvalidValueError, first_line
 from gross_ray.nn.calls import Call, network_calls
 from gross_ray.nn.conv_calls import Bypasses, bypasses
+from gross_ray.nn.sharing import shared_parameters
 from gross_ray.own_network import accepted
 from gross_ray.space import DENSE, listed
 from gross_ray.supernet.plain import PlainNetwork, has_hooks, overrides_forward, with_plain_convolutions
@@ -56,7 +57,8 @@ class LayerChoice:
 def decomposable_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Return, in layer order, every dense Conv2d with a kernel larger than 1x1, except the network's first Conv2d.
 
-    A Conv2d with hooks or an overridden forward, which a series would not run, is left out too.
+    A Conv2d with hooks or an overridden forward, which a series would not run, is left out too, and one that shares a
+    parameter with another module.
     """
     return _usual(model, _Reached.of(model))
 
@@ -79,6 +81,7 @@ def _choose(model: nn.Module, names: Sequence[str] | None, reached: _Reached) ->
         return usual
     modules = dict(model.named_modules())
     dense = {name: conv for name, conv in modules.items() if isinstance(conv, nn.Conv2d) and conv.groups == 1}
+    sharing = shared_parameters(model)
     chosen: set[str] = set()
     for name in names:
         if name not in modules and any(sign in name for sign in "*?["):
@@ -99,6 +102,8 @@ def _choose(model: nn.Module, names: Sequence[str] | None, reached: _Reached) ->
             raise InvalidValueError(
                 f"layer {name!r} is {custom}: only a plain nn.Conv2d can be decomposed; leave it out"
             )
+        if name in dense and (why := _sharing(dense[name], sharing)):
+            raise InvalidValueError(f"layer {name!r} {why}, which a decomposition would end; leave it out")
         if name in dense and not reached.has(dense[name]):
             raise InvalidValueError(f"layer {name!r}: {reached.why_not(dense[name])}; leave it out")
         if name not in dense:
@@ -313,6 +318,7 @@ class _Reached:
 
 def _usual(model: nn.Module, reached: _Reached) -> dict[str, nn.Conv2d]:
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    sharing = shared_parameters(model)
     return {
         name: conv
         for name, conv in convs.items()
@@ -321,12 +327,14 @@ def _usual(model: nn.Module, reached: _Reached) -> dict[str, nn.Conv2d]:
         and conv.groups == 1
         and max(conv.kernel_size) > 1
         and not _custom(conv)
+        and not _sharing(conv, sharing)
     }
 
 
 def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], reached: _Reached) -> dict[str, str]:
     """Return why each convolution that is not chosen is left alone."""
     convs = {name: conv for name, conv in model.named_modules() if isinstance(conv, nn.modules.conv._ConvNd)}
+    sharing = shared_parameters(model)
     reasons = {}
     for name, conv in convs.items():
         if name in chosen:
@@ -349,6 +357,8 @@ def _reasons(model: nn.Module, chosen: Mapping[str, nn.Conv2d], reached: _Reache
             reasons[name] = "the network's first convolution"
         elif custom := reached.custom(name, conv):
             reasons[name] = custom
+        elif why := _sharing(conv, sharing):
+            reasons[name] = why
         else:
             reasons[name] = "not named"
     return reasons | dict.fromkeys([name or "(network)" for name in reached.bypasses.functional], _FUNCTIONAL)
@@ -365,6 +375,11 @@ def _custom(conv: nn.Conv2d) -> str | None:
     if has_hooks(conv):
         return f"a {kind} with hooks"
     return f"a {kind}, which overrides the forward of nn.Conv2d" if overrides_forward(conv) else None
+
+
+def _sharing(conv: nn.Module, shared: Mapping[nn.Module, str]) -> str | None:
+    """Return what a convolution, or a parametrization of it, shares with another module; a series would not."""
+    return next((shared[module] for module in conv.modules() if module in shared), None)
 
 
 def _known_names(name: str, known: Mapping[str, object]) -> str:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import InvalidValueError
+from gross_ray.nn.sharing import check_trainable
 from gross_ray.supernet.configure import largest_decomposed, series_layers, set_configuration
 from gross_ray.training.loop import FLOAT32, CheckpointSlot, EpochRecord, accuracy, run_in_format_of, train
 from gross_ray.training.options import EngineOptions, Schedule
@@ -32,8 +33,9 @@ def train_network(
 ) -> list[EpochRecord]:
     """Train the parameters of `network` that require gradients, in place, on the classification task (section 4.2).
 
-    Raises InvalidValueError if no parameter does.
+    Raises InvalidValueError if no parameter does, and if two are different objects over the same memory.
     """
+    check_trainable(network)
     parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise InvalidValueError("no parameter of the network requires gradients: there is nothing to train")

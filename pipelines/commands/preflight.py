@@ -12,6 +12,7 @@ from gross_ray.models import build_model
 from gross_ray.nn.calls import network_errors_as_invalid_value
 from gross_ray.nn.copies import copied
 from gross_ray.nn.modes import evaluating
+from gross_ray.nn.sharing import check_trainable
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import amounts, parse_budgets
@@ -52,6 +53,8 @@ def check_experiment(experiment: Experiment, splits: Splits) -> list[str]:
     if experiment.weights:
         loaded = load_weights(network, experiment.weights, key=experiment.weights_key)
         notes += [f"weights {experiment.weights}: {line}" for line in loaded.lines]
+    else:
+        check_trainable(network)
     _check_logits(network, shape, experiment.model, len(splits.classes))
     _check_training(network, shape, experiment.model)
     choice = layer_choice(network, experiment.decomposition, shape)
