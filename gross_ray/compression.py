@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.btd.solver import block_term_decomposition
+from gross_ray.data.grey import grey
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import splits_of
 from gross_ray.data.normalisation import DEVIATION, MEAN
@@ -23,6 +23,9 @@ from gross_ray.data.options import DataOptions
 from gross_ray.defaults import compression_experiment
 from gross_ray.experiment import Experiment
 from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
+from gross_ray.nn.calls import input_channels
+from gross_ray.nn.copies import copied
+from gross_ray.own_network import accepted
 from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import amounts, parse_budgets
 from gross_ray.search.cost import LayerCosts, count_parameters, layer_costs
@@ -37,7 +40,7 @@ from gross_ray.supernet.build import build_supernet, empty_supernet, made_up, ru
 from gross_ray.supernet.configure import extract
 from gross_ray.supernet.layers import LayerChoice, choice_of
 from gross_ray.supernet.options import parse_layer_group_sizes
-from gross_ray.training.loop import EpochRecord, accuracy
+from gross_ray.training.loop import EpochRecord, accuracy, in_format_of
 from gross_ray.training.options import Schedule
 from gross_ray.training.rates import find_rate
 from gross_ray.training.sampling import ConfigurationSampler
@@ -94,12 +97,14 @@ def compress(
     share of it that is done; by default tqdm shows it, if it is installed. The network that is passed stays unchanged.
     Raises InvalidValueError for a network or a value that cannot be used, and DatasetError for images.
     """
-    options = DataOptions(mean=tuple(mean), std=tuple(std))
+    base = accepted(copied(network), "the network").eval()
     given = [train, *([] if validation is None else [validation]), test]
     sets = [TensorDataset(*each) if isinstance(each, tuple) else each for each in given]
-    splits = splits_of("the given images", sets, options)
-    texts = [budget] if isinstance(budget, str) else list(budget)
-    base, shape = copy.deepcopy(network).eval(), splits.train.images.shape[1:]
+    splits = splits_of("the given images", sets, DataOptions(mean=tuple(mean), std=tuple(std)))
+    if input_channels(base, splits.train.images.shape[-1]) == 1:
+        parts = {"train": grey(splits.train), "validation": grey(splits.validation), "test": grey(splits.test)}
+        splits = Splits(splits.name, **parts, classes=splits.classes)
+    texts, shape = [budget] if isinstance(budget, str) else list(budget), splits.train.images.shape[1:]
     experiment = compression_experiment(
         base, shape, budgets=texts, num_images=len(splits.train), effort=effort, epochs=epochs
     ).override(list(settings))
@@ -119,6 +124,7 @@ def _compressed(
     options = experiment.decomposition
     by_layer = parse_layer_group_sizes(options.layer_group_sizes)
     choice = choice_of(base, options.layers, options.group_sizes, by_layer, keep_dense=True, input_shape=shape)
+    base = choice.network
     running_supernet(base, choice.group_sizes, shape)
     model = _measured(base, choice, shape, timed, experiment.seed, show)
     bottlenecks = _decomposed(choice, experiment, show)
@@ -245,7 +251,8 @@ def _alone(
         _train(f"{configuration}: reconstruct", own, training, splits, options.reconstruction, experiment, show)
         _train(f"{configuration}: finetune", own, partial(finetune, own), splits, options.finetuning, experiment, show)
     if experiment.engine.recalibrate:
-        recalibrate(own, map(splits.train.as_inputs, calibration_batches(calibration_images(splits.train))))
+        images = in_format_of(own, splits.train)
+        recalibrate(own, map(images.as_inputs, calibration_batches(calibration_images(images))))
     return extract(own, configuration).eval()
 
 

@@ -107,7 +107,7 @@ def _settled(splits: Splits, options: DataOptions) -> Splits:
         for split, limit in zip(SPLITS, limits, strict=True)
     ]
     train, validation, test = map(grey, sets) if options.channels == 1 else sets
-    return Splits(options.name, train, validation, test, splits.classes)
+    return Splits(splits.name, train, validation, test, splits.classes)
 
 
 def balanced_split(labels: Tensor, proportions: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:

@@ -17,6 +17,8 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """The rates that are tried, ascending."""
 STEPS = 10
 """Steps at each rate before its loss is measured, and as many in which it is."""
+NEAR = 1.03
+"""The smallest rate whose loss is at most this many times the least one is chosen: a short test favours high rates."""
 TOO_MUCH = 2.0
 """Higher rates are not tried after a loss of this many times the least one."""
 
@@ -35,12 +37,13 @@ class RangeTest:
 
     @property
     def chosen(self) -> float:
-        """The rate of the least loss; raises DivergedError if every training diverged."""
+        """The smallest rate of about the least loss; raises DivergedError if every training diverged."""
         finite = [(loss, rate) for rate, loss in zip(self.rates, self.losses, strict=True) if loss is not None]
         if not finite:
             tried = ", ".join(f"{rate:g}" for rate in self.rates)
             raise DivergedError(f"every training of the range test diverged, at the learning rates {tried}")
-        return min(finite)[1]
+        least, _ = min(finite)
+        return min(rate for loss, rate in finite if loss <= NEAR * least)
 
 
 def find_rate(

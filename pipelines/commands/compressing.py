@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from gross_ray.space import SearchSpace
 from pipelines.commands import exporting
 from pipelines.commands.measuring import asked_for
 from pipelines.commands.options import Place
-from pipelines.commands.run_folders import folder_of
+from pipelines.commands.run_folders import folder_of, with_channels
 from pipelines.commands.running import work
 from pipelines.commands.terminal import measuring_bar
 from pipelines.driver import DataSource, Session
@@ -41,6 +42,7 @@ def compress(
     *,
     model: str,
     weights: Path | None,
+    weights_key: str | None,
     data: str,
     budgets: Sequence[Budget | RelativeBudget],
     adapt: int | None,
@@ -57,6 +59,8 @@ def compress(
     override fields of the experiment. Raises as `compression_experiment`, `check_experiment` and `export` do.
     """
     target = _target(out, target)
+    if weights_key is not None:
+        settings = [*settings, f"weights_key={json.dumps(weights_key)}"]
     source = place.source()
     experiment = _experiment(
         source, model, weights, data, list(map(str, budgets)), adapt or 0, effort, epochs or 0, settings
@@ -98,7 +102,7 @@ def _experiment(
 ) -> Experiment:
     """Return the experiment for the network and the images, and print what it chose."""
     data_fields = [setting for setting in settings if setting.partition("=")[0].strip().startswith("data.")]
-    options = Experiment(data=DataOptions(name=data)).override(data_fields).data
+    options = with_channels(Experiment(model=model, data=DataOptions(name=data)).override(data_fields)).data
     splits = source.load(options)
     shape = splits.train.images.shape[1:]
     network = build_model(model, num_classes=len(splits.classes), image_size=shape[-1], generator=torch.Generator())

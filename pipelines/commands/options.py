@@ -140,6 +140,7 @@ def compress_options(command: Command) -> Command:
         click.option("--adapt", type=click.IntRange(min=1), metavar="EPOCHS", help=ADAPT_HELP),
         click.option("--budget", "budgets", required=True, multiple=True, callback=budgets_of, help=BUDGET_HELP),
         click.option("--data", required=True, metavar="NAME", help=DATA_HELP),
+        click.option("--weights-key", metavar="KEY", help=WEIGHTS_KEY_HELP),
         click.option("--weights", type=_FILE, metavar="FILE", help=WEIGHTS_HELP),
         click.option("--model", required=True, metavar="NAME", help=MODEL_HELP),
         click.option("--out", required=True, help=OUT_HELP),

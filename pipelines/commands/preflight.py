@@ -51,7 +51,8 @@ def check_experiment(experiment: Experiment, splits: Splits) -> list[str]:
     )
     notes: list[str] = []
     if experiment.weights:
-        loaded = load_weights(network, experiment.weights, key=experiment.weights_key)
+        trained = experiment.trains_base
+        loaded = load_weights(network, experiment.weights, key=experiment.weights_key, new_classifier=trained)
         notes += [f"weights {experiment.weights}: {line}" for line in loaded.lines]
     else:
         check_trainable(network)

@@ -90,9 +90,9 @@ def check_given(store: RunStore) -> None:
 
 
 def load_given(store: RunStore, network: nn.Module) -> None:
-    """Load the stored copy of the user's weights into `network`."""
+    """Load the stored copy of the user's weights into `network`, whose classifier may be new if it is trained on."""
     tensors, _ = store.load_checkpoint(GIVEN, "weights")
-    set_weights(network, tensors, store.experiment.weights)
+    set_weights(network, tensors, store.experiment.weights, new_classifier=store.experiment.trains_base)
 
 
 def work(context: Context, unit: BaseNetwork) -> str:

@@ -70,7 +70,7 @@ def test_every_training_has_the_rate_that_its_range_test_chose(finished: Path) -
     for schedule, stage in SCHEDULES.items():
         tried = found[found["schedule"] == schedule]
         (chosen,) = tried.loc[tried["chosen"], "lr"]
-        assert chosen == tried.loc[tried["train_loss"].idxmin(), "lr"]
+        assert chosen == tried.loc[tried["train_loss"] <= 1.03 * tried["train_loss"].min(), "lr"].min()
         first = history[(history["stage"] == stage) & (history["epoch"] == 1)]
         assert len(first) and set(first["lr"]) == {chosen}, schedule
 
