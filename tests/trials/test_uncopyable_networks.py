@@ -226,7 +226,8 @@ def test_lazy_modules_are_named() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.LazyLinear(3))
     with pytest.raises(InvalidValueError, match="module '3' is a LazyLinear without weights yet: run an image through"):
         decompose_model(network, group_sizes=(1, 4), options=QUICK)
-    decompose_model(network, group_sizes=(1, 4), options=QUICK, input_shape=SHAPE)  # which runs one
+    network(torch.zeros(1, *SHAPE))
+    decompose_model(network, group_sizes=(1, 4), options=QUICK, input_shape=SHAPE)
 
 
 def test_weights_can_be_shared_on_request() -> None:
