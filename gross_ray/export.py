@@ -21,6 +21,7 @@ from gross_ray.errors import GrossRayError, InvalidValueError, first_line
 from gross_ray.nn.calls import output_of, zero_images
 from gross_ray.nn.copies import copied
 from gross_ray.nn.modes import evaluating
+from gross_ray.own_network import unwrapped
 from gross_ray.supernet.configure import check_plain
 
 TOLERANCE = 1e-3
@@ -64,6 +65,7 @@ def export_onnx(model: nn.Module, path: str | Path, input_shape: Sequence[int]) 
     configuration first) and for an `input_shape` that the network cannot run, and GrossRayError if ONNX cannot
     represent the network for any N.
     """
+    model = unwrapped(model)
     check_plain(model, "export_onnx")
     _check_writable(path)
     for package in ("onnx", "onnxscript"):
@@ -91,6 +93,7 @@ def export_program(model: nn.Module, path: str | Path, input_shape: Sequence[int
     InvalidValueError for a supernet and for an `input_shape` that the network cannot run, and GrossRayError if
     torch.export cannot trace the network.
     """
+    model = unwrapped(model)
     check_plain(model, "export_program")
     _check_writable(path)
     output_of(model, input_shape)
@@ -111,6 +114,7 @@ def export_weights(model: nn.Module, path: str | Path, _input_shape: Sequence[in
 
     The file appears at `path` only when it is complete. Raises InvalidValueError for a supernet.
     """
+    model = unwrapped(model)
     check_plain(model, "export_weights")
     _check_writable(path)
     with whole_or_not_at_all(path) as partial:

@@ -29,8 +29,7 @@ def accepted(
     naming the module, for a wrapper within the network, a module of torch.jit, a lazy one, one on the meta device, one
     that is quantised, and for a network that has to be copied and cannot be.
     """
-    while (inner := _within(network)) is not None:
-        network = inner
+    network = unwrapped(network)
     for path, module in network.named_modules():
         if problem := _problem(module):
             raise InvalidValueError(f"{what}: {f'its module {path!r}' if path else 'it'} {problem}")
@@ -45,6 +44,13 @@ def accepted(
             stacklevel=stacklevel + 1,
         )
         network = _copied(network, what).float()
+    return network
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return `network` without the wrappers of torch.compile, DataParallel and their kin; they only call it."""
+    while (inner := _within(network)) is not None:
+        network = inner
     return network
 
 

@@ -7,14 +7,19 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import gross_ray
 from gross_ray.errors import ConvertedNetworkWarning, InvalidValueError
+from gross_ray.export import export_network
 from gross_ray.models import model_of
 from gross_ray.nn.calls import output_of
 
@@ -47,6 +52,14 @@ def within(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
     network = plain()
     network[2] = wrap(network[2])
     return network
+
+
+def distributed() -> nn.Module:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        return DistributedDataParallel(plain())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def scripted(network: nn.Module) -> nn.Module:
@@ -88,6 +101,7 @@ WRAPPED = [
     lambda: nn.DataParallel(plain()),
     lambda: torch.compile(nn.DataParallel(plain()), backend="eager"),
     lambda: AveragedModel(plain()),
+    distributed,
 ]
 
 
@@ -104,6 +118,20 @@ def test_a_wrapper_is_taken_off(make: Callable[[], nn.Module], monkeypatch: pyte
     network = model_of(f"{__name__}:own", num_classes=5, image_size=9)
     assert list(network.state_dict()) == list(plain().state_dict())
     assert all(module._compiled_call_impl is None for module in network.modules())
+
+
+@pytest.mark.parametrize("make", WRAPPED)
+def test_a_wrapped_network_is_exported(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    images = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = plain()(images)
+    for ending in (".onnx", ".pt2", ".safetensors"):
+        export_network(make(), tmp_path / f"network{ending}", SHAPE)
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.export.load(tmp_path / "network.pt2").module()(images), expected)
+    assert load_file(tmp_path / "network.safetensors").keys() == plain().state_dict().keys()
 
 
 WRAPS = "put the module that it wraps, its attribute"
