@@ -18,9 +18,7 @@ _WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 """Classes that only call the network in their attribute `module`."""
 
 
-def accepted(
-    network: nn.Module, what: str, *, dtypes: Collection[torch.dtype] = (torch.float32,), stacklevel: int = 2
-) -> nn.Module:
+def accepted(network: nn.Module, what: str, *, dtypes: Collection[torch.dtype] = (torch.float32,)) -> nn.Module:
     """Return `network` without wrappers, not compiled, and in float32 unless all its parameters are of `dtypes`.
 
     A network that needs no change is returned itself. The wrappers of torch.compile, DataParallel,
@@ -41,7 +39,7 @@ def accepted(
         warnings.warn(
             f"{what}: has parameters of {names}; converted to float32, in which it is compressed",
             ConvertedNetworkWarning,
-            stacklevel=stacklevel + 1,
+            stacklevel=3,
         )
         network = _copied(network, what).float()
     return network

@@ -247,13 +247,18 @@ def _random(conv: nn.Module, shape: Sequence[int], generator: torch.Generator) -
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
     """Set evaluation mode within the block; afterwards restore the modes, parameters, buffers and random generators."""
-    tensors = [*module.parameters(), *module.buffers()]
-    values = [tensor.detach().clone() for tensor in tensors]
-    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+    kept: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+        (tensors, name, tensor, tensor.detach().clone())
+        for each in module.modules()
+        for tensors in (each._parameters, each._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    devices = sorted({tensor.device.index for _, _, tensor, _ in kept if tensor.is_cuda})
     try:
         with evaluating(module), torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
+            for tensors, name, tensor, value in kept:
+                tensors[name] = tensor.copy_(value)

@@ -57,6 +57,21 @@ class Symmetric(nn.Conv2d):
         return F.conv2d(F.pad(x, (1, 1, 2, 2)), self.weight, self.bias, self.stride, 1)
 
 
+class Counting(nn.Conv2d):
+    """Replaces a buffer and changes another one in training mode, which its output does not depend on."""
+
+    def __init__(self, *arguments: int, **options: int) -> None:
+        super().__init__(*arguments, **options)
+        self.register_buffer("replaced", torch.zeros(()))
+        self.register_buffer("changed", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.replaced = self.replaced + 1
+            self.changed += 1
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
 class Spectral(nn.Module):
     """A parametrization that changes a buffer in training mode, like spectral_norm, and so its weight."""
 
@@ -92,6 +107,7 @@ PLAIN = [
     (lambda *a, **b: Doubled(*a, padding=1, padding_mode="reflect", **b), ["2", "4"], FIXED),
     (Padded, ["2.conv", "4.conv"], FIXED),
     (Symmetric, ["2", "4"], FIXED),
+    (Counting, ["2", "4"], FIXED),
     (parametrized, ["2", "4"], "a ParametrizedConv2d, its weight fixed"),
     (lambda *a, **b: parametrizations.weight_norm(nn.Conv2d(*a, **b)), ["2", "4"], "a ParametrizedConv2d, its weight"),
     (StdConv2d, ["2", "4"], FIXED),
