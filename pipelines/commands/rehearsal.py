@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,14 +17,12 @@ from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import DivergedError, GrossRayError, InvalidValueError, one_line
 from gross_ray.experiment import Experiment
 from gross_ray.export import export_network
-from gross_ray.nn.modes import evaluating
-from gross_ray.search.batch_plan import bytes_of_pass
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.options import EvaluationOptions
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.build import made_up
 from gross_ray.supernet.configure import extract, largest_decomposed
-from gross_ray.training.loop import in_format_of
+from gross_ray.training.loop import run_in_format_of
 from gross_ray.training.options import Schedule
 from gross_ray.training.sampling import ConfigurationSampler
 from gross_ray.training.stages import finetune, reconstruct, train_network, train_with_fixed_statistics
@@ -31,8 +30,8 @@ from gross_ray.training.together import Member, finetune_together, reconstruct_t
 
 FEW = 2
 """Images of a step: the fewest that every batch-norm can be trained on."""
-MOST_BYTES = 2**30
-"""Bytes of live tensors that a whole batch may take here: the machine that trains may have more memory than this."""
+MOST_PIXELS = 2**20
+"""Most pixels of a batch, 256 images of 64x64: larger ones are cut, since a worker may have more memory than this."""
 ANY_RATE = 1e-9
 """Learning rate of a step whose schedule leaves it open."""
 UNLIMITED = 2**50
@@ -66,10 +65,10 @@ def rehearse(experiment: Experiment, splits: Splits, network: nn.Module, superne
     made_up(supernet, torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the stages themselves warn
-        done: set[tuple[nn.Module, int]] = set()
+        done: set[tuple[object, int]] = set()
         for training in _trainings(experiment, network, supernet, stacked=stacked):
             _rehearse_batches(training, splits.train, experiment.model, done)
-            _rehearse_training(training, splits, experiment.model)
+            _rehearse_training(training, splits, experiment.model, done)
         _rehearse_search(experiment, _first(splits, FEW), supernet)
 
 
@@ -96,44 +95,43 @@ def _trainings(
     def base(few: Splits, schedule: Schedule) -> object:
         return train_network(network, few, schedule, seed=0, engine=engine)
 
-    def drawn_reconstruction(few: Splits, schedule: Schedule) -> object:
-        if stacked:
-            return reconstruct_together(members, network, few, schedule, engine=engine)
+    def reconstruction(few: Splits, schedule: Schedule) -> object:
         return reconstruct(supernet, network, few, schedule, seed=0, sampler=sampler, engine=engine)
 
-    def drawn_finetuning(few: Splits, schedule: Schedule) -> object:
-        if stacked:
-            return finetune_together(members, few, schedule, engine=engine)
+    def finetuning(few: Splits, schedule: Schedule) -> object:
         return finetune(supernet, few, schedule, seed=0, sampler=sampler, engine=engine)
 
-    def reconstruction(few: Splits, schedule: Schedule) -> object:
-        return reconstruct(supernet, network, few, schedule, seed=0, engine=engine)
+    def stacked_reconstruction(few: Splits, schedule: Schedule) -> object:
+        return reconstruct_together(members, network, few, schedule, engine=engine)
 
-    def finetuning(few: Splits, schedule: Schedule) -> object:
-        return finetune(supernet, few, schedule, seed=0, engine=engine)
-
-    of_base = "float32 images, logits from the network in training mode, and their gradients"
-    of_responses = "the outputs of its decomposed layers in evaluation mode, and gradients of these alone"
-    of_logits = "logits in training mode with batch-norms in evaluation mode, and gradients of its decomposed layers"
-    alone = experiment.validation
+    def stacked_finetuning(few: Splits, schedule: Schedule) -> object:
+        return finetune_together(members, few, schedule, engine=engine)
 
     def fixed_statistics() -> nn.Module:
         train_with_fixed_statistics(supernet)
         return supernet
 
+    of_base = "float32 images, logits from the network in training mode, and their gradients"
+    of_responses = "the outputs of its decomposed layers in evaluation mode, and gradients of these alone"
+    of_logits = "logits in training mode with batch-norms in evaluation mode, and gradients of its decomposed layers"
+    first, second = (stacked_reconstruction, stacked_finetuning) if stacked else (reconstruction, finetuning)
+    alone = experiment.validation
     if experiment.trains_base:
         yield _Training("training", experiment.training, base, of_base, network.train)
-    yield _Training("reconstruction", experiment.reconstruction, drawn_reconstruction, of_responses)
-    yield _Training("finetuning", experiment.finetuning, drawn_finetuning, of_logits, fixed_statistics)
+    yield _Training("reconstruction", experiment.reconstruction, first, of_responses)
+    yield _Training("finetuning", experiment.finetuning, second, of_logits, fixed_statistics)
     yield _Training("validation.reconstruction", alone.reconstruction, reconstruction, of_responses)
     yield _Training("validation.finetuning", alone.finetuning, finetuning, of_logits, fixed_statistics)
 
 
-def _rehearse_training(training: _Training, splits: Splits, model: str) -> None:
-    """Take a step of FEW images, and one of a single image, as far as the training has such batches."""
+def _rehearse_training(training: _Training, splits: Splits, model: str, done: set[tuple[object, int]]) -> None:
+    """Take a step of FEW images, and one of a single image, as far as the training has such batches, unless `done`."""
     schedule, count = training.schedule, len(splits.train)
     sizes = {min(size, FEW) for size in _batch_sizes(schedule, count)}
     for size in sorted(sizes, reverse=True):
+        if (training.step, size) in done:
+            continue
+        done.add((training.step, size))
         try:
             few = replace(schedule, epochs=1, images=0, batch_size=size, lr=schedule.lr or ANY_RATE)
             training.step(_first(splits, size), few)
@@ -149,21 +147,22 @@ def _rehearse_training(training: _Training, splits: Splits, model: str) -> None:
             ) from None
 
 
-def _rehearse_batches(training: _Training, images: ImageSet, model: str, done: set[tuple[nn.Module, int]]) -> None:
-    """Run batches of the sizes of a training in its training mode, as far as they fit MOST_BYTES, unless `done`."""
+def _rehearse_batches(training: _Training, images: ImageSet, model: str, done: set[tuple[object, int]]) -> None:
+    """Run batches of the sizes of a training in its training mode, as far as MOST_PIXELS allow, unless `done`."""
     if training.set_mode is None:
         return
-    network = training.set_mode()
-    images = in_format_of(network, images, trained=True)
-    with torch.no_grad(), evaluating(network), _as_invalid_value(f"model {model!r}: cannot run {FEW} images"):
-        most = max(1, MOST_BYTES // bytes_of_pass(network, images.as_inputs(images.images[:1])))
+    network, most = training.set_mode(), max(1, MOST_PIXELS // images.images[0, 0].numel())
+
+    def run(laid_out: ImageSet, size: int) -> None:
+        with torch.no_grad():
+            network(laid_out.as_inputs(images.images[: min(size, most)]))
+
     for size in sorted(_batch_sizes(training.schedule, len(images))):
         if (network, size) in done:
             continue
         done.add((network, size))
         try:
-            with torch.no_grad():
-                network(images.as_inputs(images.images[: min(size, most)]))
+            run_in_format_of(network, images, partial(run, size=size), trained=True)
         except Exception as error:  # whatever the user's own code raises
             raise _batch_error(training.field, training.schedule, len(images), size, model, error) from None
 
