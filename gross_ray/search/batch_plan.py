@@ -100,6 +100,11 @@ def images_of_batch(bytes_per_image: int, num_images: int, memory_budget: int, b
     return -(-num_images // -(-num_images // most))
 
 
+def bytes_of_image(segments: Sequence[SegmentMemory]) -> int:
+    """Return the peak of live bytes if one image continues with one prefix after each layer."""
+    return _bytes_per_image(segments, [1] * len(segments))
+
+
 def _bytes_per_image(segments: Sequence[SegmentMemory], prefixes: Sequence[int]) -> int:
     """Return the peak of live bytes per image, with `prefixes[d]` prefixes continuing together after d layers."""
     most = held = 0

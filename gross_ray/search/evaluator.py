@@ -22,6 +22,7 @@ from gross_ray.nn.modes import evaluating
 from gross_ray.nn.precision import at_precision, products_at
 from gross_ray.search.batch_plan import (
     BatchPlan,
+    bytes_of_image,
     bytes_of_pass,
     default_memory_budget,
     images_of_batch,
@@ -118,9 +119,16 @@ class Evaluator:
         *,
         forms: Mapping[str, LayerForm] | None = None,
         normalisation: Normalisation = THE_PAPERS,
+        automatic_budget: int | None = None,
     ) -> None:
-        """Prepare `supernet`; layers in `forms` (by name, see the property `forms`) use that form and are not timed."""
+        """Prepare `supernet`; layers in `forms` (by name, see the property `forms`) use that form and are not timed.
+
+        `automatic_budget` replaces `default_memory_budget`, for `options` without a memory budget.
+        """
         self._supernet, self._options, self._normalisation = supernet, options, normalisation
+        self._automatic_budget = automatic_budget
+        self.memory_budget = options.memory_budget or 0
+        """Bytes that a batch's live tensors may take; an automatic budget is known after the first evaluation."""
         self._space = SearchSpace.of(supernet)
         self._fixed_forms = dict(forms or {})
         self._walk: PrefixWalk | None = None
@@ -203,7 +211,7 @@ class Evaluator:
         for configuration in dict.fromkeys([largest_decomposed(self._supernet), self._space[-1]]):
             set_configuration(self._supernet, configuration)
             needed = max(needed, bytes_of_pass(self._supernet, self._batch(images[:1])))
-        return BatchPlan(images_of_batch(needed, len(images), self._budget(), self._options.batch_size), ())
+        return BatchPlan(images_of_batch(needed, len(images), self._budget(needed), self._options.batch_size), ())
 
     def _batches(
         self,
@@ -300,8 +308,11 @@ class Evaluator:
     def _siblings(self, layer: SeriesConv2d, form: LayerForm) -> Siblings:
         return Siblings(layer, form, self._memory_format)
 
-    def _budget(self) -> int:
-        return self._options.memory_budget or default_memory_budget(self._device)
+    def _budget(self, least: int = 0) -> int:
+        """Return the memory budget; an automatic one is at least `least` bytes, which one image needs."""
+        if self._options.memory_budget is None:
+            self.memory_budget = max(self._automatic_budget or default_memory_budget(self._device), least)
+        return self.memory_budget
 
     def _plan(self, walk: PrefixWalk, images: Tensor) -> BatchPlan:
         """Plan for a path on which every layer runs in the same form if it can, dense or bottleneck."""
@@ -315,7 +326,8 @@ class Evaluator:
         with modules_out_of_place(self._supernet), at_precision(self._options.precision, self._device):
             segments = measure_segments(walk, self._batch(images[:1]), paths)
         siblings = [len(layer.group_sizes) for layer in walk.layers]
-        return plan_batches(segments, siblings, len(images), self._budget(), batch_size=self._options.batch_size)
+        budget = self._budget(bytes_of_image(segments))
+        return plan_batches(segments, siblings, len(images), budget, batch_size=self._options.batch_size)
 
     def _check(
         self, walk: PrefixWalk, plan: BatchPlan, images: Tensor, configurations: Sequence[Configuration]

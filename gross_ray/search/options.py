@@ -30,7 +30,8 @@ class EvaluationOptions:
     batch_size: int | None = None
     """Images in a batch; None: as many as fit the memory budget."""
     memory_budget: int | None = None
-    """Bytes that a batch's live tensors may take; None: the CPU's largest cache, or half of the GPU's free memory."""
+    """Bytes that a batch's live tensors may take; None: the CPU's largest cache, or half of the GPU's free memory, and
+    at least what one image needs."""
     form: str = "auto"
     """How decomposed layers run: dense, bottleneck, or auto (the faster of the two for each layer and group-size)."""
     precision: str = "float32"
@@ -94,7 +95,8 @@ class SearchOptions:
     """float32, tf32 (CUDA only) or bfloat16: the latter two are faster on devices that support them, but change
     results."""
     memory_budget: int = 0
-    """Bytes of live tensors on each worker; 0: its share of the CPU's largest cache, or of half of a GPU's memory."""
+    """Bytes of live tensors on each worker; 0: its share of the CPU's largest cache, or of half of a GPU's memory, and
+    at least what one image needs."""
 
     def __post_init__(self) -> None:
         settle(self, "search.")

@@ -252,7 +252,10 @@ class _Searched:
     costs: dict[str, LayerCosts]
 
     @classmethod
-    def of(cls, context: Context, forms: dict[str, LayerForm] | None, memory_budget: int) -> _Searched:
+    def of(
+        cls, context: Context, forms: dict[str, LayerForm] | None, memory_budget: int, automatic: int | None = None
+    ) -> _Searched:
+        """Build the supernet from the shared weights; a `memory_budget` of 0 is `automatic`."""
         run = context.run
         supernet = _empty(context)
         weights = {name: tensor_of(array) for name, array in context.shared["weights"].items()}
@@ -260,9 +263,11 @@ class _Searched:
         supernet.eval()
         costs = {name: layer_costs(supernet, run.base.input_shape, name) for name in COUNTED}
         search = run.experiment.search
-        options = EvaluationOptions(memory_budget=memory_budget, form=search.form, precision=search.precision)
+        options = EvaluationOptions(memory_budget=memory_budget or None, form=search.form, precision=search.precision)
         normalisation = context.splits.validation.normalisation
-        evaluator = Evaluator(supernet.to(context.device), options, forms=forms, normalisation=normalisation)
+        evaluator = Evaluator(
+            supernet.to(context.device), options, forms=forms, normalisation=normalisation, automatic_budget=automatic
+        )
         return cls(evaluator, costs)
 
 
@@ -273,11 +278,9 @@ def _empty(context: Context) -> nn.Module:
 def plan_work(context: Context, unit: Planning) -> str:
     """Compute and store the plan of the search."""
     run = context.run
-    memory_budget = run.experiment.search.memory_budget
-    if not memory_budget:  # workers share a node's cache or a GPU
-        whole = default_memory_budget(torch.device(context.device))
-        memory_budget = max(whole // unit.units_on_a_device, LEAST_BUDGET)
-    evaluator = _Searched.of(context, None, memory_budget).evaluator
+    whole = default_memory_budget(torch.device(context.device))  # workers share a node's cache or a GPU
+    automatic = max(whole // unit.units_on_a_device, LEAST_BUDGET)
+    evaluator = _Searched.of(context, None, run.experiment.search.memory_budget, automatic).evaluator
     space, validation = run.space, context.splits.validation
     evaluator.evaluate(validation.images[:1], validation.labels[:1], space[:1])
     num = max(SHARDS_A_WORKER * unit.workers, -(-space.size // MOST_CONFIGURATIONS))
@@ -285,7 +288,7 @@ def plan_work(context: Context, unit: Planning) -> str:
     about = {
         "shards": [[shard.start, shard.stop] for shard in cut],
         "forms": {name: asdict(form) for name, form in evaluator.forms.items()},
-        "memory_budget": memory_budget,
+        "memory_budget": evaluator.memory_budget,
     }
     context.store.save_checkpoint(PLAN, "plan", {}, about)
     found = f"{space.size} configurations" + (f" in {len(cut)} shards" if cut else "")
