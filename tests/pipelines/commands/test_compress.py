@@ -155,6 +155,29 @@ def test_a_budget_of_time_is_measured_on_the_way(folder: Path) -> None:
         assert evaluated[name] <= 0.95 * measured["full_ms"]
 
 
+FIXED = """
+import torch
+from torch import nn
+
+class Fixed(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + torch.full((x.shape[0] // 1,), float(len(x.tolist())))[:, None]
+
+def net(num_classes):
+    return Fixed(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                 nn.Linear(8, num_classes))
+"""
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_trained(folder: Path) -> None:
+    (folder / "fixed_nets.py").write_text(FIXED)
+    given = ["--model", "fixed_nets:net", "--data", "sample", "--budget", "macs=60%", "--in-process"]
+    found = invoke("compress", "--out", "refused", *given, "--set", "data.limit_train=60")
+    sys.modules.pop("fixed_nets", None)
+    assert found.exit_code == 2 and "model 'fixed_nets:net'" in found.stderr and "ONNX" in found.stderr, found.stderr
+    assert "train:" not in found.stderr and not (folder / "refused").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "line"),
     [
