@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -64,29 +65,26 @@ def compression_experiment(
     spent = EFFORTS[effort]
     finetuning = epochs or spent.finetuning
     own = max(1, round(finetuning * spent.own_finetuning / spent.finetuning))
-    images = spent.images
-    size = _batch_size(min(images or num_images, num_images))
+    images = spent.images if spent.images < num_images else 0
+    size = _batch_size(images or num_images)
     decomposition, space = _choices(network, input_shape)
     whole = space.size <= MOST_EXHAUSTIVE
 
-    def schedule(num_epochs: int) -> dict[str, object]:
+    def schedule(num_epochs: int) -> dict[str, Any]:
         late = tuple(sorted({round(num_epochs * share) for share in (0.6, 0.85)} - {0, num_epochs}))
         return {"epochs": num_epochs, "lr": 0.0, "milestones": late, "batch_size": size, "images": images}
 
+    trained = {} if weights and not adapt else schedule(adapt or spent.training)
     return Experiment(
         name="compress",
         model=model,
         weights=weights,
         data=data,
-        training=TrainingOptions(
-            seeds=1,
-            start="weights" if adapt else "new",
-            **schedule(adapt or spent.training),  # type: ignore[arg-type]
-        ),
+        training=TrainingOptions(seeds=1, start="weights" if adapt else "new", **trained),
         decomposition=decomposition,
         supernet=SupernetOptions(seeds=1),
-        reconstruction=ReconstructionOptions(**schedule(spent.reconstruction)),  # type: ignore[arg-type]
-        finetuning=FinetuningOptions(**schedule(finetuning)),  # type: ignore[arg-type]
+        reconstruction=ReconstructionOptions(**schedule(spent.reconstruction)),
+        finetuning=FinetuningOptions(**schedule(finetuning)),
         search=SearchOptions(
             budgets=(),
             limits=(",".join(budgets),),
@@ -98,8 +96,8 @@ def compression_experiment(
         validation=ValidationOptions(
             fixed=(),
             seeds=1,
-            reconstruction=Schedule(**schedule(spent.own_reconstruction)),  # type: ignore[arg-type]
-            finetuning=Schedule(**schedule(own)),  # type: ignore[arg-type]
+            reconstruction=Schedule(**schedule(spent.own_reconstruction)),
+            finetuning=Schedule(**schedule(own)),
         ),
     )
 

@@ -30,6 +30,12 @@ _CLASSES, _SIZE = 10, 32
 """The number of classes and the image size for which a network is built to find the channels that it takes."""
 
 
+_MAY_BE_KNOWN = (
+    "the validation split, which selects, may have images that the weights were trained on: accuracies on it are then "
+    "too high; data.validation_from=test takes half of the test split instead"
+)
+
+
 def run_folder(
     run: str,
     preset_name: str | Path | None,
@@ -74,6 +80,8 @@ def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse:
         check_same_images(splits, reuse)
     for line in check_experiment(experiment, splits):
         click.echo(line, err=True)
+    if experiment.weights and experiment.data.validation_from == "train":
+        click.echo(_MAY_BE_KNOWN, err=True)
     for line in (
         *experiment.without_effect(),
         *experiment.without_effect(num_images=len(splits.train)),

@@ -114,6 +114,7 @@ def test_its_choices_are_printed_before_anything_is_spent(finished: Result) -> N
     assert "network: own_nets:small, weights" in before and "as they are" in before
     assert "configurations" in before and "learning rate found by a range test" in before
     assert "within macs=60%,parameters=90%" in before
+    assert "may have images that the weights were trained on" in before and "without effect" not in before
 
 
 def test_the_same_command_again_does_nothing_again(folder: Path, finished: Result) -> None:
