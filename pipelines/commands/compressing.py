@@ -20,14 +20,11 @@ from gross_ray.report.compressed import best_candidate, compressed_table, plan_l
 from gross_ray.report.page import write_page
 from gross_ray.report.terminal import as_text
 from gross_ray.run.opened import layer_choice
-from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import Budget, RelativeBudget
 from gross_ray.space import SearchSpace
-from gross_ray.supernet.build import running_supernet
 from pipelines.commands import exporting
 from pipelines.commands.measuring import asked_for
 from pipelines.commands.options import Place
-from pipelines.commands.rehearsal import rehearse_export
 from pipelines.commands.run_folders import folder_of, with_channels
 from pipelines.commands.running import work
 from pipelines.commands.terminal import measuring_bar
@@ -65,12 +62,10 @@ def compress(
     if weights_key is not None:
         settings = [*settings, f"weights_key={json.dumps(weights_key)}"]
     source = place.source()
-    known = RunStore.is_there(out)
     experiment = _experiment(
-        *(source, model, weights, data, list(map(str, budgets)), adapt or 0, effort, epochs or 0, settings),
-        ending=None if known else target.suffix,
+        source, model, weights, data, list(map(str, budgets)), adapt or 0, effort, epochs or 0, settings
     )
-    store = folder_of(out, experiment, source)
+    store = folder_of(out, experiment, source, endings=[target.suffix])
 
     def do(session: Session) -> None:
         train.do(session)
@@ -104,13 +99,8 @@ def _experiment(
     effort: str,
     epochs: int,
     settings: Sequence[str],
-    *,
-    ending: str | None,
 ) -> Experiment:
-    """Return the experiment for the network and the images, and print what it chose.
-
-    Raises InvalidValueError if the network cannot be exported as a file with this ending; None: it was tried before.
-    """
+    """Return the experiment for the network and the images, and print what it chose."""
     data_fields = [setting for setting in settings if setting.partition("=")[0].strip().startswith("data.")]
     options = with_channels(Experiment(model=model, data=DataOptions(name=data)).override(data_fields)).data
     splits = source.load(options)
@@ -131,8 +121,6 @@ def _experiment(
     choice = layer_choice(network, experiment.decomposition, shape)
     for line in plan_lines(experiment, SearchSpace(choice.group_sizes), splits):
         click.echo(line, err=True)
-    if ending is not None:
-        rehearse_export(model, running_supernet(choice.network, choice.group_sizes, shape), shape, [ending])
     return experiment
 
 

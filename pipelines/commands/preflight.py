@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -24,7 +26,7 @@ from gross_ray.supernet.build import running_supernet
 from gross_ray.supernet.layers import LayerChoice
 from gross_ray.training.together import check_stackable
 from gross_ray.weights import load_weights
-from pipelines.commands.rehearsal import rehearse
+from pipelines.commands.rehearsal import rehearse, rehearse_export
 from pipelines.stages import search
 from pipelines.stages.supernets import as_one_graph
 
@@ -34,7 +36,7 @@ _LIMITS_ALONE = (
 )
 
 
-def check_experiment(experiment: Experiment, splits: Splits) -> list[str]:
+def check_experiment(experiment: Experiment, splits: Splits, *, endings: Sequence[str] = ()) -> list[str]:
     """Raise InvalidValueError for any mistake that would make a stage of `experiment` on `splits` fail later.
 
     Return lines for the user: what of the file of weights was taken, and what was passed over.
@@ -42,8 +44,8 @@ def check_experiment(experiment: Experiment, splits: Splits) -> list[str]:
     Checked are: weights of another network, images that the network cannot run, an output that is not logits, unknown
     layers and group-sizes, fixed configurations and budgets outside the space, limits below its cheapest configuration,
     supernets that the engine cannot stack, and a space that is too large for the strategy. Then `rehearse` takes a step
-    of each training, and evaluates as the search does. Limits on latency are not checked: it is measured after the
-    training.
+    of each training, and evaluates as the search does, and the network is exported to files with these `endings`.
+    Limits on latency are not checked: it is measured after the training.
     """
     shape = splits.train.images.shape[1:]
     network = build_model(
@@ -74,6 +76,8 @@ def check_experiment(experiment: Experiment, splits: Splits) -> list[str]:
         budgets = amounts([budget for budget in parse_budgets(text) if budget.cost != "latency_ms"], full)
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
     rehearse(experiment, splits, network, supernet, stacked=stacked)
+    if endings:
+        rehearse_export(experiment.model, supernet, shape, endings)
     return notes
 
 

@@ -74,8 +74,8 @@ def rehearse(experiment: Experiment, splits: Splits, network: nn.Module, superne
 
 def rehearse_export(model: str, supernet: nn.Module, input_shape: Sequence[int], endings: Sequence[str]) -> None:
     """Raise InvalidValueError if a network of `supernet` cannot be exported as a file with one of these endings."""
-    plain = extract(supernet, largest_decomposed(supernet))
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        plain = extract(supernet, largest_decomposed(supernet))
         for ending in endings:
             try:
                 export_network(plain, Path(folder) / f"network{ending}", input_shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -57,10 +58,20 @@ def run_folder(
     return folder_of(run, _experiment_of(preset_name, settings), source, reuse)
 
 
-def folder_of(run: str, experiment: Experiment, source: DataSource, reuse: RunStore | None = None) -> RunStore:
-    """Open a run folder, or make it for an experiment; an existing folder must agree with it (see `run_folder`)."""
+def folder_of(
+    run: str,
+    experiment: Experiment,
+    source: DataSource,
+    reuse: RunStore | None = None,
+    *,
+    endings: Sequence[str] = (),
+) -> RunStore:
+    """Open a run folder, or make it for an experiment; an existing folder must agree with it (see `run_folder`).
+
+    For a new one, exports to files with these `endings` are tried first.
+    """
     if not RunStore.is_there(run):
-        return _new_run_folder(run, experiment, source, reuse)
+        return _new_run_folder(run, experiment, source, reuse, endings)
     store = RunStore.create(run, experiment)
     if RunStore.open(run).experiment.data.name != experiment.data.name:  # another path may have the same images
         pin(store, source.load(experiment.data))
@@ -69,7 +80,9 @@ def folder_of(run: str, experiment: Experiment, source: DataSource, reuse: RunSt
     return store
 
 
-def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse: RunStore | None) -> RunStore:
+def _new_run_folder(
+    run: str, experiment: Experiment, source: DataSource, reuse: RunStore | None, endings: Sequence[str]
+) -> RunStore:
     """Check a new experiment, make its run folder, and pin its images and weights there."""
     # First, because images take longer.
     weights = read_weights(experiment.weights, experiment.weights_key) if experiment.weights else {}
@@ -78,7 +91,7 @@ def _new_run_folder(run: str, experiment: Experiment, source: DataSource, reuse:
     splits = source.load(experiment.data)
     if reuse is not None:
         check_same_images(splits, reuse)
-    for line in check_experiment(experiment, splits):
+    for line in check_experiment(experiment, splits, endings=endings):
         click.echo(line, err=True)
     if experiment.weights and experiment.data.validation_from == "train":
         click.echo(_MAY_BE_KNOWN, err=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,7 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import DataOptions
 from gross_ray.models import MODELS
 from gross_ray.presets import preset
-from gross_ray.supernet.build import decompose_model
 from pipelines.commands.preflight import check_experiment
-from pipelines.commands.rehearsal import rehearse_export
 
 SETTINGS = ["search.budgets=[2]", "validation.fixed=[2]"]
 
@@ -44,13 +42,13 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], nn.Module]
     return put
 
 
-def check(splits: Splits, *settings: str) -> None:
-    check_experiment(preset("quickstart").override([*SETTINGS, *settings]), splits)
+def check(splits: Splits, *settings: str, endings: Sequence[str] = ()) -> None:
+    check_experiment(preset("quickstart").override([*SETTINGS, *settings]), splits, endings=endings)
 
 
-def refused(splits: Splits, *settings: str) -> str:
+def refused(splits: Splits, *settings: str, endings: Sequence[str] = ()) -> str:
     with pytest.raises(InvalidValueError) as error:
-        check(splits, *settings)
+        check(splits, *settings, endings=endings)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
@@ -210,16 +208,25 @@ class Branches(nn.Module):
         return features if features.sum() > 0 else -features
 
 
-@pytest.mark.parametrize("endings", [[".onnx", ".pt2", ".safetensors"]])
-def test_an_export_is_rehearsed(endings: list[str]) -> None:
-    shape = (3, 32, 32)
-    rehearse_export("own:net", decompose_model(Arguments(Net(3)), group_sizes=(1, 4)), shape, endings)
-    branching = decompose_model(Net(3, Branches()), group_sizes=(1, 4))
-    rehearse_export("own:net", branching, shape, [".safetensors"])
+def test_an_export_is_rehearsed(splits: Splits, use: Callable[..., None]) -> None:
+    use(lambda num_classes: Arguments(Net(num_classes)))
+    check(splits, endings=[".onnx", ".pt2", ".safetensors"])
+    use(lambda num_classes: Net(num_classes, Branches()))
+    check(splits, endings=[".safetensors"])
     for ending, exporter in ((".onnx", "ONNX"), (".pt2", "torch.export")):
-        with pytest.raises(InvalidValueError, match=f"^model 'own:net': {exporter} cannot trace this network: ") as no:
-            rehearse_export("own:net", branching, shape, [ending])
-        assert len(str(no.value).splitlines()) == 1
+        line = refused(splits, endings=[ending])
+        assert line.startswith(f"model 'four-conv': {exporter} cannot trace this network: ")
+
+
+class ByView(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return features.view(features.size(0), -1)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_flatten_by_view_passes(splits: Splits, use: Callable[..., None], together: int) -> None:
+    use(lambda n: nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.Conv2d(4, 4, 3), ByView(), nn.Linear(4 * 6 * 6, n)))
+    check(splits, f"engine.parallel_seeds={together}")
 
 
 def test_the_command_says_it_in_one_line_with_status_2(
