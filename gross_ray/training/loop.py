@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gross_ray.data.image_set import ImageSet
-from gross_ray.errors import DivergedError, InvalidValueError
+from gross_ray.errors import DivergedError, GrossRayError, InvalidValueError
 from gross_ray.nn.memory_format import memory_format_of
 from gross_ray.nn.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
@@ -227,7 +227,9 @@ def run_in_format_of(network: nn.Module, images: ImageSet, run: Callable[[ImageS
     before = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         return run(images)
-    except Exception:
+    except GrossRayError:
+        raise
+    except Exception:  # whatever the network's own code raises
         other = in_format_of(network, images, trained=trained)
         if other.memory_format == images.memory_format:
             raise
