@@ -9,6 +9,7 @@ RUN/tables/NAME/UNIT.parquet                one completed unit of work
 RUN/checkpoints/STAGE/UNIT.safetensors      tensors, with their description in the file's metadata
 RUN/checkpoints/STAGE/UNIT.json             the same description, for people; never read
 RUN/report.html                             the page of `gross report`; never read
+RUN/tracebacks.txt                          tracebacks of unexpected errors; written by `tracebacks`, never read
 """
 
 from __future__ import annotations

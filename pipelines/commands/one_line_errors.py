@@ -1,18 +1,52 @@
-"""Errors on the command line: a user's mistake ends with one line on stderr and an exit status, never a traceback."""
+"""Errors on the command line: whatever happens, one line on stderr and an exit status, never a traceback."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from gross_ray.errors import ConvertedNetworkWarning, DivergedError, GrossRayError, StorageError, UnitsFailedError
+from gross_ray.errors import (
+    ConvertedNetworkWarning,
+    DivergedError,
+    GrossRayError,
+    StorageError,
+    UnitsFailedError,
+    first_line,
+)
+from gross_ray.run.tracebacks import keep_traceback
 from pipelines.execution import signals
+
+_RUN = "gross_ray.run"
+"""Key of click's `Context.meta` for the run folder that the command line names."""
+_OF_A_FILE = {
+    number: remedy
+    for remedy, numbers in {
+        "make room for it, or name another file": (errno.ENOSPC, errno.EDQUOT),
+        "change its permissions, or name another file": (errno.EACCES, errno.EPERM),
+        "name another file": (
+            *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS),
+            *(errno.ENAMETOOLONG, errno.ELOOP),
+        ),
+    }.items()
+    for number in numbers
+}
+"""What to do about errors of the operating system that are about the file that they name."""
+
+
+class _Command(click.Command):
+    """A command that records its run folder, to which the traceback of an unexpected error is written."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        ctx.meta[_RUN] = ctx.params.get("run") or ctx.params.get("out")
+        return super().invoke(ctx)
 
 
 @contextmanager
@@ -35,6 +69,8 @@ def _one_line_warnings() -> Iterator[None]:
 class OneLineErrors(click.Group):
     """A group of commands that prints one line for an error, and exits with 2 for a user's mistake, else with 1."""
 
+    command_class = _Command
+
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         """Run the command line, and exit with its status if `standalone_mode`."""
         run = functools.partial(super().main, *args, standalone_mode=False, **kwargs)
@@ -43,7 +79,7 @@ class OneLineErrors(click.Group):
         try:
             with signals.orderly(), _one_line_warnings():
                 result: Any = run()
-            sys.exit(result if isinstance(result, int) else 0)
+            signals.leave(result if isinstance(result, int) else 0)
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message())
             sys.exit(0)
@@ -57,21 +93,33 @@ class OneLineErrors(click.Group):
             signals.leave(signals.exit_status())
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; an error that is meant for users becomes one line and an exit status."""
+        """Run a command; any error becomes one line and an exit status."""
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):  # click handles them
+            raise
         except (UnitsFailedError, DivergedError, StorageError) as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(1)
+            _fail(ctx, str(error), 1)
         except GrossRayError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
-        except OSError as error:  # from a file that the user named, outside any run folder
-            if error.filename is None:
-                raise
-            click.echo(f"Error: {error.filename}: {error.strerror}; name another file, or make room for it", err=True)
-            ctx.exit(1)
+            _fail(ctx, str(error), 2)
+        except OSError as error:
+            remedy = _OF_A_FILE.get(error.errno or 0)
+            if error.filename is None or remedy is None:
+                _fail(ctx, _unexpected(ctx, error), 1)
+            _fail(ctx, f"{error.filename}: {error.strerror}; {remedy}", 1)  # a file of the user, outside a run folder
+        except Exception as error:
+            _fail(ctx, _unexpected(ctx, error), 1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the commands in the order of their definition, which is that of the stages."""
         return list(self.commands)
+
+
+def _fail(ctx: click.Context, message: str, status: int) -> NoReturn:
+    click.echo(f"Error: {' '.join(message.splitlines())}", err=True)
+    ctx.exit(status)
+
+
+def _unexpected(ctx: click.Context, error: Exception) -> str:
+    """Return the line for an error that is not ours, and write its traceback to a file."""
+    return f"{first_line(error).rstrip(': ')}; {keep_traceback(traceback.format_exc(), ctx.meta.get(_RUN))}"

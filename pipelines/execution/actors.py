@@ -15,7 +15,7 @@ import torch
 from gross_ray.errors import GrossRayError, one_line
 from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
-from pipelines.execution.base import do_unit
+from pipelines.execution.base import do_unit, report_failure
 from pipelines.execution.versions import Versions
 from pipelines.units import Context, Group, Job, Unit, Work, room_for_images, unpack_splits
 from pipelines.watching import Furthest, Patience, StageProgress
@@ -110,7 +110,7 @@ class Actors:
         wanted = min(self._capacity.slots(threads), len(units))
         while len(self._actors) < wanted:
             self._actors.append(self._start())
-        stage = _StageOnActors(job, units, threads, progress)
+        stage = _StageOnActors(job, units, threads, progress, self._run)
         queues: dict[Any, deque[_Task]] = {}
         # Only running actors get units: an actor for which the cluster has no room any more would keep them forever.
         starting = {actor.state.remote(): actor for actor in self._actors[:wanted]}
@@ -213,10 +213,10 @@ class _Task:
 class _StageOnActors:
     """The units of one stage: which are still to do, which actor gets them, and how they finished."""
 
-    def __init__(self, job: Job, units: Sequence[Unit], threads: int, progress: StageProgress) -> None:
+    def __init__(self, job: Job, units: Sequence[Unit], threads: int, progress: StageProgress, run: Run) -> None:
         self.todo = deque(sorted(units, key=lambda unit: -unit.cost))
         self.failed: dict[str, str] = {}
-        self._job, self._threads, self._progress = job, threads, progress
+        self._job, self._threads, self._progress, self._run = job, threads, progress, run
         self._attempts: dict[str, int] = {}
         self._furthest = Furthest()
         self._shared: dict[str, ray.ObjectRef] = {}
@@ -251,8 +251,9 @@ class _StageOnActors:
             except ray.exceptions.RayTaskError as error:
                 unit = self._finished(queue)
                 self.failed[unit.name] = one_line(error.cause)
-                expected = isinstance(error.cause, GrossRayError)
-                self._progress.note(f"{unit.name}: failed: {error.cause if expected else error}")
+                ours = isinstance(error.cause, GrossRayError)
+                text, whole = (str(error.cause), None) if ours else (self.failed[unit.name], str(error))
+                report_failure(self._progress, unit.name, text, whole, self._run)
             except ray.exceptions.RayError as error:  # the actor or its node died, or the memory monitor killed it
                 return error
             else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from gross_ray.run.opened import Run
+from gross_ray.run.tracebacks import keep_traceback
 from pipelines.units import Context, Job, Unit, Work
 from pipelines.watching import StageProgress
 
@@ -36,3 +38,9 @@ def do_unit(work: Work, context: Context, unit: Unit) -> str:
     found = context.store.damaged[before:]
     del context.store.damaged[before:]
     return text + "".join(f"; damaged file {file}: deleted, its work was done again" for file in found)
+
+
+def report_failure(progress: StageProgress, name: str, error: str, traceback: str | None, run: Run) -> None:
+    """Report a failed unit in one line; an error that is not ours comes with a `traceback`, which goes to a file."""
+    where = "" if traceback is None else f"; {keep_traceback(traceback, run.store.storage.folder)}"
+    progress.note(f"{name}: failed: {error}{where}")

@@ -11,7 +11,7 @@ from gross_ray.data.image_set import Splits
 from gross_ray.errors import GrossRayError, one_line
 from gross_ray.run.opened import Run
 from gross_ray.search.timing import threads as torch_threads
-from pipelines.execution.base import do_unit
+from pipelines.execution.base import do_unit, report_failure
 from pipelines.units import Context, Job, Unit, pack_splits, room_for_images, unpack_splits
 from pipelines.watching import StageProgress
 
@@ -40,9 +40,10 @@ class InProcess:
                 try:
                     text = do_unit(job.work, self._context(unit, loaded.get(unit.shared), progress), unit)
                 except Exception as error:
-                    failed[unit.name] = one_line(error)
+                    failed[unit.name] = line = one_line(error)
                     ours = isinstance(error, GrossRayError)
-                    progress.note(f"{unit.name}: failed: {error if ours else traceback.format_exc()}")
+                    text, whole = (str(error), None) if ours else (line, traceback.format_exc())
+                    report_failure(progress, unit.name, text, whole, self._run)
                 else:
                     progress.unit_done(unit.name, text)
                 users[unit.shared] -= 1

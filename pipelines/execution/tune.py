@@ -23,7 +23,7 @@ from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution import signals
 from pipelines.execution.actors import gpu_share
-from pipelines.execution.base import do_unit
+from pipelines.execution.base import do_unit, report_failure
 from pipelines.execution.versions import Versions
 from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
 from pipelines.watching import Furthest, Patience, StageProgress
@@ -59,7 +59,7 @@ class Trials:
         setup = _Setup(job.work, by_name, self._run, capacity.device, threads, Versions.here())
         trainable = tune.with_parameters(_trial, packed=_Reference(self._packed), setup=setup)
         with _quiet(progress), signals.noted() as interrupted:
-            watch = _Watch(progress, Patience(progress, autoscales=capacity.autoscales))
+            watch = _Watch(progress, Patience(progress, autoscales=capacity.autoscales), self._run)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, {"cpu": threads, "gpu": gpus}),
                 # Callbacks and Tune's files show this configuration; the trial takes the unit itself from `_Setup`.
@@ -156,8 +156,8 @@ class _Interruption(tune.Stopper):
 class _Watch(Callback):
     """Turns Tune's events into progress."""
 
-    def __init__(self, progress: StageProgress, patience: Patience) -> None:
-        self._progress, self._patience = progress, patience
+    def __init__(self, progress: StageProgress, patience: Patience, run: Run) -> None:
+        self._progress, self._patience, self._run = progress, patience, run
         self._states: dict[str, tuple[float, str]] = {}
         self._furthest = Furthest()
         self.failed: dict[str, str] = {}
@@ -186,7 +186,7 @@ class _Watch(Callback):
             self._progress.unit_done(name, result["state"])
         else:
             self.failed[name] = failed
-            self._progress.note(f"{name}: failed: {result.get('traceback', failed)}")
+            report_failure(self._progress, name, failed, result.get("traceback"), self._run)
 
 
 def _trial_name(trial: Any) -> str:

@@ -145,7 +145,9 @@ def test_the_failures_are_named(ended: Outcome) -> None:
     notes = {note.split(":")[0]: note for note in ended.progress.notes if not note.startswith("Ray Tune: ")}
     assert set(notes) == {"seed=2", "seed=4"}
     assert notes["seed=2"] == f"seed=2: failed: {message}"
-    assert 'raise KeyError("conv7")' in notes["seed=4"]  # a bug is told with its place
+    where = ended.store.path / "tracebacks.txt"
+    assert notes["seed=4"] == f"seed=4: failed: KeyError: 'conv7'; the full traceback is in {where}"
+    assert 'raise KeyError("conv7")' in where.read_text()  # the line that raised it
 
 
 def test_a_callback_of_the_user_gets_all_that_tune_reports(ended: Outcome) -> None:
