@@ -27,6 +27,7 @@ from pipelines.commands.options import (
     whole_numbers,
     work_options,
 )
+from pipelines.home import provide_home
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -39,6 +40,7 @@ def main() -> None:
       gross run --preset quickstart --out runs/quickstart
       gross report runs/quickstart
     """
+    provide_home()
     sys.path.append(os.getcwd())  # for the user's models and callbacks: a console script does not search there
 
 
@@ -92,8 +94,8 @@ def compress(runtime: str | None, batch_size: int | None, threads: int | None, *
     compressing.compress(timed={"runtime": runtime, "batch_size": batch_size, "threads": threads}, **how)
 
 
-def _stage_command(name: str, description: str) -> click.Command:
-    """Return the command of a stage without special options."""
+def _add_stage(name: str, description: str) -> None:
+    """Add the command of a stage without special options."""
 
     def command(run: str, **how: Any) -> None:
         from pipelines.commands import running
@@ -101,9 +103,8 @@ def _stage_command(name: str, description: str) -> click.Command:
         running.run_stage(name, run, **how)
 
     help_text = f"{description}\n\n\b\nExample:\n  gross {name} runs/quickstart"
-    return click.command(name, help=help_text)(
-        click.argument("run", metavar="RUN")(experiment_options(work_options(command)))
-    )
+    decorated = experiment_options(work_options(command))
+    main.command(name, help=help_text)(click.argument("run", metavar="RUN")(decorated))
 
 
 for _name, _description in {
@@ -112,7 +113,7 @@ for _name, _description in {
     "reconstruct": "Reconstruct the responses of the full network in the supernet.",
     "finetune": "Fine-tune the supernet, group-sizes sampled at each step.",
 }.items():
-    main.add_command(_stage_command(_name, _description))
+    _add_stage(_name, _description)
 
 
 @main.command()

@@ -144,14 +144,17 @@ class _ThisProcess:
 class _OnRay:
     """Joins or starts Ray and puts the images into its object store; runs units on actors, and trials in Ray Tune."""
 
-    def __init__(self, run: Run, splits: Splits, resources: Resources, callbacks: Sequence[Any]) -> None:
+    def __init__(
+        self, run: Run, splits: Splits, resources: Resources, callbacks: Sequence[Any], note: Callable[[str], object]
+    ) -> None:
         from pipelines.execution.actors import Actors
         from pipelines.execution.cluster import connected, module_of, put
 
         self._stack = ExitStack()
         self._run, self._callbacks = run, callbacks
         own = module_of(run.experiment.model)
-        self.capacity = self._stack.enter_context(connected(resources, [own] if own else []))
+        ray = connected(resources, [own] if own else [], note=note, run=run.store.storage.folder)
+        self.capacity = self._stack.enter_context(ray)
         try:
             self._packed = put(pack_splits(splits))
             self._actors = Actors(self.capacity, self._packed, run)
@@ -283,7 +286,7 @@ class Session:
             if self._in_process:
                 self._joined = _ThisProcess(self.run, splits, self._resources)
             else:
-                self._joined = _OnRay(self.run, splits, self._resources, self._callbacks)
+                self._joined = _OnRay(self.run, splits, self._resources, self._callbacks, self.note)
                 self._source.forget()
             device = self._joined.capacity.device
             for line in (*self.run.experiment.without_effect(device=device), *self._resources.without_effect(device)):

@@ -49,5 +49,12 @@ class Resources:
 
     @property
     def joined_address(self) -> str | None:
-        """The address of the running cluster to join; None: start Ray here."""
-        return None if self.in_process else self.address or os.environ.get("RAY_ADDRESS") or None
+        """The address of the running cluster to join; None: start Ray here. As in Ray, RAY_ADDRESS decides for auto."""
+        around = os.environ.get("RAY_ADDRESS") or None
+        address = around or self.address if self.address in (None, "auto") else self.address
+        return None if self.in_process or address == "local" else address
+
+    @property
+    def address_option(self) -> str:
+        """What names the cluster to join: --address or RAY_ADDRESS."""
+        return "--address" if self.address == self.joined_address else "RAY_ADDRESS"

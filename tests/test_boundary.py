@@ -37,7 +37,7 @@ LAYERS = (
     ("gross_ray.compression", "gross_ray.report"),
     ("gross_ray",),  # gross_ray/__init__.py alone: the public names
     ("pipelines",),  # pipelines/__init__.py alone
-    ("pipelines.nodes", "pipelines.watching", "pipelines.resources", "pipelines.units"),
+    ("pipelines.home", "pipelines.nodes", "pipelines.watching", "pipelines.resources", "pipelines.units"),
     ("pipelines.capacity",),
     ("pipelines.stages", "pipelines.execution"),
     ("pipelines.driver",),

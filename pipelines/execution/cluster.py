@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
-import socket
 import sys
-import time
+import traceback
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
@@ -28,47 +28,58 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
+from ray._private.authentication.authentication_token_setup import (  # noqa: E402
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] # noqa: E402
 
-from gross_ray.errors import ResourcesError  # noqa: E402
+from gross_ray.errors import ResourcesError, first_line  # noqa: E402
 from gross_ray.own_code import own_folder  # noqa: E402
+from gross_ray.run.tracebacks import keep_traceback  # noqa: E402
 from pipelines.capacity import Capacity  # noqa: E402
-from pipelines.execution import signals  # noqa: E402
+from pipelines.execution import machine, signals  # noqa: E402
+from pipelines.execution.addresses import NotJoinedError, checked_address  # noqa: E402
 from pipelines.execution.autoscaler import autoscaling_config, may_come  # noqa: E402
+from pipelines.execution.processes import MARK, end_orphans  # noqa: E402
+from pipelines.execution.starting import StartFailedError, watched  # noqa: E402
 from pipelines.execution.versions import PACKAGES  # noqa: E402
 from pipelines.nodes import NodeKind  # noqa: E402
 from pipelines.resources import Resources  # noqa: E402
 
-CONNECT_SECONDS = 10.0
-"""How long a named cluster may take to answer."""
+START_SECONDS = 60.0
+"""How long Ray's start on this machine may take; it takes 4 to 7 s, and several times that on a busy machine."""
 HEAD_SECONDS = 120.0
-"""How long a cluster's head may take to run a first small task, including the transfer of the code."""
-ORPHAN_SECONDS = 10.0
-"""How long to search for and end remaining processes of a Ray that was started here."""
-_MARK = "GROSS_RAY_STARTED"
-"""Environment variable of all processes of a Ray that is started here."""
-_SESSION_TIME = "%Y-%m-%d_%H-%M-%S_%f"
-"""Format of the local time in the names of Ray's sessions."""
+"""How long a cluster may take to be joined, and its head to run a first small task, with the transfer of the code."""
 
 
 @contextmanager
-def connected(resources: Resources, own_modules: Sequence[str] = ()) -> Iterator[Capacity]:
+def connected(
+    resources: Resources,
+    own_modules: Sequence[str] = (),
+    *,
+    note: Callable[[str], object] = print,
+    run: str | Path | None = None,
+) -> Iterator[Capacity]:
     """Connect to Ray while the block runs; a running cluster gets the code of gross_ray and `own_modules`.
 
-    Raises ResourcesError if the cluster cannot be reached, or can never have the requested resources.
+    `note` shows a line about what is unusual on this machine; `run` is the run folder for unexpected errors. Raises
+    ResourcesError if the cluster cannot be reached, or can never have the requested resources, and if Ray cannot start
+    on this machine.
     """
     started_here = not ray.is_initialized()
     mark, began = uuid.uuid4().hex, datetime.now()
     try:
         if started_here:
-            with _environment(_MARK, mark):
-                _connect(resources, own_modules)
+            with _environment(MARK, mark):
+                _connect(resources, own_modules, note, run)
         alone = started_here and resources.joined_address is None
         capacity = _describe(resources, None if alone else _autoscaling_config())
         yield replace(capacity, private=alone)
     finally:
         if started_here:
             ray.shutdown()
-            _end_orphans(mark, None if resources.joined_address else began)
+            end_orphans(mark, None if resources.joined_address else began)
 
 
 def put(value: Any) -> ray.ObjectRef:
@@ -76,42 +87,99 @@ def put(value: Any) -> ray.ObjectRef:
     return ray.put(value)
 
 
-def _connect(resources: Resources, own_modules: Sequence[str]) -> None:
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+def _connect(
+    resources: Resources, own_modules: Sequence[str], note: Callable[[str], object], run: str | Path | None
+) -> None:
     address = resources.joined_address
+    logs = ""
     try:
-        if address is not None:
-            _check_listening(address)
-            ray.init(address=address, runtime_env=_runtime_env(own_modules), **quiet)
-        else:
-            cores = resources.num_cpus or os.cpu_count() or 1
-            with _loopback_alone():
-                # With several arenas, glibc returns memory of threads to the system and has to fault it in again.
-                os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-    except (KeyboardInterrupt, SystemExit) as error:
+        with _without_logs():
+            if address is None:
+                cores = resources.num_cpus or os.cpu_count() or 1
+                machine.check_limits(cores)
+                place = machine.place()
+                logs = place.logs
+                for line in place.notes:
+                    note(line)
+                _start(cores, place)
+            else:
+                with watched(HEAD_SECONDS):
+                    ray.init(address=checked_address(address), runtime_env=_runtime_env(own_modules), **_QUIET)
+    except (KeyboardInterrupt, SystemExit, StartFailedError) as error:
         signals.start_interrupted()
         signal.alarm(0)  # set by Ray's SIGTERM handler (absl's): it would abort this process three seconds later
         if isinstance(error, SystemExit):  # raised by Ray's own SIGTERM handler
             raise signals.terminated() from None
+        if isinstance(error, StartFailedError):
+            raise _not_connected(resources, str(error), logs) from None
         raise
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        where = f"the cluster at {address}" if address else "Ray on this machine"
-        versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
-        if len(versions) == 2:
-            (their_ray, their_python), (our_ray, our_python) = versions
-            raise ResourcesError(
-                f"{where} runs Ray {their_ray} with Python {their_python}, this process Ray {our_ray} with "
-                f"Python {our_python}: use the same versions of both"
-            ) from None
-        reason = str(error).splitlines()[0]
-        if isinstance(error, ray.exceptions.AuthenticationError):
-            raise ResourcesError(
-                f"{where} refuses this process: {reason}; put its token into ~/.ray/auth_token (docs/cluster.md)"
-            ) from None
-        raise ResourcesError(f"cannot reach {where}: {reason}; check --address and that it runs") from None
+    except ResourcesError:
+        raise
+    except Exception as error:  # whatever Ray, gRPC and the system raise
+        raise _refusal(resources, error, logs, run) from None
     finally:
         signals.raise_on_signals()
+
+
+_QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+"""Arguments of ray.init."""
+
+
+def _start(cores: int, place: machine.Place) -> None:
+    """Start Ray on this machine."""
+    enable_token_auth_by_default()
+    try:
+        ensure_token_if_auth_enabled()
+    except (OSError, RuntimeError):  # there is no home folder, or it cannot be written: a token of this process alone
+        os.environ["RAY_AUTH_TOKEN"] = uuid.uuid4().hex
+        AuthenticationTokenLoader.instance().reset_cache()
+    with _loopback_alone(), watched(START_SECONDS):
+        # With several arenas, glibc returns memory of threads to the system and has to fault it in again.
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **place.options, **_QUIET)
+
+
+def _refusal(resources: Resources, error: Exception, logs: str, run: str | Path | None) -> ResourcesError:
+    """Return the error to raise for one that came up as Ray was joined or started."""
+    where = f"the cluster at {resources.joined_address}"
+    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+    if len(versions) == 2:
+        (their_ray, their_python), (our_ray, our_python) = versions
+        return ResourcesError(
+            f"{where} runs Ray {their_ray} with Python {their_python}, this process Ray {our_ray} with "
+            f"Python {our_python}: use the same versions of both"
+        )
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        return ResourcesError(
+            f"{where} refuses this process: {error.message}; put its token into ~/.ray/auth_token (docs/cluster.md)"
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not isinstance(error, NotJoinedError | OSError):
+        reason = f"{first_line(error)}; {keep_traceback(traceback.format_exc(), run)}"
+    return _not_connected(resources, reason, logs)
+
+
+def _not_connected(resources: Resources, reason: str, logs: str) -> ResourcesError:
+    address, option = resources.joined_address, resources.address_option
+    if address is None:
+        return ResourcesError(
+            f"Ray does not start on this machine: {reason}; its logs are in {logs}; {machine.IN_PROCESS}"
+        )
+    leave = "leave --address out" if option == "--address" else f"unset {option}"
+    return ResourcesError(
+        f"cannot reach the cluster at {address}: {reason}; correct {option}, or {leave} to start Ray on this machine"
+    )
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Silence the logs while Ray starts or is joined: an error is raised too, and becomes one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager
@@ -143,54 +211,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _end_orphans(mark: str, began: datetime | None) -> None:
-    """End remaining processes of a Ray that was started here: agents survive a node that is ended while it starts them.
-
-    `began` is the time of the start; None if a running cluster was joined, which this process may have started, too. A
-    node may start agents while the processes are listed, so the search ends after two empty ones in a row.
-    """
-    num_empty, deadline = 0, time.monotonic() + ORPHAN_SECONDS
-    while num_empty < 2 and time.monotonic() < deadline:
-        found = [process for process in map(int, _processes()) if _is_ours(process, mark, began)]
-        for process in found:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        num_empty = 0 if found else num_empty + 1
-        time.sleep(0.05)
-
-
-def _processes() -> list[str]:
-    return [name for name in os.listdir("/proc") if name.isdecimal()] if os.path.isdir("/proc") else []
-
-
-def _is_ours(process: int, mark: str, began: datetime | None) -> bool:
-    with suppress(OSError):  # another user's process, or no longer running
-        if f"{_MARK}={mark}".encode() in Path(f"/proc/{process}/environ").read_bytes():
-            return True
-    return began is not None and _logs_here(process, began)
-
-
-def _logs_here(process: int, began: datetime) -> bool:
-    """Return whether a process of Ray has an open log of a session that this process started after `began`.
-
-    A session's name has the time and the process that started it. The mark is not enough, because Ray's agents
-    overwrite their environment with their titles.
-    """
-    session = re.compile(rf"/session_([^/]*)_{os.getpid()}/")
-    try:
-        if not Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
-            return False
-        descriptors = os.listdir(f"/proc/{process}/fd")
-    except OSError:  # another user's process, or no longer running
-        return False
-    for descriptor in descriptors:
-        with suppress(OSError):  # closed meanwhile
-            found = session.search(os.readlink(f"/proc/{process}/fd/{descriptor}"))
-            if found and found.group(1) >= began.strftime(_SESSION_TIME):
-                return True
-    return False
-
-
 def module_of(model: str) -> str | None:
     """Return the folder or file of the package with a model package.module:factory; None for a built-in model.
 
@@ -215,13 +235,6 @@ def _runtime_env(own_modules: Sequence[str]) -> dict[str, Any]:
         "excludes": ["__pycache__"],
         "env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"]},
     }
-
-
-def _check_listening(address: str) -> None:
-    """Raise OSError if nothing listens at HOST:PORT: Ray itself would try for many minutes."""
-    host, separator, port = address.rpartition("://")[2].rpartition(":")
-    if separator and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def _autoscaling_config() -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-ON_RAY = {f"pipelines.execution.{name}" for name in ("actors", "cluster", "tune", "versions")}
+ON_RAY = {f"pipelines.execution.{name}" for name in ("actors", "addresses", "cluster", "tune", "versions")}
 """The modules that import Ray when they are imported."""
 
 

@@ -19,7 +19,7 @@ import pytest
 from faults import MARK, assert_nothing_left, marked
 
 from gross_ray.errors import InvalidValueError, ResourcesError
-from pipelines.execution import cluster, signals
+from pipelines.execution import cluster, processes, signals
 from pipelines.execution.cluster import connected
 from pipelines.resources import Resources
 
@@ -110,6 +110,7 @@ def test_other_versions_of_ray_or_python_are_one_line(monkeypatch: pytest.Monkey
     def refused(**_: object) -> None:
         check_version_info({"ray_version": "2.1.0", "python_version": "3.8.1"}, "node 10.0.0.1:6379")
 
+    monkeypatch.setattr(cluster, "checked_address", lambda address: address)
     monkeypatch.setattr(cluster.ray, "init", refused)
     with pytest.raises(ResourcesError) as error, connected(Resources(address="auto")):
         pass
@@ -180,8 +181,8 @@ def test_what_an_orphan_starts_while_it_is_ended_is_ended_too(monkeypatch: pytes
     first, late, another = sleeping("mine"), sleeping("mine"), sleeping("another's")
     try:
         seen = iter([[first.pid, another.pid], [], [late.pid, another.pid]])
-        monkeypatch.setattr(cluster, "_processes", lambda: list(map(str, next(seen, [another.pid]))))
-        cluster._end_orphans("mine", None)
+        monkeypatch.setattr(processes, "processes", lambda: list(map(str, next(seen, [another.pid]))))
+        processes.end_orphans("mine", None)
         assert first.wait(300) == late.wait(300) == -signal.SIGKILL
         assert another.poll() is None
     finally:
@@ -205,9 +206,9 @@ def test_an_agent_that_has_written_its_title_over_the_mark_is_ended(tmp_path: Pa
         agent(*each) for each in (("ray::A", ours), ("ray::A", other), ("ray::A", earlier), ("tail", ours))
     )
     try:
-        cluster._end_orphans("no such mark", None)
+        processes.end_orphans("no such mark", None)
         assert orphan.poll() is None, "of a cluster that was joined"
-        cluster._end_orphans("no such mark", datetime(2026, 11, 28, 10, 56, 51))
+        processes.end_orphans("no such mark", datetime(2026, 11, 28, 10, 56, 51))
         assert orphan.wait(300) == -signal.SIGKILL
         assert [one.poll() for one in others] == [None] * 3
     finally:
