@@ -58,10 +58,11 @@ def kuberay_config(account: Path = Path("/var/run/secrets/kubernetes.io/servicea
     return reading._derive_autoscaling_config_from_ray_cr(cluster)
 
 
-def may_come(config: dict[str, Any], running: list[NodeKind]) -> list[NodeKind]:
-    """Return the nodes that an autoscaler with this configuration may add to the `running` ones, including the head.
+def may_come(config: dict[str, Any], running: list[NodeKind], head: NodeKind | None = None) -> list[NodeKind]:
+    """Return the nodes that an autoscaler with this configuration may add to the `running` ones, including the `head`.
 
-    Nodes with GPUs come first, then larger nodes, up to `max_workers` of the whole cluster.
+    Nodes with GPUs come first, then larger nodes, up to `max_workers` of the whole cluster. A head that is like the
+    workers of a type is none of them.
     """
     most = config.get("max_workers", 0)
     kinds = []
@@ -69,9 +70,11 @@ def may_come(config: dict[str, Any], running: list[NodeKind]) -> list[NodeKind]:
         if name == config.get("head_node_type"):
             continue
         resources = kind.get("resources") or {}
-        num_cpus, num_gpus = int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
-        up = sum(node.count for node in running if (node.num_cpus, node.num_gpus) == (num_cpus, num_gpus))
-        kinds.append(NodeKind(num_cpus, num_gpus, max(0, min(kind.get("max_workers", most), most) - up)))
+        shape = int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+        up = sum(node.count for node in running if (node.num_cpus, node.num_gpus) == shape)
+        if head is not None and (head.num_cpus, head.num_gpus) == shape:
+            up -= 1
+        kinds.append(NodeKind(*shape, max(0, min(kind.get("max_workers", most), most) - up)))
     room = max(0, most + 1 - sum(node.count for node in running))
     added = []
     for kind in sorted(kinds, key=lambda kind: (-kind.num_gpus, -kind.num_cpus)):

@@ -51,6 +51,8 @@ START_SECONDS = 60.0
 """How long Ray's start on this machine may take; it takes 4 to 7 s, and several times that on a busy machine."""
 HEAD_SECONDS = 120.0
 """How long a cluster may take to be joined, and its head to run a first small task, with the transfer of the code."""
+_HEAD = "node:__internal_head__"
+"""A resource that only a cluster's head has."""
 
 
 @contextmanager
@@ -239,7 +241,7 @@ def _runtime_env(own_modules: Sequence[str]) -> dict[str, Any]:
 
 def _autoscaling_config() -> dict[str, Any] | None:
     """Return the configuration of the cluster's autoscaler, read by a task on the head; None without an autoscaler."""
-    read = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(autoscaling_config)
+    read = ray.remote(num_cpus=0, resources={_HEAD: 0.001})(autoscaling_config)
     try:
         return ray.get(read.remote(ray.get_runtime_context().gcs_address), timeout=HEAD_SECONDS)
     except ray.exceptions.RayError as error:
@@ -251,10 +253,11 @@ def _autoscaling_config() -> dict[str, Any] | None:
 
 def _describe(resources: Resources, config: dict[str, Any] | None) -> Capacity:
     """Return the capacity of the running nodes and of those that an autoscaler of this configuration may add."""
-    alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
-    shapes = Counter((int(has.get("CPU", 0)), float(has.get("GPU", 0))) for has in alive)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    shapes = Counter(map(_shape, alive))
     running = [NodeKind(*shape, count) for shape, count in shapes.items()]
-    coming = may_come(config, running) if config is not None else []
+    head = next((NodeKind(*_shape(has)) for has in alive if _HEAD in has), None)
+    coming = may_come(config, running, head) if config is not None else []
     device = resources.device
     if device == "auto":
         device = "cuda" if any(node.num_gpus for node in running + coming) else "cpu"
@@ -263,6 +266,10 @@ def _describe(resources: Resources, config: dict[str, Any] | None) -> Capacity:
     if not fitting:
         raise ResourcesError(_what_is_missing(asked, running, coming if config is not None else None))
     return Capacity(nodes=tuple(fitting), device=device, gpus_per_unit=asked, autoscales=config is not None)
+
+
+def _shape(has: dict[str, float]) -> tuple[int, float]:
+    return int(has.get("CPU", 0)), float(has.get("GPU", 0))
 
 
 def _what_is_missing(asked: float, running: list[NodeKind], coming: list[NodeKind] | None) -> str:

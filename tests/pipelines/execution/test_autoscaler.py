@@ -51,6 +51,21 @@ def test_what_may_come(config: dict[str, Any], there: list[NodeKind], coming: li
     assert may_come(config, there) == coming
 
 
+def test_a_head_like_the_workers_takes_none_of_their_places() -> None:
+    config, like = _config(4, gpu=({"CPU": 8, "GPU": 1}, 4)), NodeKind(8, 1.0)
+    assert may_come(config, [like], like) == [NodeKind(8, 1.0, 4)]
+    assert may_come(config, [NodeKind(8, 1.0, 3)], like) == [NodeKind(8, 1.0, 2)]  # the head, and two of the workers
+    assert may_come(config, [NodeKind(8, 1.0, 5)], like) == []
+    assert may_come(config, [HEAD, NodeKind(8, 1.0, 3)], HEAD) == [NodeKind(8, 1.0, 1)]
+
+
+def test_the_head_is_known_by_its_resources(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config(4, gpu=({"CPU": 8, "GPU": 1}, 4))
+    nodes = [{"Alive": True, "Resources": {"CPU": 8, "GPU": 1, "node:__internal_head__": 1.0}}]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    assert cluster._describe(Resources(device="cuda"), config).num_gpus == 1 + 4
+
+
 def test_the_configuration_is_the_one_of_this_clusters_monitor(tmp_path: Path) -> None:
     for place, (address, most) in enumerate([("10.0.0.1:6379", 3), ("10.0.0.2:6379", 7)]):
         process, file = tmp_path / f"proc/{place + 10}", tmp_path / f"{place}.yaml"
