@@ -18,7 +18,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.stopper import NoopStopper
 
-from gross_ray.errors import GrossRayError, one_line
+from gross_ray.errors import GrossRayError, RunFolderError, StorageError, VersionMismatchError, one_line
 from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution import signals
@@ -33,6 +33,10 @@ MAX_FAILURES = 2
 
 A restarted trial continues from its last epoch. Tune does not count a spot machine that was taken back.
 """
+
+
+_REFUSALS = (VersionMismatchError, RunFolderError, StorageError)
+"""Errors of a worker that cannot do any unit."""
 
 
 class Trials:
@@ -50,7 +54,9 @@ class Trials:
     def do(self, job: Job, units: Sequence[Unit], *, threads: int, progress: StageProgress) -> dict[str, str]:
         """Do the units (see `Executor`).
 
-        Tune writes its own files (results, TensorBoard events) under RUN/tune; raises OSError if it cannot.
+        Tune writes its own files (results, TensorBoard events) under RUN/tune; raises OSError if it cannot. Raises
+        VersionMismatchError if a worker runs other versions than this driver, and RunFolderError or StorageError if it
+        cannot reach the run folder.
         """
         store, capacity = self._run.store, self._capacity
         gpus = capacity.gpus_per_unit if capacity.device == "cuda" else 0
@@ -73,11 +79,13 @@ class Trials:
                     storage_filesystem=store.storage.filesystem,
                     failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
                     callbacks=[watch, *self._callbacks],
-                    stop=_Interruption(interrupted),
+                    stop=_Interruption(lambda: interrupted() or watch.refusal is not None),
                     verbose=0,
                 ),
             )
             results = tuner.fit()
+        if watch.refusal is not None:
+            raise watch.refusal
         failed = dict(watch.failed)
         for result in (results[index] for index in range(len(results))):
             if result.error is not None and result.config:
@@ -118,6 +126,10 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
     try:
         setup.versions.check()
         setup.run.store.require_here()
+    except _REFUSALS as error:  # every trial there would end in the same way
+        tune.report({**last, "state": "refused", "failed": str(error), "refused": type(error).__name__})
+        return
+    try:
         splits = unpack_splits(ray.get(packed.reference), setup.device, room_for_images(setup.device, gpu_share()))
         context = Context(setup.run, splits, setup.device, report)
         text = do_unit(setup.work, context, setup.units[_name_of(config)])
@@ -161,12 +173,17 @@ class _Watch(Callback):
         self._states: dict[str, tuple[float, str]] = {}
         self._furthest = Furthest()
         self.failed: dict[str, str] = {}
+        self.refusal: GrossRayError | None = None
+        """The error of a worker that cannot do any unit."""
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
         """Tune pickles its callbacks for a restoration that we never ask for; a bar on a terminal cannot be pickled."""
         return Callback, ()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        for error in _REFUSALS:
+            if result.get("refused") == error.__name__:
+                self.refusal = error(result["failed"])
         name, share = _name_of(trial.config), float(result["share"])
         self._states[name] = (share, str(result["state"]))
         if self._furthest.advanced(name, share):
@@ -178,7 +195,8 @@ class _Watch(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name, result = _name_of(trial.config), trial.last_result
-        if "share" not in result or (result["share"] < 1 and "failed" not in result):  # not begun, or interrupted
+        not_begun = "share" not in result or "refused" in result
+        if not_begun or (result["share"] < 1 and "failed" not in result):  # the latter: interrupted
             return
         self._states.pop(name, None)
         failed = result.get("failed")

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,14 @@ from recorded import Recorded
 from tensorboardX.proto import event_pb2
 
 from gross_ray.data.image_set import Splits
-from gross_ray.errors import DivergedError
+from gross_ray.errors import DivergedError, VersionMismatchError
 from gross_ray.presets import preset
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from pipelines import watching
 from pipelines.capacity import Capacity
 from pipelines.execution.tune import MAX_FAILURES, Trials
+from pipelines.execution.versions import Versions
 from pipelines.units import Context, Job, Unit, pack_splits
 
 
@@ -148,6 +149,18 @@ def test_the_failures_are_named(ended: Outcome) -> None:
     where = ended.store.path / "tracebacks.txt"
     assert notes["seed=4"] == f"seed=4: failed: KeyError: 'conv7'; the full traceback is in {where}"
     assert 'raise KeyError("conv7")' in where.read_text()  # the line that raised it
+
+
+def test_a_worker_of_other_versions_is_one_error_of_the_job(
+    cluster: Capacity, splits: Splits, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, progress = replace(Versions.here(), torch="1.0.0"), Locked()
+    monkeypatch.setattr(Versions, "here", classmethod(lambda cls: driver))  # in this process alone
+    units = [Trial(seed=seed) for seed in range(4)]
+    with pytest.raises(VersionMismatchError, match=r"runs torch .*, the driver 1\.0\.0; it imports gross_ray from"):
+        _do(cluster, splits, run, units, progress)
+    assert progress.notes == []
+    assert not (run.store.path / "attempts").exists()
 
 
 def test_a_callback_of_the_user_gets_all_that_tune_reports(ended: Outcome) -> None:
