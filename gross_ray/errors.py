@@ -25,6 +25,9 @@ class RunFolderError(GrossRayError):
 class DamagedFileError(RunFolderError):
     """A file of a run folder is damaged; a process that may repair the folder has deleted it."""
 
+    deleted: tuple[str, ...] = ()
+    """Files that a unit found damaged and deleted, relative to the run folder; pickled with the error."""
+
 
 class StorageError(GrossRayError):
     """A storage refuses access, is full, or does not answer."""

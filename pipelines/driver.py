@@ -94,10 +94,9 @@ def locked(store: RunStore, progress: ProgressReporter) -> Iterator[None]:
 
 
 def redone_after_damage(session: Session, work: Callable[[], Result]) -> Result:
-    """Return `work()`, repeated each time that this process reads a damaged file, which is deleted by then.
+    """Return `work()`, repeated each time that this process or a unit reads a damaged file, which is deleted by then.
 
-    A unit that reads one on a worker fails; the same command again makes the file anew. Raises DamagedFileError for a
-    file that is damaged again, and for a file of another run folder.
+    Raises DamagedFileError for a file that is damaged again, and for a file of another run folder.
     """
     store, before = session.run.store, set[str]()
     while True:
@@ -254,6 +253,8 @@ class Session:
         missing = [name for name in names if name not in stored]
         if missing:
             first = failed.get(missing[0], "it was interrupted")
+            if self.run.store.damaged:  # by units: `redone_after_damage` asks for what is missing again
+                raise DamagedFileError(f"{missing[0]}: {first}")
             more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
             raise UnitsFailedError(
                 f"{job.stage}: {len(missing)} of {len(names)} units did not end: {', '.join(missing[:NAMED])}{more} "

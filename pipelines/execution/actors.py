@@ -253,7 +253,8 @@ class _StageOnActors:
                 self.failed[unit.name] = one_line(error.cause)
                 ours = isinstance(error.cause, GrossRayError)
                 text, whole = (str(error.cause), None) if ours else (self.failed[unit.name], str(error))
-                report_failure(self._progress, unit.name, text, whole, self._run)
+                deleted = getattr(error.cause, "deleted", ())
+                report_failure(self._progress, unit.name, text, whole, self._run, deleted)
             except ray.exceptions.RayError as error:  # the actor or its node died, or the memory monitor killed it
                 return error
             else:

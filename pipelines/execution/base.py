@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from gross_ray.errors import DamagedFileError
 from gross_ray.run.opened import Run
 from gross_ray.run.tracebacks import keep_traceback
 from pipelines.units import Context, Job, Unit, Work
@@ -32,15 +33,34 @@ class Executor(Protocol):
 
 
 def do_unit(work: Work, context: Context, unit: Unit) -> str:
-    """Do a unit, and return its text, to which the damaged files that it deleted and made anew are added."""
+    """Do a unit, and return its text, to which the damaged files that it deleted and made anew are added.
+
+    A DamagedFileError, after which it is to be done again, takes these files along to the driver.
+    """
     before = len(context.store.damaged)
-    text = work(context, unit)
-    found = context.store.damaged[before:]
-    del context.store.damaged[before:]
+    try:
+        text = work(context, unit)
+    except DamagedFileError as error:
+        error.deleted = _taken(context.store.damaged, before)
+        raise
+    found = _taken(context.store.damaged, before)
     return text + "".join(f"; damaged file {file}: deleted, its work was done again" for file in found)
 
 
-def report_failure(progress: StageProgress, name: str, error: str, traceback: str | None, run: Run) -> None:
-    """Report a failed unit in one line; an error that is not ours comes with a `traceback`, which goes to a file."""
+def _taken(damaged: list[str], before: int) -> tuple[str, ...]:
+    """Return the files that were added since there were `before`, and remove them."""
+    found = tuple(damaged[before:])
+    del damaged[before:]
+    return found
+
+
+def report_failure(
+    progress: StageProgress, name: str, error: str, traceback: str | None, run: Run, deleted: Sequence[str] = ()
+) -> None:
+    """Report a failed unit in one line; an error that is not ours comes with a `traceback`, which goes to a file.
+
+    The driver reports damaged files that the unit has `deleted`.
+    """
+    run.store.damaged += deleted
     where = "" if traceback is None else f"; {keep_traceback(traceback, run.store.storage.folder)}"
     progress.note(f"{name}: failed: {error}{where}")

@@ -43,7 +43,7 @@ class InProcess:
                     failed[unit.name] = line = one_line(error)
                     ours = isinstance(error, GrossRayError)
                     text, whole = (str(error), None) if ours else (line, traceback.format_exc())
-                    report_failure(progress, unit.name, text, whole, self._run)
+                    report_failure(progress, unit.name, text, whole, self._run, getattr(error, "deleted", ()))
                 else:
                     progress.unit_done(unit.name, text)
                 users[unit.shared] -= 1

@@ -136,7 +136,8 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
     except ray.exceptions.RayError:  # a node or process was lost: Tune tries again
         raise
     except Exception as error:  # the work failed, and would fail again
-        failure = {"state": "failed", "failed": str(error) if isinstance(error, GrossRayError) else one_line(error)}
+        text = str(error) if isinstance(error, GrossRayError) else one_line(error)
+        failure = {"state": "failed", "failed": text, "deleted": list(getattr(error, "deleted", ()))}
         if not isinstance(error, GrossRayError):
             failure["traceback"] = traceback.format_exc()
         tune.report({**last, **failure})
@@ -204,7 +205,8 @@ class _Watch(Callback):
             self._progress.unit_done(name, result["state"])
         else:
             self.failed[name] = failed
-            report_failure(self._progress, name, failed, result.get("traceback"), self._run)
+            deleted = result.get("deleted", ())
+            report_failure(self._progress, name, failed, result.get("traceback"), self._run, deleted)
 
 
 def _trial_name(trial: Any) -> str:

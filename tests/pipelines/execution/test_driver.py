@@ -18,13 +18,13 @@ import pytest
 from miniature import ROOT
 from s3_server import Door, uri
 
-from gross_ray.errors import StorageError, UnitsFailedError
+from gross_ray.errors import DamagedFileError, StorageError, UnitsFailedError
 from gross_ray.presets import preset
 from gross_ray.run import storage
 from gross_ray.run.store import RunStore
 from pipelines.capacity import Capacity
 from pipelines.commands.terminal import Reporter
-from pipelines.driver import DataSource, Session
+from pipelines.driver import DataSource, Session, redone_after_damage
 from pipelines.execution.actors import Actors
 from pipelines.execution.in_process import InProcess
 from pipelines.execution.tune import Trials
@@ -143,7 +143,7 @@ from dataclasses import dataclass
 
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
-from pipelines.driver import DataSource, Session
+from pipelines.driver import DataSource, Session, redone_after_damage
 from pipelines.resources import Resources
 from pipelines.units import Job, Unit
 from pipelines.commands.terminal import Reporter
@@ -209,6 +209,44 @@ def test_damage_that_is_found_after_the_last_stage_is_reported(tmp_path: Path) -
         assert store.read_sound("history").empty
     line = "damaged file tables/history/train,seed=0.parquet: deleted; its stage, asked for as before, makes it anew"
     assert line in shown.getvalue()
+
+
+def _read(context: Context, unit: Mark) -> str:
+    context.store.load_checkpoint("input", "one")
+    return work(context, unit)
+
+
+@pytest.mark.parametrize("executor", ["in process", "actors", "tune"])
+@pytest.mark.parametrize("repaired", [True, False])
+def test_a_unit_that_finds_damage_is_done_again(
+    executor: str, repaired: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its input is made anew before, as a stage does; where it is damaged again, the units fail."""
+    session: Session = request.getfixturevalue("in_process" if executor == "in process" else "local")
+    store = session.run.store
+    rounds: list[bool] = []
+    shown: list[str] = []
+    monkeypatch.setattr(session._progress, "note", shown.append)
+
+    def make_input_and_do() -> None:
+        rounds.append(store.has_checkpoint("input", "one"))
+        if not rounds[-1]:
+            store.save_checkpoint("input", "one", {}, {"anew": True})
+            if not repaired:
+                (store.path / "checkpoints/input/one.safetensors").write_bytes(b"damaged")
+        session.do(_job(session, UNITS[:1], work=_read, trials=executor == "tune"))
+
+    store.save_checkpoint("input", "one", {}, {})
+    (store.path / "checkpoints/input/one.safetensors").write_bytes(b"damaged")
+    if repaired:
+        redone_after_damage(session, make_input_and_do)
+        assert _finished(session) == {"seed=0"}
+    else:
+        with pytest.raises(DamagedFileError, match=r"seed=0: .*damaged checkpoint .*input/one.safetensors: "):
+            redone_after_damage(session, make_input_and_do)
+    assert rounds == [True, False]
+    line = "damaged file checkpoints/input/one.safetensors: deleted; its stage, asked for as before, makes it anew"
+    assert shown == [line]
 
 
 @pytest.mark.parametrize(("number", "named"), [(5, " ("), (6, " and 1 more ("), (11, " and 6 more (")])
