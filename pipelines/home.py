@@ -9,13 +9,11 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from gross_ray.errors import ResourcesError
-
 
 def provide_home() -> None:
     """Give this process and its children a home folder and a user name, unless the account has them.
 
-    The folder is one of this account alone, in the temporary folder. Raises ResourcesError if another account has it.
+    The folder is one of this account alone, in the temporary folder.
     """
     try:
         Path.home()
@@ -28,13 +26,11 @@ def provide_home() -> None:
 
 
 def _own_folder() -> Path:
+    """Return the same folder for each command, or, if another account has taken its name, a new one."""
     folder = Path(tempfile.gettempdir(), f"gross_ray-{os.getuid()}")
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise ResourcesError(
-            f"this account has no home folder, and others can write the one in its place, {folder}: set HOME to a "
-            "folder of your own"
-        )
-    return folder
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
