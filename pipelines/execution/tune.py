@@ -185,6 +185,7 @@ class _Watch(Callback):
         for error in _REFUSALS:
             if result.get("refused") == error.__name__:
                 self.refusal = error(result["failed"])
+                return
         name, share = _name_of(trial.config), float(result["share"])
         self._states[name] = (share, str(result["state"]))
         if self._furthest.advanced(name, share):
