@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import subprocess
 import threading
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 
 from gross_ray.errors import ResourcesError
 from pipelines.execution import addresses, cluster, processes
@@ -165,6 +167,68 @@ def test_auto_is_a_cluster_that_others_may_join(
     monkeypatch.setattr(addresses, "local_nodes", lambda: nodes)
     monkeypatch.setattr(addresses, "read_ray_address", lambda folder: latest)
     assert addresses._found_here() == chosen
+
+
+@pytest.fixture
+def cluster_there(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of what seems to be a cluster of our versions, with a node on this machine."""
+    ours = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+    monkeypatch.setattr(addresses, "_client", lambda address: address)
+    monkeypatch.setattr(addresses, "canonicalize_bootstrap_address", lambda address: address)
+    monkeypatch.setattr(addresses, "ensure_token_if_auth_enabled", lambda **_: None)
+    monkeypatch.setattr(addresses, "get_cluster_metadata", lambda client: ours)
+    monkeypatch.setattr(addresses, "get_node_to_connect_for_driver", lambda client, timeout_seconds: None)
+    with server(grpc) as place:
+        assert addresses.checked_address(place) == place
+        yield place
+
+
+def test_a_ray_of_another_version_is_named(cluster_there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {"ray_version": "2.1.0", "python_version": "3.8.1"}
+    monkeypatch.setattr(addresses, "get_cluster_metadata", lambda client: theirs)
+    assert refusal(address=cluster_there) == (
+        f"the cluster at {cluster_there} runs Ray 2.1.0 with Python 3.8.1, this process Ray {ray.__version__} with "
+        f"Python {platform.python_version()}: use the same versions of both"
+    )
+
+
+def test_a_machine_that_is_no_node_is_named(cluster_there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_here(client: object, timeout_seconds: int) -> None:
+        raise RuntimeError("No node info found matching attributes: ''")
+
+    monkeypatch.setattr(addresses, "get_node_to_connect_for_driver", none_here)
+    line = refusal(address=cluster_there)
+    assert ": this machine is not one of its nodes; run gross on one of them, or add this machine" in line
+    assert f"`ray start --address={cluster_there}`" in line
+
+
+def test_a_ray_on_the_loopback_address_alone_is_named(cluster_there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray joins a cluster at this machine's own address, whatever name of it was given."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # bound and not listening: nobody else takes it meanwhile
+        elsewhere = f"127.0.0.1:{bound.getsockname()[1]}"
+        monkeypatch.setattr(addresses, "canonicalize_bootstrap_address", lambda address: elsewhere)
+        assert f"listens on the loopback address alone, and not at {elsewhere}" in refusal(address=cluster_there)
+
+
+@pytest.mark.parametrize("has_token", [True, False])
+def test_a_cluster_that_asks_for_a_token_gets_the_accounts(has_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def client(address: str) -> str:
+        asked.append(address)
+        if len(asked) == 1:
+            raise ray.exceptions.AuthenticationError("Authentication token is missing or incorrect")
+        return "client"
+
+    monkeypatch.setattr(addresses, "GcsClient", client)
+    monkeypatch.setattr(addresses, "maybe_enable_token_auth_if_token_available", lambda warn_if_disabled: has_token)
+    if has_token:
+        assert addresses._client("a:1") == "client"
+    else:
+        with pytest.raises(ray.exceptions.AuthenticationError):
+            addresses._client("a:1")
+    assert len(asked) == 1 + has_token
 
 
 @pytest.mark.parametrize("private", [True, False])
