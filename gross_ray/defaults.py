@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -53,9 +54,8 @@ def compression_experiment(
     `model`, `weights` and `data` are the names of the network and the images, for a run folder. All `budgets`, like
     "macs=40%", hold at once. `num_images` is the size of the training split. With `adapt`, weights are first trained on
     for that many epochs. `epochs` replaces the effort's epochs of the supernet's fine-tuning, and changes a
-    configuration's in proportion.
-    Learning rates are left open: a range test finds each before its training. Raises InvalidValueError for an unknown
-    effort, for `adapt` without weights, without a budget, and as `choice_of` does.
+    configuration's in proportion. Learning rates are left open: a range test finds each before its training. Raises
+    InvalidValueError for an unknown effort, for `adapt` without weights, without a budget, and as `choice_of` does.
     """
     require(effort in EFFORTS, "effort", effort, f"must be one of {', '.join(EFFORTS)}")
     if not budgets:
@@ -66,14 +66,10 @@ def compression_experiment(
     finetuning = epochs or spent.finetuning
     own = max(1, round(finetuning * spent.own_finetuning / spent.finetuning))
     images = spent.images if spent.images < num_images else 0
-    size = _batch_size(images or num_images)
     decomposition, space = _choices(network, input_shape)
     whole = space.size <= MOST_EXHAUSTIVE
 
-    def schedule(num_epochs: int) -> dict[str, Any]:
-        late = tuple(sorted({round(num_epochs * share) for share in (0.6, 0.85)} - {0, num_epochs}))
-        return {"epochs": num_epochs, "lr": 0.0, "milestones": late, "batch_size": size, "images": images}
-
+    schedule = partial(_schedule, images=images, batch_size=_batch_size(images or num_images))
     trained = {} if weights and not adapt else schedule(adapt or spent.training)
     return Experiment(
         name="compress",
@@ -100,6 +96,12 @@ def compression_experiment(
             finetuning=Schedule(**schedule(own)),
         ),
     )
+
+
+def _schedule(epochs: int, *, images: int, batch_size: int) -> dict[str, Any]:
+    """Return the fields of a schedule: the rate is open, and falls after 60 and 85 % of the epochs."""
+    late = tuple(sorted({round(epochs * share) for share in (0.6, 0.85)} - {0, epochs}))
+    return {"epochs": epochs, "lr": 0.0, "milestones": late, "batch_size": batch_size, "images": images}
 
 
 def _choices(network: nn.Module, input_shape: Sequence[int]) -> tuple[DecompositionOptions, SearchSpace]:

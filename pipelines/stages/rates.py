@@ -89,7 +89,7 @@ def find(context: Context, name: str, network: nn.Module, training: Training) ->
     asked: Schedule = attrgetter(name)(context.run.experiment)
 
     def report(share: float, rate: float) -> None:
-        context.report(share, f"{name}: learning rate {rate:g}")
+        context.report(share, f"at {rate:g}")
 
     test = find_rate(network, training, context.splits, asked, on_rate=report)
     rows = [
