@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from gross_ray.btd.bottleneck import Bottleneck
-from gross_ray.btd.solver import block_term_decomposition
 from gross_ray.data.grey import grey
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import splits_of
 from gross_ray.data.normalisation import DEVIATION, MEAN
 from gross_ray.data.options import DataOptions
-from gross_ray.defaults import compression_experiment
+from gross_ray.defaults import compression_experiment, mirrored_alike
 from gross_ray.experiment import Experiment
 from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
 from gross_ray.nn.calls import input_channels
@@ -36,8 +35,8 @@ from gross_ray.search.options import EvaluationOptions, LatencyOptions
 from gross_ray.search.strategies import strategy
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.space import DENSE, Configuration, SearchSpace
-from gross_ray.supernet.build import build_supernet, empty_supernet, made_up, running_supernet
-from gross_ray.supernet.configure import extract
+from gross_ray.supernet.build import build_supernet, decompose_model, empty_supernet, made_up, running_supernet
+from gross_ray.supernet.configure import extract, series_layers
 from gross_ray.supernet.layers import LayerChoice, choice_of
 from gross_ray.supernet.options import parse_layer_group_sizes
 from gross_ray.training.loop import EpochRecord, accuracy, in_format_of
@@ -93,6 +92,7 @@ def compress(
     "latency_ms=60%", of the full network's cost; time is that of a batch of `batch_size` on `threads` threads in
     `runtime`, measured here. `effort` is quick, normal or long; `epochs` those of the supernet's fine-tuning; `adapt`
     the epochs in which the network itself is trained on first. Pixels (0 to 1) are normalised by `mean` and `std`.
+    Trainings crop and mirror images, unless the network classifies mirrored images worse (`mirrored_alike`).
     `settings` override fields of the experiment, like "seed=1". `on_progress` is called with a step's name and the
     share of it that is done; by default tqdm shows it, if it is installed. The network that is passed stays unchanged.
     Raises InvalidValueError for a network or a value that cannot be used, and DatasetError for images.
@@ -106,7 +106,13 @@ def compress(
         splits = Splits(splits.name, **parts, classes=splits.classes)
     texts, shape = [budget] if isinstance(budget, str) else list(budget), splits.train.images.shape[1:]
     experiment = compression_experiment(
-        base, shape, budgets=texts, num_images=len(splits.train), effort=effort, epochs=epochs
+        base,
+        shape,
+        budgets=texts,
+        num_images=len(splits.train),
+        effort=effort,
+        epochs=epochs,
+        augment=mirrored_alike(base, splits.validation),
     ).override(list(settings))
     timed = LatencyOptions(runtime=runtime, batch_size=batch_size, threads=threads)
     with _shown(on_progress) as show:
@@ -127,9 +133,21 @@ def _compressed(
     base = choice.network
     running_supernet(base, choice.group_sizes, shape)
     model = _measured(base, choice, shape, timed, experiment.seed, show)
-    bottlenecks = _decomposed(choice, experiment, show)
     within = _within(base, choice, shape, experiment, model)
-    supernet = build_supernet(base, {name: list(each.values()) for name, each in bottlenecks.items()}, [*bottlenecks])
+    show("decompose", 0.0)
+    supernet = decompose_model(
+        base,
+        layers=list(choice.group_sizes),
+        group_sizes={name: [size for size in each if size != DENSE] for name, each in choice.group_sizes.items()},
+        options=options,
+        seed=experiment.seed,
+        keep_dense=True,
+        input_shape=shape,
+    )
+    bottlenecks = {
+        name: {size: _kept(layer.bottleneck(size)) for size in layer.series_sizes}
+        for name, layer in series_layers(supernet).items()
+    }
     sampler = ConfigurationSampler(within.space, experiment.supernet.alpha, scaling=experiment.supernet.scaling)
     training = partial(reconstruct, supernet, base, sampler=sampler)
     _train("reconstruct", supernet, training, splits, experiment.reconstruction, experiment, show)
@@ -146,6 +164,12 @@ def _compressed(
     return Compressed(folded.eval(), chosen, table, card)
 
 
+def _kept(bottleneck: Bottleneck) -> Bottleneck:
+    """Return a copy, which the training of the series does not change."""
+    parts = (bottleneck.pointwise_in, bottleneck.grouped, bottleneck.pointwise_out)
+    return Bottleneck(*(part.detach().clone() for part in parts))
+
+
 def _measured(
     base: nn.Module, choice: LayerChoice, shape: Sequence[int], timed: LatencyOptions, seed: int, show: OnProgress
 ) -> LatencyModel:
@@ -155,22 +179,6 @@ def _measured(
     return measure_latency(
         supernet, shape, timed, generator=generator, device="cpu", on_part=lambda done, all_: show(step, done / all_)
     )
-
-
-def _decomposed(choice: LayerChoice, experiment: Experiment, show: OnProgress) -> dict[str, dict[int, Bottleneck]]:
-    """Return each layer's bottlenecks by group-size."""
-    found: dict[str, dict[int, Bottleneck]] = {name: {} for name in choice.group_sizes}
-    units = [(name, size) for name, sizes in choice.group_sizes.items() for size in sizes if size != DENSE]
-    for number, (name, size) in enumerate(units, 1):
-        terms = block_term_decomposition(
-            choice.convs[name].weight.detach(),
-            size,
-            options=experiment.decomposition,
-            seed=derive_seed(experiment.seed, "decompose", name, size),
-        )
-        found[name][size] = terms.to_bottleneck()
-        show("decompose", number / len(units))
-    return found
 
 
 def _train(

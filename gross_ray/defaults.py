@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from gross_ray.data.image_set import ImageSet
 from gross_ray.data.options import DataOptions
 from gross_ray.efforts import EFFORTS
 from gross_ray.errors import InvalidValueError
@@ -17,6 +19,7 @@ from gross_ray.search.options import SearchOptions
 from gross_ray.space import DENSE, SearchSpace
 from gross_ray.supernet.layers import NOT_PAYING, LayerChoice, choice_of
 from gross_ray.supernet.options import DecompositionOptions
+from gross_ray.training.loop import accuracy
 from gross_ray.training.options import (
     FinetuningOptions,
     ReconstructionOptions,
@@ -32,6 +35,10 @@ GROUP_SIZES = (1, 4, 16)
 MOST_EXHAUSTIVE = 1000
 """A space of at most this many configurations is searched whole; a larger one by the strategy `surrogate`."""
 LARGEST_BATCH, SMALLEST_BATCH = 128, 16
+MIRRORED = 0.05
+"""By how much the accuracy on mirrored images may be lower for trainings to mirror them."""
+BY_CHANCE = 1.5
+"""A network of n classes whose accuracy is at most this many nths tells nothing about mirrored images."""
 LEAST_STEPS = 50
 """Steps that an epoch should have: with fewer images, batches are smaller."""
 
@@ -48,14 +55,15 @@ def compression_experiment(
     adapt: int = 0,
     effort: str = "normal",
     epochs: int = 0,
+    augment: bool = True,
 ) -> Experiment:
     """Return the experiment that compresses `network` within `budgets`; `input_shape` is (C, H, W).
 
     `model`, `weights` and `data` are the names of the network and the images, for a run folder. All `budgets`, like
     "macs=40%", hold at once. `num_images` is the size of the training split. With `adapt`, weights are first trained on
-    for that many epochs. `epochs` replaces the effort's epochs of the supernet's fine-tuning, and changes a
-    configuration's in proportion. Learning rates are left open: a range test finds each before its training. Raises
-    InvalidValueError for an unknown effort, for `adapt` without weights, without a budget, and as `choice_of` does.
+    for that many epochs. `epochs` replaces the effort's epochs of the supernet's fine-tuning, and changes those of a
+    configuration in proportion. Learning rates are left open: a range test finds each before its training. Raises
+    InvalidValueError for an unknown effort, `adapt` without weights, no budget, or as `choice_of`.
     """
     require(effort in EFFORTS, "effort", effort, f"must be one of {', '.join(EFFORTS)}")
     if not budgets:
@@ -69,14 +77,13 @@ def compression_experiment(
     decomposition, space = _choices(network, input_shape)
     whole = space.size <= MOST_EXHAUSTIVE
 
-    schedule = partial(_schedule, images=images, batch_size=_batch_size(images or num_images))
-    trained = {} if weights and not adapt else schedule(adapt or spent.training)
+    schedule = partial(_schedule, images=images, batch_size=_batch_size(images or num_images), augment=augment)
     return Experiment(
         name="compress",
         model=model,
         weights=weights,
         data=data,
-        training=TrainingOptions(seeds=1, start="weights" if adapt else "new", **trained),
+        training=_training(schedule, bool(weights), adapt, spent.training),
         decomposition=decomposition,
         supernet=SupernetOptions(seeds=1),
         reconstruction=ReconstructionOptions(**schedule(spent.reconstruction)),
@@ -98,10 +105,36 @@ def compression_experiment(
     )
 
 
-def _schedule(epochs: int, *, images: int, batch_size: int) -> dict[str, Any]:
+def _training(schedule: Callable[[int], dict[str, Any]], given: bool, adapt: int, epochs: int) -> TrainingOptions:
+    """Return the training of the base network: of new weights, or of given ones that are trained on or not at all."""
+    if given and not adapt:
+        return TrainingOptions(seeds=1)
+    return TrainingOptions(seeds=1, start="weights" if adapt else "new", **schedule(adapt or epochs))
+
+
+def mirrored_alike(network: nn.Module, images: ImageSet) -> bool:
+    """Return whether a trained network classifies mirrored images about as well, so that trainings may mirror them.
+
+    A mirrored digit or letter may be of another class, or of none. About as well means within MIRRORED points of
+    accuracy; for a network that is no better than chance, the answer is yes.
+    """
+    plain = accuracy(network, images)
+    if plain <= BY_CHANCE / len(images.labels.unique()):
+        return True
+    return accuracy(network, replace(images, images=images.images.flip(3))) >= plain - MIRRORED
+
+
+def _schedule(epochs: int, *, images: int, batch_size: int, augment: bool) -> dict[str, Any]:
     """Return the fields of a schedule: the rate is open, and falls after 60 and 85 % of the epochs."""
     late = tuple(sorted({round(epochs * share) for share in (0.6, 0.85)} - {0, epochs}))
-    return {"epochs": epochs, "lr": 0.0, "milestones": late, "batch_size": batch_size, "images": images}
+    return {
+        "epochs": epochs,
+        "lr": 0.0,
+        "milestones": late,
+        "batch_size": batch_size,
+        "images": images,
+        "augment": augment,
+    }
 
 
 def _choices(network: nn.Module, input_shape: Sequence[int]) -> tuple[DecompositionOptions, SearchSpace]:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from gross_ray import Compressed, compress
+from gross_ray import BTDOptions, Compressed, compress, compression, decompose_model
 from gross_ray.compression import Data
+from gross_ray.data.image_set import ImageSet
 from gross_ray.data.normalisation import Normalisation
-from gross_ray.defaults import GROUP_SIZES, LEAST_STEPS, compression_experiment
+from gross_ray.defaults import GROUP_SIZES, LEAST_STEPS, compression_experiment, mirrored_alike
 from gross_ray.efforts import EFFORTS
 from gross_ray.errors import DatasetError, GrossRayError, InvalidValueError
 from gross_ray.search.operations import count_operations
-from gross_ray.supernet.configure import check_plain
+from gross_ray.supernet.configure import check_plain, series_layers
 from gross_ray.training import rates
 
 FEW = ["decomposition.max_steps=5", "search.top=2", "finetuning.epochs=1", "finetuning.milestones=[]"]
@@ -125,6 +127,23 @@ def test_progress_names_each_step_in_order_and_never_goes_back(
         assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
 
 
+def test_candidates_start_from_the_decompositions_not_from_the_trained_supernet(
+    few: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    alone = compression._alone
+    monkeypatch.setattr(compression, "_alone", lambda *given: (started.append(given[2]), alone(*given))[1])
+    settings = [*FEW, "search.top=1", "finetuning.lr=0.1", "reconstruction.lr=0.1"]
+    words = {"budget": "macs=70%", "effort": "quick", "settings": settings, "on_progress": lambda *_: None}
+    compress(small(), pictures(120, 0), pictures(40, 1), **words)  # type: ignore[arg-type]
+    sizes = {"3": (1, 4), "6": (1, 4)}
+    oracle = series_layers(decompose_model(small(), group_sizes=sizes, options=BTDOptions(tolerance=1e-4, max_steps=5)))
+    assert {name: tuple(each) for name, each in started[0].items()} == sizes
+    for name, layer in oracle.items():
+        for size in sizes[name]:
+            torch.testing.assert_close(started[0][name][size].dense_kernel(), layer.bottleneck(size).dense_kernel())
+
+
 @pytest.mark.parametrize("kind", [lambda images, labels: (images, labels), TensorDataset])
 def test_tensors_and_datasets_are_the_same_images(kind: Callable[[Tensor, Tensor], Data], few: object) -> None:
     train, test = (kind(*pictures(count, seed)) for count, seed in ((120, 0), (40, 1)))
@@ -181,6 +200,27 @@ def test_choices_that_do_not_pay_are_left_out() -> None:
     # The second convolution has 8 input channels, which 16 does not divide; in the third, 16 groups nothing.
     assert found.decomposition.layer_group_sizes == ("6=1,4",)
     assert found.search.strategy == "exhaustive" and found.search.limits == ("macs=40%",)
+
+
+def test_images_are_mirrored_only_for_a_network_that_does_not_mind() -> None:
+    class Left(nn.Module):
+        """Tells images that are bright on the left from those that are bright on the right, or on top, or nowhere."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            halves = x.mean(1).unflatten(2, (2, 8)).mean((1, 3))
+            return torch.cat([halves, x.new_zeros(len(x), 2)], dim=1)
+
+    images = torch.zeros(40, 3, 16, 16, dtype=torch.uint8)
+    images[:20, :, :, :8], images[20:, :, :, 8:] = 200, 200
+    sides = torch.arange(40) // 20
+    assert not mirrored_alike(Left(), ImageSet(images, sides))
+    assert mirrored_alike(Left(), ImageSet(images.flip(3), sides))  # no better than chance: it tells nothing
+    bright = ImageSet(torch.full_like(images, 200), torch.zeros(40, dtype=torch.int64))
+    assert mirrored_alike(Left(), bright)
+    for augment in (True, False):
+        words = {"budgets": ["macs=40%"], "num_images": 100, "augment": augment}
+        found = compression_experiment(small(), (3, 16, 16), **words)  # type: ignore[arg-type]
+        assert {found.finetuning.augment, found.reconstruction.augment, found.training.augment} == {augment}
 
 
 def test_epochs_change_the_candidates_in_proportion() -> None:

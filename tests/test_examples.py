@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,12 @@ RESULTS = EXAMPLES.parent / "results" / "fashion-short"
 
 def run(folder: Path, name: str, *words: str) -> str:
     ended = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *words], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, str(EXAMPLES / name), *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # other tests run beside it
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

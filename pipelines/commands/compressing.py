@@ -11,7 +11,7 @@ import click
 import torch
 
 from gross_ray.data.options import DataOptions
-from gross_ray.defaults import compression_experiment
+from gross_ray.defaults import compression_experiment, mirrored_alike
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.export import check_format
@@ -22,6 +22,7 @@ from gross_ray.report.terminal import as_text
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgets import Budget, RelativeBudget
 from gross_ray.space import SearchSpace
+from gross_ray.weights import load_weights
 from pipelines.commands import exporting
 from pipelines.commands.measuring import asked_for
 from pipelines.commands.options import Place
@@ -59,11 +60,9 @@ def compress(
     override fields of the experiment. Raises as `compression_experiment`, `check_experiment` and `export` do.
     """
     target = _target(out, target)
-    if weights_key is not None:
-        settings = [*settings, f"weights_key={json.dumps(weights_key)}"]
-    source = place.source()
+    source, texts = place.source(), list(map(str, budgets))
     experiment = _experiment(
-        source, model, weights, data, list(map(str, budgets)), adapt or 0, effort, epochs or 0, settings
+        source, model, weights, weights_key or "", data, texts, adapt or 0, effort, epochs or 0, settings
     )
     store = folder_of(out, experiment, source, endings=[target.suffix])
 
@@ -93,6 +92,7 @@ def _experiment(
     source: DataSource,
     model: str,
     weights: Path | None,
+    weights_key: str,
     data: str,
     budgets: Sequence[str],
     adapt: int,
@@ -106,6 +106,10 @@ def _experiment(
     splits = source.load(options)
     shape = splits.train.images.shape[1:]
     network = build_model(model, num_classes=len(splits.classes), image_size=shape[-1], generator=torch.Generator())
+    augment, key = True, [f"weights_key={json.dumps(weights_key)}"] if weights_key else []
+    if weights is not None:
+        load_weights(network, weights, key=weights_key, new_classifier=bool(adapt))
+        augment = mirrored_alike(network, splits.validation)
     experiment = compression_experiment(
         network,
         shape,
@@ -117,7 +121,8 @@ def _experiment(
         adapt=adapt,
         effort=effort,
         epochs=epochs,
-    ).override([setting for setting in settings if setting not in data_fields])
+        augment=augment,
+    ).override([*key, *(setting for setting in settings if setting not in data_fields)])
     choice = layer_choice(network, experiment.decomposition, shape)
     for line in plan_lines(experiment, SearchSpace(choice.group_sizes), splits):
         click.echo(line, err=True)
