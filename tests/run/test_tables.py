@@ -39,6 +39,7 @@ def test_the_tables_of_the_design_are_there():
     assert list(TABLES) == [
         "runs",
         "history",
+        "range_tests",
         "networks",
         "decompositions",
         "configurations",

@@ -41,7 +41,7 @@ def words_of(command: click.Command, run: Path | str) -> list[str]:
     for parameter in command.params:
         if parameter.required:
             words += [] if isinstance(parameter, click.Argument) else [parameter.opts[0]]
-            words.append(str(run) if parameter.name in ("run", "out") else "4-8-64")
+            words.append({"run": str(run), "out": str(run), "budgets": "macs=60%"}.get(parameter.name or "", "4-8-64"))
     return words
 
 

@@ -15,6 +15,7 @@ from gross_ray.space import Configuration
 from pipelines.stages import decompose, rounds, search, supernets, train, validate
 from pipelines.stages.decompose import Chain, Decomposition
 from pipelines.stages.pipeline import STAGES
+from pipelines.stages.rates import FindRates
 from pipelines.stages.rounds import RoundPart
 from pipelines.stages.search import Planning, Shard
 from pipelines.stages.supernets import supernet_of
@@ -34,6 +35,7 @@ UNITS: list[Unit] = [
     Planning(supernet=SUPERNET, workers=2, threads=1, units_on_a_device=1),
     RoundPart(supernet=SUPERNET, round=1, number=2, configurations=(CONFIGURATION,)),
     Validation(configuration=CONFIGURATION, kind="fixed", seed=0),
+    FindRates(schedules=("validation.reconstruction", "validation.finetuning"), of=SUPERNET),
     *grouped([SUPERNET, supernet_of(0.0, "index", 0)], 2),
 ]
 
