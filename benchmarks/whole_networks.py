@@ -1,7 +1,7 @@
 """What a budget buys for any network before training: by MACs, and by the latency of each runtime.
 
     python benchmarks/whole_networks.py [--networks resnet20 vgg16 resnet18] [--runtimes onnxruntime openvino torch]
-                                        [--weights FILE]
+                                        [--weights FILE] [--sampled NUMBER]
 
 Baseline: the full network in the same runtime, timed beside each configuration. The networks and their layers' choices
 are those of `benchmarks/latency.py`; `--weights` gives one network trained weights. Within 40 % of the full network's
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="trained weights of the network, of which there is then one")
     parser.add_argument("--macs", type=float, default=40.0, help="percent of the full network's")
     parser.add_argument("--latency", type=float, default=60.0, help="percent of the full network's")
+    parser.add_argument("--sampled", type=int, default=0, help="networks timed for a prediction [as gross latency]")
     parser.add_argument("--steps", type=int, default=50, help="most steps of a decomposition")
     asked = parser.parse_args()
     if asked.weights and len(asked.networks) != 1:
@@ -54,7 +55,7 @@ def main() -> None:
         chosen = {f"macs={asked.macs:g}%": best_within(macs, full * asked.macs / 100, errors)}
         models = {}
         for runtime in asked.runtimes:
-            options = LatencyOptions(runtime=runtime)
+            options = LatencyOptions(runtime=runtime, num_sampled=asked.sampled)
             models[runtime] = measure_latency(supernet, shape, options, generator=torch.Generator().manual_seed(0))
             limit = models[runtime].full_ms * asked.latency / 100
             chosen[f"{runtime} {asked.latency:g}%"] = best_within(models[runtime].costs, limit, errors)
