@@ -58,29 +58,28 @@ def _shape(splits: Splits) -> str:
     return "x".join(map(str, splits.train.images.shape[1:]))
 
 
-def best_candidate(store: RunStore) -> str:
+def best_candidate(store: RunStore, searched: Searched) -> str:
     """Return the configuration that is most accurate on its own, on the validation split, of those within all limits.
 
     Raises MissingStageError if none is trained on its own.
     """
-    trained = _candidates(store)
+    trained = _candidates(store, searched)
     if trained.empty:
         raise MissingStageError(f"no configuration within the limits is trained in {store.storage}: run `gross run`")
     means = trained.groupby("configuration", sort=False)["val_accuracy"].mean()
     return str(means.idxmax())
 
 
-def _candidates(store: RunStore) -> pd.DataFrame:
+def _candidates(store: RunStore, searched: Searched) -> pd.DataFrame:
     """Return the rows of `validations` of the best configurations within the limits."""
-    names = candidates(store, Searched.of(store))
+    names = candidates(store, searched)
     validations = store.read_table("validations")
     return validations[validations["configuration"].isin(names)]
 
 
-def compressed_table(store: RunStore, written: str, file: str) -> ResultTable:
+def compressed_table(store: RunStore, searched: Searched, written: str, file: str) -> ResultTable:
     """Return the full network and each candidate: accuracy with its standard error, costs, and which was written."""
-    networks, trained = store.read_table("networks"), _candidates(store)
-    searched = Searched.of(store)
+    networks, trained = store.read_table("networks"), _candidates(store, searched)
     latencies = searched.accuracies.set_index("configuration")["latency_ms"]
     timed = bool(latencies.notna().all())
     images = stored_data(store)

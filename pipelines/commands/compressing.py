@@ -18,6 +18,7 @@ from gross_ray.export import check_format
 from gross_ray.models import build_model
 from gross_ray.report.compressed import best_candidate, compressed_table, plan_lines
 from gross_ray.report.page import write_page
+from gross_ray.report.searched import Searched
 from gross_ray.report.terminal import as_text
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgets import Budget, RelativeBudget
@@ -71,10 +72,14 @@ def compress(
         _measure(session, timed)
         do_all(session)
 
-    page = work(store, place, do, lambda: write_page(store))
-    best = best_candidate(store)
+    def show() -> tuple[Searched, str]:
+        searched = Searched.of(store)
+        return searched, write_page(store, searched=searched)
+
+    searched, page = work(store, place, do, show)
+    best = best_candidate(store, searched)
     exporting.export(out, best, target, seed=None, objective=None, images=source)
-    click.echo("\n" + as_text(compressed_table(store, best, str(target))))
+    click.echo("\n" + as_text(compressed_table(store, searched, best, str(target))))
     click.echo(f"page: {page}", err=True)
 
 
