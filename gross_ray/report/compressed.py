@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -56,6 +56,20 @@ def _of(schedule: Schedule) -> str:
 
 def _shape(splits: Splits) -> str:
     return "x".join(map(str, splits.train.images.shape[1:]))
+
+
+def estimate_table(seconds: Mapping[str, float]) -> ResultTable:
+    """Return how long each part of a compression will take, and all of it together."""
+    whole = sum(seconds.values())
+    rows = [[name, _time(each), f"{100 * each / whole:.0f} %"] for name, each in seconds.items()]
+    notes = ["each part was tried in small on this machine, as it is now, and scaled to the whole"]
+    return ResultTable(f"Expected time: {_time(whole)}", ["part", "time", "share"], rows, notes)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def best_candidate(store: RunStore, searched: Searched) -> str:

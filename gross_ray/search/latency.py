@@ -237,8 +237,7 @@ def measure_latency(
     if variants.size == 1:
         raise InvalidValueError("each decomposed layer may only stay dense: there is no latency to choose by")
     images = torch.randn(options.batch_size, *input_shape, generator=generator, device=generator.device)
-    most = max(map(len, forms.values()))  # so that each form is drawn
-    number = max(most, options.num_sampled or max(_AT_LEAST, math.ceil(_PER_FORM * sum(map(len, forms.values())))))
+    number = num_networks(forms, options)
     passes = 1 if options.num_sampled else _PASSES
     with runtime.settings():
         load = runtime.variants(variants, images.to("cpu", parameter.dtype))
@@ -260,6 +259,12 @@ def measure_latency(
         noise=times.noise,
         **_conditions(runtime, target, options),
     )
+
+
+def num_networks(forms: Mapping[str, Sequence[int]], options: LatencyOptions) -> int:
+    """Return the number of networks in a pass of a measurement; `forms` are the choices of each layer, with DENSE."""
+    most = max(map(len, forms.values()))  # so that each form is drawn
+    return max(most, options.num_sampled or max(_AT_LEAST, math.ceil(_PER_FORM * sum(map(len, forms.values())))))
 
 
 def _in_faster_forms(networks: Sequence[Forms], added: Added, besides: Collection[Forms]) -> list[Forms]:

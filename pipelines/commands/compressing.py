@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,22 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.export import check_format
 from gross_ray.models import build_model
-from gross_ray.report.compressed import best_candidate, compressed_table, plan_lines
+from gross_ray.report.compressed import best_candidate, compressed_table, estimate_table, plan_lines
+from gross_ray.report.inspection import inspection
 from gross_ray.report.page import write_page
 from gross_ray.report.searched import Searched
 from gross_ray.report.terminal import as_text
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgets import Budget, RelativeBudget
+from gross_ray.search.options import LatencyOptions
 from gross_ray.space import SearchSpace
+from gross_ray.supernet.layers import LayerChoice
 from gross_ray.weights import load_weights
 from pipelines.commands import exporting
+from pipelines.commands.estimating import estimate
 from pipelines.commands.measuring import asked_for
 from pipelines.commands.options import Place
+from pipelines.commands.preflight import check_experiment
 from pipelines.commands.run_folders import folder_of, with_channels
 from pipelines.commands.running import work
 from pipelines.commands.terminal import measuring_bar
@@ -53,18 +59,24 @@ def compress(
     settings: Sequence[str],
     timed: dict[str, Any],
     target: Path | None,
+    dry_run: bool,
     place: Place,
 ) -> None:
     """Do every stage of the compression within `budgets`, write the best network and the page, and print a table.
 
     `timed` are fields of LatencyOptions, the runtime in which latency is measured (None: the default); `settings`
-    override fields of the experiment. Raises as `compression_experiment`, `check_experiment` and `export` do.
+    override fields of the experiment. With `dry_run`, print the plan, the layers and how long all of it will take here,
+    and write nothing. Raises as `compression_experiment`, `check_experiment` and `export` do.
     """
+    started = time.perf_counter()
     target = _target(out, target)
     source, texts = place.source(), list(map(str, budgets))
-    experiment = _experiment(
+    experiment, choice = _experiment(
         source, model, weights, weights_key or "", data, texts, adapt or 0, effort, epochs or 0, settings
     )
+    if dry_run:
+        _print_estimate(experiment, choice, place, timed, target, started)
+        return
     store = folder_of(out, experiment, source, endings=[target.suffix])
 
     def do(session: Session) -> None:
@@ -81,6 +93,24 @@ def compress(
     exporting.export(out, best, target, seed=None, objective=None, images=source)
     click.echo("\n" + as_text(compressed_table(store, searched, best, str(target))))
     click.echo(f"page: {page}", err=True)
+
+
+def _print_estimate(
+    experiment: Experiment, choice: LayerChoice, place: Place, timed: dict[str, Any], target: Path, started: float
+) -> None:
+    """Check the experiment, and print its layers, its space, and the time that each part of it will take here."""
+    splits, ending = place.source().load(experiment.data), target.suffix
+    for line in check_experiment(experiment, splits, endings=[ending]):
+        click.echo(line, err=True)
+    tables = inspection(choice.network, choice, splits.train.images.shape[1:])
+    seconds = {"images and checks": time.perf_counter() - started}
+    click.echo("the parts are tried in small, to see how long they will take", err=True)
+    seconds |= estimate(experiment, place, *_asked_for(timed), ending)
+    click.echo("\n\n".join(as_text(table) for table in [*tables, estimate_table(seconds)]))
+
+
+def _asked_for(timed: dict[str, Any]) -> tuple[str, LatencyOptions]:
+    return asked_for(None, {name: value for name, value in timed.items() if value is not None})
 
 
 def _target(out: str, target: Path | None) -> Path:
@@ -104,8 +134,8 @@ def _experiment(
     effort: str,
     epochs: int,
     settings: Sequence[str],
-) -> Experiment:
-    """Return the experiment for the network and the images, and print what it chose."""
+) -> tuple[Experiment, LayerChoice]:
+    """Return the experiment for the network and the images, and its layers, and print what it chose."""
     data_fields = [setting for setting in settings if setting.partition("=")[0].strip().startswith("data.")]
     options = with_channels(Experiment(model=model, data=DataOptions(name=data)).override(data_fields)).data
     splits = source.load(options)
@@ -131,12 +161,12 @@ def _experiment(
     choice = layer_choice(network, experiment.decomposition, shape)
     for line in plan_lines(experiment, SearchSpace(choice.group_sizes), splits):
         click.echo(line, err=True)
-    return experiment
+    return experiment, choice
 
 
 def _measure(session: Session, timed: dict[str, Any]) -> None:
     """Measure latency in the run's process, unless the measurement in use was made in the same conditions."""
-    device, options = asked_for(None, {name: value for name, value in timed.items() if value is not None})
+    device, options = _asked_for(timed)
     used = latencies.in_force(session.run)
     if used is not None and all(getattr(used, name) == getattr(options, name) for name in _CONDITIONS):
         return

@@ -35,6 +35,7 @@ BUDGET_HELP = (
     "COST=LIMIT on macs, parameters or latency_ms, like macs=40% or latency_ms=60% of the full network's, or "
     "macs=2.66M; may be repeated: all limits hold at once."
 )
+DRY_RUN_HELP = "Print the plan, the layers and how long all of it will take here, tried in small; write nothing."
 TO_HELP = "File to write: FILE.onnx, FILE.pt2 (torch.export) or FILE.safetensors (weights) [OUT/best.onnx]."
 IN_PROCESS_HELP = "Do the units one after another in this process, without Ray."
 CALLBACK_HELP = (
@@ -130,6 +131,7 @@ def compress_options(command: Command) -> Command:
     """Add the options of `gross compress` that define its experiment, and the file it writes."""
     for decorate in (
         click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help=SET_HELP),
+        click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP),
         click.option("--to", "target", type=_FILE, metavar="FILE", help=TO_HELP),
         click.option(
             "--epochs", type=click.IntRange(min=1), help="Epochs of the supernet's fine-tuning [by --effort]."

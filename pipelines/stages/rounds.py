@@ -76,6 +76,11 @@ def begin(run: Run, known: Sequence[Configuration] = ()) -> None:
         _store(run, 0, sorted({*first, *known}) if known else first)
 
 
+def size_of(evaluations: int) -> int:
+    """Return the number of configurations in a round of a search of so many evaluations."""
+    return min(max(evaluations // ROUNDS_A_SEARCH, LEAST), MOST)
+
+
 def units(supernet: Supernet, number: int, configurations: Sequence[Configuration]) -> list[RoundPart]:
     """Return the units that evaluate a round in one supernet."""
     step = ceil(len(configurations) / PARTS)
@@ -105,7 +110,7 @@ class Proposals:
         self._run = run
         options = run.experiment.search
         self._left = options.evaluations
-        self._size = min(max(options.evaluations // ROUNDS_A_SEARCH, LEAST), MOST)
+        self._size = size_of(options.evaluations)
         macs = additive_cost(run, "macs")
         self._strategies: list[Strategy] = []
         for size in options.budgets:

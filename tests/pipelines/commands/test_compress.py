@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,28 @@ def test_a_budget_of_time_is_measured_on_the_way(folder: Path) -> None:
     evaluated = read_table("timed", "configurations").set_index("configuration")["latency_ms"]
     for name in read_table("timed", "validations")["configuration"]:
         assert evaluated[name] <= 0.95 * measured["full_ms"]
+
+
+PARTS = ["images and checks", "train", "latency", "decompose", "reconstruct", "finetune", "search", "validate"]
+
+
+@pytest.mark.parametrize("adapt", [0, 1])
+def test_a_dry_run_prints_the_plan_and_the_time_of_each_part_and_writes_nothing(folder: Path, adapt: int) -> None:
+    before = sorted(folder.rglob("*"))
+    more = ["--adapt", str(adapt)] if adapt else []
+    found = compress("dry", "--budget", "latency_ms=60%", "--dry-run", *more)
+    assert found.exit_code == 0, found.stderr
+    assert sorted(folder.rglob("*")) == before
+    assert "images: sample: 300 train" in found.stderr and "within latency_ms=60%" in found.stderr
+    assert "Decomposed: 2 layers" in found.stdout and "The space: " in found.stdout
+    parts = {row[0]: row[1] for row in rows_of(found.stdout.partition("Expected time: ")[2])}
+    assert list(parts) == [*PARTS, "export and page"]
+    assert all(float(time.split()[0]) >= 0 for time in parts.values())
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """Return the cells of a printed table's rows, without its heads."""
+    return [re.split(" {2,}", line.strip()) for line in table.splitlines() if line.startswith("  ")][1:]
 
 
 FIXED = """
