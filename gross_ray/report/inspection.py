@@ -8,11 +8,11 @@ from torch import nn
 
 from gross_ray.report.results import ResultTable, millions
 from gross_ray.search.cost import (
+    convolution_macs,
     count_parameters,
     layer_costs,
     most_held,
     peak_activations,
-    plain_macs,
     uncounted_modules,
 )
 from gross_ray.search.operations import count_operations
@@ -29,12 +29,9 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     an image.
     """
     shape = "x".join(map(str, input_shape))
-    dense: dict[int, int] = {}
-    outputs: dict[int, str] = {}
     counted = count_operations(network, input_shape)
-    for call in counted.calls:
-        dense[id(call.module)] = dense.get(id(call.module), 0) + plain_macs(call)
-        outputs[id(call.module)] = "x".join(map(str, call.output_size[1:]))
+    dense = convolution_macs(counted.calls, choice.convs)
+    outputs = {id(call.module): "x".join(map(str, call.output_size[1:])) for call in counted.calls}
     supernet = running_supernet(network, choice.group_sizes, input_shape)
     space = SearchSpace.of(supernet)
     macs, parameters = (layer_costs(supernet, input_shape, cost) for cost in ("macs", "parameters"))
@@ -42,7 +39,7 @@ def inspection(network: nn.Module, choice: LayerChoice, input_shape: Sequence[in
     for (name, conv), by_size in zip(choice.convs.items(), macs.by_layer.values(), strict=True):
         decomposed = [millions(cost) for size, cost in by_size.items() if size != DENSE]
         sizes = listed(choice.group_sizes[name], " ")
-        costs_of_it = [millions(dense.get(id(conv), 0)), f"{decomposed[0]} to {decomposed[-1]}"]
+        costs_of_it = [millions(dense[name]), f"{decomposed[0]} to {decomposed[-1]}"]
         rows.append([name, _kernel(conv), outputs.get(id(conv), "-"), sizes, *costs_of_it])
     heads = ["layer", "kernel", "output", "group-sizes", "M MACs dense", "as bottleneck"]
     notes = [

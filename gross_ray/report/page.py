@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gross_ray.errors import GrossRayError, InvalidValueError
+from gross_ray.report.searched import Searched
 from gross_ray.run.storage import Storage
 from gross_ray.run.store import RunStore
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from gross_ray.report.searched import Searched
     from gross_ray.report.sections import Section
 
 
@@ -57,6 +57,7 @@ def html_page(store: RunStore, searched: Searched | None = None) -> str:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
+    from gross_ray.report.page_strips import Strips
     from gross_ray.report.sections import sections
 
     templates = files("gross_ray.report") / "templates"
@@ -64,12 +65,15 @@ def html_page(store: RunStore, searched: Searched | None = None) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"prose": _prose, "breakable": _breakable}
+    searched = searched or Searched.of(store)
     parts = sections(store, searched)
+    tables = [table for part in parts for table in part.all_tables]
     return environment.from_string((templates / "page.html").read_text(encoding="utf-8")).render(
         experiment=store.experiment,
         folder=str(store.storage),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         sections=parts,
+        strips=Strips.of(store, searched, tables),
         charts=Markup(_json(parts)),
         style=Markup((templates / "page.css").read_text(encoding="utf-8")),
         script=Markup((templates / "page.js").read_text(encoding="utf-8")),

@@ -38,6 +38,11 @@ class Section:
     """Whether its tables are collapsed at first."""
 
     @property
+    def all_tables(self) -> list[ResultTable]:
+        """Its tables and those of its charts' numbers."""
+        return [*self.tables, *(chart.details for chart in self.charts if chart.details is not None)]
+
+    @property
     def all_missing(self) -> list[str]:
         """The results that this section and its tables lack."""
         empty = [f"{table.title}: {what}" for table in self.tables for what in table.missing if not table.heads]

@@ -9,6 +9,7 @@ import pandas as pd
 from gross_ray.report import results as stored
 from gross_ray.report.results import ResultTable
 from gross_ray.report.searched import Searched
+from gross_ray.report.strips import HEADS, frame_text, strip_column
 from gross_ray.run.store import RunStore
 
 Row = Sequence[str]
@@ -45,16 +46,32 @@ def front_table(front: pd.DataFrame, costs: Sequence[str]) -> str:
 
 
 def _frame(frame: pd.DataFrame) -> str:
-    return frame.to_string(index=False) if len(frame) else "nothing stored"
+    return frame_text(frame) if len(frame) else "nothing stored"
 
 
 def as_text(shown: ResultTable, markdown: bool = False) -> str:
-    """Return a table with its title and notes; in Markdown, an empty line keeps a note from becoming a row."""
+    """Return a table with its title and notes; in Markdown, an empty line keeps a note from becoming a row.
+
+    Configurations of many layers have a column of strips beside them, but not in Markdown.
+    """
     notes = [*shown.notes, *(f"missing: {what}" for what in shown.missing)]
     if not shown.heads:
         return "\n".join([shown.title, *notes])
-    table = _table(shown.heads, shown.rows, markdown)
+    heads, rows = (shown.heads, shown.rows) if markdown else _with_strips(shown)
+    table = _table(heads, rows, markdown)
     return "\n".join([shown.title, table, *(f"\n{note}" if markdown else note for note in notes)])
+
+
+def _with_strips(shown: ResultTable) -> tuple[Row, Sequence[Row]]:
+    """Return the heads and rows of a table, with a column of strips if it has configurations of many layers."""
+    for place, head in enumerate(shown.heads):
+        column = strip_column([row[place] for row in shown.rows]) if head in HEADS else None
+        if column is not None:
+            after = place + 1
+            strips = zip(shown.rows, column[1], strict=True)
+            rows = [[*row[:after], strip, *row[after:]] for row, strip in strips]
+            return [*shown.heads[:after], column[0], *shown.heads[after:]], rows
+    return shown.heads, shown.rows
 
 
 def _table(heads: Row, rows: Sequence[Row], markdown: bool) -> str:

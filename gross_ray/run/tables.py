@@ -235,6 +235,14 @@ _TABLES = (
         ),
     ),
     Table(
+        name="layers",
+        meaning="One decomposed layer, in layer order.",
+        columns=(
+            _text("layer", "Name of the convolution in the base network"),
+            _count("dense_macs", "Multiply-accumulates of the original convolution for one image", "MACs an image"),
+        ),
+    ),
+    Table(
         name="decompositions",
         meaning="One layer's block term decomposition at one group-size.",
         columns=(

@@ -230,6 +230,11 @@ def plain_macs(call: Call) -> int:
     return prod(call.output_size) * module.in_features
 
 
+def convolution_macs(calls: Sequence[Call], convs: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Return the MACs of each of a network's convolutions, summed over its calls."""
+    return {name: sum(plain_macs(call) for call in calls if call.module is conv) for name, conv in convs.items()}
+
+
 def dense_macs(call: Call) -> int:
     """Return the MACs of a call of a SeriesConv2d, run as the dense convolution that it equals."""
     layer = call.module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from gross_ray.report.strips import frame_text
 from gross_ray.run.store import read_table
 
 
@@ -14,6 +15,6 @@ def show(run: str, table: str, *, rows: int, csv: bool) -> None:
         click.echo(frame.to_csv(index=False), nl=False)
         return
     shown = frame.head(rows) if rows else frame
-    click.echo(shown.to_string(index=False) if len(frame) else f"{table}: no rows yet")
+    click.echo(frame_text(shown) if len(frame) else f"{table}: no rows yet")
     if len(shown) < len(frame):
         click.echo(f"... {len(frame) - len(shown)} more rows (--rows 0 for all)")

@@ -11,9 +11,11 @@ from typing import Any
 from gross_ray.btd.block_terms import BlockTerms, BTDStatus
 from gross_ray.btd.solver import block_term_decomposition, default_restarts
 from gross_ray.errors import DamagedFileError
+from gross_ray.nn.calls import network_calls
 from gross_ray.run.opened import Run
 from gross_ray.run.progress import finished_units
 from gross_ray.run.store import RunStore
+from gross_ray.search.cost import convolution_macs
 from gross_ray.seeds import derive_seed
 from gross_ray.space import DENSE
 from gross_ray.supernet.layers import by_reason
@@ -112,8 +114,9 @@ def done(run: Run) -> set[str]:
 
 
 def do(driver: Driver) -> None:
-    """Report which convolutions are left alone, then do the missing decompositions."""
+    """Report which convolutions are left alone, store the MACs of the others, then do the missing decompositions."""
     run = driver.run
+    _store_layers(run)
     units, choice = plan(run), run.base.choice
     if not {unit.name for unit in units} <= done(run):
         for what, reasons in (
@@ -124,6 +127,16 @@ def do(driver: Driver) -> None:
             if reasons:
                 driver.note(f"{NAME}: {what}: {by_reason(reasons)}")
     driver.do(job(run, units))
+
+
+def _store_layers(run: Run) -> None:
+    """Store the MACs of the layers that are decomposed, unless they are stored."""
+    if run.store.has_unit("layers", "all"):
+        return
+    base = run.base
+    macs = convolution_macs(network_calls(base.network, base.input_shape), base.choice.convs)
+    rows = [{"layer": layer, "dense_macs": count} for layer, count in macs.items()]
+    run.store.write_table("layers", "all", rows)
 
 
 def job(run: Run, units: Sequence[Decomposition | Chain]) -> Job:

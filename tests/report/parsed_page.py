@@ -30,6 +30,12 @@ class ParsedPage(HTMLParser):
         self.missing: list[str] = []
         self.texts: dict[str, str] = {}
         """What stands in all elements of a name, one after another."""
+        self.strips: dict[str, list[dict[str, str]]] = {}
+        """The attributes of the cells of each strip, by the name of the configuration beside it."""
+        self.uniform: dict[str, str] = {}
+        """The short names in the tables, which are not part of the cells' texts, by that name."""
+        self._strip: list[dict[str, str]] = []
+        self._short, self._name = "", ""
         self._stack: list[tuple[str, dict[str, str | None]]] = []
         self._table, self._row, self._text, self._figure = ParsedTable(), [""], "", ""
         self.feed(page)
@@ -55,6 +61,13 @@ class ParsedPage(HTMLParser):
             self._text = ""
             if tag == "th":
                 self._table.scopes[tag, named.get("scope")] += 1
+        elif tag == "span" and named.get("class") == "strip":
+            assert named["role"] == "img" and named["aria-label"]
+            self._strip, self._short = [], ""
+        elif tag == "span" and named.get("class") == "name":
+            self._name = ""
+        elif tag == "i":
+            self._strip.append({name: value or "" for name, value in attrs})
         elif tag == "figure":
             self._figure = named["data-chart"] or ""
         elif tag == "div" and named.get("class") == "plot":
@@ -66,6 +79,8 @@ class ParsedPage(HTMLParser):
         assert opened == tag, f"</{tag}> closes <{opened}>"
         if tag in ("th", "td"):
             self._row.append(self._text)
+        elif named.get("class") == "name":
+            self.strips[self._name], self.uniform[self._name] = self._strip, self._short
         elif tag == "tr":
             if any(name == "thead" for name, _ in self._stack):
                 self._table.heads = self._row
@@ -79,8 +94,13 @@ class ParsedPage(HTMLParser):
             self.missing.append(self._text)
 
     def handle_data(self, data: str) -> None:
-        self._text += data
-        for name, _ in self._stack[-1:]:
+        for name, attributes in self._stack[-1:]:
+            if name == "strong":
+                self._short = data
+                continue
+            self._text += data
+            if attributes.get("class") == "name":
+                self._name += data
             self.texts[name] = self.texts.get(name, "") + data
 
 

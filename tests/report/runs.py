@@ -13,6 +13,8 @@ from gross_ray.run.store import RunStore
 
 FOUR_CONV = {"conv2": (1, 2, 4, 8, 16, 32), "conv3": (1, 2, 4, 8, 16, 32), "conv4": (1, 2, 4, 8, 16, 32, 64)}
 """252 configurations."""
+DEEP = {f"features.{place}": (1, 4) for place in range(8)}
+"""256 configurations."""
 TEMPERATURES = ((0.0, "index"), *((alpha, scaling) for scaling in ("index", "normalised") for alpha in (2.0, 4.0, 8.0)))
 FIXED = ("32-32-32", "16-16-16", "4-4-4", "1-1-1")
 SELECTED = {"16-16-16": ("8-16-16", "2-16-16"), "4-4-4": ("8-1-4", "1-2-4")}
@@ -107,6 +109,8 @@ def write_decompositions(store: RunStore, layers: Mapping[str, Sequence[int]] = 
             row |= {"relative_error": 0.7 * (1 - size / max(sizes)), "cancellation": 1.1, "steps": 1200, "seconds": 7.5}
             unit = f"{layer},g={size},seed=0" if layer.isalnum() else f"layer={place},g={size},seed=0"
             store.write_table("decompositions", unit, [row | {"status": "converged"}])
+    rows = [{"layer": layer, "dense_macs": 500_000 * 2**place % 7_000_001} for place, layer in enumerate(layers)]
+    store.write_table("layers", "all", rows)
 
 
 def write_selections(store: RunStore) -> None:
@@ -179,4 +183,16 @@ def finished_run(folder: Path) -> RunStore:
     store = new_run(folder)
     for write in STAGES.values():
         write(store)
+    return store
+
+
+def deep_run(folder: Path) -> RunStore:
+    """A searched run of many layers, with the best within a limit, but without the MACs of its layers."""
+    settings = ["search.budgets=[]", "validation.fixed=[]", "sweep.alphas=[]", 'search.limits=["macs=2.2M"]']
+    store = new_run(folder, ["supernet.seeds=1", "search.top=2", *settings])
+    write_configurations(store, DEEP, seeds=1)
+    write_networks(store)
+    for name in ("4-4-4-4-4-4-4-4", "d-4-4-4-4-4-4-4"):
+        row = {"configuration": name, "kind": "fixed", "seed": 0, "val_accuracy": 0.5, "test_accuracy": 0.5}
+        store.write_table("validations", name, [row | {"macs": 1, "macs_paper": 1, "parameters": 1}])
     return store

@@ -346,6 +346,10 @@ def test_decompositions_curves_and_times(store: RunStore, page: ParsedPage) -> N
     assert start == ["2026-11-23 22:47:00", "0.1.0", "3.11.7", "2.15.0", "0.29.2", "2.60.0", "vm", "cpu", "2"]
 
 
+def test_the_title_names_the_network_and_the_data(page: ParsedPage) -> None:
+    assert page.texts["title"] == page.texts["h1"] == "four-conv on sample"
+
+
 def test_every_figure_has_words_with_numbers(page: ParsedPage) -> None:
     assert list(page.plots) == list(page.charts)
     assert len(page.plots) == page.elements["figure"] == page.elements["figcaption"] == 6
@@ -457,7 +461,8 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     assert parsed.elements["b"] == 0 and parsed.elements["script"] == 3
     assert text.count("</script>") == 3
     assert f"fixed {HOSTILE}" in [row[0] for row in parsed.tables[TABLE_2].rows]
-    assert HOSTILE in parsed.texts["title"]
+    assert HOSTILE in parsed.texts["p"]
+    assert any(HOSTILE in cells[0]["title"] for cells in parsed.strips.values())
     assert HOSTILE in parsed.plots["decompositions"]
     assert {html.unescape(one) for one in parsed.charts["decompositions"]["versions"][""]["data"][0]["y"]} == set(
         layers

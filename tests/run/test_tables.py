@@ -41,6 +41,7 @@ def test_the_tables_of_the_design_are_there():
         "history",
         "range_tests",
         "networks",
+        "layers",
         "decompositions",
         "configurations",
         "layer_latencies",

@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.models import four_conv
-from gross_ray.search.cost import configuration_macs, count_macs, count_parameters, layer_costs
-from gross_ray.space import SearchSpace
+from gross_ray.nn.calls import network_calls
+from gross_ray.search.cost import configuration_macs, convolution_macs, count_macs, count_parameters, layer_costs
+from gross_ray.space import DENSE, SearchSpace
+from gross_ray.supernet.build import empty_supernet
 from gross_ray.supernet.configure import extract, set_configuration
 
 PAPER_SIZES = {"conv2": (1, 2, 4, 8, 16, 32), "conv3": (1, 2, 4, 8, 16, 32), "conv4": (1, 2, 4, 8, 16, 32, 64)}
@@ -191,3 +193,12 @@ def test_convolutions_of_every_kind_are_counted(convs: list[nn.Module]) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, 9, 10))
     assert count_macs(network, (3, 9, 10)) == counter.get_total_flops() / 2
+
+
+def test_the_macs_of_a_convolution_are_those_of_its_layer_left_dense():
+    network = residual()
+    convs = {name: network.get_submodule(name) for name in RESIDUAL_SIZES}
+    found = convolution_macs(network_calls(network, RESIDUAL_IMAGE), convs)
+    supernet = empty_supernet(network, {name: (*sizes, DENSE) for name, sizes in RESIDUAL_SIZES.items()})
+    by_layer = layer_costs(supernet, RESIDUAL_IMAGE, "macs").by_layer
+    assert found == {name: costs[DENSE] for name, costs in by_layer.items()}

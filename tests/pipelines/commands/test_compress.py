@@ -109,6 +109,14 @@ def test_its_last_table_sets_the_full_network_beside_the_candidates(folder: Path
     assert [name for name, line in rows.items() if line.rstrip().endswith("written")] == [written]
 
 
+def test_the_macs_of_its_layers_are_stored(folder: Path, finished: Result) -> None:
+    # The layers write 7 x 7 positions of 16 channels, from 3 x 3 positions of 8 and of 16 channels.
+    assert read_table(folder / "run", "layers").values.tolist() == [
+        ["3", 7 * 7 * 16 * 3 * 3 * 8],
+        ["6", 7 * 7 * 16 * 3 * 3 * 16],
+    ]
+
+
 def test_its_choices_are_printed_before_anything_is_spent(finished: Result) -> None:
     before = finished.stderr.partition("train:")[0]
     assert "images: sample: 300 train, 60 validation, 80 test; 10 classes, 3x32x32" in before
