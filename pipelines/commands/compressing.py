@@ -75,7 +75,7 @@ def compress(
         source, model, weights, weights_key or "", data, texts, adapt or 0, effort, epochs or 0, settings
     )
     if dry_run:
-        _print_estimate(experiment, choice, place, timed, target, started)
+        _print_estimate(experiment, choice, out, place, timed, target, started)
         return
     store = folder_of(out, experiment, source, endings=[target.suffix])
 
@@ -96,7 +96,13 @@ def compress(
 
 
 def _print_estimate(
-    experiment: Experiment, choice: LayerChoice, place: Place, timed: dict[str, Any], target: Path, started: float
+    experiment: Experiment,
+    choice: LayerChoice,
+    out: str,
+    place: Place,
+    timed: dict[str, Any],
+    target: Path,
+    started: float,
 ) -> None:
     """Check the experiment, and print its layers, its space, and the time that each part of it will take here."""
     splits, ending = place.source().load(experiment.data), target.suffix
@@ -105,7 +111,7 @@ def _print_estimate(
     tables = inspection(choice.network, choice, splits.train.images.shape[1:])
     seconds = {"images and checks": time.perf_counter() - started}
     click.echo("the parts are tried in small, to see how long they will take", err=True)
-    seconds |= estimate(experiment, place, *_asked_for(timed), ending)
+    seconds |= estimate(experiment, out, place, *_asked_for(timed), ending)
     click.echo("\n\n".join(as_text(table) for table in [*tables, estimate_table(seconds)]))
 
 

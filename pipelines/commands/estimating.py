@@ -29,6 +29,7 @@ from gross_ray.report.compressed import best_candidate
 from gross_ray.report.page import write_page
 from gross_ray.report.searched import Searched
 from gross_ray.run.opened import Run, layer_choice
+from gross_ray.run.storage import Storage
 from gross_ray.run.store import RunStore
 from gross_ray.search.cost import layer_costs
 from gross_ray.search.latency import num_networks
@@ -43,6 +44,7 @@ from pipelines.commands import exporting
 from pipelines.commands.options import Place
 from pipelines.commands.scaling import Done, Scaled, schedules_of, shape_of
 from pipelines.driver import DataSource, Session
+from pipelines.resources import Resources
 from pipelines.stages import decompose, latencies, rounds, train
 from pipelines.stages.pipeline import STAGES
 from pipelines.units import Context, Job, Unit, Work
@@ -67,18 +69,21 @@ LATENCY, END = "latency", "export and page"
 S = TypeVar("S", bound=Schedule)
 
 
-def estimate(experiment: Experiment, place: Place, device: str, timed: LatencyOptions, ending: str) -> dict[str, float]:
+def estimate(
+    experiment: Experiment, out: str, place: Place, device: str, timed: LatencyOptions, ending: str
+) -> dict[str, float]:
     """Return the seconds of each stage of `experiment`, and of what `gross compress` does besides, in their order.
 
-    `device` and `timed` are those of the measurement of latency; `ending` is that of the exported file.
+    `out` is the run folder, `device` and `timed` are those of the measurement of latency, and `ending` is that of the
+    exported file.
     """
     splits = place.source().load(experiment.data)
     largest = max(schedule.batch_size for schedule in schedules_of(experiment).values())
     small, few = in_small(experiment, splits), FewImages(of=place.source(), train=STEPS * largest)
     watch, found = _Watch(), dict[str, tuple[list[Done], float]]()
     seconds: dict[str, float] = {}
-    with TemporaryDirectory(prefix="gross-dry-run-") as folder:
-        store, target = RunStore.create(f"{folder}/run", small), Path(folder) / f"best{ending}"
+    with TemporaryDirectory() as folder, small_folder(out, place.resources) as address:
+        store, target = RunStore.create(address, small), Path(folder) / f"best{ending}"
         with Session.opened(store, place.resources, few, watch, in_process=place.in_process) as session:
             for name, stage in STAGES.items():
                 driver, started = _TimedDriver(session, watch), time.perf_counter()
@@ -95,6 +100,23 @@ def estimate(experiment: Experiment, place: Place, device: str, timed: LatencyOp
         scaled = Scaled(experiment, splits, run, images, _image(run, images.validation))
         stages = {name: scaled.stage(name, *each) for name, each in found.items() if each[0]}
     return {train.NAME: stages.pop(train.NAME), LATENCY: seconds[LATENCY], **stages, END: seconds[END]}
+
+
+@contextmanager
+def small_folder(out: str, resources: Resources) -> Iterator[str]:
+    """Yield the run folder of the small run, and delete it at the end.
+
+    It is beside `out` if a cluster is joined, all nodes of which can reach only that.
+    """
+    if resources.joined_address is None:
+        with TemporaryDirectory(prefix="gross-dry-run-") as folder:
+            yield folder
+        return
+    storage = Storage(f"{out.rstrip('/')}.dry-run")
+    try:
+        yield str(storage)
+    finally:
+        storage.filesystem.delete_dir(storage.root)
 
 
 def _finish(store: RunStore, target: Path, images: DataSource) -> None:

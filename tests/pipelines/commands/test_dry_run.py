@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,9 +19,10 @@ from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.training.rates import RATES
 from gross_ray.training.rates import STEPS as STEPS_OF_A_RATE
-from pipelines.commands.estimating import FewImages, in_small
+from pipelines.commands.estimating import FewImages, in_small, small_folder
 from pipelines.commands.scaling import Done, Scaled, side_by_side
 from pipelines.driver import DataSource
+from pipelines.resources import Resources
 from pipelines.stages import finetune, reconstruct, search, supernets, train, validate
 from pipelines.stages.pipeline import STAGES
 from pipelines.units import Job, Unit
@@ -122,6 +124,15 @@ def test_units_side_by_side_take_as_long_as_the_longest_and_their_share(seconds:
     found = side_by_side(seconds, slots)
     assert found >= max(seconds) and found * slots >= sum(seconds) * (1 - 1e-9)
     assert found == pytest.approx(sum(seconds)) if slots == 1 else found <= sum(seconds) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_the_small_run_is_where_the_nodes_can_reach_it_and_leaves_nothing(tmp_path: Path, address: str | None) -> None:
+    with small_folder(str(tmp_path / "run"), Resources(address=address)) as folder:
+        RunStore.create(folder, quickstart())
+        beside = [path.name for path in tmp_path.iterdir()]
+        assert beside == ([] if address is None else ["run.dry-run"])
+    assert not list(tmp_path.iterdir()) and not Path(folder).exists()
 
 
 def test_the_small_run_is_short_and_else_the_same(whole: Experiment, splits: Splits) -> None:
