@@ -630,3 +630,16 @@ def test_evenly_keeps_the_ends() -> None:
         assert found == sorted(set(found)) and (found[0], found[-1]) == (0, length - 1)
         assert len(found) == min(length, 7)
     assert not math.isnan(charts.padded([3.0])[0]) and charts.padded([0.0, 0.0])[0] < 0 < charts.padded([0.0, 0.0])[1]
+
+
+def test_every_mark_has_a_glyph_in_the_legend(page: ParsedPage) -> None:
+    script = (Path(charts.__file__).parent / "templates" / "page.js").read_text()
+    listed = script.partition("GLYPHS = {")[2].partition("}")[0]
+    glyphs = {part.partition(":")[0].strip().strip('"') for part in listed.split(", ")}
+    found = {
+        trace.get("marker", {}).get("symbol", "circle")
+        for chart in page.charts.values()
+        for version in chart["versions"].values()
+        for trace in version["data"]
+    }
+    assert "x" in found and {one for one in found if isinstance(one, str)} <= glyphs

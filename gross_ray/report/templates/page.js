@@ -4,7 +4,7 @@
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const touch = matchMedia("(pointer: coarse)").matches;
-  const GLYPHS = {circle: "●", square: "■", diamond: "◆", cross: "✚", star: "★", "circle-open": "○"};
+  const GLYPHS = {circle: "●", square: "■", diamond: "◆", cross: "✚", star: "★", "circle-open": "○", x: "✖"};
   const DASHES = {solid: "", dash: "6 3", dot: "2 2", dashdot: "6 2 2 2"};
   // The buttons are listed because plotly.js 4 by default has one that sends a figure to a server.
   const CONFIG = {
