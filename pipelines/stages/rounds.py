@@ -27,6 +27,8 @@ from gross_ray.supernet.build import empty_supernet
 from pipelines.stages import latencies
 from pipelines.stages.supernets import InSupernet, Supernet
 
+SEARCH = "search"
+"""Name of the stage."""
 ROUNDS = SEARCH_ENDED[0]
 ROUNDS_A_SEARCH = 20
 """All evaluations are divided into about this many rounds, of LEAST to MOST configurations."""
@@ -56,7 +58,7 @@ class RoundPart(InSupernet):
 
 def stored(run: Run) -> list[list[Configuration]]:
     """Return the stored rounds."""
-    return run.once(ROUNDS, lambda: _read_rounds(run))
+    return run.once(ROUNDS, lambda: _read_rounds(run), depends=[SEARCH])
 
 
 def _read_rounds(run: Run) -> list[list[Configuration]]:
@@ -173,4 +175,4 @@ def _seed(run: Run, name: str) -> int:
 
 def _store(run: Run, number: int, configurations: Sequence[Configuration]) -> None:
     run.store.save_checkpoint(ROUNDS, f"round={number}", {}, {"configurations": list(map(str, configurations))})
-    run.changed()
+    run.changed(SEARCH)

@@ -35,7 +35,7 @@ from pipelines.stages.rounds import RoundPart
 from pipelines.stages.supernets import InSupernet, Supernet
 from pipelines.units import Context, Job, Unit, require, tensor_of
 
-NAME = "search"
+NAME = rounds.SEARCH
 PLAN = "search-plan"
 SHARDS_A_WORKER = 4
 """Shards of one supernet for each worker. More shards lose less work with a worker and share the work more evenly, but
@@ -95,7 +95,7 @@ class SearchPlan:
 
 def load_plan(run: Run) -> SearchPlan:
     """Return the stored plan; raises MissingStageError if the search has not begun."""
-    return run.once(PLAN, lambda: _read_plan(run.store))
+    return run.once(PLAN, lambda: _read_plan(run.store), depends=[NAME])
 
 
 def _read_plan(store: RunStore) -> SearchPlan:
@@ -133,7 +133,7 @@ def parts(run: Run, units: Sequence[Supernet]) -> list[Part]:
 
 def plan(run: Run) -> Sequence[Part]:
     """Return the units of the searched supernets; raises MissingStageError if the search has not begun."""
-    return run.once(f"{NAME} plan", lambda: parts(run, supernets.searched(run)))
+    return run.once(f"{NAME} plan", lambda: parts(run, supernets.searched(run)), depends=[NAME])
 
 
 def done(run: Run) -> set[str]:
@@ -382,4 +382,4 @@ def choose(run: Run) -> None:
         within = best(run, [Budget("macs", float(limit.iloc[0]))], top + 1)  # it may include the fixed configuration
         candidates = pd.concat([within, fixed]).drop_duplicates("configuration")
         run.store.write_table("selections", unit, select(candidates, units[unit], top).to_dict("records"))
-    run.changed()
+    run.changed(NAME)
