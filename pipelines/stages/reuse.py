@@ -29,6 +29,8 @@ class _Part:
     """Whether `history` has units named after the stage."""
     schedules: tuple[str, ...] = ()
     """The schedules of its trainings, whose learning rates may have been found by range tests."""
+    same_with_dense: bool = False
+    """Whether `decomposition.keep_dense` changes which units there are, but no unit, if the group-sizes are named."""
 
 
 _NETWORKS = ("seed", "model", "weights", "weights_key", "data", "training", "engine.precision", "engine.compile")
@@ -41,14 +43,11 @@ _EVALUATIONS = (
     *(f"search.{name}" for name in ("form", "precision", "memory_budget")),
 )
 
-_WHATEVER_STAYS_DENSE = (decompose.NAME, validate.NAME)
-"""Stages whose units do not depend on `decomposition.keep_dense`, if the group-sizes are named."""
-
 _REMEDY = "use the same ones, or leave --reuse out"
 
 PARTS = (
     _Part(train.NAME, _NETWORKS, ("networks",), trains=True, schedules=(train.SCHEDULE,)),
-    _Part(decompose.NAME, _TERMS, ("decompositions",)),
+    _Part(decompose.NAME, _TERMS, ("decompositions",), same_with_dense=True),
     _Part(latencies.STAGE, _TERMS, latencies.TABLES),
     _Part(reconstruct.NAME, _SUPERNETS, trains=True, schedules=(reconstruct.SCHEDULE,)),
     _Part(finetune.NAME, (*_SUPERNETS, "finetuning"), trains=True, schedules=(finetune.SCHEDULE,)),
@@ -58,6 +57,7 @@ PARTS = (
         ("validations",),
         trains=True,
         schedules=validate.SCHEDULES,
+        same_with_dense=True,
     ),
 )
 """The parts in the order of the stages, without the search: its strategy decides which configurations it evaluates."""
@@ -72,14 +72,14 @@ def take_over(store: RunStore, other: RunStore) -> dict[str, int]:
     """
     _share_pins(store, other)
     differing = _differing(store.experiment, other)
-    taken = {}
-    for part in PARTS:
-        counting = differing
-        if part.stage in _WHATEVER_STAYS_DENSE and store.experiment.decomposition.group_sizes:
-            counting = [name for name in differing if name != "decomposition.keep_dense"]
-        if not _touching(counting, part.fields):
-            taken[part.stage] = _copy(store, other, part)
-    return taken
+    apart_from_dense = differing
+    if store.experiment.decomposition.group_sizes:  # else keep_dense also decides which sizes a layer takes
+        apart_from_dense = [name for name in differing if name != "decomposition.keep_dense"]
+    return {
+        part.stage: _copy(store, other, part)
+        for part in PARTS
+        if not _touching(apart_from_dense if part.same_with_dense else differing, part.fields)
+    }
 
 
 def take_evaluations(run: Run, other: RunStore) -> int:
