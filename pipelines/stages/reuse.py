@@ -12,7 +12,6 @@ from gross_ray.run import latencies
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import check_data, check_weights, stored_data, stored_weights
 from gross_ray.run.store import RunStore
-from gross_ray.space import Configuration
 from gross_ray.weights import hash_of_tensors, read_weights
 from pipelines.stages import decompose, finetune, rates, reconstruct, rounds, search, supernets, train, validate
 
@@ -96,22 +95,13 @@ def take_evaluations(run: Run, other: RunStore) -> int:
         )
     _check_alike(run.experiment, other, _EVALUATIONS, "--reuse-evaluations")
     _share_pins(run.store, other)
-    searched, rows = supernets.searched(run), other.read_table("configurations")
-    found = {unit: rows[rows["supernet"] == unit.name].drop_duplicates("configuration") for unit in searched}
-    known = set.intersection(*(set(each["configuration"]) for each in found.values()))
+    rows = other.read_table("configurations")
+    known = rounds.evaluated_in_all(rows, supernets.searched(run))
     if not known or rounds.stored(run):
         return 0
     if other.has_checkpoint(search.PLAN, "plan"):
         run.store.copy_checkpoint(other, search.PLAN, "plan")
-    rounds.begin(run, [Configuration.parse(text) for text in known])
-    for unit in searched:
-        by_name = found[unit].set_index("configuration", drop=False).assign(latency_ms=None)
-        for part in rounds.units(unit, 0, rounds.stored(run)[0]):
-            names = list(map(str, part.configurations))
-            if known.issuperset(names):  # else the part has a new fixed configuration, and is evaluated
-                taken = by_name.loc[names].to_dict("records")
-                run.store.write_table("configurations", part.name, taken, layers=run.space.layers)
-    run.changed()
+    rounds.begin(run, rows)
     return len(known)
 
 

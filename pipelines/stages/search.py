@@ -113,7 +113,8 @@ def _read_plan(store: RunStore) -> SearchPlan:
 def parts(run: Run, units: Sequence[Supernet]) -> list[Part]:
     """Return the units that evaluate the space in each supernet.
 
-    For a search by a strategy, these are the stored rounds; for supernets of the sweep alone, round 0.
+    For a search by a strategy, these are the stored rounds; for supernets of the sweep alone, round 0. Raises
+    MissingStageError if the plan or round 0 is not stored.
     """
     planned = load_plan(run).shards
     if not by_strategy(run):
@@ -123,6 +124,8 @@ def parts(run: Run, units: Sequence[Supernet]) -> list[Part]:
             for shard in planned
         ]
     searched, found = set(supernets.searched(run)), rounds.stored(run)
+    if not found:
+        raise MissingStageError(f"the search in {run.store.storage} has no first round: run `gross search` on it first")
     return [
         part
         for unit in units
