@@ -18,8 +18,7 @@ from gross_ray.nn.sharing import check_trainable
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import amounts, parse_budgets
-from gross_ray.search.cost import LayerCosts, count_parameters, layer_costs
-from gross_ray.search.operations import count_operations
+from gross_ray.search.cost import LayerCosts, full_costs, layer_costs
 from gross_ray.search.selection import uniform
 from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
@@ -71,7 +70,7 @@ def check_experiment(experiment: Experiment, splits: Splits, *, endings: Sequenc
     if experiment.search.strategy == "exhaustive":
         search.check_size(space)
     limits = experiment.search.limits
-    full = _full_costs(network, shape) if any("%" in text for text in limits) else {}
+    full = full_costs(network, shape) if any("%" in text for text in limits) else {}
     for text in limits:
         budgets = amounts([budget for budget in parse_budgets(text) if budget.cost != "latency_ms"], full)
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
@@ -79,11 +78,6 @@ def check_experiment(experiment: Experiment, splits: Splits, *, endings: Sequenc
     if endings:
         rehearse_export(experiment.model, supernet, shape, endings)
     return notes
-
-
-def _full_costs(network: torch.nn.Module, shape: torch.Size) -> dict[str, float]:
-    """Return the costs of the full network, of which limits may be a percentage."""
-    return {"macs": float(count_operations(network, shape).macs), "parameters": float(count_parameters(network))}
 
 
 def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts, choice: LayerChoice) -> None:
