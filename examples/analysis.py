@@ -21,8 +21,11 @@ by_cost = px.scatter(
     space, x="macs", y="val_accuracy", color="front", hover_name="configuration", title="All configurations"
 )
 
+by_size = space.melt(["configuration", "val_accuracy"], layers, "layer", "group-size")
+by_size = by_size.sort_values("group-size", key=lambda sizes: sizes.mask(sizes == 0, sizes.max() + 1))
+by_size["group-size"] = by_size["group-size"].astype(str).replace("0", "d")  # a layer that stays dense is stored as 0
 by_layer = px.box(
-    space.melt(["configuration", "val_accuracy"], layers, "layer", "group-size").sort_values("group-size"),
+    by_size,
     x="layer",
     y="val_accuracy",
     color="group-size",

@@ -6,23 +6,31 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 @contextmanager
 def whole_or_not_at_all(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; after the block, that file replaces `path` and is flushed to the disk.
+    """Yield a temporary path; after the block, that file replaces `path` and is flushed to the disk.
 
     If the block or the replacement fails, `path` is unchanged and the temporary file is deleted. `temporary` must be in
-    the same folder (default: .partial-NAME, which keeps the ending).
+    the same folder. By default it is a file of the same name in a new folder there, .partial-RANDOM, so that two
+    processes that write `path` at the same time do not write into each other's file.
     """
     final = Path(path)
-    partial = final.with_name(f".partial-{final.name}") if temporary is None else temporary
+    if temporary is None:
+        with (
+            TemporaryDirectory(prefix=".partial-", dir=final.parent) as folder,
+            whole_or_not_at_all(final, Path(folder) / final.name) as partial,
+        ):
+            yield partial
+        return
     try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, final)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, final)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _flush(final.parent)  # so that the new name survives a power cut
 

@@ -27,7 +27,7 @@ from gross_ray.nn.copies import copied
 from gross_ray.own_network import accepted
 from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import amounts, parse_budgets
-from gross_ray.search.cost import LayerCosts, count_parameters, layer_costs
+from gross_ray.search.cost import LayerCosts, count_parameters, full_costs, layer_costs
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.latency import CONDITIONS, LatencyModel, measure_latency
 from gross_ray.search.operations import count_operations
@@ -35,9 +35,9 @@ from gross_ray.search.options import EvaluationOptions, LatencyOptions
 from gross_ray.search.strategies import strategy
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.space import DENSE, Configuration, SearchSpace
-from gross_ray.supernet.build import build_supernet, decompose_model, empty_supernet, made_up, running_supernet
+from gross_ray.supernet.build import build_supernet, decompose_choice, made_up, running_supernet
 from gross_ray.supernet.configure import extract, series_layers
-from gross_ray.supernet.layers import LayerChoice, choice_of
+from gross_ray.supernet.layers import choice_of
 from gross_ray.supernet.options import parse_layer_group_sizes
 from gross_ray.training.loop import EpochRecord, accuracy, in_format_of
 from gross_ray.training.options import Schedule
@@ -97,7 +97,7 @@ def compress(
     share of it that is done; by default tqdm shows it, if it is installed. The network that is passed stays unchanged.
     Raises InvalidValueError for a network or a value that cannot be used, and DatasetError for images.
     """
-    base = accepted(copied(network), "the network").eval()
+    base = copied(accepted(network, "the network")).eval()
     given = [train, *([] if validation is None else [validation]), test]
     sets = [TensorDataset(*each) if isinstance(each, tuple) else each for each in given]
     splits = splits_of("the given images", sets, DataOptions(mean=tuple(mean), std=tuple(std)))
@@ -131,19 +131,11 @@ def _compressed(
     by_layer = parse_layer_group_sizes(options.layer_group_sizes)
     choice = choice_of(base, options.layers, options.group_sizes, by_layer, keep_dense=True, input_shape=shape)
     base = choice.network
-    running_supernet(base, choice.group_sizes, shape)
-    model = _measured(base, choice, shape, timed, experiment.seed, show)
-    within = _within(base, choice, shape, experiment, model)
+    undecomposed = running_supernet(base, choice.group_sizes, shape)
+    model = _measured(undecomposed, shape, timed, experiment.seed, show)
+    within = _within(base, undecomposed, shape, experiment, model)
     show("decompose", 0.0)
-    supernet = decompose_model(
-        base,
-        layers=list(choice.group_sizes),
-        group_sizes={name: [size for size in each if size != DENSE] for name, each in choice.group_sizes.items()},
-        options=options,
-        seed=experiment.seed,
-        keep_dense=True,
-        input_shape=shape,
-    )
+    supernet = decompose_choice(choice, options, seed=experiment.seed)
     bottlenecks = {
         name: {size: _kept(layer.bottleneck(size)) for size in layer.series_sizes}
         for name, layer in series_layers(supernet).items()
@@ -171,10 +163,11 @@ def _kept(bottleneck: Bottleneck) -> Bottleneck:
 
 
 def _measured(
-    base: nn.Module, choice: LayerChoice, shape: Sequence[int], timed: LatencyOptions, seed: int, show: OnProgress
+    supernet: nn.Module, shape: Sequence[int], timed: LatencyOptions, seed: int, show: OnProgress
 ) -> LatencyModel:
+    """Time networks of a supernet, whose series get made-up weights."""
     generator = derived_generator(seed, "latency")
-    supernet = made_up(empty_supernet(base, choice.group_sizes), generator)
+    made_up(supernet, generator)
     step = f"latency in {timed.runtime}"
     return measure_latency(
         supernet, shape, timed, generator=generator, device="cpu", on_part=lambda done, all_: show(step, done / all_)
@@ -199,17 +192,11 @@ def _train(
 
 
 def _within(
-    base: nn.Module, choice: LayerChoice, shape: Sequence[int], experiment: Experiment, model: LatencyModel
+    base: nn.Module, supernet: nn.Module, shape: Sequence[int], experiment: Experiment, model: LatencyModel
 ) -> BudgetedSpace:
     """Return the configurations within the experiment's limits; raises InvalidValueError if there are none."""
-    supernet = empty_supernet(base, choice.group_sizes)
     asked = [budget for text in experiment.search.limits for budget in parse_budgets(text)]
-    full = {
-        "macs": float(count_operations(base, shape).macs),
-        "parameters": float(count_parameters(base)),
-        "latency_ms": model.full_ms,
-    }
-    budgets = amounts(asked, full)
+    budgets = amounts(asked, full_costs(base, shape) | {"latency_ms": model.full_ms})
     names = dict.fromkeys(["macs", *(budget.cost for budget in budgets)])
     costs: list[LayerCosts] = [
         model.costs if name == "latency_ms" else layer_costs(supernet, shape, name) for name in names

@@ -9,9 +9,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from gross_ray.errors import InvalidValueError, one_line
 from gross_ray.model_names import FORM, check_model_name
@@ -38,8 +35,7 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
 
     A factory gets those of the arguments num_classes and image_size that its signature names (num_classes also with
     **kwargs). Its network comes without wrappers and in float32 (`accepted`). Raises InvalidValueError for an unknown
-    name or factory, for a factory that fails or returns no nn.Module, and for a network that `accepted` refuses or that
-    torch cannot copy.
+    name or factory, for a factory that fails or returns no nn.Module, and for a network that `accepted` refuses.
     """
     factory = factory_of(name)
     if ":" not in name:
@@ -57,25 +53,7 @@ def model_of(name: str, *, num_classes: int, image_size: int) -> nn.Module:
         raise InvalidValueError(f"model {name!r}: its factory fails: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise InvalidValueError(f"model {name!r}: returned a {type(network).__name__}, must return an nn.Module")
-    network = accepted(network, f"model {name!r}")
-    for path, module in network.named_modules():
-        if problem := _problem(module):
-            raise InvalidValueError(f"model {name!r}: its module {path!r} {problem}")
-    return network
-
-
-def _problem(module: nn.Module) -> str | None:
-    """Return why a network with this module cannot be copied, and the remedy; None if it can."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, BasePruningMethod):
-            return (
-                "is pruned by torch.nn.utils.prune, which torch cannot copy: make it permanent with "
-                f"torch.nn.utils.prune.remove(module, {hook._tensor_name!r})"
-            )
-        if isinstance(hook, WeightNorm | SpectralNorm):  # the weight they compute cannot be copied
-            new = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
-            return f"has torch.nn.utils.{new}, which torch cannot copy: use torch.nn.utils.parametrizations.{new}"
-    return None
+    return accepted(network, f"model {name!r}")
 
 
 def factory_of(name: str) -> Callable[..., nn.Module]:

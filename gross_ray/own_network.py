@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Collection
 
@@ -12,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from gross_ray.errors import ConvertedNetworkWarning, InvalidValueError, one_line
+from gross_ray.errors import ConvertedNetworkWarning, InvalidValueError
+from gross_ray.nn.copies import copied
 
 _WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 """Classes that only call the network in their attribute `module`."""
@@ -24,15 +24,15 @@ def accepted(network: nn.Module, what: str, *, dtypes: Collection[torch.dtype] =
     A network that needs no change is returned itself. The wrappers of torch.compile, DataParallel,
     DistributedDataParallel and AveragedModel are taken off; what else changes is changed in a copy, and a
     ConvertedNetworkWarning reports a change of dtype. `what` names the network in errors. Raises InvalidValueError,
-    naming the module, for a wrapper within the network, a module of torch.jit, a lazy one, one on the meta device, one
-    that is quantised, and for a network that has to be copied and cannot be.
+    naming the module, for a wrapper within the network, a module of torch.jit, a lazy one, one on the meta device, and
+    one that is quantised, and like `copied` for a network that has to be copied.
     """
     network = unwrapped(network)
     for path, module in network.named_modules():
         if problem := _problem(module):
             raise InvalidValueError(f"{what}: {f'its module {path!r}' if path else 'it'} {problem}")
     if any(module._compiled_call_impl is not None for module in network.modules()):
-        network = _copied(network, what)  # copies are not compiled
+        network = copied(network)  # copies are not compiled
     others = {tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()}.difference(dtypes)
     if others:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
@@ -41,7 +41,7 @@ def accepted(network: nn.Module, what: str, *, dtypes: Collection[torch.dtype] =
             ConvertedNetworkWarning,
             stacklevel=3,
         )
-        network = _copied(network, what).float()
+        network = copied(network).float()
     return network
 
 
@@ -57,13 +57,6 @@ def _within(module: nn.Module) -> nn.Module | None:
     if type(module).__name__ == "OptimizedModule":  # of torch.compile; importing its class takes a second
         return module._modules.get("_orig_mod")
     return module.module if isinstance(module, _WRAPPERS) else None
-
-
-def _copied(network: nn.Module, what: str) -> nn.Module:
-    try:
-        return copy.deepcopy(network)
-    except Exception as error:  # of the user's own code, or of what it keeps
-        raise InvalidValueError(f"{what}: cannot be copied: {one_line(error)}") from error
 
 
 def _problem(module: nn.Module) -> str | None:

@@ -248,7 +248,7 @@ class Session:
             threads = self.threads(job.kind, job.num_equal)
             store_plans(self.run.store, plans(self.run))
             failed = self._execute(job, groups, threads, progress)
-        self.run.changed()
+        self.run.changed(job.kind)
         stored = job.done()
         missing = [name for name in names if name not in stored]
         if missing:

@@ -103,7 +103,10 @@ def test_the_network_is_plain_within_the_budgets_and_as_accurate_as_the_table_sa
     assert not any(name in found.card["experiment"] for name in ("model", "weights", "data.name"))
 
 
-def test_the_given_network_stays_as_it_was(few: object) -> None:
+def test_the_given_network_stays_as_it_was_and_its_layers_are_chosen_once(
+    few: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gross_ray.supernet.build.choice_of", lambda *_, **__: pytest.fail("chosen again"))
     network = small()
     before, mode = copy.deepcopy(network.state_dict()), network.training
     words = {"budget": "macs=70%", "effort": "quick", "adapt": 1, "settings": [*FEW, "search.top=1"]}

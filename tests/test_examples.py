@@ -58,3 +58,20 @@ def test_the_analysis(tmp_path: Path) -> None:
         )
         assert not (dominated and one.configuration in front)
         assert dominated or one.configuration in front
+
+
+def test_the_analysis_calls_a_layer_that_stays_dense_d(tmp_path: Path) -> None:
+    names = ["2-2", "2-16", "2-d", "16-16", "16-d", "d-d"]
+    sizes = [[0 if size == "d" else int(size) for size in name.split("-")] for name in names]
+    rows = pd.DataFrame(sizes, columns=["layer a", "layer b"]).assign(
+        configuration=names, alpha=0.0, macs=range(6), val_accuracy=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    )
+    own = pd.DataFrame(
+        {"configuration": names, "kind": "fixed", "val_accuracy": 0.1 * rows.index, "test_accuracy": 0.5}
+    )
+    for table, frame in (("configurations", rows), ("validations", own)):
+        (tmp_path / "tables" / table).mkdir(parents=True)
+        frame.to_parquet(tmp_path / "tables" / table / "unit.parquet")
+    run(tmp_path, "analysis.py", str(tmp_path), "page.html")
+    legend = re.findall(r'"legendgroup":"(\w+)"', (tmp_path / "page.html").read_text())
+    assert [name for name in legend if name not in ("True", "False", "fixed")] == ["2", "16", "d"]

@@ -1,8 +1,5 @@
 import copy
 import re
-import sys
-from collections.abc import Callable
-from functools import partial
 from math import sqrt
 from pathlib import Path
 
@@ -272,26 +269,11 @@ def no_network() -> int:
     return 3
 
 
-def not_copied(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), wrap(nn.Conv2d(4, 4, 3)))
-
-
 def lazy() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
-def test_modules_that_torch_cannot_copy_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[__name__]
-    for name in ("weight_norm", "spectral_norm"):
-        monkeypatch.setattr(module, "own_factory", partial(not_copied, getattr(nn.utils, name)))
-        line = f"its module '1' has torch.nn.utils.{name}, .*: use torch.nn.utils.parametrizations.{name}"
-        with pytest.raises(InvalidValueError, match=line):
-            model_of(f"{__name__}:own_factory", num_classes=2, image_size=32)
-        monkeypatch.setattr(module, "own_factory", partial(not_copied, getattr(nn.utils.parametrizations, name)))
-        network = model_of(f"{__name__}:own_factory", num_classes=2, image_size=32)
-        network(torch.ones(1, 3, 8, 8)).sum().backward()
-        copy.deepcopy(network)
+def test_a_network_without_weights_is_refused_with_the_remedy() -> None:
     with pytest.raises(
         InvalidValueError, match="its module '1' is a LazyConv2d without weights yet: run an image through it in"
     ):

@@ -10,7 +10,6 @@ from types import MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from gross_ray.errors import InvalidValueError, one_line
 
@@ -22,14 +21,8 @@ def copied(network: nn.Module, kept: Mapping[int, Any] | None = None) -> nn.Modu
 
     The copy shares the objects in `kept`, by id, and everything that cannot be copied, like a lock, wherever the
     network keeps it. A tensor that autograd computed (`self.last = output`) is copied without its graph. Raises
-    InvalidValueError for a lazy module without weights, and for a module that refuses to be copied.
+    InvalidValueError for a module that refuses to be copied.
     """
-    for name, module in network.named_modules():
-        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
-            raise InvalidValueError(
-                f"module {name!r} is a {type(module).__name__} without weights yet: run an image through the network "
-                "first"
-            )
     memo = dict(kept or {})
     try:
         return copy.deepcopy(network, dict(memo))

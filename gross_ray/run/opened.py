@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -65,6 +65,7 @@ class Run:
         """Nothing is read yet."""
         self.store = store
         self._known: dict[str, Any] = {}
+        self._depends: dict[str, set[str]] = {}
 
     def __reduce__(self) -> tuple[type[Run], tuple[RunStore]]:
         return Run, (self.store,)
@@ -84,16 +85,24 @@ class Run:
         """The space of the base network's configurations; raises MissingStageError if `train` is not finished."""
         return self.base.space
 
-    def once(self, name: str, read: Callable[[], T]) -> T:
-        """Return `read()`, called once for each name; an error is raised and not cached."""
+    def once(self, name: str, read: Callable[[], T], *, depends: Collection[str] = ()) -> T:
+        """Return `read()`, called once for each name; an error is raised and not cached.
+
+        `depends` are the kinds of results whose change makes the value outdated.
+        """
         if name not in self._known:
-            self._known[name] = read()
+            self._known[name], self._depends[name] = read(), set(depends)
         known: T = self._known[name]
         return known
 
-    def changed(self) -> None:
-        """Drop every cached value but the base network: newly stored units may have changed them."""
-        self._known = {name: value for name, value in self._known.items() if name == "base"}
+    def changed(self, *kinds: str) -> None:
+        """Drop the cached values that depend on results of these kinds; without kinds, all but the base network.
+
+        The latter is for files that were deleted, and for units that other processes stored.
+        """
+        for name in list(self._known):
+            if name != "base" and (not kinds or self._depends[name].intersection(kinds)):
+                del self._known[name]
 
     def new_network(self, num_classes: int, image_size: int, generator: torch.Generator) -> nn.Module:
         """Return a newly initialised network of the experiment's model."""

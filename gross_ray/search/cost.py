@@ -183,6 +183,14 @@ def _macs_by_layer(
     }
 
 
+def full_costs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, float]:
+    """Return the MACs and parameters of a full network, of which budgets may be a percentage, by their names."""
+    return {
+        "macs": float(count_operations(model, input_shape).macs),
+        "parameters": float(count_parameters(model)),
+    }
+
+
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters of `model`."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -27,13 +27,20 @@ _MACHINE = re.compile(
     r"device-side assert|could not create a primitive|could not execute a primitive",
     re.IGNORECASE,
 )
-"""Parts of torch's messages when memory, a device or one of its libraries fails, mostly in plain RuntimeErrors."""
+"""Parts of torch's messages when memory, a device or one of its libraries fails in a plain RuntimeError.
+
+torch has no class for failures of the CPU's memory, cuDNN, cuBLAS, oneDNN and MPS. A message that is not known leads to
+the slow path, with a warning that contains it.
+"""
 
 
 def is_of_the_machine(error: BaseException) -> bool:
     """Return whether an error comes from memory or a device, not from the network's code."""
-    types = (MemoryError, OSError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
-    return isinstance(error, types) or (isinstance(error, RuntimeError) and bool(_MACHINE.search(str(error))))
+    if isinstance(error, MemoryError | OSError | torch.OutOfMemoryError | torch.AcceleratorError):
+        return True
+    if isinstance(error, NotImplementedError):  # of an operation that a device lacks: its message names the device
+        return False
+    return isinstance(error, RuntimeError) and bool(_MACHINE.search(str(error)))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from gross_ray.nn.copies import copied
 from gross_ray.nn.replace import replace_modules
 from gross_ray.space import DENSE
 from gross_ray.supernet.configure import series_layers
-from gross_ray.supernet.layers import choice_of, choose_layers
+from gross_ray.supernet.layers import LayerChoice, choice_of, choose_layers
 from gross_ray.supernet.series import SeriesConv2d
 
 
@@ -49,18 +49,23 @@ def decompose_model(
     else:
         sizes_of_all = () if group_sizes is None else group_sizes
         choice = choice_of(model, layers, sizes_of_all, keep_dense=keep_dense, input_shape=input_shape)
-    model, chosen, sizes = choice.network, choice.convs, choice.group_sizes
     if input_shape is None:
-        copied(model)  # raises before the decompositions, which take long
+        copied(choice.network)  # raises before the decompositions, which take long
     else:
-        running_supernet(model, sizes, input_shape)
+        running_supernet(choice.network, choice.group_sizes, input_shape)
+    return decompose_choice(choice, options, nested=nested, seed=seed)
+
+
+def decompose_choice(choice: LayerChoice, options: BTDOptions, *, nested: bool = False, seed: int = 0) -> nn.Module:
+    """Return `decompose_model` for a choice of layers whose supernet is known to run (`running_supernet`)."""
+    chosen, sizes = choice.convs, choice.group_sizes
     bottlenecks: dict[str, list[Bottleneck]] = {}
     for names in _batches(chosen, sizes):
         weights = [chosen[name].weight for name in names]
         found = _decompose(weights, sizes[names[0]], options, nested=nested, seed=seed)
         bottlenecks |= dict(zip(names, found, strict=True))
     dense = [name for name in chosen if DENSE in sizes[name]]
-    return build_supernet(model, {name: bottlenecks[name] for name in chosen}, dense)
+    return build_supernet(choice.network, {name: bottlenecks[name] for name in chosen}, dense)
 
 
 def _decompose(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from gross_ray.data.image_set import Splits
 from gross_ray.errors import InvalidValueError, one_line
@@ -18,8 +21,7 @@ from gross_ray.nn.sharing import check_trainable
 from gross_ray.run.opened import layer_choice
 from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import amounts, parse_budgets
-from gross_ray.search.cost import LayerCosts, count_parameters, layer_costs
-from gross_ray.search.operations import count_operations
+from gross_ray.search.cost import LayerCosts, full_costs, layer_costs
 from gross_ray.search.selection import uniform
 from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import running_supernet
@@ -41,16 +43,15 @@ def check_experiment(experiment: Experiment, splits: Splits, *, endings: Sequenc
 
     Return lines for the user: what of the file of weights was taken, and what was passed over.
 
-    Checked are: weights of another network, images that the network cannot run, an output that is not logits, unknown
-    layers and group-sizes, fixed configurations and budgets outside the space, limits below its cheapest configuration,
-    supernets that the engine cannot stack, and a space that is too large for the strategy. Then `rehearse` takes a step
-    of each training, and evaluates as the search does, and the network is exported to files with these `endings`.
-    Limits on latency are not checked: it is measured after the training.
+    Checked are: a factory that returns another network at each call, weights of another network, images that the
+    network cannot run, an output that is not logits, unknown layers and group-sizes, fixed configurations and budgets
+    outside the space, limits below its cheapest configuration, supernets that the engine cannot stack, and a space that
+    is too large for the strategy. Then `rehearse` takes a step of each training, and evaluates as the search does, and
+    the network is exported to files with these `endings`. Limits on latency are not checked: it is measured after the
+    training.
     """
     shape = splits.train.images.shape[1:]
-    network = build_model(
-        experiment.model, num_classes=len(splits.classes), image_size=shape[-1], generator=torch.Generator()
-    )
+    network = _built(experiment.model, len(splits.classes), shape[-1])
     notes: list[str] = []
     if experiment.weights:
         trained = experiment.trains_base
@@ -71,7 +72,7 @@ def check_experiment(experiment: Experiment, splits: Splits, *, endings: Sequenc
     if experiment.search.strategy == "exhaustive":
         search.check_size(space)
     limits = experiment.search.limits
-    full = _full_costs(network, shape) if any("%" in text for text in limits) else {}
+    full = full_costs(network, shape) if any("%" in text for text in limits) else {}
     for text in limits:
         budgets = amounts([budget for budget in parse_budgets(text) if budget.cost != "latency_ms"], full)
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
@@ -81,9 +82,31 @@ def check_experiment(experiment: Experiment, splits: Splits, *, endings: Sequenc
     return notes
 
 
-def _full_costs(network: torch.nn.Module, shape: torch.Size) -> dict[str, float]:
-    """Return the costs of the full network, of which limits may be a percentage."""
-    return {"macs": float(count_operations(network, shape).macs), "parameters": float(count_parameters(network))}
+def _built(model: str, num_classes: int, image_size: int) -> nn.Module:
+    """Return a new network; raises InvalidValueError if two calls of a user's factory return different layers.
+
+    Every process of a run builds the network anew, and loads the stored weights into it.
+    """
+    build = partial(build_model, num_classes=num_classes, image_size=image_size, generator=torch.Generator())
+    network = build(model)
+    again = build(model) if ":" in model else network
+    for first, second in zip_longest(_layers(network), _layers(again), fillvalue="nothing"):
+        if first != second:
+            raise InvalidValueError(
+                f"model {model!r}: its factory returns another network at each call, first with {first}, then with "
+                f"{second}; let it draw none of its layers at random, or draw them with a fixed seed"
+            )
+    return network
+
+
+def _layers(network: nn.Module) -> Iterator[str]:
+    """Yield the settings of each module, like its stride, and the shape of each stored tensor."""
+    for name, module in network.named_modules():
+        if type(module).extra_repr.__module__.startswith("torch.nn."):  # others may show anything, like an address
+            yield f"{name or 'the network'}: {type(module).__name__}({module.extra_repr()})"
+    for name, value in network.state_dict().items():
+        if isinstance(value, Tensor):
+            yield f"{name} of {'x'.join(map(str, value.shape))}"
 
 
 def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts, choice: LayerChoice) -> None:
@@ -107,10 +130,10 @@ def _check_fixed(experiment: Experiment, space: SearchSpace, macs: LayerCosts, c
             raise InvalidValueError(f"{name} = {sizes}: {why}; {remedy}")
 
 
-def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:
+def _check_logits(network: nn.Module, shape: torch.Size, model: str, num_classes: int) -> None:
     with network_errors_as_invalid_value(shape), torch.no_grad(), evaluating(network):
         logits = network(torch.zeros(1, *shape))
-    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(found, tuple) or len(found) != 2 or found[1] < num_classes:
         raise InvalidValueError(
             f"model {model!r}: gives {found} for an image of {'x'.join(map(str, shape))}; must give logits "
@@ -118,15 +141,15 @@ def _check_logits(network: torch.nn.Module, shape: torch.Size, model: str, num_c
         )
 
 
-def _check_training(network: torch.nn.Module, shape: torch.Size, model: str) -> None:
+def _check_training(network: nn.Module, shape: torch.Size, model: str) -> None:
     """Raise InvalidValueError for a network that cannot be trained or stored."""
-    others = [name for name, value in network.state_dict().items() if not isinstance(value, torch.Tensor)]
+    others = [name for name, value in network.state_dict().items() if not isinstance(value, Tensor)]
     if others:
         raise InvalidValueError(f"model {model!r}: {others[0]} of its state dict is no tensor; keep it elsewhere")
     try:
         with torch.random.fork_rng(devices=[]):
             logits = copied(network).train()(torch.zeros(2, *shape))
-            torch.nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()
+            nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()
     except InvalidValueError:
         raise
     except Exception as error:  # whatever the user's own code raises

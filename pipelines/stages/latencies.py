@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 from gross_ray.errors import InvalidValueError
-from gross_ray.run.latencies import TABLES, measured, put_in_force, unit_in_force
+from gross_ray.run.latencies import STAGE, TABLES, measured, put_in_force, unit_in_force
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.search.latency import LatencyModel, LatencyOptions, measure_latency
@@ -54,7 +54,6 @@ def put(run: Run, model: LatencyModel) -> None:
     store.write_table("layer_latencies", name, model.rows())
     store.write_table("runtime_latencies", name, [model.summary()])
     put_in_force(store, name)
-    run.changed()
     fill(run, model)
 
 
@@ -64,7 +63,7 @@ def _listed(group_sizes: Mapping[str, Sequence[int]]) -> str:
 
 def in_force(run: Run) -> LatencyModel | None:
     """Return the measurement that predicts `latency_ms` (`unit_in_force`); None if there is none."""
-    return run.once("latency in force", lambda: _in_force(run.store))
+    return run.once("latency in force", lambda: _in_force(run.store), depends=[STAGE])
 
 
 def all_of(run: Run) -> list[LatencyModel]:
@@ -87,6 +86,7 @@ def fill(run: Run, model: LatencyModel) -> None:
         predicted, stored = _predicted(run, model, unit)
         if predicted != stored:
             run.store.set_column("configurations", unit, "latency_ms", predicted)
+    run.changed(STAGE)
 
 
 def _clear(run: Run, model: LatencyModel) -> None:

@@ -12,7 +12,6 @@ from gross_ray.run import latencies
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import check_data, check_weights, stored_data, stored_weights
 from gross_ray.run.store import RunStore
-from gross_ray.space import Configuration
 from gross_ray.weights import hash_of_tensors, read_weights
 from pipelines.stages import decompose, finetune, rates, reconstruct, rounds, search, supernets, train, validate
 
@@ -29,6 +28,8 @@ class _Part:
     """Whether `history` has units named after the stage."""
     schedules: tuple[str, ...] = ()
     """The schedules of its trainings, whose learning rates may have been found by range tests."""
+    same_with_dense: bool = False
+    """Whether `decomposition.keep_dense` changes which units there are, but no unit, if the group-sizes are named."""
 
 
 _NETWORKS = ("seed", "model", "weights", "weights_key", "data", "training", "engine.precision", "engine.compile")
@@ -41,14 +42,11 @@ _EVALUATIONS = (
     *(f"search.{name}" for name in ("form", "precision", "memory_budget")),
 )
 
-_WHATEVER_STAYS_DENSE = (decompose.NAME, validate.NAME)
-"""Stages whose units do not depend on `decomposition.keep_dense`, if the group-sizes are named."""
-
 _REMEDY = "use the same ones, or leave --reuse out"
 
 PARTS = (
     _Part(train.NAME, _NETWORKS, ("networks",), trains=True, schedules=(train.SCHEDULE,)),
-    _Part(decompose.NAME, _TERMS, ("decompositions",)),
+    _Part(decompose.NAME, _TERMS, ("decompositions",), same_with_dense=True),
     _Part(latencies.STAGE, _TERMS, latencies.TABLES),
     _Part(reconstruct.NAME, _SUPERNETS, trains=True, schedules=(reconstruct.SCHEDULE,)),
     _Part(finetune.NAME, (*_SUPERNETS, "finetuning"), trains=True, schedules=(finetune.SCHEDULE,)),
@@ -58,6 +56,7 @@ PARTS = (
         ("validations",),
         trains=True,
         schedules=validate.SCHEDULES,
+        same_with_dense=True,
     ),
 )
 """The parts in the order of the stages, without the search: its strategy decides which configurations it evaluates."""
@@ -72,14 +71,14 @@ def take_over(store: RunStore, other: RunStore) -> dict[str, int]:
     """
     _share_pins(store, other)
     differing = _differing(store.experiment, other)
-    taken = {}
-    for part in PARTS:
-        counting = differing
-        if part.stage in _WHATEVER_STAYS_DENSE and store.experiment.decomposition.group_sizes:
-            counting = [name for name in differing if name != "decomposition.keep_dense"]
-        if not _touching(counting, part.fields):
-            taken[part.stage] = _copy(store, other, part)
-    return taken
+    apart_from_dense = differing
+    if store.experiment.decomposition.group_sizes:  # else keep_dense also decides which sizes a layer takes
+        apart_from_dense = [name for name in differing if name != "decomposition.keep_dense"]
+    return {
+        part.stage: _copy(store, other, part)
+        for part in PARTS
+        if not _touching(apart_from_dense if part.same_with_dense else differing, part.fields)
+    }
 
 
 def take_evaluations(run: Run, other: RunStore) -> int:
@@ -96,22 +95,13 @@ def take_evaluations(run: Run, other: RunStore) -> int:
         )
     _check_alike(run.experiment, other, _EVALUATIONS, "--reuse-evaluations")
     _share_pins(run.store, other)
-    searched, rows = supernets.searched(run), other.read_table("configurations")
-    found = {unit: rows[rows["supernet"] == unit.name].drop_duplicates("configuration") for unit in searched}
-    known = set.intersection(*(set(each["configuration"]) for each in found.values()))
+    rows = other.read_table("configurations")
+    known = rounds.evaluated_in_all(rows, supernets.searched(run))
     if not known or rounds.stored(run):
         return 0
     if other.has_checkpoint(search.PLAN, "plan"):
         run.store.copy_checkpoint(other, search.PLAN, "plan")
-    rounds.begin(run, [Configuration.parse(text) for text in known])
-    for unit in searched:
-        by_name = found[unit].set_index("configuration", drop=False).assign(latency_ms=None)
-        for part in rounds.units(unit, 0, rounds.stored(run)[0]):
-            names = list(map(str, part.configurations))
-            if known.issuperset(names):  # else the part has a new fixed configuration, and is evaluated
-                taken = by_name.loc[names].to_dict("records")
-                run.store.write_table("configurations", part.name, taken, layers=run.space.layers)
-    run.changed()
+    rounds.begin(run, rows)
     return len(known)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import pandas as pd
+
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.run.limits import limits
 from gross_ray.run.opened import Run
@@ -24,9 +26,11 @@ from gross_ray.search.strategies import Strategy, strategy
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
-from pipelines.stages import latencies
+from pipelines.stages import latencies, supernets
 from pipelines.stages.supernets import InSupernet, Supernet
 
+SEARCH = "search"
+"""Name of the stage."""
 ROUNDS = SEARCH_ENDED[0]
 ROUNDS_A_SEARCH = 20
 """All evaluations are divided into about this many rounds, of LEAST to MOST configurations."""
@@ -56,7 +60,7 @@ class RoundPart(InSupernet):
 
 def stored(run: Run) -> list[list[Configuration]]:
     """Return the stored rounds."""
-    return run.once(ROUNDS, lambda: _read_rounds(run))
+    return run.once(ROUNDS, lambda: _read_rounds(run), depends=[SEARCH])
 
 
 def _read_rounds(run: Run) -> list[list[Configuration]]:
@@ -67,13 +71,62 @@ def _read_rounds(run: Run) -> list[list[Configuration]]:
     return rounds
 
 
-def begin(run: Run, known: Sequence[Configuration] = ()) -> None:
-    """Store round 0, unless it is stored: the configurations of every search, and those with `known` accuracies."""
-    if not run.store.has_checkpoint(ROUNDS, "round=0"):
-        asked = {*run.experiment.search.budgets, *run.experiment.validation.fixed}
-        first = [uniform(run.space, size) for size in sorted(asked)]
-        first = first or list(dict.fromkeys([run.space[0], run.space[-1]]))
-        _store(run, 0, sorted({*first, *known}) if known else first)
+def begin(run: Run, evaluated: pd.DataFrame | None = None) -> None:
+    """Store round 0, unless it is stored: the configurations of every search, and all that are evaluated already.
+
+    These are `evaluated`, rows of another run's table `configurations`, and the rows of round 0 that are stored here:
+    after a loss of the file with its configurations, they are kept, though perhaps in other units.
+    """
+    if run.store.has_checkpoint(ROUNDS, "round=0"):
+        return
+    asked = {*run.experiment.search.budgets, *run.experiment.validation.fixed}
+    first = [uniform(run.space, size) for size in sorted(asked)]
+    first = first or list(dict.fromkeys([run.space[0], run.space[-1]]))
+    ours = _stored_units(run, 0)
+    frames = [run.store.read_units("configurations", ours)] if ours else []
+    frames += [] if evaluated is None else [evaluated]
+    if frames:
+        rows = pd.concat(frames).drop_duplicates(["supernet", "configuration"]).assign(latency_ms=None)
+        known = {Configuration.parse(text) for text in evaluated_in_all(rows, supernets.searched(run))}
+        first = first if known.issubset(first) else sorted({*first, *known})
+        for name in set(ours) - _put(run, rows, first):
+            run.store.delete_unit("configurations", name)
+    _store(run, 0, first)
+
+
+def evaluated_in_all(rows: pd.DataFrame, units: Sequence[Supernet]) -> set[str]:
+    """Return the configurations that rows of the table `configurations` evaluate in each of these supernets."""
+    by_supernet = {name: set(part["configuration"]) for name, part in rows.groupby("supernet")}
+    return set.intersection(*(by_supernet.get(unit.name, set()) for unit in units))
+
+
+def _all_supernets(run: Run) -> list[Supernet]:
+    return list(dict.fromkeys([*supernets.searched(run), *supernets.swept(run)]))
+
+
+def _stored_units(run: Run, number: int) -> list[str]:
+    """Return the names of a round's stored units, whatever their configurations."""
+    stored = run.store.finished_units("configurations")
+    parts = [
+        RoundPart(supernet=unit, round=number, number=part, configurations=()).name
+        for unit in _all_supernets(run)
+        for part in range(PARTS)
+    ]
+    return [name for name in parts if name in stored]
+
+
+def _put(run: Run, rows: pd.DataFrame, configurations: Sequence[Configuration]) -> set[str]:
+    """Store the units of round 0 whose configurations all have rows, and return their names; others are evaluated."""
+    names = set()
+    for unit in _all_supernets(run):
+        by_name = rows[rows["supernet"] == unit.name].set_index("configuration", drop=False)
+        for part in units(unit, 0, configurations):
+            texts = list(map(str, part.configurations))
+            if set(texts).issubset(by_name.index):
+                taken = by_name.loc[texts].to_dict("records")
+                run.store.write_table("configurations", part.name, taken, layers=run.space.layers)
+                names.add(part.name)
+    return names
 
 
 def size_of(evaluations: int) -> int:
@@ -178,4 +231,4 @@ def _seed(run: Run, name: str) -> int:
 
 def _store(run: Run, number: int, configurations: Sequence[Configuration]) -> None:
     run.store.save_checkpoint(ROUNDS, f"round={number}", {}, {"configurations": list(map(str, configurations))})
-    run.changed()
+    run.changed(SEARCH)

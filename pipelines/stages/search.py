@@ -35,7 +35,7 @@ from pipelines.stages.rounds import RoundPart
 from pipelines.stages.supernets import InSupernet, Supernet
 from pipelines.units import Context, Job, Unit, require, tensor_of
 
-NAME = "search"
+NAME = rounds.SEARCH
 PLAN = "search-plan"
 SHARDS_A_WORKER = 4
 """Shards of one supernet for each worker. More shards lose less work with a worker and share the work more evenly, but
@@ -95,7 +95,7 @@ class SearchPlan:
 
 def load_plan(run: Run) -> SearchPlan:
     """Return the stored plan; raises MissingStageError if the search has not begun."""
-    return run.once(PLAN, lambda: _read_plan(run.store))
+    return run.once(PLAN, lambda: _read_plan(run.store), depends=[NAME])
 
 
 def _read_plan(store: RunStore) -> SearchPlan:
@@ -113,7 +113,8 @@ def _read_plan(store: RunStore) -> SearchPlan:
 def parts(run: Run, units: Sequence[Supernet]) -> list[Part]:
     """Return the units that evaluate the space in each supernet.
 
-    For a search by a strategy, these are the stored rounds; for supernets of the sweep alone, round 0.
+    For a search by a strategy, these are the stored rounds; for supernets of the sweep alone, round 0. Raises
+    MissingStageError if the plan or round 0 is not stored.
     """
     planned = load_plan(run).shards
     if not by_strategy(run):
@@ -123,6 +124,8 @@ def parts(run: Run, units: Sequence[Supernet]) -> list[Part]:
             for shard in planned
         ]
     searched, found = set(supernets.searched(run)), rounds.stored(run)
+    if not found:
+        raise MissingStageError(f"the search in {run.store.storage} has no first round: run `gross search` on it first")
     return [
         part
         for unit in units
@@ -133,7 +136,7 @@ def parts(run: Run, units: Sequence[Supernet]) -> list[Part]:
 
 def plan(run: Run) -> Sequence[Part]:
     """Return the units of the searched supernets; raises MissingStageError if the search has not begun."""
-    return run.once(f"{NAME} plan", lambda: parts(run, supernets.searched(run)))
+    return run.once(f"{NAME} plan", lambda: parts(run, supernets.searched(run)), depends=[NAME])
 
 
 def done(run: Run) -> set[str]:
@@ -382,4 +385,4 @@ def choose(run: Run) -> None:
         within = best(run, [Budget("macs", float(limit.iloc[0]))], top + 1)  # it may include the fixed configuration
         candidates = pd.concat([within, fixed]).drop_duplicates("configuration")
         run.store.write_table("selections", unit, select(candidates, units[unit], top).to_dict("records"))
-    run.changed()
+    run.changed(NAME)

@@ -156,4 +156,3 @@ def compare(run: Run, units: Sequence[Supernet]) -> None:
             for configuration, accuracy in fixed.items()
         ]
         run.store.write_table("alpha_sweep", unit.name, table)
-    run.changed()

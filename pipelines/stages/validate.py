@@ -12,6 +12,7 @@ from torch import nn
 from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.errors import MissingStageError
 from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
+from gross_ray.run import latencies
 from gross_ray.run.limits import limits
 from gross_ray.run.opened import Run, save_supernet, validation_unit
 from gross_ray.run.progress import finished_units, history_unit
@@ -85,7 +86,11 @@ def units_of(run: Run, configurations: Iterable[Configuration]) -> list[Validati
 
 def plan(run: Run) -> Sequence[Validation]:
     """Return the units of the fixed and the selected configurations."""
-    return run.once(f"{NAME} plan", lambda: units_of(run, [*fixed_configurations(run), *selected_configurations(run)]))
+
+    def units() -> Sequence[Validation]:
+        return units_of(run, [*fixed_configurations(run), *selected_configurations(run)])
+
+    return run.once(f"{NAME} plan", units, depends=[search.NAME, latencies.STAGE])
 
 
 def done(run: Run) -> set[str]:

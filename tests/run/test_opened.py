@@ -42,6 +42,28 @@ def test_what_is_read_is_read_once_until_something_changed(store: RunStore) -> N
     assert [run.once("plan", read), run.once("plan", read)] == [3, 3]
 
 
+def test_only_what_depends_on_the_results_that_changed_is_read_again(store: RunStore) -> None:
+    run, reads = Run(store), []
+
+    def read(name: str, *depends: str) -> None:
+        run.once(name, lambda: reads.append(name), depends=depends)
+
+    def read_all() -> list[str]:
+        reads.clear()
+        read("plan of the search", "search")
+        read("what is validated", "search", "latency")
+        read("a learning rate")
+        return reads
+
+    assert len(read_all()) == 3 and read_all() == []
+    run.changed("validate", "train")
+    assert read_all() == []
+    run.changed("latency")
+    assert read_all() == ["what is validated"]
+    run.changed("search", "train")
+    assert read_all() == ["plan of the search", "what is validated"]
+
+
 def test_an_error_is_not_kept(store: RunStore) -> None:
     run = Run(store)
     with pytest.raises(MissingStageError, match="0 of 3 base networks are stored"):

@@ -17,6 +17,7 @@ from gross_ray.search.latency import LatencyOptions, measure_latency
 from gross_ray.search.layer_forms import LayerForm, Siblings
 from gross_ray.search.options import EvaluationOptions
 from gross_ray.search.prefix_walk import PrefixWalk
+from gross_ray.search.traceability import is_of_the_machine
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.configure import extract, get_configuration, series_layers, set_configuration
 
@@ -579,15 +580,28 @@ def test_a_layer_that_is_given_its_images_by_name(random_supernet):
     assert folding.layer == "conv" and folding.bottleneck > 0
 
 
+def of_the_cpus_memory():
+    """Return the error of the installed torch, whose text may change, when the CPU's memory is too small."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    return caught.value
+
+
 MACHINE_FAULTS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     MemoryError(),
     RuntimeError("CUDA error: an illegal memory access was encountered"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: 12"),
+    of_the_cpus_memory(),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     OSError(24, "Too many open files"),
 ]
+
+
+def test_an_operation_that_a_device_lacks_is_of_the_network():
+    lacks = "Could not run 'aten::own' with arguments from the 'CUDA' backend"
+    assert not is_of_the_machine(NotImplementedError(lacks))
+    assert all(map(is_of_the_machine, MACHINE_FAULTS))
 
 
 @pytest.mark.parametrize("fault", MACHINE_FAULTS, ids=lambda fault: type(fault).__name__)

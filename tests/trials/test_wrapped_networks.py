@@ -200,9 +200,23 @@ def test_float64_is_converted_for_a_run_and_kept_in_python(monkeypatch: pytest.M
     output_of(network, SHAPE)
 
 
-def test_what_has_to_be_copied_and_cannot_be_is_refused() -> None:
-    network = plain().half()
+@pytest.mark.parametrize("make", [lambda: plain().half(), compiled_in_place])
+@pytest.mark.filterwarnings("ignore::gross_ray.errors.ConvertedNetworkWarning")
+def test_a_network_with_a_lock_that_has_to_be_changed_is_copied_without_the_lock(make: Callable[[], nn.Module]) -> None:
+    network = make()
     network.lock = threading.Lock()
-    line = "^the network: cannot be copied: TypeError: .*lock"
+    choice = gross_ray.choice_of(network, input_shape=SHAPE)
+    assert choice.network is not network and choice.network.lock is network.lock
+    assert choice.convs["2"].weight.dtype == torch.float32
+    assert all(module._compiled_call_impl is None for module in choice.network.modules())
+
+
+class Refuses(nn.Sequential):
+    def __deepcopy__(self, memo: object) -> Refuses:
+        raise RuntimeError("there is only one of this")
+
+
+def test_what_has_to_be_copied_and_cannot_be_is_refused() -> None:
+    line = "this network cannot be copied: RuntimeError: there is only one of this"
     with pytest.warns(ConvertedNetworkWarning), pytest.raises(InvalidValueError, match=line):
-        gross_ray.choice_of(network)
+        gross_ray.choice_of(Refuses(*plain().half()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(whole_run: tuple[Path, str
     beside.rmdir()
     nowhere = invoke("export", str(run), "--configuration", "16-16-16", "--to", "/proc/folded.pt2")
     assert nowhere.exit_code == 1
-    assert "/proc/.partial-folded.pt2.json: No such file or directory; name another file" in nowhere.stderr
+    assert re.search("/proc/[.]partial-.*: No such file or directory; name another file", nowhere.stderr)
     assert len(nowhere.stderr.splitlines()) == 1
 
 

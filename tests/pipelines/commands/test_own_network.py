@@ -41,6 +41,17 @@ def small(num_classes):
         nn.Conv2d(6, 6, 3, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes),
     )
 """
+HOOKED = (
+    OWN
+    + """
+def hooked(num_classes):
+    network = small(num_classes)
+    nn.utils.prune.l1_unstructured(network[0], "weight", 0.5)
+    network[5] = nn.utils.spectral_norm(network[5])
+    network[8] = nn.utils.weight_norm(network[8])
+    return network
+"""
+)
 LIMITS = ["data.limit_train=50", "data.limit_validation=40", "data.limit_test=30", "decomposition.tolerance=1e-3"]
 LIMITS += ["search.budgets=[4]", "validation.fixed=[4]"]
 ONE_SHORT = ["training.epochs=1", "training.milestones=[]", "training.seeds=1", *LIMITS[4:]]
@@ -141,6 +152,20 @@ def test_a_checkpoint_of_a_training_script(folder: Path) -> None:
         mistaken = command("train", "new", *own, *words)
         assert mistaken.exit_code == 2 and line in mistaken.stderr
         assert not (folder / "new").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_a_network_whose_weights_hooks_compute_is_run_and_exported(folder: Path) -> None:
+    (folder / "own_networks.py").write_text(HOOKED)
+    epochs = ["reconstruction.epochs=1", "finetuning.epochs=1", "validation.finetuning.epochs=1", "search.form=dense"]
+    short = [*ONE_SHORT, *LIMITS[:3], *epochs, "supernet.seeds=1", "validation.seeds=1", "sweep.alphas=[]"]
+    settings = [word for setting in short for word in ("--set", setting)]
+    done = command("run", "--out", "run", "--preset", "quickstart", "--model", "own_networks:hooked", *settings)
+    assert done.exit_code == 0, done.stderr
+    network = Run(RunStore.open(folder / "run")).base.network
+    assert int((network.get_buffer("0.weight_mask") == 0).sum()) == 54  # half of the weights
+    written = invoke("export", "run", "--configuration", "4", "--to", "network.onnx", "--check")
+    assert written.exit_code == 0 and "checked in ONNX Runtime" in written.stdout, written.stderr
 
 
 def test_mistakes_are_told_in_a_line_before_anything_is_made(folder: Path) -> None:

@@ -87,6 +87,46 @@ def test_layers_without_a_common_group_size_have_limits_alone(splits: Splits) ->
     check_experiment(preset("quickstart").override([*apart, *none]), splits)
 
 
+class Addressed(nn.Module):
+    """A module that prints differently each time it is made."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+    def extra_repr(self) -> str:
+        return hex(id(self))
+
+
+DRAWN: list[tuple[nn.Module, ...]] = []
+"""What each of the next calls of `drawn` puts first into its network."""
+
+
+def drawn(num_classes: int) -> nn.Module:
+    return nn.Sequential(*DRAWN.pop(0), nn.Conv2d(4, 4, 3), Addressed(), nn.Linear(4, num_classes))
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (nn.Conv2d(3, 4, 3), None),
+        (
+            nn.Conv2d(3, 4, 3, stride=2),
+            r"0: Conv2d\(3, 4, .* stride=\(1, 1\)\), then with 0: .* stride=\(2, 2\)\); let",
+        ),
+        (nn.Conv2d(3, 4, 3, bias=False), r"0: Conv2d\(.*\), then with 0: Conv2d\(.*bias=False\)"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), r"0: Conv2d\(.*\), then with 0: Sequential\(\)"),
+    ],
+)
+def test_a_factory_whose_result_changes_is_told(splits: Splits, other: nn.Module, told: str | None) -> None:
+    DRAWN[:] = [(nn.Conv2d(3, 4, 3),), (other,)]
+    experiment = preset("quickstart").override(
+        [f"model={__name__}:drawn", "search.budgets=[2]", "validation.fixed=[2]"]
+    )
+    line = f"model '{__name__}:drawn': its factory returns another network at each call, first with {told}"
+    with pytest.raises(InvalidValueError, match=line) if told else nullcontext():
+        check_experiment(experiment, splits)
+
+
 def test_images_that_do_not_fit_the_network_are_told(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(num_classes: int, image_size: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, num_classes))

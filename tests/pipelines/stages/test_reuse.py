@@ -12,7 +12,9 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.presets import quickstart
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+from pipelines.stages import search
 from pipelines.stages.reuse import PARTS, check_reusable, take_evaluations, take_over
+from pipelines.units import Context
 
 ANOTHER_SEARCH = ["search.strategy=random", "search.evaluations=12", "sweep.alphas=[]"]
 
@@ -45,7 +47,8 @@ def test_another_search_trains_nothing_again(other: RunStore, tmp_path: Path) ->
     assert {file: file.stat().st_mtime_ns for file in other.path.rglob("*") if file.is_file()} == before
 
 
-def test_a_strategy_goes_on_from_what_another_search_evaluated(other: RunStore, tmp_path: Path) -> None:
+def two_searches(other: RunStore, tmp_path: Path) -> tuple[RunStore, RunStore]:
+    """Return a run that has searched, and one of another strategy and more budgets that has not."""
     drawn = [*SETTINGS, "search.strategy=random", "search.evaluations=12", "sweep.alphas=[]"]
     first = RunStore.create(tmp_path / "first", quickstart().override(drawn))
     assert take_over(first, other)["finetune"] > 0
@@ -59,6 +62,11 @@ def test_a_strategy_goes_on_from_what_another_search_evaluated(other: RunStore, 
     ]
     second = RunStore.create(tmp_path / "second", quickstart().override(ours))
     take_over(second, other)
+    return first, second
+
+
+def test_a_strategy_goes_on_from_what_another_search_evaluated(other: RunStore, tmp_path: Path) -> None:
+    first, second = two_searches(other, tmp_path)
     known = first.read_table("configurations")
     assert take_evaluations(Run(second), first) == len(known) == 12 + 2
     taken = second.read_table("configurations")
@@ -73,6 +81,44 @@ def test_a_strategy_goes_on_from_what_another_search_evaluated(other: RunStore, 
     whole = other.read_table("configurations")
     same = rows.merge(whole, on=["supernet", "configuration"], suffixes=("", " there"))
     assert len(same) == len(rows) and (same["val_correct"] == same["val_correct there"]).all()
+
+
+@pytest.mark.parametrize("loss", ["deleted", "damaged"])
+def test_evaluations_outlive_the_list_of_the_first_round(
+    other: RunStore, tmp_path: Path, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two_searches(other, tmp_path)
+    take_evaluations(Run(second), first)
+
+    def lose() -> None:
+        file = second.path / "checkpoints/search-rounds/round=0.safetensors"
+        if loss == "deleted":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-9])
+
+    evaluated: list[str] = []
+    work = search.work
+
+    def counted(context: Context, unit: search.Part) -> str:
+        evaluated.extend(map(str, unit.configurations_of(context.run.space)))
+        return work(context, unit)
+
+    monkeypatch.setattr(search, "work", counted)
+    taken = set(second.read_table("configurations")["configuration"])
+    lose()  # before the search has evaluated the part with the new fixed configuration
+    do("search", second.path)
+    assert "2-2-2" in evaluated and len(taken.difference(evaluated)) > len(taken) / 2
+    rows = second.read_table("configurations").sort_values("configuration", ignore_index=True)
+    evaluated.clear()
+    lose()
+    if loss == "deleted":
+        shown = invoke("search", second.path, "--budget", "macs=2.5M")
+        assert shown.exit_code == 2 and "is not finished: run `gross search" in shown.stderr
+    do("search", second.path)
+    assert evaluated == []
+    again = second.read_table("configurations").sort_values("configuration", ignore_index=True)
+    pd.testing.assert_frame_equal(again, rows, check_exact=True)
 
 
 def test_evaluations_that_would_differ_are_refused(other: RunStore, tmp_path: Path) -> None:
