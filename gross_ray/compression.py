@@ -64,7 +64,8 @@ class Compressed:
     table: pd.DataFrame
     """The full network and each candidate: network, val_accuracy, test_accuracy, macs, parameters, latency_ms."""
     card: dict[str, Any]
-    """Plain values for JSON: configuration, layers, accuracies, costs, the expected input, classes, experiment."""
+    """Plain values for JSON: configuration, layers, accuracies, costs, the expected input, classes, experiment, and
+    the learning rate of each training."""
 
 
 def compress(
@@ -115,17 +116,23 @@ def compress(
         augment=mirrored_alike(base, splits.validation),
     ).override(list(settings))
     timed = LatencyOptions(runtime=runtime, batch_size=batch_size, threads=threads)
+    rates: dict[str, float] = {}
     with _shown(on_progress) as show:
         if adapt:
             schedule = replace(experiment.training, epochs=adapt, milestones=())
-            _train("adapt", base, partial(train_network, base), splits, schedule, experiment, show)
-        return _compressed(base, splits, experiment, timed, show)
+            rates["adapt"] = _train("adapt", base, partial(train_network, base), splits, schedule, experiment, show)
+        return _compressed(base, splits, experiment, timed, rates, show)
 
 
 def _compressed(
-    base: nn.Module, splits: Splits, experiment: Experiment, timed: LatencyOptions, show: OnProgress
+    base: nn.Module,
+    splits: Splits,
+    experiment: Experiment,
+    timed: LatencyOptions,
+    rates: dict[str, float],
+    show: OnProgress,
 ) -> Compressed:
-    """Do every stage with a network that nothing else uses."""
+    """Do every stage with a network that nothing else uses; the learning rates are added to `rates`."""
     shape = splits.train.images.shape[1:]
     options = experiment.decomposition
     by_layer = parse_layer_group_sizes(options.layer_group_sizes)
@@ -142,17 +149,18 @@ def _compressed(
     }
     sampler = ConfigurationSampler(within.space, experiment.supernet.alpha, scaling=experiment.supernet.scaling)
     training = partial(reconstruct, supernet, base, sampler=sampler)
-    _train("reconstruct", supernet, training, splits, experiment.reconstruction, experiment, show)
+    reconstruction, finetuning = experiment.reconstruction, experiment.finetuning
+    rates["reconstruct"] = _train("reconstruct", supernet, training, splits, reconstruction, experiment, show)
     training = partial(finetune, supernet, sampler=sampler)
-    _train("finetune", supernet, training, splits, experiment.finetuning, experiment, show)
+    rates["finetune"] = _train("finetune", supernet, training, splits, finetuning, experiment, show)
     best = _searched(supernet, splits, experiment, within, show)
-    candidates = {one: _alone(one, base, bottlenecks, splits, experiment, show) for one in best}
+    candidates = {one: _alone(one, base, bottlenecks, splits, experiment, rates, show) for one in best}
     rows = [_row("full network", base, splits, shape, model.full_ms)]
     rows += [_row(str(one), found, splits, shape, model.predict(one)) for one, found in candidates.items()]
     table = pd.DataFrame(rows)
     chosen = best[int(table["val_accuracy"].iloc[1:].to_numpy().argmax())]
     folded, _ = model.fold(candidates[chosen])
-    card = _card(chosen, [*choice.group_sizes], table, splits, experiment, model)
+    card = _card(chosen, [*choice.group_sizes], table, splits, experiment, model) | {"learning rates": rates}
     return Compressed(folded.eval(), chosen, table, card)
 
 
@@ -182,13 +190,14 @@ def _train(
     schedule: Schedule,
     experiment: Experiment,
     show: OnProgress,
-) -> None:
-    """Train in place; a range test finds the rate if the schedule leaves it open."""
+) -> float:
+    """Train in place and return the learning rate, which a range test finds if the schedule leaves it open."""
     seeded = partial(training, seed=derive_seed(experiment.seed, step), engine=experiment.engine)
     if not schedule.lr:
         show(f"{step}: learning rate", 0.0)
         schedule = replace(schedule, lr=find_rate(network, seeded, splits, schedule).chosen)
     seeded(splits, schedule, on_epoch=lambda record: show(step, record.epoch / schedule.epochs))
+    return schedule.lr
 
 
 def _within(
@@ -234,6 +243,7 @@ def _alone(
     bottlenecks: Mapping[str, Mapping[int, Bottleneck]],
     splits: Splits,
     experiment: Experiment,
+    rates: dict[str, float],
     show: OnProgress,
 ) -> nn.Module:
     """Return one configuration, trained on its own from its decompositions, as a plain network."""
@@ -242,9 +252,11 @@ def _alone(
     own = build_supernet(base, series, [name for name, each in series.items() if not each])
     options = experiment.validation
     if any(series.values()):
-        training = partial(reconstruct, own, base)
-        _train(f"{configuration}: reconstruct", own, training, splits, options.reconstruction, experiment, show)
-        _train(f"{configuration}: finetune", own, partial(finetune, own), splits, options.finetuning, experiment, show)
+        for name, training, schedule in (
+            (f"{configuration}: reconstruct", partial(reconstruct, own, base), options.reconstruction),
+            (f"{configuration}: finetune", partial(finetune, own), options.finetuning),
+        ):
+            rates[name] = _train(name, own, training, splits, schedule, experiment, show)
     if experiment.engine.recalibrate:
         images = in_format_of(own, splits.train)
         recalibrate(own, map(images.as_inputs, calibration_batches(calibration_images(images))))

@@ -101,6 +101,9 @@ def test_the_network_is_plain_within_the_budgets_and_as_accurate_as_the_table_sa
     assert (found.card["macs"], found.card["parameters"]) == (best["macs"], best["parameters"])
     assert found.card["classes"] == ["0", "1", "2", "3"]
     assert not any(name in found.card["experiment"] for name in ("model", "weights", "data.name"))
+    found_rates = found.card["learning rates"]
+    own = [f"{name}: {stage}" for name in found.table["network"][1:] for stage in ("reconstruct", "finetune")]
+    assert [*found_rates] == ["reconstruct", "finetune", *own] and {*found_rates.values()} <= {1e-3, 1e-2}
 
 
 def test_the_given_network_stays_as_it_was_and_its_layers_are_chosen_once(
