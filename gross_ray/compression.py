@@ -142,7 +142,7 @@ def _compressed(
     model = _measured(undecomposed, shape, timed, experiment.seed, show)
     within = _within(base, undecomposed, shape, experiment, model)
     show("decompose", 0.0)
-    supernet = decompose_choice(choice, options, seed=experiment.seed)
+    supernet = decompose_choice(choice, options, nested=options.nested, seed=experiment.seed)
     bottlenecks = {
         name: {size: _kept(layer.bottleneck(size)) for size in layer.series_sizes}
         for name, layer in series_layers(supernet).items()

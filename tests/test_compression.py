@@ -133,17 +133,20 @@ def test_progress_names_each_step_in_order_and_never_goes_back(
         assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] <= 1
 
 
+@pytest.mark.parametrize("nested", [False, True])
 def test_candidates_start_from_the_decompositions_not_from_the_trained_supernet(
-    few: object, monkeypatch: pytest.MonkeyPatch
+    few: object, monkeypatch: pytest.MonkeyPatch, nested: bool
 ) -> None:
     started: list[Any] = []
     alone = compression._alone
     monkeypatch.setattr(compression, "_alone", lambda *given: (started.append(given[2]), alone(*given))[1])
     settings = [*FEW, "search.top=1", "finetuning.lr=0.1", "reconstruction.lr=0.1"]
+    settings += [f"decomposition.nested={str(nested).lower()}"]
     words = {"budget": "macs=70%", "effort": "quick", "settings": settings, "on_progress": lambda *_: None}
     compress(small(), pictures(120, 0), pictures(40, 1), **words)  # type: ignore[arg-type]
     sizes = {"3": (1, 4), "6": (1, 4)}
-    oracle = series_layers(decompose_model(small(), group_sizes=sizes, options=BTDOptions(tolerance=1e-4, max_steps=5)))
+    options = BTDOptions(tolerance=1e-4, max_steps=5)
+    oracle = series_layers(decompose_model(small(), group_sizes=sizes, options=options, nested=nested))
     assert {name: tuple(each) for name, each in started[0].items()} == sizes
     for name, layer in oracle.items():
         for size in sizes[name]:
