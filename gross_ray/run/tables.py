@@ -147,7 +147,10 @@ _SCALING = _text("scaling", "How Eq. 8 is read: exp(-alpha i) or exp(-alpha i / 
 _ALPHA = _real("alpha", "Temperature of the sampling of group-sizes (Eq. 8); 0 is uniform")
 _MACS = _count("macs", "Multiply-accumulates of one image's forward pass, as the network runs", "MACs an image")
 _MACS_PAPER = _count(
-    "macs_paper", "As macs, but counted the paper's way: stride and padding on the first 1x1", "MACs an image"
+    "macs_paper",
+    "As macs, but counted the paper's way: stride and padding on the first 1x1; missing where that leaves no response",
+    "MACs an image",
+    nullable=True,
 )
 _PARAMETERS = _count("parameters", "Trainable parameters of the network", "parameters")
 _VAL_CORRECT = _count("val_correct", "Images of the validation split classified correctly", "images")

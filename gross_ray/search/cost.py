@@ -173,6 +173,25 @@ def layer_costs(supernet: nn.Module, input_shape: Sequence[int], cost_name: str)
     return LayerCosts(cost_name, counted.macs - active, by_layer)
 
 
+def counted_costs(supernet: nn.Module, input_shape: Sequence[int]) -> dict[str, LayerCosts | None]:
+    """Return every cost of `COUNTED` by its name (`layer_costs`); None for macs_paper where it cannot be counted.
+
+    That is where a stride before the kernel, as the paper has it, leaves nothing of a small response.
+    """
+    found: dict[str, LayerCosts | None] = {
+        name: layer_costs(supernet, input_shape, name) for name in COUNTED if name != "macs_paper"
+    }
+    try:
+        paper = layer_costs(supernet, input_shape, "macs_paper")
+    except NothingLeftError:
+        paper = None
+    return {name: paper if name == "macs_paper" else found[name] for name in COUNTED}
+
+
+class NothingLeftError(InvalidValueError):
+    """The paper's way of counting leaves nothing of a response, because the stride comes first."""
+
+
 def _macs_by_layer(
     layers: Mapping[str, SeriesConv2d], calls: Sequence[Call], macs_of: Callable[[Call, int], int]
 ) -> dict[str, dict[int, int]]:
@@ -274,7 +293,7 @@ def _series_macs_paper(call: Call, group_size: int) -> int:
         for size, dilation, kernel in zip(before, layer.dilation, layer.kernel_size, strict=True)
     ]
     if min(after) < 1:
-        raise InvalidValueError(
+        raise NothingLeftError(
             f"convention='paper' puts the stride {tuple(layer.stride)} on the first 1x1, which leaves nothing of an "
             f"input of {tuple(call.input_size[2:])} pixels; count with convention='actual'"
         )

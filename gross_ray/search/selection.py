@@ -171,8 +171,13 @@ def _sorted(rows: pd.DataFrame, order: dict[str, bool]) -> pd.DataFrame:
 
 
 def _check_measured(accuracies: pd.DataFrame, cost: str) -> None:
-    if accuracies[cost].isna().any():
-        raise InvalidValueError(f"{cost} is not measured for every configuration: run `gross latency RUN` first")
+    if not accuracies[cost].isna().any():
+        return
+    if cost == "macs_paper":
+        raise InvalidValueError(
+            f"{cost}: a stride before the kernel, as the paper counts, leaves nothing of a small response; use macs"
+        )
+    raise InvalidValueError(f"{cost} is not measured for every configuration: run `gross latency RUN` first")
 
 
 def uniform(space: SearchSpace, group_size: int) -> Configuration:

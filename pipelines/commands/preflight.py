@@ -76,7 +76,7 @@ def check_experiment(experiment: Experiment, splits: Splits, *, endings: Sequenc
     for text in limits:
         budgets = amounts([budget for budget in parse_budgets(text) if budget.cost != "latency_ms"], full)
         BudgetedSpace(space, [layer_costs(supernet, shape, budget.cost) for budget in budgets], budgets)
-    rehearse(experiment, splits, network, supernet, stacked=stacked)
+    rehearse(experiment, splits, network, supernet, original=choice.network, stacked=stacked)
     if endings:
         rehearse_export(experiment.model, supernet, shape, endings)
     return notes

@@ -54,19 +54,27 @@ class _Training:
     """Sets the training mode of a step and returns the network; None: steps run in evaluation mode."""
 
 
-def rehearse(experiment: Experiment, splits: Splits, network: nn.Module, supernet: nn.Module, *, stacked: bool) -> None:
+def rehearse(
+    experiment: Experiment,
+    splits: Splits,
+    network: nn.Module,
+    supernet: nn.Module,
+    *,
+    original: nn.Module,
+    stacked: bool,
+) -> None:
     """Raise InvalidValueError, naming the stage, for whatever else would fail in a stage of `experiment`.
 
-    The networks run batches as large as those of each training in training mode. Each training takes a step of two
-    images, and one of a single image if it has such a batch; with `stacked`, supernets are trained as a stack. The
-    search evaluates two configurations. The weights of both networks change; the series get random ones first, because
-    their decompositions are not known yet.
+    `original` is `network` with the plain convolutions that `supernet` decomposes. The networks run batches as large as
+    those of each training in training mode. Each training takes a step of two images, and one of a single image if it
+    has such a batch; with `stacked`, supernets are trained as a stack. The search evaluates two configurations. The
+    weights of the networks change; the series get random ones first, because their decompositions are not known yet.
     """
     made_up(supernet, torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the stages themselves warn
         done: set[tuple[object, int]] = set()
-        for training in _trainings(experiment, network, supernet, stacked=stacked):
+        for training in _trainings(experiment, network, original, supernet, stacked=stacked):
             _rehearse_batches(training, splits.train, experiment.model, done)
             _rehearse_training(training, splits, experiment.model, done)
         _rehearse_search(experiment, _first(splits, FEW), supernet)
@@ -84,7 +92,7 @@ def rehearse_export(model: str, supernet: nn.Module, input_shape: Sequence[int],
 
 
 def _trainings(
-    experiment: Experiment, network: nn.Module, supernet: nn.Module, *, stacked: bool
+    experiment: Experiment, network: nn.Module, original: nn.Module, supernet: nn.Module, *, stacked: bool
 ) -> Iterator[_Training]:
     """Yield the trainings in their order, at the experiment's precision if this machine's CPU has it."""
     sampler = ConfigurationSampler(SearchSpace.of(supernet), 0.0)
@@ -96,13 +104,13 @@ def _trainings(
         return train_network(network, few, schedule, seed=0, engine=engine)
 
     def reconstruction(few: Splits, schedule: Schedule) -> object:
-        return reconstruct(supernet, network, few, schedule, seed=0, sampler=sampler, engine=engine)
+        return reconstruct(supernet, original, few, schedule, seed=0, sampler=sampler, engine=engine)
 
     def finetuning(few: Splits, schedule: Schedule) -> object:
         return finetune(supernet, few, schedule, seed=0, sampler=sampler, engine=engine)
 
     def stacked_reconstruction(few: Splits, schedule: Schedule) -> object:
-        return reconstruct_together(members, network, few, schedule, engine=engine)
+        return reconstruct_together(members, original, few, schedule, engine=engine)
 
     def stacked_finetuning(few: Splits, schedule: Schedule) -> object:
         return finetune_together(members, few, schedule, engine=engine)

@@ -21,7 +21,7 @@ from gross_ray.run.searched import evaluated_accuracies, evaluated_units
 from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
 from gross_ray.search.budgets import Budget
-from gross_ray.search.cost import COUNTED, LayerCosts, layer_costs
+from gross_ray.search.cost import LayerCosts, counted_costs
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
 from gross_ray.search.options import EvaluationOptions
@@ -252,7 +252,7 @@ class _Searched:
     """A supernet on a worker: its evaluator and the costs of its layers."""
 
     evaluator: Evaluator
-    costs: dict[str, LayerCosts]
+    costs: dict[str, LayerCosts | None]
 
     @classmethod
     def of(
@@ -264,7 +264,7 @@ class _Searched:
         weights = {name: tensor_of(array) for name, array in context.shared["weights"].items()}
         supernet.load_state_dict(weights, assign=True)  # workers of a node share one copy of the weights
         supernet.eval()
-        costs = {name: layer_costs(supernet, run.base.input_shape, name) for name in COUNTED}
+        costs = counted_costs(supernet, run.base.input_shape)
         search = run.experiment.search
         options = EvaluationOptions(memory_budget=memory_budget or None, form=search.form, precision=search.precision)
         normalisation = context.splits.validation.normalisation
@@ -316,13 +316,17 @@ def work(context: Context, unit: Part) -> str:
     correct, loss = searched.evaluator.evaluate(validation.images, validation.labels, configurations, calibration)
     total = len(validation.labels)
     layers = [f"layer {layer}" for layer in run.space.layers]
+    costs_of = [
+        [None] * len(configurations) if cost is None else cost.of(configurations).tolist()
+        for cost in searched.costs.values()
+    ]
     rows = [
         {
             "supernet": unit.supernet.name,
             **unit.supernet.values(),
             "configuration": str(configuration),
             **dict(zip(layers, configuration, strict=True)),
-            **dict(zip(COUNTED, costs, strict=True)),
+            **dict(zip(searched.costs, costs, strict=True)),
             "val_correct": count,
             "val_total": total,
             "val_accuracy": count / total,
@@ -333,7 +337,7 @@ def work(context: Context, unit: Part) -> str:
             configurations,
             correct.tolist(),
             loss.tolist(),
-            *(searched.costs[name].of(configurations).tolist() for name in COUNTED),
+            *costs_of,
             strict=True,
         )
     ]

@@ -16,7 +16,7 @@ from gross_ray.run import latencies
 from gross_ray.run.limits import limits
 from gross_ray.run.opened import Run, save_supernet, validation_unit
 from gross_ray.run.progress import finished_units, history_unit
-from gross_ray.search.cost import COUNTED, layer_costs
+from gross_ray.search.cost import counted_costs
 from gross_ray.search.selection import uniform
 from gross_ray.seeds import derive_seed
 from gross_ray.space import DENSE, Configuration
@@ -164,7 +164,10 @@ def work(context: Context, unit: Validation) -> str:
         **unit.values(),
         "val_accuracy": val_accuracy,
         "test_accuracy": test_accuracy,
-        **{name: int(layer_costs(network, run.base.input_shape, name).of_one(unit.configuration)) for name in COUNTED},
+        **{
+            name: None if cost is None else int(cost.of_one(unit.configuration))
+            for name, cost in counted_costs(network, run.base.input_shape).items()
+        },
     }
     store.write_table("validations", unit.name, [row])
     for slot in slots.values():

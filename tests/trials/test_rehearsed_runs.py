@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from cli import main
+from gross_ray import read_table
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import DataOptions
 from gross_ray.models import MODELS
 from gross_ray.presets import preset
+from gross_ray.report.searched import Searched
+from gross_ray.run.store import RunStore
 from pipelines.commands.preflight import check_experiment
 
 SETTINGS = ["search.budgets=[2]", "validation.fixed=[2]"]
@@ -265,3 +268,42 @@ def test_a_network_that_only_copied_can_copy_passes(splits: Splits, use: Callabl
 def test_few_images_are_enough(use: Callable[..., None], splits: Splits) -> None:
     use(lambda num_classes: Net(num_classes))
     check(replace(splits, train=splits.train.first(1), validation=splits.validation.first(1)))
+
+
+def test_a_convolution_that_pads_its_input_itself_is_rehearsed_as_the_run_decomposes_it(
+    splits: Splits, use: Callable[..., None]
+) -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+    def net(num_classes: int) -> nn.Module:
+        network = Net(num_classes)
+        network.conv2 = Padded(4, 4, 3)
+        return network
+
+    use(net)
+    check(splits)
+
+
+def test_responses_too_small_for_the_papers_count_are_searched_and_reported_without_it(
+    tmp_path: Path, use: Callable[..., None]
+) -> None:
+    def net(num_classes: int) -> nn.Module:
+        network = Net(num_classes)  # 8x8 responses; with the stride first, 1x1 would be left for the kernel of 3x3
+        network.conv2 = nn.Conv2d(4, 4, 3, stride=8)
+        return network
+
+    use(net)
+    few = ["data.limit_train=64", "data.limit_validation=32", "data.limit_test=32", "decomposition.max_steps=3"]
+    few += ["training.epochs=1", "training.milestones=[]", "training.seeds=1", "supernet.seeds=1", "sweep.alphas=[]"]
+    few += ["validation.seeds=1", "validation.fixed=[]", "search.budgets=[2]", "search.top=1"]
+    words = [word for setting in few for word in ("--set", setting)]
+    run = str(tmp_path / "run")
+    found = CliRunner().invoke(main, ["run", "--preset", "quickstart", "--out", run, "--in-process", *words])
+    assert found.exit_code == 0, found.stderr
+    for table in ("configurations", "validations"):
+        assert read_table(run, table)["macs_paper"].isna().all()
+    assert "macs_paper" not in Searched.of(RunStore.open(run)).costs
+    asked = CliRunner().invoke(main, ["search", run, "--budget", "macs_paper=1M"])
+    assert asked.exit_code == 2 and "leaves nothing of a small response; use macs" in asked.stderr
