@@ -429,7 +429,8 @@ def test_a_field_that_came_later_leaves_earlier_fingerprints_as_they_were() -> N
     now = preset("quickstart")
     earlier = json.loads(now.to_json())
     later = {"decomposition.keep_dense": "true", "training.start": "weights"}
-    later |= {"data.validation_from": "test", "data.channels": "1"}
+    later |= {"data.validation_from": "test", "data.channels": "1", "data.skip_damaged": "true"}
+    later |= {"data.image_column": "picture", "data.label_column": "kind"}
     for group, _, field in (name.partition(".") for name in later):
         del earlier[group][field]
     del earlier["weights_key"]
