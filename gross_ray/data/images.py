@@ -29,12 +29,14 @@ from torch.utils.data import Dataset
 from gross_ray.data.decoding import PIL_ERRORS
 from gross_ray.data.folders import read_folder
 from gross_ray.data.grey import grey
+from gross_ray.data.hub import read_hub
 from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.names import check_dataset_name
 from gross_ray.data.normalisation import Normalisation
 from gross_ray.data.options import DataOptions
 from gross_ray.data.own import read_datasets, read_own
+from gross_ray.data.parquet import read_parquet
 from gross_ray.data.splitting import in_three, repeated_line, split, validated_on_test
 from gross_ray.errors import DatasetError, InvalidValueError, one_line
 
@@ -92,6 +94,10 @@ def _users_own(options: DataOptions) -> Splits:
     path = Path(place).expanduser()
     if kind == "folder":
         splits = read_folder(options.name, path, skip_damaged=options.skip_damaged)
+    elif kind == "parquet":
+        splits = read_parquet(options, path)
+    elif kind == "hf":
+        splits = read_hub(options)
     else:
         splits = _of_datasets(options.name, *read_own(options.name))
     return replace(splits, notes=(*splits.notes, *repeated_line(splits)))

@@ -5,13 +5,9 @@ Shapes: N images, H height, W width; images are (N, 3, H, W).
 
 from __future__ import annotations
 
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +20,6 @@ from gross_ray.errors import DatasetError, one_line
 
 NAMED = 5
 """Maximum number of files, folders and classes that a line names."""
-_IMAGES_AT_A_TIME = 32
-_Decoded = tuple[str, tuple[np.ndarray, list[str]] | Exception]
-"""Where an image is, and its pixels with their conversions, or why it cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +110,7 @@ def _named(classes: Sequence[str], labels: Iterable[int]) -> str:
 
 
 class _Reader:
-    """Decodes images of one size, and counts their conversions."""
+    """Decodes images of one size, and counts their conversions. In one thread: Pillow decodes no faster with two."""
 
     def __init__(self, name: str, passed_over: PassedOver, skip_damaged: bool) -> None:
         self.conversions: Counter[str] = Counter()
@@ -128,18 +121,18 @@ class _Reader:
         """Return the images of one split, without damaged ones."""
         kept: list[int] = []
         images = np.empty(0, np.uint8)
-        with closing(_decoded_ahead(iter(labelled.images()))) as found:
-            for index, (where, result) in enumerate(found):
-                if isinstance(result, Exception):
-                    self._damaged(where, result)
-                    continue
-                pixels, conversions = result
-                self.conversions.update(conversions)
-                self._check_size(where, pixels.shape)
-                if not kept:
-                    images = np.empty((len(labelled.labels), 3, *self._shape[:2]), np.uint8)
-                images[len(kept)] = pixels.transpose(2, 0, 1)
-                kept.append(index)
+        for index, (where, source) in enumerate(labelled.images()):
+            try:
+                pixels, conversions = decoded(source)
+            except PIL_ERRORS as error:
+                self._damaged(where, error)
+                continue
+            self.conversions.update(conversions)
+            self._check_size(where, pixels.shape)
+            if not kept:
+                images = np.empty((len(labelled.labels), 3, *self._shape[:2]), np.uint8)
+            images[len(kept)] = pixels.transpose(2, 0, 1)
+            kept.append(index)
         if not kept:
             damaged = listed(self._passed_over.damaged)
             raise DatasetError(f"{self._name}: all images of {labelled.name} are damaged ({damaged}); replace them")
@@ -158,27 +151,3 @@ class _Reader:
             (height, width), (before, beside) = shape[:2], self._shape[:2]
             sizes = f"{where} is {width}x{height} pixels, the images before it {beside}x{before}"
             raise DatasetError(f"{self._name}: {sizes}; resize all images to one size")
-
-
-def _decoded_ahead(images: Iterator[tuple[str, Path | bytes]]) -> Generator[_Decoded, None, None]:
-    """Decode images in their order, by as many threads as there are cores, a few batches ahead."""
-    batches = iter(lambda: list(islice(images, _IMAGES_AT_A_TIME)), [])
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads, thread_name_prefix="decoding") as pool:
-        waiting: deque[Future[list[_Decoded]]] = deque()
-        for batch in batches:
-            waiting.append(pool.submit(_decode, batch))
-            if len(waiting) > 2 * threads:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-
-
-def _decode(batch: Sequence[tuple[str, Path | bytes]]) -> list[_Decoded]:
-    results: list[_Decoded] = []
-    for where, source in batch:
-        try:
-            results.append((where, decoded(source)))
-        except PIL_ERRORS as error:
-            results.append((where, error))
-    return results
