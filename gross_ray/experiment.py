@@ -236,7 +236,7 @@ def _without_effect(fields: _Fields, defaults: _Fields) -> list[str]:
     A field with its default value counts as not set, except for milestones.
     """
     changed = {name: value for name, value in fields.items() if value != defaults[name]}
-    found = _of_schedules(fields, changed)
+    found = _of_data(fields, changed) + _of_schedules(fields, changed)
     of_training = [name for name in changed if name.startswith("training.") and name != "training.seeds"]
     if fields["weights"] and of_training:
         weights = fields["weights"]
@@ -248,6 +248,23 @@ def _without_effect(fields: _Fields, defaults: _Fields) -> list[str]:
             f"decomposition.nested = True: decomposition.group_sizes = {sizes} has no smaller size to start from"
         )
     return found
+
+
+def _of_data(fields: _Fields, changed: _Fields) -> list[str]:
+    kind = fields["data.name"].partition(":")[0]
+    rules = {
+        "data.skip_damaged": (
+            ("folder", "parquet", "hf"),
+            "of folder:, parquet: and hf: only are damaged images skipped",
+        ),
+        "data.image_column": (("parquet", "hf"), "only parquet: and hf: have columns"),
+        "data.label_column": (("parquet", "hf"), "only parquet: and hf: have columns"),
+    }
+    return [
+        f"{name} = {changed[name]!r}: the images are {fields['data.name']}, and {rule}"
+        for name, (kinds, rule) in rules.items()
+        if name in changed and kind not in kinds
+    ]
 
 
 def _of_schedules(fields: _Fields, changed: _Fields) -> list[str]:

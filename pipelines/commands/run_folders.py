@@ -90,7 +90,7 @@ def _new_run_folder(
         check_reusable(experiment, reuse)
     splits = source.load(experiment.data)
     for line in splits.notes:
-        click.echo(f"{experiment.data.name}: {line}", err=True)
+        click.echo(line, err=True)
     if reuse is not None:
         check_same_images(splits, reuse)
     for line in check_experiment(experiment, splits, endings=endings):
