@@ -16,6 +16,7 @@ from PIL import Image
 # What PIL raised for damaged files in tests: not all are OSErrors.
 PIL_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 TURNED = "turned as EXIF says"
+UNREADABLE_EXIF = "with EXIF data that cannot be read"
 ALPHA = "with alpha put over white"
 SIXTEEN = "of 16 bits a channel"
 _KINDS = {"1": "grey", "L": "grey", "LA": "grey", "La": "grey", "P": "palette", "PA": "palette", "CMYK": "CMYK"}
@@ -50,10 +51,13 @@ def decoded(source: Path | bytes) -> tuple[np.ndarray, list[str]]:
     """
     with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
         pixels, conversions = as_rgb(image)  # loads the image: Pillow may find the EXIF data only then
-        turn = _turn(image)
-    if turn is None:
+        try:
+            orientation = image.getexif().get(_ORIENTATION, 1)
+        except PIL_ERRORS:
+            return pixels, [*conversions, UNREADABLE_EXIF]
+    if orientation not in _TURNS:
         return pixels, conversions
-    return np.asarray(Image.fromarray(pixels).transpose(turn)), [*conversions, TURNED]
+    return np.asarray(Image.fromarray(pixels).transpose(_TURNS[orientation])), [*conversions, TURNED]
 
 
 def as_rgb(image: Image.Image) -> tuple[np.ndarray, list[str]]:
@@ -95,11 +99,3 @@ def _from_16_bits(image: Image.Image) -> np.ndarray:
     if "transparency" in image.info:
         grey[values == image.info["transparency"]] = 255
     return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return how a loaded image has to be turned, or None; EXIF data that cannot be read says nothing."""
-    try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except (*PIL_ERRORS, TypeError, KeyError):
-        return None

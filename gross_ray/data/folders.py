@@ -43,8 +43,8 @@ def read_folder(name: str, path: Path, *, skip_damaged: bool = False) -> Splits:
     if not classes:
         raise DatasetError(f"{name}: {path} has no images in class folders{passed_over.text()}; {_LAYOUT}")
     if len(classes) == 1:
-        folder = of_splits["train"][0]
-        remedy = f"; is the dataset folder:{folder}?" if any(each.is_dir() for each in folder.iterdir()) else ""
+        deeper = not splits and any(each.is_dir() for each in (path / classes[0]).iterdir())
+        remedy = f"; is the dataset folder:{path / classes[0]}?" if deeper else ""
         raise DatasetError(f"{name}: {path} has one class only, {classes[0]}, and two or more are needed{remedy}")
     found = {split: _labelled(splits.get(split, path).name, classes, each) for split, each in files.items()}
     read = read_labelled(name, found, classes, passed_over, skip_damaged=skip_damaged)
@@ -113,7 +113,7 @@ def _images(files: Iterable[Path], passed_over: PassedOver, *, stray: bool = Fal
         if ending not in endings:
             passed_over.reasons[ending or "without an ending"] += 1
         elif stray:
-            passed_over.reasons["images outside of class folders"] += 1
+            passed_over.reasons["outside of class folders"] += 1
         else:
             images.append(file)
     return images

@@ -32,7 +32,7 @@ from gross_ray.data.grey import grey
 from gross_ray.data.hub import read_hub
 from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.data.names import check_dataset_name
+from gross_ray.data.names import WITH_FILES, check_dataset_name
 from gross_ray.data.normalisation import Normalisation
 from gross_ray.data.options import DataOptions
 from gross_ray.data.own import read_datasets, read_own
@@ -66,7 +66,8 @@ DOWNLOAD_ERRORS = (RuntimeError, OSError, http.client.HTTPException)
 def load_dataset(options: DataOptions, *, root: str | Path | None = None, download: bool = False) -> Splits:
     """Load a dataset onto the CPU, cut to the limits of `options`, always in the same order.
 
-    Images are (N, 3, H, W), uint8, or (N, 1, H, W) if `options.channels` is 1 (`grey`). fashion-mnist and its sample
+    Images are (N, 3, H, W), uint8, or (N, 1, H, W) if `options.channels` is 1 (`grey`). The splits' `notes` say what
+    was read of images of the user's own, and whether the same image is in two splits. fashion-mnist and its sample
     are zero-padded from 28x28 to 32x32, and their grey channel is repeated. `root` (default ~/.cache/gross_ray) is the
     folder of the files of fashion-mnist and cifar10; `download` fetches missing ones.
 
@@ -85,22 +86,22 @@ def load_dataset(options: DataOptions, *, root: str | Path | None = None, downlo
         splits = _users_own(options)
     if options.validation_from == "test":
         splits = validated_on_test(splits)
+    if options.name not in ("sample", *WITH_FILES):
+        splits = replace(splits, notes=(*splits.notes, *repeated_line(splits)))
     return _settled(splits, options)
 
 
 def _users_own(options: DataOptions) -> Splits:
-    """Load images that are not part of gross_ray, with a note if the same image is in two splits."""
+    """Load images that are not part of gross_ray."""
     kind, _, place = options.name.partition(":")
     path = Path(place).expanduser()
     if kind == "folder":
-        splits = read_folder(options.name, path, skip_damaged=options.skip_damaged)
-    elif kind == "parquet":
-        splits = read_parquet(options, path)
-    elif kind == "hf":
-        splits = read_hub(options)
-    else:
-        splits = _of_datasets(options.name, *read_own(options.name))
-    return replace(splits, notes=(*splits.notes, *repeated_line(splits)))
+        return read_folder(options.name, path, skip_damaged=options.skip_damaged)
+    if kind == "parquet":
+        return read_parquet(options, path)
+    if kind == "hf":
+        return read_hub(options)
+    return _of_datasets(options.name, *read_own(options.name))
 
 
 def splits_of(name: str, datasets: Sequence[Dataset[Any]], options: DataOptions) -> Splits:

@@ -7,7 +7,7 @@ balanced by class as possible.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,6 +27,7 @@ SPLIT_NAMES = {
 }
 """The names that folders, files and splits of a dataset may have, in lower case, and the split that each means."""
 _TENSORS = ("images", "labels")
+_SPLITS = "splits: "
 
 
 def balanced_split(labels: Tensor, proportions: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
@@ -75,8 +76,7 @@ def in_three(
     else:
         sets = split(train, (3, 1, 1))
         how = "; all images were split 3:1:1, because there is no other split"
-    counts = ", ".join(f"{len(images):,} {each}" for each, images in zip(SPLITS, sets, strict=True))
-    return Splits(name, sets[0], sets[1], sets[2], classes, (f"splits: {counts}{how}",))
+    return Splits(name, sets[0], sets[1], sets[2], classes, (f"{_counts(sets)}{how}",))
 
 
 def validated_on_test(splits: Splits) -> Splits:
@@ -84,7 +84,12 @@ def validated_on_test(splits: Splits) -> Splits:
     images, labels = ([getattr(part, name) for part in (splits.train, splits.validation)] for name in _TENSORS)
     (train,) = split(ImageSet(torch.cat(images), torch.cat(labels)), (1,))
     validation, test = split(splits.test, (1, 1))
-    return replace(splits, train=train, validation=validation, test=test)
+    how = "; half of the test split selects, and the validation images are for training (data.validation_from=test)"
+    notes = (
+        *(line for line in splits.notes if not line.startswith(_SPLITS)),
+        f"{_counts([train, validation, test])}{how}",
+    )
+    return replace(splits, train=train, validation=validation, test=test, notes=notes)
 
 
 def repeated_line(splits: Splits) -> list[str]:
@@ -116,6 +121,10 @@ def one_each(name: str, found: Mapping[str, list[str]]) -> dict[str, str]:
         there = ", ".join(names[0] for names in found.values())
         raise DatasetError(f"{name}: has {there}, and no train, from which networks learn; add it")
     return {each: names[0] for each, names in found.items()}
+
+
+def _counts(sets: Sequence[ImageSet]) -> str:
+    return _SPLITS + ", ".join(f"{len(images):,} {each}" for each, images in zip(SPLITS, sets, strict=True))
 
 
 def _ranks(classes: Tensor) -> Tensor:

@@ -153,6 +153,12 @@ def test_images_are_turned_as_exif_says(kind: str, orientation: int) -> None:
         assert conversions == ["turned as EXIF says"] * (orientation > 1)
 
 
+def test_exif_data_that_cannot_be_read_is_counted() -> None:
+    found, conversions = decoded(content(Image.new("RGB", (2, 1)), "PNG", exif=b"Exif\0\0MM\0*"))
+    assert found.shape == (1, 2, 3)
+    assert conversions == ["with EXIF data that cannot be read"]
+
+
 @given(st.data())
 @settings(deadline=None, max_examples=200)
 def test_damaged_files_raise_known_errors_only(data: st.DataObject) -> None:

@@ -222,7 +222,7 @@ def test_images_are_found_at_any_depth_and_others_are_counted(tmp_path: Path) ->
     splits = load_folder(path)
     assert sum(sizes(splits)) == 14
     assert splits.notes[0] == (
-        "read 14 images of 2 classes; passed over 5 files: 2 .txt, 1 images outside of class folders, 1 .csv, "
+        "read 14 images of 2 classes; passed over 5 files: 2 .txt, 1 outside of class folders, 1 .csv, "
         "1 without an ending"
     )
 
@@ -390,3 +390,11 @@ def test_any_modes_endings_and_classes(
     labels = torch.cat([getattr(splits, split).labels for split in SPLITS])
     assert labels.bincount().tolist() == [counts[name] for name in splits.classes]
     assert splits.train.images.shape[1:] == (3, size[1], size[0])
+
+
+def test_the_notes_name_the_splits_of_validation_from_test(tmp_path: Path) -> None:
+    for name, count in (("train", 10), ("test", 4)):
+        write_classes(tmp_path / name, count)
+    lines = [line for line in load_folder(tmp_path, validation_from="test").notes if line.startswith("splits: ")]
+    (line,) = lines
+    assert line.startswith("splits: 30 train, 6 validation, 6 test; half of the test split selects")
