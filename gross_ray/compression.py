@@ -103,8 +103,7 @@ def compress(
     sets = [TensorDataset(*each) if isinstance(each, tuple) else each for each in given]
     splits = splits_of("the given images", sets, DataOptions(mean=tuple(mean), std=tuple(std)))
     if input_channels(base, splits.train.images.shape[-1]) == 1:
-        parts = {"train": grey(splits.train), "validation": grey(splits.validation), "test": grey(splits.test)}
-        splits = Splits(splits.name, **parts, classes=splits.classes)
+        splits = Splits(splits.name, grey(splits.train), grey(splits.validation), grey(splits.test), splits.classes)
     texts, shape = [budget] if isinstance(budget, str) else list(budget), splits.train.images.shape[1:]
     experiment = compression_experiment(
         base,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gross_ray.data.names import is_place
 from gross_ray.data.options import DataOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.fields import build, require, settle
@@ -136,8 +137,8 @@ class Experiment:
         del values["weights_key"]  # the hash of what it chooses counts
         if self.weights:
             values["weights"] = f"file:{weights}"
-        if self.data.name.startswith(_FOLDER):
-            values["data"]["name"] = _FOLDER + data
+        if is_place(self.data.name):
+            values["data"]["name"] = f"folder:{data}"  # of any place: the same images have the same fingerprint
         defaults = Experiment().to_dict()
         for group, name in _LATER_FIELDS:
             if values[group][name] == defaults[group][name]:
@@ -186,12 +187,14 @@ class Experiment:
         return f"{name} ({self.fields()[name]!r}, not {other.fields().get(name)!r})"
 
 
-_FOLDER = "folder:"
 _LATER_FIELDS = (
     ("decomposition", "keep_dense"),
     ("training", "start"),
     ("data", "validation_from"),
     ("data", "channels"),
+    ("data", "skip_damaged"),
+    ("data", "image_column"),
+    ("data", "label_column"),
 )
 """Fields that earlier versions did not have: at their defaults they change no fingerprint."""
 PATH_FIELDS = {"data.name": "data", "weights": "weights", "weights_key": "weights"}
@@ -204,7 +207,7 @@ def _both_paths(name: str, one: object, other: object) -> bool:
         return bool(one and other)
     if name == "weights_key":  # without weights there is none
         return True
-    return name == "data.name" and str(one).startswith(_FOLDER) and str(other).startswith(_FOLDER)
+    return name == "data.name" and is_place(str(one)) and is_place(str(other))
 
 
 def _parse(text: str, *, is_text: bool) -> Any:
@@ -233,7 +236,7 @@ def _without_effect(fields: _Fields, defaults: _Fields) -> list[str]:
     A field with its default value counts as not set, except for milestones.
     """
     changed = {name: value for name, value in fields.items() if value != defaults[name]}
-    found = _of_schedules(fields, changed)
+    found = _of_data(fields, changed) + _of_schedules(fields, changed)
     of_training = [name for name in changed if name.startswith("training.") and name != "training.seeds"]
     if fields["weights"] and of_training:
         weights = fields["weights"]
@@ -245,6 +248,23 @@ def _without_effect(fields: _Fields, defaults: _Fields) -> list[str]:
             f"decomposition.nested = True: decomposition.group_sizes = {sizes} has no smaller size to start from"
         )
     return found
+
+
+def _of_data(fields: _Fields, changed: _Fields) -> list[str]:
+    kind = fields["data.name"].partition(":")[0]
+    rules = {
+        "data.skip_damaged": (
+            ("folder", "parquet", "hf"),
+            "of folder:, parquet: and hf: only are damaged images skipped",
+        ),
+        "data.image_column": (("parquet", "hf"), "only parquet: and hf: have columns"),
+        "data.label_column": (("parquet", "hf"), "only parquet: and hf: have columns"),
+    }
+    return [
+        f"{name} = {changed[name]!r}: the images are {fields['data.name']}, and {rule}"
+        for name, (kinds, rule) in rules.items()
+        if name in changed and kind not in kinds
+    ]
 
 
 def _of_schedules(fields: _Fields, changed: _Fields) -> list[str]:

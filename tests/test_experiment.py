@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gross_ray.data.names import is_place
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import (
     DataOptions,
@@ -32,7 +33,7 @@ VALID: dict[str, list[str]] = {
     "name": ["a", "b", '"a"', "12", "true", "null", "[1]"],
     "model": ["four-conv", "resnet18"],
     "weights": ["", "/home/a/w.pt", "w.safetensors"],
-    "data.name": ["sample", "cifar10", "folder:/data/a=b", "folder:elsewhere"],
+    "data.name": ["sample", "cifar10", "folder:/data/a=b", "folder:elsewhere", "parquet:a", "hf:me/a@b"],
     "data.limit_train": ["0", "10"],
     "training.epochs": ["1", "3"],
     "training.lr": ["1", "1.0", "0.5", "5e-1"],
@@ -227,7 +228,7 @@ def test_json_gives_any_experiment_back(experiment: Experiment) -> None:
 def without_paths(experiment: Experiment) -> Experiment:
     """The same experiment with one path in place of any."""
     weights = "w.pt" if experiment.weights else ""
-    name = "folder:f" if experiment.data.name.startswith("folder:") else experiment.data.name
+    name = "folder:f" if is_place(experiment.data.name) else experiment.data.name
     return dataclasses.replace(experiment, weights=weights, data=dataclasses.replace(experiment.data, name=name))
 
 
@@ -240,12 +241,12 @@ def test_fingerprints_and_first_difference_leave_paths_out(one: Experiment, othe
 
 
 @pytest.mark.parametrize("weights", ["", "/home/a/w.pt"])
-@pytest.mark.parametrize("name", ["sample", "folder:/data/a"])
+@pytest.mark.parametrize("name", ["sample", "folder:/data/a", "parquet:a", "hf:a"])
 def test_a_hash_counts_in_a_fingerprint_only_with_a_path(name: str, weights: str) -> None:
     experiment = Experiment().override(["training.seeds=1", f"weights={weights}", f"data.name={name}"])
     plain = experiment.fingerprint(weights="a", data="a")
     assert (experiment.fingerprint(weights="b", data="a") != plain) == bool(weights)
-    assert (experiment.fingerprint(weights="a", data="b") != plain) == name.startswith("folder:")
+    assert (experiment.fingerprint(weights="a", data="b") != plain) == is_place(name)
 
 
 @given(experiments)
@@ -360,6 +361,12 @@ def test_milestones_that_no_epoch_reaches_are_without_effect() -> None:
             ["training.epochs, training.lr, training.milestones: the base network has the weights a.pt"],
             "weights=",
         ),
+        (["data.skip_damaged=true"], ["data.skip_damaged = True: the images are sample"], "data.name=folder:a"),
+        (
+            ["data.name=folder:a", "data.image_column=photo", "data.label_column=kind"],
+            ["data.image_column = 'photo': the images are folder:a", "data.label_column = 'kind'"],
+            "data.name=parquet:a",
+        ),
         (
             ["decomposition.nested=true", "decomposition.group_sizes=4"],
             ["decomposition.nested = True"],
@@ -429,7 +436,8 @@ def test_a_field_that_came_later_leaves_earlier_fingerprints_as_they_were() -> N
     now = preset("quickstart")
     earlier = json.loads(now.to_json())
     later = {"decomposition.keep_dense": "true", "training.start": "weights"}
-    later |= {"data.validation_from": "test", "data.channels": "1"}
+    later |= {"data.validation_from": "test", "data.channels": "1", "data.skip_damaged": "true"}
+    later |= {"data.image_column": "picture", "data.label_column": "kind"}
     for group, _, field in (name.partition(".") for name in later):
         del earlier[group][field]
     del earlier["weights_key"]

@@ -110,6 +110,8 @@ class Splits:
     """Images for the report only."""
     classes: tuple[str, ...]
     """Names of the classes, in the order of the labels."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user about what was read, converted and passed over."""
 
 
 def ahead(make: Callable[[int], T], count: int) -> Iterator[T]:

@@ -1,7 +1,6 @@
-"""Datasets as uint8 tensors: the embedded sample, Fashion-MNIST, CIFAR-10, folders of images, and the user's own.
+"""Datasets as uint8 tensors: the embedded sample, Fashion-MNIST, CIFAR-10, and the user's own.
 
-Shapes: N images, H height, W width; images are (N, 3, H, W). Every split has a fixed random order that interleaves the
-classes, so its first n images are as balanced by class as possible.
+Shapes: N images, H height, W width; images are (N, 3, H, W).
 """
 
 from __future__ import annotations
@@ -27,13 +26,18 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from gross_ray.data.decoding import PIL_ERRORS
+from gross_ray.data.folders import read_folder
 from gross_ray.data.grey import grey
+from gross_ray.data.hub import read_hub
 from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.data.names import check_dataset_name
+from gross_ray.data.names import WITH_FILES, check_dataset_name
 from gross_ray.data.normalisation import Normalisation
 from gross_ray.data.options import DataOptions
 from gross_ray.data.own import read_datasets, read_own
+from gross_ray.data.parquet import read_parquet
+from gross_ray.data.splitting import in_three, repeated_line, split, validated_on_test
 from gross_ray.errors import DatasetError, InvalidValueError, one_line
 
 SAMPLE_FILE = Path(__file__).with_name("sample.parquet")
@@ -56,17 +60,14 @@ FASHION_PADDING = 2  # to 32x32, as CIFAR-10
 FASHION_FILES = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
-_TENSORS = ("images", "labels")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 DOWNLOAD_ERRORS = (RuntimeError, OSError, http.client.HTTPException)
-# What PIL raised for damaged files in tests: not all are OSErrors.
-PIL_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def load_dataset(options: DataOptions, *, root: str | Path | None = None, download: bool = False) -> Splits:
     """Load a dataset onto the CPU, cut to the limits of `options`, always in the same order.
 
-    Images are (N, 3, H, W), uint8, or (N, 1, H, W) if `options.channels` is 1 (`grey`). fashion-mnist and its sample
+    Images are (N, 3, H, W), uint8, or (N, 1, H, W) if `options.channels` is 1 (`grey`). The splits' `notes` say what
+    was read of images of the user's own, and whether the same image is in two splits. fashion-mnist and its sample
     are zero-padded from 28x28 to 32x32, and their grey channel is repeated. `root` (default ~/.cache/gross_ray) is the
     folder of the files of fashion-mnist and cifar10; `download` fetches missing ones.
 
@@ -81,13 +82,26 @@ def load_dataset(options: DataOptions, *, root: str | Path | None = None, downlo
         splits = _load_fashion_mnist(folder, download)
     elif options.name == "cifar10":
         splits = _load_cifar10(folder, download)
-    elif options.name.startswith("folder:"):
-        splits = _load_folder(options.name, Path(options.name.removeprefix("folder:")).expanduser())
     else:
-        splits = _in_three(options.name, *read_own(options.name))
+        splits = _users_own(options)
     if options.validation_from == "test":
-        splits = _validated_on_test(splits)
+        splits = validated_on_test(splits)
+    if options.name not in ("sample", *WITH_FILES):
+        splits = replace(splits, notes=(*splits.notes, *repeated_line(splits)))
     return _settled(splits, options)
+
+
+def _users_own(options: DataOptions) -> Splits:
+    """Load images that are not part of gross_ray."""
+    kind, _, place = options.name.partition(":")
+    path = Path(place).expanduser()
+    if kind == "folder":
+        return read_folder(options.name, path, skip_damaged=options.skip_damaged)
+    if kind == "parquet":
+        return read_parquet(options, path)
+    if kind == "hf":
+        return read_hub(options)
+    return _of_datasets(options.name, *read_own(options.name))
 
 
 def splits_of(name: str, datasets: Sequence[Dataset[Any]], options: DataOptions) -> Splits:
@@ -95,7 +109,13 @@ def splits_of(name: str, datasets: Sequence[Dataset[Any]], options: DataOptions)
 
     Raises DatasetError, naming the dataset and item, for one of the wrong form (`gross_ray.data.own`).
     """
-    return _settled(_in_three(name, *read_datasets(name, tuple(datasets))), options)
+    return _settled(_of_datasets(name, *read_datasets(name, tuple(datasets))), options)
+
+
+def _of_datasets(name: str, sets: Sequence[ImageSet], classes: tuple[str, ...]) -> Splits:
+    """Make the splits from (train, test) or (train, validation, test)."""
+    names = SPLITS if len(sets) == 3 else ("train", "test")
+    return in_three(name, dict(zip(names, sets, strict=True)), classes)
 
 
 def _settled(splits: Splits, options: DataOptions) -> Splits:
@@ -107,23 +127,7 @@ def _settled(splits: Splits, options: DataOptions) -> Splits:
         for split, limit in zip(SPLITS, limits, strict=True)
     ]
     train, validation, test = map(grey, sets) if options.channels == 1 else sets
-    return Splits(splits.name, train, validation, test, splits.classes)
-
-
-def balanced_split(labels: Tensor, proportions: tuple[int, ...], generator: torch.Generator) -> list[Tensor]:
-    """Split images at random into disjoint parts with equal proportions of the classes.
-
-    `labels` is (N,), int64. `proportions` are the relative sizes of the parts: (4, 1) makes parts of 80 % and 20 %,
-    to the nearest whole number. Returns for each part the indices of its images, (N_part,) int64. Within a part the
-    classes alternate, in a random order each turn, for as long as they have images.
-    """
-    shuffled = torch.randperm(len(labels), generator=generator)
-    classes = labels[shuffled]
-    progress = (_ranks(classes) + 0.5) / torch.bincount(classes)[classes]  # of each image within its class, 0 to 1
-    by_share = shuffled[torch.argsort(progress, stable=True)]
-    ends = [round(len(labels) * sum(proportions[: i + 1]) / sum(proportions)) for i in range(len(proportions))]
-    parts = [by_share[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    return [part[torch.argsort(_ranks(labels[part]), stable=True)] for part in parts]
+    return replace(splits, train=train, validation=validation, test=test)
 
 
 def read_sample(path: Path, limits: DataOptions) -> Splits:
@@ -147,7 +151,7 @@ def read_sample(path: Path, limits: DataOptions) -> Splits:
     pngs = table["png"].take(pa.array([row for indices in kept.values() for row in indices], pa.int64())).to_pylist()
     try:
         classes = tuple(json.loads(metadata[b"classes"]))
-        images = [_pixels(BytesIO(png), "L") for png in pngs]
+        images = [_grey_pixels(png) for png in pngs]
     except PIL_ERRORS as error:
         wrong = f"holds an unreadable image or class names ({one_line(error)})"
         raise DatasetError(f"sample: {path} {wrong}; {remedy}") from error
@@ -163,28 +167,6 @@ def read_sample(path: Path, limits: DataOptions) -> Splits:
     return Splits("sample", train, validation, test, classes)
 
 
-def _ranks(classes: Tensor) -> Tensor:
-    """Return for each position how many positions before it have the same class."""
-    order = torch.argsort(classes, stable=True)
-    counts = torch.bincount(classes)
-    ranks = torch.empty_like(classes)
-    ranks[order] = torch.arange(len(classes)) - (counts.cumsum(0) - counts)[classes[order]]
-    return ranks
-
-
-def _split(pool: ImageSet, proportions: tuple[int, ...]) -> list[ImageSet]:
-    generator = torch.Generator().manual_seed(0)  # which image is in which split is part of the dataset, not of a run
-    return [pool.part(indices) for indices in balanced_split(pool.labels, proportions, generator)]
-
-
-def _validated_on_test(splits: Splits) -> Splits:
-    """Make half of the test split the validation split; the images that were the validation split join the training."""
-    images, labels = ([getattr(part, name) for part in (splits.train, splits.validation)] for name in _TENSORS)
-    (train,) = _split(ImageSet(torch.cat(images), torch.cat(labels)), (1,))
-    validation, test = _split(splits.test, (1, 1))
-    return Splits(splits.name, train, validation, test, splits.classes)
-
-
 def _limited(splits: Splits, split: str, limit: int) -> ImageSet:
     images: ImageSet = getattr(splits, split)
     size = len(images)
@@ -196,12 +178,10 @@ def _limited(splits: Splits, split: str, limit: int) -> ImageSet:
     return images.first(limit)
 
 
-def _pixels(source: Path | BytesIO, mode: str) -> np.ndarray:
-    """Return uint8 pixels, (H, W) for mode L or (H, W, 3) for RGB; raises one of PIL_ERRORS."""
-    with Image.open(source) as image:
-        if image.mode.startswith(("I", "F")):  # PIL would silently clip them to 255
-            raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
-        return np.asarray(image.convert(mode))
+def _grey_pixels(png: bytes) -> np.ndarray:
+    """Return uint8 pixels (H, W); raises one of PIL_ERRORS."""
+    with Image.open(BytesIO(png)) as image:
+        return np.asarray(image.convert("L"))
 
 
 def _fashion_images(grey: Tensor) -> Tensor:
@@ -214,8 +194,8 @@ def _load_fashion_mnist(root: Path, download: bool) -> Splits:
     folder = _fashion_folder(root, download)
     train_images, train_labels, test_images, test_labels = (folder / file for file in FASHION_FILES)
     # 40,000 and 10,000 of the 60,000, the paper's sizes for CIFAR-10; the last 10,000 are unused.
-    train, validation, _ = _split(_read_idx_pair(train_images, train_labels), (4, 1, 1))
-    (test,) = _split(_read_idx_pair(test_images, test_labels), (1,))
+    train, validation, _ = split(_read_idx_pair(train_images, train_labels), (4, 1, 1))
+    (test,) = split(_read_idx_pair(test_images, test_labels), (1,))
     train, validation, test = (ImageSet(_fashion_images(x.images), x.labels) for x in (train, validation, test))
     return Splits("fashion-mnist", train, validation, test, FASHION_CLASSES)
 
@@ -299,70 +279,6 @@ def _load_cifar10(root: Path, download: bool) -> Splits:
         ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in (learn, report)
     ]
-    train, validation = _split(pools[0], (4, 1))
-    (test,) = _split(pools[1], (1,))
+    train, validation = split(pools[0], (4, 1))
+    (test,) = split(pools[1], (1,))
     return Splits("cifar10", train, validation, test, tuple(learn.classes))
-
-
-def _load_folder(name: str, path: Path) -> Splits:
-    layout = "make one folder of images a class, like train/cat, validation/cat and test/cat, or only cat"
-    if not path.is_dir():
-        raise DatasetError(f"{name}: there is no folder {path}; {layout}")
-    if not (path / "train").is_dir() or not any((path / other).is_dir() for other in ("validation", "val", "test")):
-        files = _class_files(name, path, layout)
-        train, validation, test = _split(_read_images(name, files, None), (3, 1, 1))
-        return Splits(name, train, validation, test, tuple(files))
-    sets: list[ImageSet] = []
-    classes: tuple[str, ...] = ()
-    middle = [path / other for other in ("val", "validation") if (path / other).is_dir()][:1]
-    for folder in (path / "train", *middle, path / "test"):
-        if not folder.is_dir():
-            raise DatasetError(f"{name}: there is no folder {folder}; {layout}")
-        files = _class_files(name, folder, layout)
-        classes = classes or tuple(files)
-        if tuple(files) != classes:
-            differing = f"{folder} has the classes {', '.join(files)}, and train has {', '.join(classes)}"
-            raise DatasetError(f"{name}: {differing}; give all splits the same class folders")
-        sets.append(_read_images(name, files, sets[0].images.shape if sets else None))
-    return _in_three(name, sets, classes)
-
-
-def _in_three(name: str, sets: list[ImageSet], classes: tuple[str, ...]) -> Splits:
-    """Make the splits from (train, validation, test), or from (train, test) with a fifth of train for validation."""
-    proportions: list[tuple[int, ...]] = [(4, 1), (1,)] if len(sets) == 2 else [(1,)] * 3
-    train, validation, test = (
-        part for pool, share in zip(sets, proportions, strict=True) for part in _split(pool, share)
-    )
-    return Splits(name, train, validation, test, classes)
-
-
-def _class_files(name: str, folder: Path, layout: str) -> dict[str, list[Path]]:
-    """Return the image files of each class, classes and files sorted by name."""
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise DatasetError(f"{name}: {folder} has no class folders; {layout}")
-    files = {}
-    for path in folders:
-        files[path.name] = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files[path.name]:
-            raise DatasetError(f"{name}: {path} has no {', '.join(IMAGE_SUFFIXES)} images; add some, or remove it")
-    return files
-
-
-def _read_images(name: str, files: dict[str, list[Path]], expected: torch.Size | None) -> ImageSet:
-    """Read all images; their size must be that of `expected` (N, 3, H, W), or without it that of the first image."""
-    shape = (*expected[2:], 3) if expected else None
-    images: list[np.ndarray] = []
-    for file in (file for members in files.values() for file in members):
-        try:
-            image = _pixels(file, "RGB")
-        except PIL_ERRORS as error:
-            remedy = "replace it by an 8-bit PNG or JPEG, or remove it"
-            raise DatasetError(f"{name}: {file} cannot be read ({one_line(error)}); {remedy}") from error
-        shape = shape or image.shape
-        if image.shape != shape:
-            sizes = f"{file} is {image.shape[1]}x{image.shape[0]} pixels, the images before it {shape[1]}x{shape[0]}"
-            raise DatasetError(f"{name}: {sizes}; resize all images to one size")
-        images.append(image)
-    labels = [label for label, members in enumerate(files.values()) for _ in members]
-    return ImageSet(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))

@@ -17,7 +17,8 @@ class DataOptions:
     """Which images, and how many of them."""
 
     name: str = "sample"
-    """Dataset: sample, fashion-mnist, cifar10, folder:PATH, or package.module:function, which returns datasets."""
+    """Dataset: folder:PATH, parquet:PATH, hf:NAME, sample, fashion-mnist, cifar10, or package.module:function, which
+    returns torch datasets."""
     channels: int = 3
     """Channels of the images: 3 (RGB; grey images are repeated), or 1 (grey: the luminance)."""
     mean: tuple[float, ...] = (MEAN,)
@@ -27,6 +28,12 @@ class DataOptions:
     validation_from: str = "train"
     """train: the validation split is the dataset's own, or part of its training images; test: half of its test split,
     for weights that were trained on all training images."""
+    skip_damaged: bool = False
+    """Pass over images that cannot be decoded, and report them, in place of stopping at the first (folder, parquet)."""
+    image_column: str = ""
+    """Column with the images of a Parquet or Hugging Face dataset; empty: found by its type."""
+    label_column: str = ""
+    """Column with the classes of a Parquet or Hugging Face dataset; empty: found by its type, or called label."""
     limit_train: int = 0
     """Use only the first `limit_train` training images (0: all)."""
     limit_validation: int = 0

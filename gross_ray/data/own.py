@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gross_ray.data.decoding import PIL_ERRORS, as_rgb
 from gross_ray.data.image_set import ImageSet
 from gross_ray.errors import DatasetError, one_line
 from gross_ray.own_code import own_function
@@ -33,8 +34,10 @@ def read_own(name: str) -> tuple[list[ImageSet], tuple[str, ...]]:
     """Call the function `name` without arguments and read the two or three datasets that it returns.
 
     Each item is read once, in order, so random augmentations are drawn once. Single-channel images are repeated to
-    three channels. The class names are the first dataset's `classes`, or else the class numbers. Raises DatasetError,
-    naming the dataset and item, if the function or an item fails or has the wrong form.
+    three channels, and PIL images are converted by `gross_ray.data.decoding.as_rgb`; they are not turned as EXIF says,
+    because the networks that torchvision's loaders feed were not trained so. The class names are the first dataset's
+    `classes`, or else the class numbers. Raises DatasetError, naming the dataset and item, if the function or an item
+    fails or has the wrong form.
     """
     function = function_of(name)
     try:
@@ -93,9 +96,10 @@ def _read(where: str, dataset: Any) -> ImageSet:
 def _pixels(item: str, image: Any) -> np.ndarray:
     """Return an image as uint8 (3, H, W)."""
     if isinstance(image, Image.Image):
-        if image.mode.startswith(("I", "F")):  # PIL would silently clip them to 255
-            raise DatasetError(f"{item}: an image of mode {image.mode}, more than 8 bits a channel; {PIXELS}")
-        values = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        try:
+            values = as_rgb(image)[0].transpose(2, 0, 1)
+        except PIL_ERRORS as error:
+            raise DatasetError(f"{item}: an image of mode {image.mode}: {one_line(error)}; {PIXELS}") from error
     elif isinstance(image, Tensor):
         values = image.detach().cpu().numpy()
         values = values[None] if values.ndim == 2 else values

@@ -106,7 +106,7 @@ def _print_estimate(
 ) -> None:
     """Check the experiment, and print its layers, its space, and the time that each part of it will take here."""
     splits, ending = place.source().load(experiment.data), target.suffix
-    for line in check_experiment(experiment, splits, endings=[ending]):
+    for line in (*splits.notes, *check_experiment(experiment, splits, endings=[ending])):
         click.echo(line, err=True)
     tables = inspection(choice.network, choice, splits.train.images.shape[1:])
     seconds = {"images and checks": time.perf_counter() - started}

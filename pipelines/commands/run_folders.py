@@ -89,6 +89,8 @@ def _new_run_folder(
     if reuse is not None:
         check_reusable(experiment, reuse)
     splits = source.load(experiment.data)
+    for line in splits.notes:
+        click.echo(line, err=True)
     if reuse is not None:
         check_same_images(splits, reuse)
     for line in check_experiment(experiment, splits, endings=endings):

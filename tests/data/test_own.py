@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,6 +99,22 @@ def test_grey_images_and_three_datasets(module: ModuleType) -> None:
         assert part.normalisation.mean == (0.1, 0.2, 0.3)
 
 
+def test_pil_images_of_other_modes_are_converted_as_those_of_folders_and_not_turned(module: ModuleType) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = BytesIO()
+    Image.new("L", (2, 1), 9).save(turned, "PNG", exif=exif)
+    images = [Image.new("I;16", (2, 1), 2570), Image.new("LA", (2, 1), (10, 0)), Image.open(turned)]
+    module.pictures = lambda: (Own(images, [0, 1, 2]),) * 3  # type: ignore[attr-defined]
+    splits = load_dataset(DataOptions(name="own_pictures:pictures"))
+    assert dict(zip(splits.train.labels.tolist(), splits.train.images[:, 0, 0, 0].tolist(), strict=True)) == {
+        0: 10,
+        1: 255,
+        2: 9,
+    }
+    assert splits.notes[-1].startswith("the same image is in two splits: 3 of validation are also in train, 3 of test")
+
+
 def test_it_is_read_in_the_same_order_each_time(module: ModuleType) -> None:
     module.pictures = lambda: (as_dataset(channels_first), as_dataset(channels_first))  # type: ignore[attr-defined]
     one, other = (load_dataset(DataOptions(name="own_pictures:pictures")) for _ in range(2))
@@ -127,7 +144,7 @@ WHOLE = as_dataset(channels_first)
             "that are not multiples of 1/255 from 0 to 1: leave the normalisation to data.mean and data.std",
         ),
         ((Own([torch.full((3, 6, 5), torch.nan)], [0]), WHOLE), "values from nan to nan that are not multiples"),
-        ((Own([Image.new("I;16", (5, 6))], [0]), WHOLE), "an image of mode I;16, more than 8 bits a channel"),
+        ((Own([Image.new("F", (5, 6))], [0]), WHOLE), "an image of mode F: ValueError: its pixels are floating-point"),
         ((Own([(1, 2, 3)], [0]).items, WHOLE), "train, item 0: a tuple is not an image"),
         (([5], WHOLE), "train, item 0: TypeError: cannot unpack non-iterable int object"),
     ],
