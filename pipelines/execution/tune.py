@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import time
 import traceback
 import warnings
@@ -16,6 +17,7 @@ import torch
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
+from ray.tune.logger import TBXLoggerCallback
 from ray.tune.stopper import NoopStopper
 
 from gross_ray.errors import GrossRayError, RunFolderError, StorageError, VersionMismatchError, one_line
@@ -78,7 +80,7 @@ class Trials:
                     storage_path=store.storage.path("tune"),
                     storage_filesystem=store.storage.filesystem,
                     failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-                    callbacks=[watch, *self._callbacks],
+                    callbacks=[watch, *_instead_of_tensorboard(progress), *self._callbacks],
                     stop=_Interruption(lambda: interrupted() or watch.refusal is not None),
                     verbose=0,
                 ),
@@ -94,6 +96,35 @@ class Trials:
 
     def close(self) -> None:
         """Do nothing: an experiment's processes end with the experiment."""
+
+
+class _NoTensorBoard(TBXLoggerCallback):
+    """Takes the place of Tune's logger for TensorBoard, and writes nothing."""
+
+    def __init__(self) -> None:
+        """Import nothing."""
+
+    def log_trial_start(self, trial: Trial) -> None:
+        """Do nothing."""
+
+    def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
+        """Do nothing."""
+
+
+def _instead_of_tensorboard(progress: StageProgress) -> list[Callback]:
+    """Return a callback without which Tune would fail, and report it, where no semaphores can be made; else nothing.
+
+    The writer of TensorBoard's files needs them, and they lie in the shared memory.
+    """
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        progress.note(f"no files for TensorBoard are written: no semaphore can be made ({one_line(error)})")
+        return [_NoTensorBoard()]
+    return []
 
 
 class _Reference:
