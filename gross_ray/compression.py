@@ -29,6 +29,8 @@ from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import amounts, parse_budgets
 from gross_ray.search.cost import LayerCosts, count_parameters, full_costs, layer_costs
 from gross_ray.search.evaluator import Evaluator
+from gross_ray.search.folding import fold_within
+from gross_ray.search.forms import group_sizes_of
 from gross_ray.search.latency import CONDITIONS, LatencyModel, measure_latency
 from gross_ray.search.operations import count_operations
 from gross_ray.search.options import EvaluationOptions, LatencyOptions
@@ -58,7 +60,7 @@ class Compressed:
     """A compressed network, and what is known of it."""
 
     network: nn.Module
-    """Plain torch.nn modules, in eval mode; with a runtime, each layer in the form that is faster there."""
+    """Plain torch.nn modules, in eval mode; each layer in the form that is faster, as far as the budgets allow it."""
     configuration: Configuration
     """Its group-sizes, in layer order."""
     table: pd.DataFrame
@@ -154,13 +156,15 @@ def _compressed(
     rates["finetune"] = _train("finetune", supernet, training, splits, finetuning, experiment, show)
     best = _searched(supernet, splits, experiment, within, show)
     candidates = {one: _alone(one, base, bottlenecks, splits, experiment, rates, show) for one in best}
+    written = {one: fold_within(found, model, shape, [within.budgets])[0] for one, found in candidates.items()}
     rows = [_row("full network", base, splits, shape, model.full_ms)]
-    rows += [_row(str(one), found, splits, shape, model.predict(one)) for one, found in candidates.items()]
+    for one, found in written.items():
+        forms = dict.fromkeys(choice.group_sizes, DENSE) | group_sizes_of(found)
+        rows.append(_row(str(one), found, splits, shape, model.predict_forms(forms)))
     table = pd.DataFrame(rows)
     chosen = best[int(table["val_accuracy"].iloc[1:].to_numpy().argmax())]
-    folded, _ = model.fold(candidates[chosen])
     card = _card(chosen, [*choice.group_sizes], table, splits, experiment, model) | {"learning rates": rates}
-    return Compressed(folded.eval(), chosen, table, card)
+    return Compressed(written[chosen].eval(), chosen, table, card)
 
 
 def _kept(bottleneck: Bottleneck) -> Bottleneck:

@@ -52,6 +52,11 @@ class VersionMismatchError(GrossRayError):
 class UnitsFailedError(GrossRayError):
     """Units of work failed; the results of all others are stored."""
 
+    def __init__(self, what: str, then: str = "") -> None:
+        """Join what failed and what helps to one line."""
+        super().__init__(f"{what}. {then}" if then else what)
+        self.what = what
+
 
 class ConvertedNetworkWarning(UserWarning):
     """A user's network has another floating-point type, and its copy in float32 is used instead."""

@@ -238,7 +238,7 @@ def _without_effect(fields: _Fields, defaults: _Fields) -> list[str]:
     changed = {name: value for name, value in fields.items() if value != defaults[name]}
     found = _of_data(fields, changed) + _of_schedules(fields, changed)
     of_training = [name for name in changed if name.startswith("training.") and name != "training.seeds"]
-    if fields["weights"] and of_training:
+    if fields["weights"] and fields["training.start"] != "weights" and of_training:
         weights = fields["weights"]
         found.append(f"{', '.join(of_training)}: the base network has the weights {weights} and is not trained")
     found += _of_supernets(fields, changed)

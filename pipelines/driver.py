@@ -258,7 +258,8 @@ class Session:
             more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
             raise UnitsFailedError(
                 f"{job.stage}: {len(missing)} of {len(names)} units did not end: {', '.join(missing[:NAMED])}{more} "
-                f"({missing[0]}: {first}). All others are stored; the same command again does only what is missing"
+                f"({missing[0]}: {first})",
+                "All others are stored; the same command again does only what is missing",
             )
 
     def _execute(self, job: Job, units: Sequence[Any], threads: int, progress: StageProgress) -> dict[str, str]:

@@ -19,7 +19,9 @@ from gross_ray.data.normalisation import Normalisation
 from gross_ray.defaults import GROUP_SIZES, LEAST_STEPS, compression_experiment, mirrored_alike
 from gross_ray.efforts import EFFORTS
 from gross_ray.errors import DatasetError, GrossRayError, InvalidValueError
+from gross_ray.search.latency import LatencyModel
 from gross_ray.search.operations import count_operations
+from gross_ray.space import DENSE, SearchSpace
 from gross_ray.supernet.configure import check_plain, series_layers
 from gross_ray.training import rates
 
@@ -151,6 +153,24 @@ def test_candidates_start_from_the_decompositions_not_from_the_trained_supernet(
     for name, layer in oracle.items():
         for size in sizes[name]:
             torch.testing.assert_close(started[0][name][size].dense_kernel(), layer.bottleneck(size).dense_kernel())
+
+
+def test_faster_forms_stay_within_a_budget_of_macs(few: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slower(supernet: nn.Module, *_: object) -> LatencyModel:
+        sizes = SearchSpace.of(supernet).group_sizes
+        added = {layer: {DENSE: 0.0} | dict.fromkeys(each, 0.1) for layer, each in sizes.items()}
+        return LatencyModel(
+            runtime="onnxruntime", version="1", device="a", host="b", batch_size=1, threads=1, full_ms=9.0,
+            added_ms=added, num_sampled=3, median_error=0.1, noise=0.1,
+        )  # fmt: skip
+
+    monkeypatch.setattr(compression, "_measured", slower)
+    words = {"budget": "macs=60%", "effort": "quick", "settings": FEW, "on_progress": lambda *_: None}
+    found = compress(small(), pictures(120, 0), pictures(40, 1), **words)  # type: ignore[arg-type]
+    full, *candidates = found.table.to_dict("records")
+    (row,) = [one for one in candidates if one["network"] == str(found.configuration)]
+    assert count_operations(found.network, (3, 16, 16)).macs == row["macs"] <= 0.6 * full["macs"]
+    assert row["latency_ms"] == pytest.approx(9.0 + 0.1 * sum(size != DENSE for size in found.configuration))
 
 
 @pytest.mark.parametrize("kind", [lambda images, labels: (images, labels), TensorDataset])

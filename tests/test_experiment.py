@@ -361,6 +361,11 @@ def test_milestones_that_no_epoch_reaches_are_without_effect() -> None:
             ["training.epochs, training.lr, training.milestones: the base network has the weights a.pt"],
             "weights=",
         ),
+        (
+            ["weights=a.pt", "training.seeds=1", "training.lr=0.5"],
+            ["training.lr: the base network has the weights a.pt and is not trained"],
+            "training.start=weights",
+        ),
         (["data.skip_damaged=true"], ["data.skip_damaged = True: the images are sample"], "data.name=folder:a"),
         (
             ["data.name=folder:a", "data.image_column=photo", "data.label_column=kind"],

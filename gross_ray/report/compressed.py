@@ -84,6 +84,11 @@ def best_candidate(store: RunStore, searched: Searched) -> str:
     return str(means.idxmax())
 
 
+def trained_candidates(store: RunStore, searched: Searched) -> list[str]:
+    """Return the configurations within the limits that are trained on their own."""
+    return list(dict.fromkeys(_candidates(store, searched)["configuration"]))
+
+
 def _candidates(store: RunStore, searched: Searched) -> pd.DataFrame:
     """Return the rows of `validations` of the best configurations within the limits."""
     names = candidates(store, searched)
@@ -91,25 +96,27 @@ def _candidates(store: RunStore, searched: Searched) -> pd.DataFrame:
     return validations[validations["configuration"].isin(names)]
 
 
-def compressed_table(store: RunStore, searched: Searched, written: str, file: str) -> ResultTable:
-    """Return the full network and each candidate: accuracy with its standard error, costs, and which was written."""
-    networks, trained = store.read_table("networks"), _candidates(store, searched)
-    latencies = searched.accuracies.set_index("configuration")["latency_ms"]
-    timed = bool(latencies.notna().all())
+def compressed_table(
+    store: RunStore, searched: Searched, costs: Mapping[str, Mapping[str, float]], written: str, file: str
+) -> ResultTable:
+    """Return the full network and each candidate: accuracy with its standard error, costs, and which was written.
+
+    `costs` are those of each candidate as it is written: macs, parameters and latency_ms.
+    """
+    trained = _candidates(store, searched)
     images = stored_data(store)
     count = None if images is None else images.test.count
-    full = networks.iloc[0]
-    full_ms = [f"{full_costs(store, ['latency_ms'])['latency_ms']:.3g}"] if timed else []
-    rows = [["full network", *_accuracy([full["test_accuracy"]], count), *_costs(full), *full_ms, ""]]
+    full = store.read_table("networks").iloc[0]
+    whole = full_costs(store, ["macs", "parameters", "latency_ms"])
+    rows = [["full network", *_accuracy([full["test_accuracy"]], count), *_costs(whole), ""]]
     order = trained.groupby("configuration")["val_accuracy"].mean().sort_values(ascending=False, kind="stable").index
     for name in order:
         group = trained[trained["configuration"] == name]
-        ms = [f"{latencies[name]:.3g}"] if timed else []
         mark = _WRITTEN if name == written else ""
-        rows.append([str(name), *_accuracy(group["test_accuracy"].tolist(), count), *_costs(group.iloc[0]), *ms, mark])
-    heads = ["network", "accuracy, % (test)", "standard error", "M MACs", "parameters"]
-    heads += [*(["ms"] if timed else []), ""]
-    notes = [f"{_WRITTEN}: {file}", *(latency_sentences(store) if timed else [])]
+        rows.append([str(name), *_accuracy(group["test_accuracy"].tolist(), count), *_costs(costs[str(name)]), mark])
+    heads = ["network", "accuracy, % (test)", "standard error", "M MACs", "parameters", "ms", ""]
+    notes = [f"{_WRITTEN}: {file}; costs are those of each network in the form that is written"]
+    notes += latency_sentences(store)
     return ResultTable("The full network and the candidates", heads, rows, notes)
 
 
@@ -120,5 +127,5 @@ def _accuracy(accuracies: Sequence[float], count: int | None) -> list[str]:
     return [f"{100 * mean:.2f}", error]
 
 
-def _costs(row: pd.Series) -> list[str]:
-    return [millions(row["macs"]), f"{int(row['parameters']):,}"]
+def _costs(costs: Mapping[str, float]) -> list[str]:
+    return [millions(costs["macs"]), f"{int(costs['parameters']):,}", f"{costs['latency_ms']:.3g}"]

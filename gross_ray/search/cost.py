@@ -203,7 +203,7 @@ def _macs_by_layer(
 
 
 def full_costs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, float]:
-    """Return the MACs and parameters of a full network, of which budgets may be a percentage, by their names."""
+    """Return the MACs and parameters of a network, by their names; budgets may be a percentage of a full network's."""
     return {
         "macs": float(count_operations(model, input_shape).macs),
         "parameters": float(count_parameters(model)),

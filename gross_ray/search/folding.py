@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -13,8 +13,10 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.nn.calls import input_of, network_calls, network_errors_as_invalid_value
 from gross_ray.nn.modes import evaluating
 from gross_ray.nn.replace import replace_modules
-from gross_ray.search.cost import activations, count_parameters, plain_macs
+from gross_ray.search.budgets import Budget, readable_amount
+from gross_ray.search.cost import activations, count_parameters, full_costs, plain_macs
 from gross_ray.search.forms import bottlenecks, dense_convolution, group_size_of, grouped
+from gross_ray.search.latency import LatencyModel
 from gross_ray.search.options import LatencyOptions
 from gross_ray.search.runtimes import Runtime, runtime_of
 from gross_ray.search.timing import Work, timed_device, typical_ms
@@ -79,6 +81,29 @@ def fold(
     foldings = [Folding(name, group_size_of(modules[name]), *costs[name]) for name in modules]
     replaced = {folding.layer: dense[folding.layer] for folding in foldings if folding.folded}
     return replace_modules(network, replaced), foldings
+
+
+def fold_within(
+    network: nn.Module, latency: LatencyModel, input_shape: Sequence[int], limits: Iterable[Sequence[Budget]]
+) -> tuple[nn.Module, dict[str, float], str]:
+    """Return `latency.fold(network)`, unless that exceeds a limit on MACs or parameters; then `network`, and why.
+
+    The faster form of a layer may have more MACs and parameters. Each of `limits` is budgets that hold together; of
+    those that `network` keeps, the folded network has to keep one. Raises as `LatencyModel.fold`.
+    """
+    folded, added = latency.fold(network)
+    before, after = full_costs(network, input_shape), full_costs(folded, input_shape)
+    kept = [limit for limit in limits if not _exceeded(limit, before)]
+    exceeded = [budget for limit in kept for budget in _exceeded(limit, after)]
+    if not kept or any(not _exceeded(limit, after) for limit in kept):
+        return folded, added, ""
+    over = exceeded[0]
+    has = f"{over.cost}={readable_amount(over.cost, after[over.cost])}"
+    return network, {}, f"layers stay bottlenecks: as the faster dense ones they have {has}, above {over}"
+
+
+def _exceeded(limit: Sequence[Budget], costs: Mapping[str, float]) -> list[Budget]:
+    return [budget for budget in limit if budget.cost in costs and costs[budget.cost] > budget.limit]
 
 
 def _macs(

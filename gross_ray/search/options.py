@@ -106,7 +106,11 @@ class SearchOptions:
             require(value in choices, f"search.{name}", value, f"must be one of {', '.join(choices)}")
         require(self.evaluations >= 0, "search.evaluations", self.evaluations, "must be 0 or more")
         whole = self.strategy == "exhaustive"
-        rule = "must be 0 with search.strategy=exhaustive" if whole else f"must be 1 or more with {self.strategy}"
+        rule = (
+            "must be 0 with search.strategy=exhaustive, which evaluates all: leave it out"
+            if whole
+            else f"must be 1 or more with {self.strategy}"
+        )
         require(whole == (self.evaluations == 0), "search.evaluations", self.evaluations, rule)
         require(self.memory_budget >= 0, "search.memory_budget", self.memory_budget, "must be 0 (automatic) or more")
         rule = "must name a group-size or more, like [16, 4], if search.limits is empty"

@@ -17,15 +17,24 @@ from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.export import check_format
 from gross_ray.models import build_model
-from gross_ray.report.compressed import best_candidate, compressed_table, estimate_table, plan_lines
+from gross_ray.report.compressed import (
+    best_candidate,
+    compressed_table,
+    estimate_table,
+    plan_lines,
+    trained_candidates,
+)
 from gross_ray.report.inspection import inspection
+from gross_ray.report.model_card import most_accurate_seed
 from gross_ray.report.page import write_page
 from gross_ray.report.searched import Searched
 from gross_ray.report.terminal import as_text
-from gross_ray.run.opened import layer_choice
+from gross_ray.run.opened import Run, layer_choice
 from gross_ray.search.budgets import Budget, RelativeBudget
+from gross_ray.search.cost import full_costs
+from gross_ray.search.forms import group_sizes_of
 from gross_ray.search.options import LatencyOptions
-from gross_ray.space import SearchSpace
+from gross_ray.space import DENSE, SearchSpace
 from gross_ray.supernet.layers import LayerChoice
 from gross_ray.weights import load_weights
 from pipelines.commands import exporting
@@ -91,8 +100,20 @@ def compress(
     searched, page = work(store, place, do, show)
     best = best_candidate(store, searched)
     exporting.export(out, best, target, seed=None, objective=None, images=source)
-    click.echo("\n" + as_text(compressed_table(store, searched, best, str(target))))
+    run = Run(store)
+    costs = {name: _as_written(run, name) for name in trained_candidates(store, searched)}
+    click.echo("\n" + as_text(compressed_table(store, searched, costs, best, str(target))))
     click.echo(f"page: {page}", err=True)
+
+
+def _as_written(run: Run, configuration: str) -> dict[str, float]:
+    """Return the costs of a candidate in the form in which it is written: macs, parameters and latency_ms."""
+    measured = latencies.in_force(run)
+    assert measured is not None  # by `_measure`
+    network = run.validated(configuration, most_accurate_seed(run.store, configuration) or 0)
+    network, *_ = exporting.faster(run, network, measured)
+    forms = dict.fromkeys(run.space.layers, DENSE) | group_sizes_of(network)
+    return full_costs(network, run.base.input_shape) | {"latency_ms": measured.predict_forms(forms)}
 
 
 def _print_estimate(
@@ -111,7 +132,14 @@ def _print_estimate(
     tables = inspection(choice.network, choice, splits.train.images.shape[1:])
     seconds = {"images and checks": time.perf_counter() - started}
     click.echo("the parts are tried in small, to see how long they will take", err=True)
-    seconds |= estimate(experiment, out, place, *_asked_for(timed), ending)
+    seconds |= estimate(
+        experiment,
+        out,
+        place,
+        *_asked_for(timed),
+        ending,
+        lambda name, took: click.echo(f"{name}: tried in {took:.0f} s", err=True),
+    )
     click.echo("\n\n".join(as_text(table) for table in [*tables, estimate_table(seconds)]))
 
 

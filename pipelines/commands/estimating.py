@@ -8,7 +8,7 @@ decompositions. What depends on none of these, like the start of workers, counts
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ import torch
 from gross_ray.btd.block_terms import BTDStatus
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.options import DataOptions
+from gross_ray.errors import GrossRayError, UnitsFailedError
 from gross_ray.experiment import Experiment
 from gross_ray.models import build_model
 from gross_ray.report.compressed import best_candidate
@@ -70,26 +71,34 @@ S = TypeVar("S", bound=Schedule)
 
 
 def estimate(
-    experiment: Experiment, out: str, place: Place, device: str, timed: LatencyOptions, ending: str
+    experiment: Experiment,
+    out: str,
+    place: Place,
+    device: str,
+    timed: LatencyOptions,
+    ending: str,
+    on_part: Callable[[str, float], object],
 ) -> dict[str, float]:
     """Return the seconds of each stage of `experiment`, and of what `gross compress` does besides, in their order.
 
     `out` is the run folder, `device` and `timed` are those of the measurement of latency, and `ending` is that of the
-    exported file.
+    exported file. `on_part` is called after each stage with its name and the seconds of its small run.
     """
     splits = place.source().load(experiment.data)
     largest = max(schedule.batch_size for schedule in schedules_of(experiment).values())
     small, few = in_small(experiment, splits), FewImages(of=place.source(), train=STEPS * largest)
     watch, found = _Watch(), dict[str, tuple[list[Done], float]]()
     seconds: dict[str, float] = {}
-    with TemporaryDirectory() as folder, small_folder(out, place.resources) as address:
+    with nothing_is_stored(), TemporaryDirectory() as folder, small_folder(out, place.resources) as address:
         store, target = RunStore.create(address, small), Path(folder) / f"best{ending}"
         with Session.opened(store, place.resources, few, watch, in_process=place.in_process) as session:
             for name, stage in STAGES.items():
                 driver, started = _TimedDriver(session, watch), time.perf_counter()
                 stage.do(driver)
-                own = time.perf_counter() - started - sum(done.wall for done in driver.done)
-                found[name] = driver.done, own
+                took = time.perf_counter() - started
+                found[name] = driver.done, took - sum(done.wall for done in driver.done)
+                if driver.done:
+                    on_part(name, took)
                 if name == train.NAME:
                     seconds[LATENCY] = _latency(session.run, device, timed)
             run = Run(store)
@@ -100,6 +109,17 @@ def estimate(
         scaled = Scaled(experiment, splits, run, images, _image(run, images.validation))
         stages = {name: scaled.stage(name, *each) for name, each in found.items() if each[0]}
     return {train.NAME: stages.pop(train.NAME), LATENCY: seconds[LATENCY], **stages, END: seconds[END]}
+
+
+@contextmanager
+def nothing_is_stored() -> Iterator[None]:
+    """Within the block, let failures and interruptions say nothing of stored results."""
+    try:
+        yield
+    except UnitsFailedError as error:
+        raise GrossRayError(f"tried in small, {error.what}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("a dry run stores nothing") from None
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.export import card_path, check_export, check_format, export_network, file_facts
 from gross_ray.report.model_card import foldings_text, model_card, most_accurate_seed, predicted_entry, timed_entry
 from gross_ray.report.results import where
+from gross_ray.run.limits import limits
 from gross_ray.run.opened import Run
 from gross_ray.run.pins import check_data
 from gross_ray.run.store import RunStore
-from gross_ray.search.folding import fold
+from gross_ray.search.folding import fold, fold_within
 from gross_ray.search.forms import group_sizes_of
 from gross_ray.search.latency import LatencyModel, time_networks
 from gross_ray.search.options import LatencyOptions
@@ -42,10 +43,11 @@ def export(
 
     `seed` is the repeat, by default the most accurate one on the validation split. With an `objective`, layers are
     written as dense convolutions if that costs less (`fold`), for "latency_ms" in the runtime measured last; None:
-    latency_ms if it was measured, otherwise all layers stay bottlenecks. With `images`, the file is compared with the
-    network on the run's test split. Raises InvalidValueError for a file that cannot be written or a configuration
-    outside the space, MissingStageError if it is not validated, or no latency is measured, and GrossRayError if the
-    format cannot represent the network or the file computes something else; then nothing is written.
+    latency_ms, if it was measured and the run's limits allow it, otherwise all layers stay bottlenecks. With `images`,
+    the file is compared with the network on the run's test split. Raises InvalidValueError for a file that cannot be
+    written or a configuration outside the space, MissingStageError if it is not validated, or no latency is measured,
+    and GrossRayError if the format cannot represent the network or the file computes something else; then nothing is
+    written.
     """
     check_format(target)
     store, configuration = RunStore.open(run), str(Configuration.parse(configuration))
@@ -54,7 +56,10 @@ def export(
     opened = Run(store)
     network, base = opened.validated(configuration, seed), opened.base
     measured = latencies.in_force(opened)
-    network, lines, folding = _folded(opened, network, objective or ("latency_ms" if measured else "none"), measured)
+    if objective is None:
+        network, lines, folding = faster(opened, network, measured)
+    else:
+        network, lines, folding = _folded(opened, network, objective, measured)
     forms = dict.fromkeys(opened.space.layers, DENSE) | group_sizes_of(network)
     time = None if measured is None else predicted_entry(measured, forms)
     test = None if images is None else _test_images(opened, images)
@@ -86,6 +91,17 @@ def export(
     click.echo("\n".join([*lines, f"{configuration} (seed {seed}) written to {target}, its card to {beside}"]))
 
 
+def faster(run: Run, network: nn.Module, measured: LatencyModel | None) -> tuple[nn.Module, list[str], dict[str, Any]]:
+    """Return the network as it is written by default, a line for each layer, and what the card says of them.
+
+    That is with each layer in its faster form (`fold_within`), if latency was measured.
+    """
+    if measured is None:
+        return network, [], {}
+    folded, added, why_not = fold_within(network, measured, run.base.input_shape, limits(run.store))
+    return (network, [why_not], {}) if why_not else (folded, *_by_latency(network, added))
+
+
 def _folded(
     run: Run, network: nn.Module, objective: str, measured: LatencyModel | None
 ) -> tuple[nn.Module, list[str], dict[str, Any]]:
@@ -101,15 +117,20 @@ def _folded(
             f"--fold latency_ms needs a measurement, and {run.store.storage} has none in use: run `gross latency` on "
             "it first"
         )
+    folded, added = measured.fold(network)
+    return folded, *_by_latency(network, added)
+
+
+def _by_latency(network: nn.Module, added: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
+    """Return a line for each layer of a network before it is folded, and what the card says of the dense ones."""
     sizes = group_sizes_of(network)
-    network, added = measured.fold(network)
     lines = [
         f"{name} (group-size {sizes[name]}): a bottleneck is {abs(ms):.3g} ms "
         f"{'slower: written as the dense convolution' if ms > 0 else 'faster: kept'}"
         for name, ms in added.items()
     ]
     dense = [{"layer": name, "group_size": sizes[name], "added_ms": ms} for name, ms in added.items() if ms > 0]
-    return network, lines, {"folded by": objective, "folded": dense}
+    return lines, {"folded by": "latency_ms", "folded": dense}
 
 
 def _timed(

@@ -88,8 +88,10 @@ class OneLineErrors(click.Group):
             where = f" (see {context.command_path} --help)" if context else ""
             click.echo(f"Error: {error.format_message()}{where}", err=True)
             sys.exit(2)
-        except (click.Abort, KeyboardInterrupt):  # which of the two is raised depends on click's version
-            click.echo("Interrupted: what is finished is stored; the same command again continues", err=True)
+        except (click.Abort, KeyboardInterrupt) as error:  # which of the two is raised depends on click's version
+            texts = [str(each) for each in (error, error.__cause__) if each is not None]
+            then = next(filter(None, texts), "what is finished is stored; the same command again continues")
+            click.echo(f"Interrupted: {then}", err=True)
             signals.leave(signals.exit_status())
 
     def invoke(self, ctx: click.Context) -> Any:

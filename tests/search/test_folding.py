@@ -13,10 +13,12 @@ from torch import nn
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.replace import replace_modules
 from gross_ray.search import folding, timing
-from gross_ray.search.cost import count_macs, peak_activations
-from gross_ray.search.folding import bottlenecks, dense_convolution, fold
+from gross_ray.search.budgets import Budget
+from gross_ray.search.cost import count_macs, count_parameters, peak_activations
+from gross_ray.search.folding import bottlenecks, dense_convolution, fold, fold_within
+from gross_ray.search.latency import LatencyModel
 from gross_ray.search.options import LatencyOptions
-from gross_ray.space import SearchSpace
+from gross_ray.space import DENSE, SearchSpace
 from gross_ray.supernet.build import decompose_model
 from gross_ray.supernet.configure import extract
 from gross_ray.supernet.series import SeriesConv2d
@@ -200,3 +202,35 @@ def test_a_supernet_and_a_strange_device_are_refused() -> None:
     plain = nn.Sequential(SeriesConv2d(nn.Conv2d(8, 6, 3), (1, 8)).to_modules(1))
     with pytest.raises(InvalidValueError, match="device = 'gpu': latency is measured on cpu or cuda"):
         fold(plain, (8, 9, 9), objective="latency_ms", device="gpu")
+
+
+COUNTS = {"macs": lambda network: count_macs(network, (3, 12, 10)), "parameters": count_parameters}
+
+
+@pytest.mark.parametrize("cost", COUNTS)
+def test_folding_for_speed_stops_at_a_limit_on_another_cost(supernet: nn.Module, cost: str) -> None:
+    space = SearchSpace.of(supernet)
+    added = {layer: {DENSE: 0.0} | dict.fromkeys(sizes, 0.1) for layer, sizes in space.group_sizes.items()}
+    slower = LatencyModel(
+        runtime="torch", version="1", device="a", host="b", batch_size=1, threads=1, full_ms=9.0, added_ms=added,
+        num_sampled=3, median_error=0.1, noise=0.1,
+    )  # fmt: skip
+    network, count = extract(supernet, space[0]), COUNTS[cost]
+    dense, _ = slower.fold(network)
+    has, would_have = count(network), count(dense)
+    assert has < would_have
+    enough, exact, too_little = ([Budget(cost, limit)] for limit in (would_have, would_have - 1, has - 1))
+    for limits, folds in (
+        ([], True),
+        ([enough], True),
+        ([exact], False),
+        ([too_little], True),  # the network is not within it either
+        ([too_little, exact], False),
+        ([exact, enough], True),  # each limit has its own candidates: one is enough
+        ([[*exact, Budget("latency_ms", 1.0)]], False),
+        ([[Budget("latency_ms", 1.0)]], True),
+    ):
+        found, chosen, why_not = fold_within(network, slower, (3, 12, 10), limits)
+        assert not bottlenecks(found) if folds else bottlenecks(found)
+        assert bool(chosen) == folds and bool(why_not) != folds
+        assert folds or f"{cost}=" in why_not

@@ -18,7 +18,10 @@ from torch import nn
 from gross_ray import read_table
 from gross_ray.data.images import load_dataset
 from gross_ray.data.options import DataOptions
+from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+from gross_ray.search.latency import LatencyModel
+from gross_ray.space import DENSE
 from gross_ray.training import rates as range_tests
 from pipelines.stages import latencies
 
@@ -163,6 +166,28 @@ def test_a_budget_of_time_is_measured_on_the_way(folder: Path) -> None:
     evaluated = read_table("timed", "configurations").set_index("configuration")["latency_ms"]
     for name in read_table("timed", "validations")["configuration"]:
         assert evaluated[name] <= 0.95 * measured["full_ms"]
+
+
+def test_a_faster_form_is_not_written_beyond_a_budget_of_macs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slower(run: Run, *_: object) -> LatencyModel:
+        added = {layer: {DENSE: 0.0} | dict.fromkeys(sizes, 0.1) for layer, sizes in run.space.group_sizes.items()}
+        return LatencyModel(
+            runtime="onnxruntime", version="1", device="a", host="b", batch_size=1, threads=1, full_ms=9.0,
+            added_ms=added, num_sampled=3, median_error=0.1, noise=0.1,
+        )  # fmt: skip
+
+    monkeypatch.setattr(latencies, "measure", slower)
+    found = compress("kept", "--budget", "macs=60%")
+    assert found.exit_code == 0, found.stderr
+    assert "layers stay bottlenecks: as the faster dense ones they have macs=" in found.stdout
+    card = json.loads((folder / "kept" / "best.onnx.json").read_text())
+    (full,) = read_table("kept", "networks").to_dict("records")
+    assert card["macs"] <= 0.6 * full["macs"] and "folded by" not in card
+    rows = {row[0]: row[1:] for row in rows_of(found.stdout.partition("The full network and the candidates")[2])}
+    chosen = rows[card["configuration"]]
+    assert chosen[-1] == "written" and f"{card['macs'] / 1e6:.2f}" in chosen and f"{card['parameters']:,}" in chosen
+    bottlenecks = sum(size != "d" for size in card["configuration"].split("-"))
+    assert f"{9.0 + 0.1 * bottlenecks:.3g}" in chosen
 
 
 PARTS = ["images and checks", "train", "latency", "decompose", "reconstruct", "finetune", "search", "validate"]

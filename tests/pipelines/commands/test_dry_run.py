@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.data.options import DataOptions
+from gross_ray.errors import GrossRayError, UnitsFailedError
 from gross_ray.experiment import Experiment
 from gross_ray.presets import quickstart
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
 from gross_ray.training.rates import RATES
 from gross_ray.training.rates import STEPS as STEPS_OF_A_RATE
-from pipelines.commands.estimating import FewImages, in_small, small_folder
+from pipelines.commands.estimating import FewImages, in_small, nothing_is_stored, small_folder
 from pipelines.commands.scaling import Done, Scaled, side_by_side
 from pipelines.driver import DataSource
 from pipelines.resources import Resources
@@ -133,6 +134,14 @@ def test_the_small_run_is_where_the_nodes_can_reach_it_and_leaves_nothing(tmp_pa
         beside = [path.name for path in tmp_path.iterdir()]
         assert beside == ([] if address is None else ["run.dry-run"])
     assert not list(tmp_path.iterdir()) and not Path(folder).exists()
+
+
+def test_a_failure_or_an_interruption_says_nothing_of_stored_results() -> None:
+    with pytest.raises(GrossRayError) as failed, nothing_is_stored():
+        raise UnitsFailedError("train: 1 of 1 units did not end", "All others are stored")
+    assert str(failed.value) == "tried in small, train: 1 of 1 units did not end"
+    with pytest.raises(KeyboardInterrupt, match="a dry run stores nothing"), nothing_is_stored():
+        raise KeyboardInterrupt
 
 
 def test_the_small_run_is_short_and_else_the_same(whole: Experiment, splits: Splits) -> None:
