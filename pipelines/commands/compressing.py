@@ -111,7 +111,7 @@ def _as_written(run: Run, configuration: str) -> dict[str, float]:
     measured = latencies.in_force(run)
     assert measured is not None  # by `_measure`
     network = run.validated(configuration, most_accurate_seed(run.store, configuration) or 0)
-    network, *_ = exporting.faster(run, network, measured)
+    network, *_ = exporting.in_faster_forms(run, network, measured)
     forms = dict.fromkeys(run.space.layers, DENSE) | group_sizes_of(network)
     return full_costs(network, run.base.input_shape) | {"latency_ms": measured.predict_forms(forms)}
 

@@ -57,7 +57,7 @@ def export(
     network, base = opened.validated(configuration, seed), opened.base
     measured = latencies.in_force(opened)
     if objective is None:
-        network, lines, folding = faster(opened, network, measured)
+        network, lines, folding = in_faster_forms(opened, network, measured)
     else:
         network, lines, folding = _folded(opened, network, objective, measured)
     forms = dict.fromkeys(opened.space.layers, DENSE) | group_sizes_of(network)
@@ -117,8 +117,8 @@ def _folded(
             f"--fold latency_ms needs a measurement, and {run.store.storage} has none in use: run `gross latency` on "
             "it first"
         )
-    folded, added = measured.fold(network)
-    return folded, *_by_latency(network, added)
+    faster, added = measured.fold(network)
+    return faster, *_by_latency(network, added)
 
 
 def _by_latency(network: nn.Module, added: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
