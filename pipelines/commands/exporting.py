@@ -91,7 +91,9 @@ def export(
     click.echo("\n".join([*lines, f"{configuration} (seed {seed}) written to {target}, its card to {beside}"]))
 
 
-def faster(run: Run, network: nn.Module, measured: LatencyModel | None) -> tuple[nn.Module, list[str], dict[str, Any]]:
+def in_faster_forms(
+    run: Run, network: nn.Module, measured: LatencyModel | None
+) -> tuple[nn.Module, list[str], dict[str, Any]]:
     """Return the network as it is written by default, a line for each layer, and what the card says of them.
 
     That is with each layer in its faster form (`fold_within`), if latency was measured.
@@ -117,8 +119,8 @@ def _folded(
             f"--fold latency_ms needs a measurement, and {run.store.storage} has none in use: run `gross latency` on "
             "it first"
         )
-    faster, added = measured.fold(network)
-    return faster, *_by_latency(network, added)
+    dense, added = measured.fold(network)
+    return dense, *_by_latency(network, added)
 
 
 def _by_latency(network: nn.Module, added: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
