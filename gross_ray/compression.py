@@ -30,7 +30,6 @@ from gross_ray.search.budgets import amounts, parse_budgets
 from gross_ray.search.cost import LayerCosts, count_parameters, full_costs, layer_costs
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.folding import fold_within
-from gross_ray.search.forms import group_sizes_of
 from gross_ray.search.latency import CONDITIONS, LatencyModel, measure_latency
 from gross_ray.search.operations import count_operations
 from gross_ray.search.options import EvaluationOptions, LatencyOptions
@@ -158,9 +157,7 @@ def _compressed(
     candidates = {one: _alone(one, base, bottlenecks, splits, experiment, rates, show) for one in best}
     written = {one: fold_within(found, model, shape, [within.budgets])[0] for one, found in candidates.items()}
     rows = [_row("full network", base, splits, shape, model.full_ms)]
-    for one, found in written.items():
-        forms = dict.fromkeys(choice.group_sizes, DENSE) | group_sizes_of(found)
-        rows.append(_row(str(one), found, splits, shape, model.predict_forms(forms)))
+    rows += [_row(str(one), found, splits, shape, model.predict_network(found)) for one, found in written.items()]
     table = pd.DataFrame(rows)
     chosen = best[int(table["val_accuracy"].iloc[1:].to_numpy().argmax())]
     card = _card(chosen, [*choice.group_sizes], table, splits, experiment, model) | {"learning rates": rates}

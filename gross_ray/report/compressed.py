@@ -62,7 +62,7 @@ def estimate_table(seconds: Mapping[str, float]) -> ResultTable:
     """Return how long each part of a compression will take, and all of it together."""
     whole = sum(seconds.values())
     rows = [[name, _time(each), f"{100 * each / whole:.0f} %"] for name, each in seconds.items()]
-    notes = ["each part was tried in small on this machine, as it is now, and scaled to the whole"]
+    notes = ["each part was tried in small on this machine, under its present load, and scaled to the whole"]
     return ResultTable(f"Expected time: {_time(whole)}", ["part", "time", "share"], rows, notes)
 
 
@@ -101,7 +101,7 @@ def compressed_table(
 ) -> ResultTable:
     """Return the full network and each candidate: accuracy with its standard error, costs, and which was written.
 
-    `costs` are those of each candidate as it is written: macs, parameters and latency_ms.
+    `costs` are those of each candidate in the form that is written to the file: macs, parameters and latency_ms.
     """
     trained = _candidates(store, searched)
     images = stored_data(store)

@@ -178,14 +178,14 @@ def counted_costs(supernet: nn.Module, input_shape: Sequence[int]) -> dict[str, 
 
     That is where a stride before the kernel, as the paper has it, leaves nothing of a small response.
     """
-    found: dict[str, LayerCosts | None] = {
-        name: layer_costs(supernet, input_shape, name) for name in COUNTED if name != "macs_paper"
-    }
-    try:
-        paper = layer_costs(supernet, input_shape, "macs_paper")
-    except NothingLeftError:
-        paper = None
-    return {name: paper if name == "macs_paper" else found[name] for name in COUNTED}
+
+    def costs(name: str) -> LayerCosts | None:
+        try:
+            return layer_costs(supernet, input_shape, name)
+        except NothingLeftError:
+            return None
+
+    return {name: costs(name) for name in COUNTED}
 
 
 class NothingLeftError(InvalidValueError):

@@ -104,6 +104,13 @@ class LatencyModel(_Conditions):
         as_named = LayerCosts("latency_ms", self.full_ms, self.added_ms)
         return max(as_named.of_one([forms[layer] for layer in self.added_ms]), 0.0)
 
+    def predict_network(self, network: nn.Module) -> float:
+        """Return the time of one batch in ms, 0 or more, of a plain network in the forms that its layers have.
+
+        Raises InvalidValueError for a layer or group-size that was not timed.
+        """
+        return self.predict_forms(dict.fromkeys(self.added_ms, DENSE) | group_sizes_of(network))
+
     def fold(self, network: nn.Module) -> tuple[nn.Module, dict[str, float]]:
         """Return a copy of a plain network with each layer in its faster form, and what each bottleneck adds, in ms.
 

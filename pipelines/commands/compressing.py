@@ -32,9 +32,8 @@ from gross_ray.report.terminal import as_text
 from gross_ray.run.opened import Run, layer_choice
 from gross_ray.search.budgets import Budget, RelativeBudget
 from gross_ray.search.cost import full_costs
-from gross_ray.search.forms import group_sizes_of
 from gross_ray.search.options import LatencyOptions
-from gross_ray.space import DENSE, SearchSpace
+from gross_ray.space import SearchSpace
 from gross_ray.supernet.layers import LayerChoice
 from gross_ray.weights import load_weights
 from pipelines.commands import exporting
@@ -112,8 +111,7 @@ def _as_written(run: Run, configuration: str) -> dict[str, float]:
     assert measured is not None  # by `_measure`
     network = run.validated(configuration, most_accurate_seed(run.store, configuration) or 0)
     network, *_ = exporting.in_faster_forms(run, network, measured)
-    forms = dict.fromkeys(run.space.layers, DENSE) | group_sizes_of(network)
-    return full_costs(network, run.base.input_shape) | {"latency_ms": measured.predict_forms(forms)}
+    return full_costs(network, run.base.input_shape) | {"latency_ms": measured.predict_network(network)}
 
 
 def _print_estimate(

@@ -94,9 +94,9 @@ def export(
 def in_faster_forms(
     run: Run, network: nn.Module, measured: LatencyModel | None
 ) -> tuple[nn.Module, list[str], dict[str, Any]]:
-    """Return the network as it is written by default, a line for each layer, and what the card says of them.
+    """Return the network that `gross export` writes by default, a line for each layer, and the card's fields on them.
 
-    That is with each layer in its faster form (`fold_within`), if latency was measured.
+    Each layer has its faster form (`fold_within`), if latency was measured.
     """
     if measured is None:
         return network, [], {}

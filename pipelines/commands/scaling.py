@@ -98,8 +98,6 @@ class Scaled:
 
         Each job but the first had its workers already.
         """
-        if not jobs:
-            return 0.0
         tried = {unit.name: unit for done in jobs for unit in done.job.units}
         seconds = {shape_of(self.run, tried[name]): one for done in jobs for name, one in done.seconds.items()}
         costliest = max(tried.values(), key=lambda unit: unit.cost)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dataset_errors import dataset_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +18,7 @@ from PIL import Image
 from gross_ray.data.identity import identity_of
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import load_dataset
-from gross_ray.errors import DatasetError, InvalidValueError
+from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import DataOptions
 
 SPLITS = ("train", "validation", "test")
@@ -30,16 +30,6 @@ def sizes(splits: Splits) -> tuple[int, ...]:
 
 def keys(images: ImageSet) -> list[bytes]:
     return [image.numpy().tobytes() for image in images.images]
-
-
-def dataset_error(act: Callable[[], object], *parts: object) -> None:
-    """Assert that `act` raises a DatasetError of one line with all `parts` in it."""
-    with pytest.raises(DatasetError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message
 
 
 def assert_well_formed(splits: Splits, size: tuple[int, int]) -> None:

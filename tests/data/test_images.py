@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from dataset_errors import dataset_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,7 +34,7 @@ from gross_ray.data.images import (
 )
 from gross_ray.data.names import check_dataset_name
 from gross_ray.data.splitting import balanced_split
-from gross_ray.errors import DatasetError, InvalidValueError
+from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import DataOptions
 
 SPLITS = ("train", "validation", "test")
@@ -68,16 +69,6 @@ def assert_well_formed(splits: Splits, size: tuple[int, int]) -> None:
         assert images.images.shape == (len(images.labels), 3, *size)
         assert images.images.is_contiguous()
         assert_prefixes_balanced(images.labels, len(splits.classes))
-
-
-def dataset_error(act: Callable[[], object], *parts: object) -> None:
-    """Assert that `act` raises a DatasetError of one line with all `parts` in it."""
-    with pytest.raises(DatasetError) as caught:
-        act()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in parts:
-        assert str(part) in message
 
 
 # --- ImageSet, names, limits

@@ -106,7 +106,7 @@ def drawn(num_classes: int) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "named"),
     [
         (nn.Conv2d(3, 4, 3), None),
         (
@@ -117,17 +117,17 @@ def drawn(num_classes: int) -> nn.Module:
         (nn.Sequential(nn.Conv2d(3, 4, 3)), r"0: Conv2d\(.*\), then with 0: Sequential\(\)"),
     ],
 )
-def test_a_factory_whose_result_changes_is_told(splits: Splits, other: nn.Module, told: str | None) -> None:
+def test_a_factory_whose_result_changes_is_named(splits: Splits, other: nn.Module, named: str | None) -> None:
     DRAWN[:] = [(nn.Conv2d(3, 4, 3),), (other,)]
     experiment = preset("quickstart").override(
         [f"model={__name__}:drawn", "search.budgets=[2]", "validation.fixed=[2]"]
     )
-    line = f"model '{__name__}:drawn': its factory returns another network at each call, first with {told}"
-    with pytest.raises(InvalidValueError, match=line) if told else nullcontext():
+    line = f"model '{__name__}:drawn': its factory returns another network at each call, first with {named}"
+    with pytest.raises(InvalidValueError, match=line) if named else nullcontext():
         check_experiment(experiment, splits)
 
 
-def test_images_that_do_not_fit_the_network_are_told(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_do_not_fit_the_network_are_named(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(num_classes: int, image_size: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, num_classes))
 
