@@ -121,7 +121,7 @@ def mirrored_alike(network: nn.Module, images: ImageSet) -> bool:
     plain = accuracy(network, images)
     if plain <= BY_CHANCE / len(images.labels.unique()):
         return True
-    return accuracy(network, replace(images, images=images.images.flip(3))) >= plain - MIRRORED
+    return accuracy(network, replace(images, images=images.images.flip(3), wider=None)) >= plain - MIRRORED
 
 
 def _schedule(epochs: int, *, images: int, batch_size: int, augment: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -175,7 +175,7 @@ def pack_splits(splits: Splits) -> dict[str, Any]:
     packed: dict[str, Any] = {"name": splits.name, "classes": splits.classes}
     for name in SPLITS:
         part: ImageSet = getattr(splits, name)
-        packed[name] = (part.images.numpy(), part.labels.numpy(), part.normalisation)
+        packed[name] = (part.stored.numpy(), part.labels.numpy(), tuple(part.images.shape[2:]), part.normalisation)
     return packed
 
 
@@ -183,8 +183,11 @@ def unpack_splits(packed: Mapping[str, Any], device: str, room: int | None = Non
     """Return the images of `pack_splits` on `device`, or streamed to it if they are larger than `room` bytes."""
     resident = room is None or sum(packed[name][0].nbytes for name in SPLITS) <= room
 
-    def unpacked(images: np.ndarray, labels: np.ndarray, normalisation: Normalisation) -> ImageSet:
-        on_cpu = ImageSet(tensor_of(images), tensor_of(labels), normalisation=normalisation)
+    def unpacked(
+        images: np.ndarray, labels: np.ndarray, size: tuple[int, int], normalisation: Normalisation
+    ) -> ImageSet:
+        centred = ImageSet.centred(tensor_of(images), size, tensor_of(labels))
+        on_cpu = replace(centred, normalisation=normalisation)
         return on_cpu.to(device) if resident else on_cpu.stream_to(device)
 
     train, validation, test = (unpacked(*packed[name]) for name in SPLITS)

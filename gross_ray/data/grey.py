@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -16,7 +14,8 @@ _IMAGES_AT_A_TIME = 4096
 
 def grey(images: ImageSet) -> ImageSet:
     """Return the same images in grey, (N, 1, H, W), uint8."""
-    return replace(images, images=torch.cat([luminance(part) for part in images.images.split(_IMAGES_AT_A_TIME)]))
+    stored = torch.cat([luminance(part) for part in images.stored.split(_IMAGES_AT_A_TIME)])
+    return images.with_stored(stored, images.labels)
 
 
 def luminance(images: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ ANOTHER_RUN = (
     "or start another run folder with --out"
 )
 """The remedy if a run folder was made with other images."""
-_IMAGES_AT_A_TIME = 4096
+_BYTES_AT_A_TIME = 2**24
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ def identity_of(splits: Splits) -> DataIdentity:
 
 
 def _split_identity(images: ImageSet) -> SplitIdentity:
-    """Hash shape, dtype and values of images and labels, in slices to avoid a second copy of the split."""
+    """Hash shape, dtype and values of images, with their margin, and labels, in slices to avoid a second copy."""
     digest = hashlib.sha256()
-    for tensor, dtype in ((images.images, "u1"), (images.labels, "<i8")):
+    for tensor, dtype in ((images.stored, "u1"), (images.labels, "<i8")):
         digest.update(json.dumps([dtype, list(tensor.shape)]).encode())
-        for part in tensor.split(_IMAGES_AT_A_TIME):
+        for part in tensor.split(max(1, _BYTES_AT_A_TIME // max(1, tensor[0].nbytes))):
             values = part.cpu().contiguous().numpy()
             digest.update(values.astype(dtype, copy=False).data)
     return SplitIdentity(digest.hexdigest(), len(images))

@@ -1,6 +1,7 @@
 """Images and their classes in memory, and batches of them on a device.
 
-Shapes: N images, B in a batch, H height, W width; images are (N, 3, H, W).
+Shapes: N images, B in a batch, H height, W width, RH and RW height and width with a margin around; images are
+(N, 3, H, W).
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ class ImageSet:
     """Images and their classes, stored on a device or streamed to it from main memory."""
 
     images: Tensor
-    """(N, 3, H, W), uint8."""
+    """(N, 3, H, W), uint8, as networks take them."""
     labels: Tensor
     """(N,), int64: indices into `Splits.classes`, on the device of the images."""
+    wider: Tensor | None = field(default=None, kw_only=True)
+    """(N, 3, RH, RW), uint8: the same images with the margin from which trainings draw crops; `images` is its centre,
+    a view. None: the images have no margin."""
     normalisation: Normalisation = field(default=THE_PAPERS, kw_only=True)
     """Applied to the images in `as_inputs`."""
     streamed_to: torch.device | None = field(default=None, kw_only=True)
@@ -38,8 +42,27 @@ class ImageSet:
     memory_format: torch.memory_format = field(default=torch.channels_last, kw_only=True)
     """The memory format of `as_inputs`: torch.channels_last or torch.contiguous_format."""
 
+    @classmethod
+    def centred(cls, wider: Tensor, size: tuple[int, int], labels: Tensor) -> ImageSet:
+        """Return the set of images of height and width `size` at the centre of `wider`, (N, 3, RH, RW), uint8."""
+        if tuple(wider.shape[2:]) == size:
+            return cls(wider, labels)
+        return cls(centre(wider, size), labels, wider=wider)
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def stored(self) -> Tensor:
+        """The images with their margin, if they have one: (N, 3, RH, RW), uint8."""
+        return self.images if self.wider is None else self.wider
+
+    def with_stored(self, stored: Tensor, labels: Tensor) -> ImageSet:
+        """Return a set of the same kind with other images, `stored` with the same margin, and labels."""
+        if self.wider is None:
+            return replace(self, images=stored, labels=labels)
+        height, width = self.images.shape[2:]
+        return replace(self, images=centre(stored, (height, width)), wider=stored, labels=labels)
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +71,7 @@ class ImageSet:
 
     def to(self, device: torch.device | str) -> ImageSet:
         """Return the same set, stored on `device`."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device), streamed_to=None)
+        return replace(self.with_stored(self.stored.to(device), self.labels.to(device)), streamed_to=None)
 
     def stream_to(self, device: torch.device | str) -> ImageSet:
         """Return the same set, streamed to `device` in batches, for images that do not fit its memory."""
@@ -58,25 +81,29 @@ class ImageSet:
         """Return the first `n` images, or all for 0; raises InvalidValueError if the set has fewer than `n`."""
         if not 0 <= n <= len(self):
             raise InvalidValueError(f"n = {n}: must be 0 (all) to {len(self)}, the number of images")
-        return replace(self, images=self.images[:n], labels=self.labels[:n]) if n else self
+        return self.with_stored(self.stored[:n], self.labels[:n]) if n else self
 
     def part(self, indices: Tensor) -> ImageSet:
         """Return the images at `indices`, (N_part,) int64, in that order."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        return self.with_stored(self.stored[indices], self.labels[indices])
 
-    def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, size: int, order: Tensor | None = None, *, wider: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (B, 3, H, W), uint8, and labels (B,) on `device`; B is `size`, or less in the last batch.
 
-        `order`, (M,) int64, lists the indices of the images; by default, all in their stored order. A thread gathers
-        streamed batches ahead of the device, at most AHEAD of them.
+        `order`, (M,) int64, lists the indices of the images; by default, all in their stored order. With `wider`, the
+        images have their margin, if they have one: (B, 3, RH, RW). A thread gathers streamed batches ahead of the
+        device, at most AHEAD of them.
         """
-        indices = None if order is None else order.to(self.images.device)
+        source = self.stored if wider else self.images
+        indices = None if order is None else order.to(source.device)
 
         def gather(number: int) -> tuple[Tensor, Tensor]:
             chosen: slice | Tensor = slice(number * size, (number + 1) * size)
             if indices is not None:
                 chosen = indices[chosen]
-            return self.images[chosen], self.labels[chosen]
+            return source[chosen], self.labels[chosen]
 
         count = -(-len(self if indices is None else indices) // size)
         if self.streamed_to is None:
@@ -112,6 +139,12 @@ class Splits:
     """Names of the classes, in the order of the labels."""
     notes: tuple[str, ...] = ()
     """Lines for the user about what was read, converted and passed over."""
+
+
+def centre(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the view of height and width `size` at the centre of `images` (..., H, W), as torchvision's CenterCrop."""
+    top, left = (round((there - wanted) / 2) for there, wanted in zip(images.shape[-2:], size, strict=True))
+    return images[..., top : top + size[0], left : left + size[1]]
 
 
 def ahead(make: Callable[[int], T], count: int) -> Iterator[T]:

@@ -26,7 +26,7 @@ SPLIT_NAMES = {
     "test": "test",
 }
 """The names that folders, files and splits of a dataset may have, in lower case, and the split that each means."""
-_TENSORS = ("images", "labels")
+_TENSORS = ("stored", "labels")
 _SPLITS = "splits: "
 
 
@@ -81,8 +81,8 @@ def in_three(
 
 def validated_on_test(splits: Splits) -> Splits:
     """Make half of the test split the validation split; the images that were the validation split join the training."""
-    images, labels = ([getattr(part, name) for part in (splits.train, splits.validation)] for name in _TENSORS)
-    (train,) = split(ImageSet(torch.cat(images), torch.cat(labels)), (1,))
+    stored, labels = ([getattr(part, name) for part in (splits.train, splits.validation)] for name in _TENSORS)
+    (train,) = split(splits.train.with_stored(torch.cat(stored), torch.cat(labels)), (1,))
     validation, test = split(splits.test, (1, 1))
     how = "; half of the test split selects, and the validation images are for training (data.validation_from=test)"
     notes = (
@@ -97,7 +97,7 @@ def repeated_line(splits: Splits) -> list[str]:
     hashes = {}
     for each in SPLITS:
         images: ImageSet = getattr(splits, each)
-        pixels = images.images.flatten(1).numpy()
+        pixels = images.stored.flatten(1).numpy()
         hashes[each] = [hashlib.blake2b(image, digest_size=16).digest() for image in pixels]
     found = []
     for one, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
