@@ -195,6 +195,9 @@ _LATER_FIELDS = (
     ("data", "skip_damaged"),
     ("data", "image_column"),
     ("data", "label_column"),
+    ("data", "image_size"),
+    ("data", "resize"),
+    ("data", "memory"),
 )
 """Fields that earlier versions did not have: at their defaults they change no fingerprint."""
 PATH_FIELDS = {"data.name": "data", "weights": "weights", "weights_key": "weights"}

@@ -1,6 +1,7 @@
 """Decoding of images to 8-bit RGB, from any file that Pillow reads.
 
-Shapes: H height, W width.
+Shapes: h and w height and width of an image, H and W of a network's input, RH and RW of a stored image
+(`gross_ray.data.sizes`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from gross_ray.data.sizes import Sizes
 
 # What PIL raised for damaged files in tests: not all are OSErrors.
 PIL_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
@@ -45,7 +48,7 @@ def image_endings() -> frozenset[str]:
 
 
 def decoded(source: Path | bytes) -> tuple[np.ndarray, list[str]]:
-    """Decode a file, or its content: return its pixels, (H, W, 3) uint8 RGB, and the names of the conversions made.
+    """Decode a file, or its content: return its pixels, (h, w, 3) uint8 RGB, and the names of the conversions made.
 
     The first image of a file is turned as its EXIF data says, and converted by `as_rgb`. Raises one of PIL_ERRORS.
     """
@@ -61,7 +64,7 @@ def decoded(source: Path | bytes) -> tuple[np.ndarray, list[str]]:
 
 
 def as_rgb(image: Image.Image) -> tuple[np.ndarray, list[str]]:
-    """Return an image's pixels, (H, W, 3) uint8 RGB, and the names of the conversions that were made.
+    """Return an image's pixels, (h, w, 3) uint8 RGB, and the names of the conversions that were made.
 
     Grey and CMYK images and palettes are converted as Pillow does, and transparent pixels are put over white. Grey
     values of 16 bits are divided by 257 and rounded; of colours of 16 bits a channel, Pillow decodes the high byte,
@@ -82,6 +85,23 @@ def as_rgb(image: Image.Image) -> tuple[np.ndarray, list[str]]:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             conversions.append(ALPHA)
     return np.asarray(image.convert("RGB")), conversions
+
+
+def fitted(pixels: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """Return an image (h, w, 3), uint8, as it is stored, (RH, RW, 3): resized, and cut to the part around its centre.
+
+    It is resized as by torchvision's Resize (bilinear, antialiased): the pixels are those of Pillow, and the centre
+    of H x W pixels is that of CenterCrop.
+    """
+    grid, top, left = sizes.kept(pixels.shape[:2])
+    (height, width), (whole_height, whole_width) = sizes.stored, pixels.shape[:2]
+    if grid == (whole_height, whole_width):
+        return pixels[top : top + height, left : left + width]
+    down, right = whole_height / grid[0], whole_width / grid[1]
+    # Pillow computes only the pixels in the box, and reads those around it where its filter reaches them.
+    box = (left * right, top * down, (left + width) * right, (top + height) * down)
+    box = (*box[:2], min(box[2], whole_width), min(box[3], whole_height))
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 
 def _may_be_transparent(image: Image.Image) -> bool:

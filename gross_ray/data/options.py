@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gross_ray.data.names import check_dataset_name
 from gross_ray.data.normalisation import DEVIATION, MEAN, Normalisation
+from gross_ray.data.sizes import parse_size
 from gross_ray.fields import require, settle
 
 VALIDATION_FROM = ("train", "test")
@@ -25,6 +26,14 @@ class DataOptions:
     """Mean for the normalisation of pixels (0 to 1): one for all channels, or one for each of three."""
     std: tuple[float, ...] = (DEVIATION,)
     """Standard deviation for the normalisation of pixels: one for all channels, or one for each of three."""
+    image_size: str = ""
+    """Height and width of the images as networks take them, like 224 or 224x160: images of any size are resized and
+    their centres taken; empty: images of one size, unchanged."""
+    resize: int = 0
+    """Shorter side in pixels to which images are resized, from which trainings draw crops of image_size; 0: image_size
+    times 256/224, or image_size if none of the first hundred images is larger than it."""
+    memory: int = 0
+    """Bytes of images up to which they are kept in memory, and not in a file; 0: a quarter of the free memory."""
     validation_from: str = "train"
     """train: the validation split is the dataset's own, or part of its training images; test: half of its test split,
     for weights that were trained on all training images."""
@@ -44,6 +53,13 @@ class DataOptions:
     def __post_init__(self) -> None:
         settle(self, "data.")
         check_dataset_name(self.name)
+        if size := parse_size(self.image_size):
+            text = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+            object.__setattr__(self, "image_size", text)  # equal sizes have equal fingerprints
+        rule = f"must be 0 (automatic), or at least data.image_size, {self.image_size}"
+        require(self.resize == 0 or size is None or self.resize >= min(size), "data.resize", self.resize, rule)
+        require(self.resize == 0 or size is not None, "data.resize", self.resize, "needs data.image_size; set both")
+        require(self.memory >= 0, "data.memory", self.memory, "must be 0 (automatic) or more")
         Normalisation(self.mean, self.std)
         rule = f"must be one of {', '.join(VALIDATION_FROM)}"
         require(self.validation_from in VALIDATION_FROM, "data.validation_from", self.validation_from, rule)
