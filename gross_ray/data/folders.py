@@ -12,12 +12,16 @@ from pathlib import Path
 
 from gross_ray.data.decoding import image_endings
 from gross_ray.data.identity import SPLITS
+from gross_ray.data.image_files import Reading
 from gross_ray.data.image_set import Splits
 from gross_ray.data.labelled import Labelled, PassedOver, listed, read_labelled
+from gross_ray.data.reading import Part
 from gross_ray.data.splitting import one_each, split_of
 from gross_ray.errors import DatasetError, one_line
 
 _LAYOUT = "make one folder of images a class, like train/cat, validation/cat and test/cat, or only cat"
+FILES_A_PART = 64
+"""How many files a process reads at a time."""
 _JUNK = ("thumbs.db", "desktop.ini", "__macosx")
 
 
@@ -26,12 +30,13 @@ def is_junk(name: str) -> bool:
     return name.startswith(".") or name.lower() in _JUNK
 
 
-def read_folder(name: str, path: Path, *, skip_damaged: bool = False) -> Splits:
+def read_folder(how: Reading, path: Path) -> Splits:
     """Read the images of a folder into the three splits, with notes about what was read and what was passed over.
 
     Classes and the files of each are sorted by name. Raises DatasetError for a folder without images, and as
     `gross_ray.data.labelled.read_labelled` does.
     """
+    name = how.options.name
     if not path.is_dir():
         raise DatasetError(f"{name}: there is no folder {path}; {_LAYOUT}")
     passed_over = PassedOver("file")
@@ -46,8 +51,8 @@ def read_folder(name: str, path: Path, *, skip_damaged: bool = False) -> Splits:
         deeper = not splits and any(each.is_dir() for each in (path / classes[0]).iterdir())
         remedy = f"; is the dataset folder:{path / classes[0]}?" if deeper else ""
         raise DatasetError(f"{name}: {path} has one class only, {classes[0]}, and two or more are needed{remedy}")
-    found = {split: _labelled(splits.get(split, path).name, classes, each) for split, each in files.items()}
-    read = read_labelled(name, found, classes, passed_over, skip_damaged=skip_damaged)
+    found = {split: _labelled(splits.get(split, path), classes, each) for split, each in files.items()}
+    read = read_labelled(name, found, classes, passed_over, how)
     notes = []
     if empty := sorted({each for of_split in files.values() for each in of_split} - {*classes}):
         notes.append(f"class folders without an image, which are no classes: {listed(empty)}")
@@ -119,10 +124,21 @@ def _images(files: Iterable[Path], passed_over: PassedOver, *, stray: bool = Fal
     return images
 
 
-def _labelled(split: str, classes: Sequence[str], files: dict[str, list[Path]]) -> Labelled:
+def _labelled(folder: Path, classes: Sequence[str], files: dict[str, list[Path]]) -> Labelled:
     labels = [label for label, each in enumerate(classes) for _ in files.get(each, ())]
     paths = [file for each in classes for file in files.get(each, ())]
-    return Labelled(split, labels, lambda: ((str(file), file) for file in paths))
+
+    def part(paths: Sequence[Path]) -> Part:
+        return Part(len(paths), lambda: ((str(file), file) for file in paths))
+
+    parts = [part(paths[start : start + FILES_A_PART]) for start in range(0, len(paths), FILES_A_PART)]
+    return Labelled(folder.name, labels, parts, lambda: [signature(file, folder) for file in paths])
+
+
+def signature(file: Path, folder: Path) -> list[str | int]:
+    """Return a file's path in a folder, its size and its time."""
+    stat = file.stat()
+    return [str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns]
 
 
 def _unreadable(name: str, path: Path, error: OSError) -> DatasetError:

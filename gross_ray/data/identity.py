@@ -96,6 +96,8 @@ def identity_of(splits: Splits) -> DataIdentity:
 
 def _split_identity(images: ImageSet) -> SplitIdentity:
     """Hash shape, dtype and values of images, with their margin, and labels, in slices to avoid a second copy."""
+    if images.mapped is not None and images.mapped.count == len(images):
+        return SplitIdentity(images.mapped.hash, len(images))
     digest = hashlib.sha256()
     for tensor, dtype in ((images.stored, "u1"), (images.labels, "<i8")):
         digest.update(json.dumps([dtype, list(tensor.shape)]).encode())

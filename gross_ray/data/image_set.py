@@ -6,12 +6,14 @@ Shapes: N images, B in a batch, H height, W width, RH and RW height and width wi
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,22 @@ T = TypeVar("T")
 
 AHEAD = 2
 """How many batches of streamed images are prepared while the device works on one."""
+
+
+@dataclass(frozen=True)
+class MappedSplit:
+    """The file of a split whose images are not in memory but mapped from it (`gross_ray.data.image_files`)."""
+
+    root: str
+    """Folder of datasets, like ~/.cache/gross_ray, on each machine."""
+    key: str
+    """Name of the folder with the dataset's files."""
+    split: str
+    """The split."""
+    hash: str
+    """The hash of the whole split (`gross_ray.data.identity`)."""
+    count: int
+    """Number of images of the whole split."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +53,8 @@ class ImageSet:
     wider: Tensor | None = field(default=None, kw_only=True)
     """(N, 3, RH, RW), uint8: the same images with the margin from which trainings draw crops; `images` is its centre,
     a view. None: the images have no margin."""
+    mapped: MappedSplit | None = field(default=None, kw_only=True)
+    """The file whose first images these are; None: they are in memory."""
     normalisation: Normalisation = field(default=THE_PAPERS, kw_only=True)
     """Applied to the images in `as_inputs`."""
     streamed_to: torch.device | None = field(default=None, kw_only=True)
@@ -60,9 +80,9 @@ class ImageSet:
     def with_stored(self, stored: Tensor, labels: Tensor) -> ImageSet:
         """Return a set of the same kind with other images, `stored` with the same margin, and labels."""
         if self.wider is None:
-            return replace(self, images=stored, labels=labels)
+            return replace(self, images=stored, labels=labels, mapped=None)
         height, width = self.images.shape[2:]
-        return replace(self, images=centre(stored, (height, width)), wider=stored, labels=labels)
+        return replace(self, images=centre(stored, (height, width)), wider=stored, labels=labels, mapped=None)
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +101,9 @@ class ImageSet:
         """Return the first `n` images, or all for 0; raises InvalidValueError if the set has fewer than `n`."""
         if not 0 <= n <= len(self):
             raise InvalidValueError(f"n = {n}: must be 0 (all) to {len(self)}, the number of images")
-        return self.with_stored(self.stored[:n], self.labels[:n]) if n else self
+        if not n:
+            return self
+        return replace(self.with_stored(self.stored[:n], self.labels[:n]), mapped=self.mapped)
 
     def part(self, indices: Tensor) -> ImageSet:
         """Return the images at `indices`, (N_part,) int64, in that order."""
@@ -139,6 +161,13 @@ class Splits:
     """Names of the classes, in the order of the labels."""
     notes: tuple[str, ...] = ()
     """Lines for the user about what was read, converted and passed over."""
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """Return an array that must not be written to, of a file or Ray's object store, as a tensor on the same memory."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def centre(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,25 +1,35 @@
 """Labelled images, from files or rows of tables, read into splits of uint8 images of one size.
 
-Shapes: N images, H height, W width; images are (N, 3, H, W).
+Shapes: N images, C channels, RH and RW height and width of a stored image; stored images are (N, C, RH, RW).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gross_ray.data.decoding import PIL_ERRORS, decoded
+from gross_ray.data.identity import SPLITS
+from gross_ray.data.image_files import ImageFiles, Reading
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.data.splitting import in_three
-from gross_ray.errors import DatasetError, one_line
+from gross_ray.data.options import DataOptions
+from gross_ray.data.reading import Form, Part, PartRead, Reader, Source
+from gross_ray.data.sizes import Sizes, parse_size, usual_resize
+from gross_ray.data.splitting import Arrangement, arranged, repeated_line
+from gross_ray.errors import DatasetError
 
 NAMED = 5
 """Maximum number of files, folders and classes that a line names."""
+LOOKED_AT = 100
+"""How many images decide whether images are larger than the network's input."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,10 @@ class Labelled:
     """The split's name in the dataset, like val."""
     labels: Sequence[int]
     """The class of each image, an index into the names of the classes."""
-    images: Callable[[], Iterable[tuple[str, Path | bytes]]]
-    """Returns where each image is, for errors, and its file or the content of its file."""
+    parts: Sequence[Part]
+    """The images, in the order of the labels."""
+    signature: Callable[[], Any]
+    """Returns plain values for JSON that change if the images do, like the files' sizes and times."""
 
 
 @dataclass
@@ -57,26 +69,133 @@ class PassedOver:
 
 
 def read_labelled(
-    name: str, found: Mapping[str, Labelled], classes: Sequence[str], passed_over: PassedOver, *, skip_damaged: bool
+    name: str, found: Mapping[str, Labelled], classes: Sequence[str], passed_over: PassedOver, how: Reading
 ) -> Splits:
-    """Decode the images of each split and make the three splits of them, with notes about all that was done.
+    """Decode the images of each split, in the size of the options, and make the three splits, with notes.
 
-    `found` has the key train, and any of validation and test. A damaged image is passed over if `skip_damaged` is true.
-    Raises DatasetError, naming the file, for a damaged image and for one of another size, and for classes on which
-    nothing can be learnt.
+    `found` has the key train, and any of validation and test. What memory holds is read by this process; more than that
+    is read into files once, by all cores (`Reading`). A damaged image is passed over if the options say so. Raises
+    DatasetError, naming the file, for a damaged image and for one of another size, for classes on which nothing can be
+    learnt, and for files that cannot be written.
     """
-    missing = check_classes(name, found, classes)
-    reader = _Reader(name, passed_over, skip_damaged)
-    pools = {split: reader.read(labelled) for split, labelled in found.items()}
-    if passed_over.damaged:
-        kept = {split: replace(found[split], labels=pool.labels.tolist()) for split, pool in pools.items()}
-        missing = check_classes(name, kept, classes)
-    splits = in_three(name, pools, tuple(classes), {split: each.name for split, each in found.items()})
-    number = sum(map(len, pools.values()))
-    read = f"read {number:,} images of {len(classes)} classes{passed_over.text()}"
-    converted = [f"{count:,} {kind}" for kind, count in reader.conversions.most_common()]
-    conversions = [f"converted to 8-bit RGB: {', '.join(converted)}"] if converted else []
-    return replace(splits, notes=(read, *conversions, *missing, *splits.notes))
+    dataset = _Dataset(name, found, tuple(classes), passed_over, how.options)
+    return dataset.in_memory() if how.fits(dataset.nbytes) else dataset.in_files(how)
+
+
+class _Dataset:
+    """The images of all splits, not decoded yet, and how they become the three splits."""
+
+    def __init__(
+        self,
+        name: str,
+        found: Mapping[str, Labelled],
+        classes: tuple[str, ...],
+        passed_over: PassedOver,
+        options: DataOptions,
+    ) -> None:
+        self._missing = check_classes(name, found, classes)
+        self._name, self._classes, self._passed_over, self._options = name, classes, passed_over, options
+        self._found = {split: found[split] for split in SPLITS if split in found}
+        labels = {split: torch.tensor(each.labels, dtype=torch.int64) for split, each in self._found.items()}
+        self._labels = torch.cat([*labels.values()])
+        names = {split: each.name for split, each in found.items()}
+        self._order = arranged(labels, names, validation_from=options.validation_from)
+        parts = [part for each in self._found.values() for part in each.parts]
+        self._form = form_of(name, parts, options)
+        rows = [rows.numpy() for rows in self._order.rows.values()]
+        self._reader = Reader(name, parts, self._form, rows, options.skip_damaged)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the stored images."""
+        return len(self._labels) * math.prod(self._form.shape)
+
+    def in_memory(self) -> Splits:
+        """Read all images in this process."""
+        arrays = [np.empty((len(rows), *self._form.shape), np.uint8) for rows in self._order.rows.values()]
+        kept, notes = self._summary(self._reader.here(arrays))
+        sets = []
+        for array, rows in zip(arrays, self._order.rows.values(), strict=True):
+            read = kept[rows]
+            stored = torch.from_numpy(array if read.all() else array[read.numpy()])
+            sets.append(ImageSet.centred(stored, self._form.sizes.size, self._labels[rows[read]]))
+        splits = Splits(self._name, sets[0], sets[1], sets[2], self._classes)
+        return replace(splits, notes=(*notes, *repeated_line(splits)))
+
+    def in_files(self, how: Reading) -> Splits:
+        """Read all images into files in processes on all cores, if the files are not there yet."""
+        files = ImageFiles.of(how.root, self._key())
+        with files.locked(how.note):
+            if not files.complete():
+                counts = {split: len(rows) for split, rows in self._order.rows.items()}
+                kept, notes = self._summary(files.read(self._name, self._reader, counts, self._form, how))
+                read = {split: kept[rows] for split, rows in self._order.rows.items()}
+                labels = {split: self._labels[rows[read[split]]] for split, rows in self._order.rows.items()}
+                files.finish(read, labels, self._classes, notes)
+        return files.splits()
+
+    def _key(self) -> dict[str, Any]:
+        """Return what the stored images depend on."""
+        return {
+            "images": {split: each.signature() for split, each in self._found.items()},
+            "labels": {split: list(each.labels) for split, each in self._found.items()},
+            "classes": self._classes,
+            "form": [*self._form.shape, *self._form.sizes.size],
+            "options": [self._options.validation_from, self._options.skip_damaged],
+        }
+
+    def _summary(self, reads: Sequence[PartRead]) -> tuple[Tensor, list[str]]:
+        """Return for each image whether it was read, (N,) bool, and the notes.
+
+        Raises DatasetError if nothing can be learnt without the damaged images.
+        """
+        kept, missing = torch.from_numpy(self._reader.kept(reads)), self._missing
+        self._passed_over.damaged = [where for read in reads for where in read.damaged.values()]
+        if self._passed_over.damaged:
+            missing = check_classes(self._name, self._without_damaged(kept), self._classes)
+        conversions = sum((read.conversions for read in reads), Counter[str]())
+        converted = [f"{count:,} {kind}" for kind, count in conversions.most_common()]
+        notes = [f"read {int(kept.sum()):,} images of {len(self._classes)} classes{self._passed_over.text()}"]
+        notes += [f"converted to 8-bit RGB: {', '.join(converted)}"] if converted else []
+        notes += [self._form.sizes.note] if self._form.resizes else []
+        rows = {split: rows[kept[rows]] for split, rows in self._order.rows.items()}
+        return kept, [*notes, *missing, Arrangement(rows, self._order.how).note]
+
+    def _without_damaged(self, kept: Tensor) -> dict[str, Labelled]:
+        counts = [len(each.labels) for each in self._found.values()]
+        of_splits = zip(self._found.items(), kept.split(counts), self._labels.split(counts), strict=True)
+        left = {split: replace(each, labels=labels[read].tolist()) for (split, each), read, labels in of_splits}
+        for each in left.values():
+            if not each.labels:
+                text = f"all images of {each.name} are damaged ({listed(self._passed_over.damaged)}); replace them"
+                raise DatasetError(f"{self._name}: {text}")
+        return left
+
+
+def form_of(name: str, parts: Sequence[Part], options: DataOptions) -> Form:
+    """Return the form of the stored images, by the options and the first images that can be decoded.
+
+    Raises DatasetError if none can be.
+    """
+    size = parse_size(options.image_size)
+    if size is not None and options.resize:
+        return Form(options.channels, Sizes.of(size, options.resize))
+    images = chain.from_iterable(part.images() for part in parts)
+    shapes = [*islice(_shapes(images), 1 if size is None else LOOKED_AT)]
+    if not shapes:
+        raise DatasetError(f"{name}: all images are damaged; replace them")
+    if size is None:
+        return Form(options.channels, Sizes(shapes[0], shapes[0]), resizes=False)
+    return Form(options.channels, Sizes.of(size, usual_resize(size, [min(shape) for shape in shapes])))
+
+
+def _shapes(images: Iterable[tuple[str, Source]]) -> Iterator[tuple[int, int]]:
+    for _, source in images:
+        try:
+            height, width = (source if isinstance(source, np.ndarray) else decoded(source)[0]).shape[:2]
+        except PIL_ERRORS:  # reported, or passed over, when all images are read
+            continue
+        yield height, width
 
 
 def check_classes(name: str, found: Mapping[str, Labelled], classes: Sequence[str]) -> list[str]:
@@ -107,47 +226,3 @@ def listed(names: Sequence[str]) -> str:
 
 def _named(classes: Sequence[str], labels: Iterable[int]) -> str:
     return listed([classes[label] for label in labels])
-
-
-class _Reader:
-    """Decodes images of one size, and counts their conversions. In one thread: Pillow decodes no faster with two."""
-
-    def __init__(self, name: str, passed_over: PassedOver, skip_damaged: bool) -> None:
-        self.conversions: Counter[str] = Counter()
-        self._name, self._passed_over, self._skip_damaged = name, passed_over, skip_damaged
-        self._shape: tuple[int, ...] = ()
-
-    def read(self, labelled: Labelled) -> ImageSet:
-        """Return the images of one split, without damaged ones."""
-        kept: list[int] = []
-        images = np.empty(0, np.uint8)
-        for index, (where, source) in enumerate(labelled.images()):
-            try:
-                pixels, conversions = decoded(source)
-            except PIL_ERRORS as error:
-                self._damaged(where, error)
-                continue
-            self.conversions.update(conversions)
-            self._check_size(where, pixels.shape)
-            if not kept:
-                images = np.empty((len(labelled.labels), 3, *self._shape[:2]), np.uint8)
-            images[len(kept)] = pixels.transpose(2, 0, 1)
-            kept.append(index)
-        if not kept:
-            damaged = listed(self._passed_over.damaged)
-            raise DatasetError(f"{self._name}: all images of {labelled.name} are damaged ({damaged}); replace them")
-        labels = torch.tensor(labelled.labels, dtype=torch.int64)
-        return ImageSet(torch.from_numpy(images[: len(kept)]), labels[torch.tensor(kept)])
-
-    def _damaged(self, where: str, error: Exception) -> None:
-        if not self._skip_damaged:
-            remedy = "replace it, remove it, or pass over damaged images with data.skip_damaged=true"
-            raise DatasetError(f"{self._name}: {where} cannot be read ({one_line(error)}); {remedy}") from error
-        self._passed_over.damaged.append(where)
-
-    def _check_size(self, where: str, shape: tuple[int, ...]) -> None:
-        self._shape = self._shape or shape
-        if shape != self._shape:
-            (height, width), (before, beside) = shape[:2], self._shape[:2]
-            sizes = f"{where} is {width}x{height} pixels, the images before it {beside}x{before}"
-            raise DatasetError(f"{self._name}: {sizes}; resize all images to one size")

@@ -6,17 +6,18 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gross_ray.data.folders import is_junk
+from gross_ray.data.folders import is_junk, signature
 from gross_ray.data.identity import SPLITS
+from gross_ray.data.image_files import Reading
 from gross_ray.data.image_set import Splits
 from gross_ray.data.labelled import listed
-from gross_ray.data.options import DataOptions
-from gross_ray.data.rows import Rows, read_rows
+from gross_ray.data.rows import Chunk, Rows, read_rows
 from gross_ray.data.splitting import SPLIT_NAMES, one_each, split_of
 from gross_ray.errors import DatasetError, one_line
 
@@ -28,18 +29,18 @@ _ROWS_AT_A_TIME = 64
 _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
 
-def read_parquet(options: DataOptions, path: Path) -> Splits:
+def read_parquet(how: Reading, path: Path) -> Splits:
     """Read the images of a Parquet file, or of all those in a folder, into the three splits, with notes.
 
     A file, and files without the names of splits, are one split, which is split 3:1:1. Files are read in the order of
     their names. Raises DatasetError, naming the file, and as `gross_ray.data.rows.read_rows` does.
     """
-    name = options.name
+    name = how.options.name
     if "://" in name:
         raise DatasetError(f"{name}: is not a local path; copy the files here, and {_LAYOUT}")
     found, notes = ({"train": (path.name, [path])}, ()) if path.is_file() else _files(name, path)
-    rows = {split: _rows(name, *named) for split, named in found.items()}
-    splits = read_rows(options, rows)
+    rows = {split: _rows(name, path, *named) for split, named in found.items()}
+    splits = read_rows(how, rows)
     return replace(splits, notes=(*splits.notes, *notes))
 
 
@@ -82,21 +83,27 @@ def _dataset(file: Path) -> str:
     return "/".join(part for part in file.parent.parts if not split_of(part)) or "."
 
 
-def _rows(name: str, split: str, files: Sequence[Path]) -> Rows:
-    def column(column: str) -> Iterator[tuple[str, pa.Array]]:
-        for file in files:
-            with _errors(name, file), pq.ParquetFile(file, page_checksum_verification=True) as opened:
-                for batch in opened.iter_batches(_ROWS_AT_A_TIME, columns=[column]):
-                    yield str(file), batch.column(0)
-
-    schemas = {}
+def _rows(name: str, folder: Path, split: str, files: Sequence[Path]) -> Rows:
+    chunks, schemas = list[Chunk](), {}
     for file in files:
         with _errors(name, file):
-            schemas[file] = pq.read_schema(file)
+            schemas[file], metadata = pq.read_schema(file), pq.read_metadata(file)
+        first = 0
+        for group in range(metadata.num_row_groups):
+            count = metadata.row_group(group).num_rows
+            chunks.append(Chunk(str(file), first, count, partial(_column, name, file, group)))
+            first += count
     for file, schema in schemas.items():
         if not schema.equals(schemas[files[0]]):
             raise DatasetError(f"{name}: the columns of {file} differ from those of {files[0]}; write them alike")
-    return Rows(split, schemas[files[0]], column)
+    base = folder if folder.is_dir() else folder.parent
+    return Rows(split, schemas[files[0]], chunks, lambda: [signature(file, base) for file in files])
+
+
+def _column(name: str, file: Path, group: int, column: str) -> Iterator[pa.Array]:
+    with _errors(name, file), pq.ParquetFile(file, page_checksum_verification=True) as opened:
+        for batch in opened.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=[column], use_threads=False):
+            yield batch.column(0)
 
 
 @contextmanager

@@ -14,14 +14,29 @@ from typing import Any
 
 import pyarrow as pa
 
+from gross_ray.data.image_files import Reading
 from gross_ray.data.image_set import Splits
 from gross_ray.data.labelled import Labelled, PassedOver, listed, read_labelled
-from gross_ray.data.options import DataOptions
+from gross_ray.data.reading import Part
 from gross_ray.errors import DatasetError
 
 _METADATA = b"huggingface"
 _types = pa.types
 _IS_LIST = (_types.is_list, _types.is_large_list, _types.is_fixed_size_list)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some of the rows of a split that are read together, like a row group of a file."""
+
+    where: str
+    """What they are rows of, like a file, for errors."""
+    first: int
+    """The number of the first row in that."""
+    count: int
+    """How many rows."""
+    column: Callable[[str], Iterable[pa.Array | pa.ChunkedArray]]
+    """Returns the values of a column, in order."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +47,21 @@ class Rows:
     """The split's name in the dataset, like train."""
     schema: pa.Schema
     """Their columns, and the metadata."""
-    column: Callable[[str], Iterable[tuple[str, pa.Array | pa.ChunkedArray]]]
-    """Returns the values of a column in parts, with where each part is, for errors."""
+    chunks: Sequence[Chunk]
+    """The rows, in order."""
+    signature: Callable[[], Any]
+    """Returns plain values for JSON that change if the rows do."""
 
 
-def read_rows(options: DataOptions, found: Mapping[str, Rows]) -> Splits:
+def read_rows(how: Reading, found: Mapping[str, Rows]) -> Splits:
     """Read the images and classes of the rows of each split into the three splits.
 
     `found` has the key train, and any of validation and test. Without names in the metadata, the classes are the values
     that occur, sorted. Raises DatasetError for columns that cannot be chosen or used, for rows without a class or an
     image, and as `gross_ray.data.labelled.read_labelled` does.
     """
-    name, schema = options.name, found["train"].schema
+    options, schema = how.options, found["train"].schema
+    name = options.name
     image = _image_column(name, schema, options.image_column)
     label = _label_column(name, schema, options.label_column, image)
     for rows in found.values():
@@ -56,10 +74,15 @@ def read_rows(options: DataOptions, found: Mapping[str, Rows]) -> Splits:
     of_label = _class_numbers(name, values, named)
     classes = named or [*map(str, of_label)]
     labelled = {
-        split: Labelled(rows.name, [of_label[value] for value in values[split]], _images(rows, image))
+        split: Labelled(
+            rows.name,
+            [of_label[value] for value in values[split]],
+            [_part(chunk, image) for chunk in rows.chunks],
+            lambda rows=rows: [image, rows.signature()],
+        )
         for split, rows in found.items()
     }
-    splits = read_labelled(name, labelled, classes, PassedOver("image"), skip_damaged=options.skip_damaged)
+    splits = read_labelled(name, labelled, classes, PassedOver("image"), how)
     source = "named by the metadata" if named else "its values, sorted"
     note = f"images: column {image}; classes: column {label}, {source}: {listed(classes)}"
     return replace(splits, notes=(note, *splits.notes))
@@ -147,24 +170,23 @@ def _is_class_label(feature: Any) -> bool:
 
 def _labels(name: str, rows: Rows, label: str) -> Sequence[Any]:
     labels: list[Any] = []
-    for where, values in rows.column(label):
-        if values.null_count:
-            raise DatasetError(f"{name}: {where}: {values.null_count} rows have no {label}; remove them")
-        labels += values.to_pylist()
+    for chunk in rows.chunks:
+        for values in chunk.column(label):
+            if values.null_count:
+                raise DatasetError(f"{name}: {chunk.where}: {values.null_count} rows have no {label}; remove them")
+            labels += values.to_pylist()
     return labels
 
 
-def _images(rows: Rows, image: str) -> Callable[[], Iterator[tuple[str, Path | bytes]]]:
+def _part(chunk: Chunk, image: str) -> Part:
     def images() -> Iterator[tuple[str, Path | bytes]]:
-        before, number = "", 0
-        for where, values in rows.column(image):
-            number = number if where == before else 0
-            before = where
+        number = chunk.first
+        for values in chunk.column(image):
             for value in values:
-                yield f"{where}, row {number}", _content(value.as_py())
+                yield f"{chunk.where}, row {number}", _content(value.as_py())
                 number += 1
 
-    return images
+    return Part(chunk.count, images)
 
 
 def _content(value: Any) -> Path | bytes:

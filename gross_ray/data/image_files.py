@@ -1,0 +1,325 @@
+"""Images that memory does not hold: decoded once into files, which every process of a machine maps into its memory.
+
+ROOT/images/KEY has for each split one file, SPLIT.u8, with its images one after another; read.jsonl, the parts that are
+read, until all are; and then complete.json, with the labels, the notes and the hash of each split. Shapes: N images,
+C channels, RH and RW height and width of a stored image; a file is (N, C, RH, RW), uint8.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+
+from gross_ray.atomic import whole_or_not_at_all
+from gross_ray.data.identity import SPLITS, identity_of
+from gross_ray.data.image_set import ImageSet, MappedSplit, Splits, tensor_of
+from gross_ray.data.memory import free_memory
+from gross_ray.data.options import DataOptions
+from gross_ray.data.reading import Form, PartRead, Reader
+from gross_ray.data.splitting import repeated_line
+from gross_ray.errors import DatasetError, one_line
+
+ROOT = "~/.cache/gross_ray"
+"""The folder of datasets, unless another one is named."""
+_FORMAT = 1
+_COMPLETE, _BEGUN, _READ = "complete.json", "begun.json", "read.jsonl"
+_SECONDS_TO_FLUSH = 5.0
+"""How often what was read is written to the disk, so that a crash costs no more."""
+
+
+def _ignore(*_: object) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read: the options, and where those go that memory does not hold."""
+
+    options: DataOptions
+    """Sizes, columns, damaged images, and the memory that images may take."""
+    root: str = ROOT
+    """Folder of datasets; its folder `images` gets the files."""
+    note: Callable[[str], object] = _ignore
+    """Shows one line."""
+    progress: Callable[[int, int], object] = _ignore
+    """Called with the numbers of images that are read into files and of all, again and again."""
+
+    def fits(self, nbytes: int) -> bool:
+        """Return whether images of `nbytes` are kept in memory."""
+        return nbytes <= (self.options.memory or free_memory() // 4)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The files of one dataset with one set of options."""
+
+    root: str
+    """Folder of datasets, like ~/.cache/gross_ray."""
+    key: str
+    """Name of their folder: a hash of what the images depend on."""
+
+    @classmethod
+    def of(cls, root: str, depends_on: Mapping[str, Any]) -> ImageFiles:
+        """Return the files for images that depend on these plain values, and on the version of Pillow."""
+        values = json.dumps([_FORMAT, PIL.__version__, depends_on], sort_keys=True)
+        return cls(root, hashlib.sha256(values.encode()).hexdigest()[:16])
+
+    @property
+    def folder(self) -> Path:
+        """The folder on this machine."""
+        return folder_of(self.root) / self.key
+
+    @contextmanager
+    def locked(self, note: Callable[[str], object] = _ignore) -> Iterator[None]:
+        """Lock the files while the block runs, after another process that has locked them has ended."""
+        with _errors(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                note(f"waiting for another process, which reads the same images into {self.folder}")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def complete(self) -> bool:
+        """Return whether the files are there and unchanged; files that were changed are deleted.
+
+        A file whose size and time are those of its last check counts as unchanged; else its hash is computed.
+        """
+        described = self.description()
+        if described is None:
+            return False
+        if all(self._stamp(split) == each["stamp"] for split, each in described["splits"].items()):
+            return True
+        if not self.verify():
+            shutil.rmtree(self.folder)
+            return False
+        self._describe(described)
+        return True
+
+    def verify(self) -> bool:
+        """Return whether the files have the images that were read, by their hashes."""
+        described = self.description()
+        if described is None:
+            return False
+        for split, each in described["splits"].items():
+            stamp = self._stamp(split)
+            if stamp is None or stamp[0] != math.prod(each["shape"]):
+                return False
+        found = identity_of(self._opened(described, hashes={}))
+        return all(getattr(found, split).hash == each["hash"] for split, each in described["splits"].items())
+
+    def description(self) -> dict[str, Any] | None:
+        """Return what complete.json says, or None if the files are not complete."""
+        path = self.folder / _COMPLETE
+        try:
+            return dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            remedy = f"delete it with gross data --clear {self.key}"
+            raise DatasetError(f"{path} cannot be read ({one_line(error)}); {remedy}") from error
+
+    def splits(self) -> Splits:
+        """Return the images of complete files; raises DatasetError if they are not complete."""
+        described = self.description()
+        if described is None:
+            raise DatasetError(f"there are no complete files of images in {self.folder}; load the dataset again")
+        return self._opened(described, {split: each["hash"] for split, each in described["splits"].items()})
+
+    def read(self, name: str, reader: Reader, counts: Mapping[str, int], form: Form, how: Reading) -> list[PartRead]:
+        """Read all parts into files with room for `counts` images, and go on where an earlier reading ended."""
+        sizes = np.diff(reader.starts)
+        with _errors(self.folder):
+            shapes = {split: [count, *form.shape] for split, count in counts.items()}
+            done = self._begun({"name": name, "size": form.sizes.size, "shapes": shapes, "images": int(sum(sizes))})
+            arrays = [_mapped(self._file(split), shape, "r+") for split, shape in shapes.items()]
+            missing = [number for number in range(len(sizes)) if number not in done]
+            with _Journal(self.folder / _READ, arrays) as journal:
+                for number, read in reader.on_all_cores(missing, arrays):
+                    done[number] = read
+                    journal.add(number, int(sizes[number]), read)
+                    how.progress(int(sum(sizes[[*done]])), int(sum(sizes)))
+        return [done[number] for number in range(len(sizes))]
+
+    def finish(
+        self, read: Mapping[str, Tensor], labels: Mapping[str, Tensor], classes: Sequence[str], notes: Sequence[str]
+    ) -> None:
+        """Complete the files: close the gaps of images that were not read, and store labels, hashes and notes.
+
+        `read` says of each row of a split's file whether it has an image, (N,) bool; `labels` are those of images.
+        """
+        with _errors(self.folder):
+            begun = json.loads((self.folder / _BEGUN).read_text())
+            if not all(rows.all() for rows in read.values()):
+                (self.folder / _READ).unlink()  # after an interruption from here on, all images are read again
+                for split, rows in read.items():
+                    self._close_gaps(split, begun["shapes"][split], rows.numpy())
+            described = {key: begun[key] for key in ("name", "size")} | {"classes": [*classes], "notes": [*notes]}
+            described["splits"] = {
+                split: {"shape": [len(of_split), *begun["shapes"][split][1:]], "labels": of_split.tolist()}
+                for split, of_split in labels.items()
+            }
+            splits = self._opened(described, hashes={})
+            identity = identity_of(splits)
+            for split, each in described["splits"].items():
+                each["hash"] = getattr(identity, split).hash
+            described["notes"] += repeated_line(splits)
+            self._describe(described)
+            for file in (_READ, _BEGUN):
+                (self.folder / file).unlink(missing_ok=True)
+
+    def progress(self) -> tuple[str, int, int]:
+        """Return the dataset's name, the number of images that are read, and that of all."""
+        if (described := self.description()) is not None:
+            number = sum(each["shape"][0] for each in described["splits"].values())
+            return described["name"], number, number
+        try:
+            begun = json.loads((self.folder / _BEGUN).read_text())
+        except (OSError, ValueError):
+            return "unknown", 0, 0
+        return begun["name"], sum(number for _, number, _ in _journal(self.folder / _READ)), begun["images"]
+
+    def _begun(self, begins: dict[str, Any]) -> dict[int, PartRead]:
+        """Create the files, or return the parts that are read, by their numbers."""
+        begins = json.loads(json.dumps(begins))
+        with suppress(OSError, ValueError):  # nothing is begun, or nothing of use
+            if json.loads((self.folder / _BEGUN).read_text()) == begins:
+                return {number: PartRead.from_dict(read) for number, _, read in _journal(self.folder / _READ)}
+        shutil.rmtree(self.folder, ignore_errors=True)
+        needed = sum(map(math.prod, begins["shapes"].values()))
+        free = shutil.disk_usage(self.folder.parent).free
+        if needed > free:
+            rule = f"the images take {needed / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free"
+            raise DatasetError(f"{self.folder}: {rule}; name a folder on another disk with --data-root")
+        self.folder.mkdir()
+        for split, shape in begins["shapes"].items():
+            with open(self._file(split), "wb") as file:
+                file.truncate(math.prod(shape))
+        with whole_or_not_at_all(self.folder / _BEGUN) as path:
+            path.write_text(json.dumps(begins))
+        return {}
+
+    def _close_gaps(self, split: str, shape: Sequence[int], read: np.ndarray) -> None:
+        images = _mapped(self._file(split), shape, "r+")
+        for position, row in enumerate(np.flatnonzero(read)):
+            images[position] = images[row]
+        images.flush()
+        os.truncate(self._file(split), int(read.sum()) * math.prod(shape[1:]))
+
+    def _describe(self, described: dict[str, Any]) -> None:
+        for split, each in described["splits"].items():
+            each["stamp"] = self._stamp(split)
+        with whole_or_not_at_all(self.folder / _COMPLETE) as path:
+            path.write_text(json.dumps(described))
+
+    def _opened(self, described: Mapping[str, Any], hashes: Mapping[str, str]) -> Splits:
+        """Return the images; those of a split without a hash do not know that they are in a file."""
+        sets = []
+        for split in SPLITS:
+            each = described["splits"][split]
+            with _errors(self.folder):
+                images = tensor_of(_mapped(self._file(split), each["shape"], "r"))
+            part = ImageSet.centred(images, tuple(described["size"]), torch.tensor(each["labels"]))
+            of_file = MappedSplit(self.root, self.key, split, hashes[split], each["shape"][0]) if hashes else None
+            sets.append(replace(part, mapped=of_file))
+        train, validation, test = sets
+        notes = tuple(described["notes"])
+        return Splits(described["name"], train, validation, test, tuple(described["classes"]), notes)
+
+    def _file(self, split: str) -> Path:
+        return self.folder / f"{split}.u8"
+
+    def _stamp(self, split: str) -> list[int] | None:
+        """Return the size and the time of a split's file, or None if there is none."""
+        try:
+            stat = self._file(split).stat()
+        except OSError:
+            return None
+        return [stat.st_size, stat.st_mtime_ns]
+
+
+class _Journal:
+    """The parts that were read: a line each, written after its images are on the disk."""
+
+    def __init__(self, path: Path, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays, self._waiting, self._flushed = arrays, list[str](), time.monotonic()
+        self._file = open(path, "a")  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._file.close()
+
+    def add(self, number: int, num_images: int, read: PartRead) -> None:
+        """Add a part, written with the next flush."""
+        self._waiting.append(json.dumps([number, num_images, read.to_dict()]) + "\n")
+        if time.monotonic() - self._flushed > _SECONDS_TO_FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        for array in self._arrays:
+            if isinstance(array, np.memmap):
+                array.flush()
+        self._file.writelines(self._waiting)
+        self._file.flush()
+        self._waiting.clear()
+        self._flushed = time.monotonic()
+
+
+def _journal(path: Path) -> list[tuple[int, int, dict[str, Any]]]:
+    """Return the number, the number of images and the record of each part that was read."""
+    found = []
+    with suppress(OSError), open(path) as lines:
+        for line in lines:
+            with suppress(ValueError):  # a line that a crash has cut off
+                number, num_images, read = json.loads(line)
+                found.append((number, num_images, read))
+    return found
+
+
+def folder_of(root: str) -> Path:
+    """Return the folder in the root of datasets that has all files of images."""
+    return Path(root).expanduser() / "images"
+
+
+def all_files(root: str) -> list[ImageFiles]:
+    """Return the files of all datasets below `root`, complete or not."""
+    folder = folder_of(root)
+    return [ImageFiles(root, path.name) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+
+
+def _mapped(path: Path, shape: Sequence[int], mode: Literal["r", "r+"]) -> np.ndarray:
+    if not math.prod(shape):  # an empty file cannot be mapped
+        return np.empty(tuple(shape), np.uint8)
+    return np.memmap(path, np.uint8, mode, shape=tuple(shape))
+
+
+@contextmanager
+def _errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        remedy = "make room there, or name another folder with --data-root"
+        raise DatasetError(f"the images' files in {folder} cannot be used ({one_line(error)}); {remedy}") from error
