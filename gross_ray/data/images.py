@@ -25,7 +25,7 @@ from gross_ray.data.own import read_datasets, read_own
 from gross_ray.data.parquet import read_parquet
 from gross_ray.data.sample import SAMPLE_FILE, read_sample
 from gross_ray.data.splitting import in_three, repeated_line, validated_on_test
-from gross_ray.data.torchvision_datasets import read_cifar10
+from gross_ray.data.torchvision_datasets import read_torchvision_dataset
 from gross_ray.errors import DatasetError, InvalidValueError
 
 
@@ -46,8 +46,8 @@ def load_dataset(options: DataOptions, *, root: str | Path | None = None, downlo
         splits = read_sample(SAMPLE_FILE, options if options.validation_from == "train" else DataOptions())
     elif options.name == "fashion-mnist":
         splits = read_fashion_mnist(folder, download)
-    elif options.name == "cifar10":
-        splits = read_cifar10(folder, download)
+    elif options.name in WITH_FILES:
+        splits = read_torchvision_dataset(options.name, folder, download)
     else:
         splits = _users_own(options)
     if options.validation_from == "test":

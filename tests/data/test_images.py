@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gross_ray.data.image_set import ImageSet
 from gross_ray.data.images import load_dataset
-from gross_ray.data.names import check_dataset_name
+from gross_ray.data.names import WITH_FILES, check_dataset_name
 from gross_ray.data.splitting import balanced_split
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import DataOptions
@@ -32,7 +32,7 @@ def test_image_set() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["sample", "fashion-mnist", "cifar10", "folder:x", "folder:/a b/c", "parquet:x.parquet", "hf:me/flowers@small"],
+    ["sample", *WITH_FILES, "folder:x", "folder:/a b/c", "parquet:x.parquet", "hf:me/flowers@small"],
 )
 def test_known_names(name: str) -> None:
     check_dataset_name(name)
@@ -40,7 +40,9 @@ def test_known_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mnist", "Sample", "folder", "folder:", "parquet:", "hf:", ""])
 def test_unknown_name_lists_the_known(name: str) -> None:
-    with pytest.raises(InvalidValueError, match="sample, fashion-mnist, cifar10, folder:PATH, like") as caught:
+    with pytest.raises(
+        InvalidValueError, match="sample, fashion-mnist, cifar10, cifar100, svhn, stl10, folder:PATH, like"
+    ) as caught:
         check_dataset_name(name)
     assert repr(name) in str(caught.value)
 
