@@ -62,7 +62,7 @@ class DataSource:
         if name in WITH_FILES:
             return []
         set_ = {"--data-root": self.root, "--download": self.download}
-        files = "only " + " and ".join(WITH_FILES) + " have files there"
+        files = f"only {', '.join(WITH_FILES)} have files there"
         return [f"{option} for the dataset {name}: {files}" for option, value in set_.items() if value]
 
     @staticmethod

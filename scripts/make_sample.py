@@ -13,7 +13,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from gross_ray.data.images import FASHION_PADDING, FASHION_SIZE, SAMPLE_FILE, SAMPLE_SCHEMA, SPLITS, load_dataset
+from gross_ray.data.fashion_mnist import FASHION_PADDING, FASHION_SIZE
+from gross_ray.data.identity import SPLITS
+from gross_ray.data.images import load_dataset
+from gross_ray.data.sample import SAMPLE_FILE, SAMPLE_SCHEMA
 from gross_ray.experiment import DataOptions
 
 METADATA = {

@@ -2,7 +2,7 @@
 
 from gross_ray.errors import InvalidValueError
 
-WITH_FILES = ("fashion-mnist", "cifar10")
+WITH_FILES = ("fashion-mnist", "cifar10", "cifar100", "svhn", "stl10")
 """The datasets with files in the data root, which can be downloaded."""
 _KINDS = ("folder", "parquet", "hf")
 
@@ -14,7 +14,7 @@ def check_dataset_name(name: str) -> None:
     """
     if name not in ("sample", *WITH_FILES) and not is_place(name) and not is_function_name(name):
         rule = (
-            "must be sample, fashion-mnist, cifar10, folder:PATH, like folder:/data/flowers, parquet:PATH, hf:NAME, "
+            f"must be sample, {', '.join(WITH_FILES)}, folder:PATH, like folder:/data/flowers, parquet:PATH, hf:NAME, "
             "or package.module:function, which returns torch datasets"
         )
         raise InvalidValueError(f"data.name = {name!r}: {rule}")

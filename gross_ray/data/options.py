@@ -18,8 +18,8 @@ class DataOptions:
     """Which images, and how many of them."""
 
     name: str = "sample"
-    """Dataset: folder:PATH, parquet:PATH, hf:NAME, sample, fashion-mnist, cifar10, or package.module:function, which
-    returns torch datasets."""
+    """Dataset: folder:PATH, parquet:PATH, hf:NAME, package.module:function, which returns torch datasets, sample,
+    fashion-mnist, cifar10, cifar100, svhn or stl10."""
     channels: int = 3
     """Channels of the images: 3 (RGB; grey images are repeated), or 1 (grey: the luminance)."""
     mean: tuple[float, ...] = (MEAN,)

@@ -28,7 +28,8 @@ SET_HELP = "Override a field of the experiment, like training.epochs=3; may be r
 MODEL_HELP = "Network: four-conv, vgg16, resnet18 (20, 32, 56), or a function of your own, package.module:factory."
 DATA_HELP = (
     "Images: folder:PATH (a folder for each class, or those in train, val and test), parquet:PATH, hf:NAME (Hugging "
-    "Face), package.module:function (which returns torch datasets), sample, fashion-mnist or cifar10."
+    "Face), package.module:function (which returns torch datasets), sample, fashion-mnist, cifar10, "
+    "cifar100, svhn or stl10."
 )
 WEIGHTS_HELP = "Trained weights of the network: safetensors, or a file of torch.save [train them]."
 WEIGHTS_KEY_HELP = "Which state dict of --weights to take, like model_ema [the usual one, which a note names]."
