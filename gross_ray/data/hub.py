@@ -45,9 +45,7 @@ def read_hub(how: Reading) -> Splits:
     names = one_each(name, found) if found else {"train": next(iter(loaded))}
     others = [each for each in loaded if each not in names.values()]
     notes = [f"passed over splits: {listed(others)}"] if others else []
-    splits = read_rows(
-        how, {split: _rows(names[split], loaded[names[split]]) for split in SPLITS if split in names}
-    )
+    splits = read_rows(how, {split: _rows(names[split], loaded[names[split]]) for split in SPLITS if split in names})
     return replace(splits, notes=(*splits.notes, *notes))
 
 

@@ -42,7 +42,7 @@ _SECONDS_TO_FLUSH = 5.0
 """How often what was read is written to the disk, so that a crash costs no more."""
 
 
-def _ignore(*_: object) -> None:
+def ignore(*_: object) -> None:
     """Show nothing."""
 
 
@@ -54,9 +54,9 @@ class Reading:
     """Sizes, columns, damaged images, and the memory that images may take."""
     root: str = ROOT
     """Folder of datasets; its folder `images` gets the files."""
-    note: Callable[[str], object] = _ignore
+    note: Callable[[str], object] = ignore
     """Shows one line."""
-    progress: Callable[[int, int], object] = _ignore
+    progress: Callable[[int, int], object] = ignore
     """Called with the numbers of images that are read into files and of all, again and again."""
 
     def fits(self, nbytes: int) -> bool:
@@ -85,7 +85,7 @@ class ImageFiles:
         return folder_of(self.root) / self.key
 
     @contextmanager
-    def locked(self, note: Callable[[str], object] = _ignore) -> Iterator[None]:
+    def locked(self, note: Callable[[str], object] = ignore) -> Iterator[None]:
         """Lock the files while the block runs, after another process that has locked them has ended."""
         with _errors(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,19 +161,24 @@ class ImageFiles:
                     how.progress(int(sum(sizes[[*done]])), int(sum(sizes)))
         return [done[number] for number in range(len(sizes))]
 
-    def finish(
-        self, read: Mapping[str, Tensor], labels: Mapping[str, Tensor], classes: Sequence[str], notes: Sequence[str]
-    ) -> None:
-        """Complete the files: close the gaps of images that were not read, and store labels, hashes and notes.
-
-        `read` says of each row of a split's file whether it has an image, (N,) bool; `labels` are those of images.
-        """
+    def rearrange(self, reader: Reader, order: Mapping[str, np.ndarray]) -> None:
+        """Rewrite the files with `order`, (N_split,) indices into the images of all parts, of those that were read."""
         with _errors(self.folder):
             begun = json.loads((self.folder / _BEGUN).read_text())
-            if not all(rows.all() for rows in read.values()):
-                (self.folder / _READ).unlink()  # after an interruption from here on, all images are read again
-                for split, rows in read.items():
-                    self._close_gaps(split, begun["shapes"][split], rows.numpy())
+            arrays = [_mapped(self._file(split), shape, "r") for split, shape in begun["shapes"].items()]
+            for split, rows in order.items():
+                shape = [len(rows), *begun["shapes"][split][1:]]
+                with open(self._file(f"new-{split}"), "wb") as file:
+                    file.truncate(math.prod(shape))
+                _flush(reader.rearranged(arrays, rows, _mapped(self._file(f"new-{split}"), shape, "r+")))
+            (self.folder / _READ).unlink()  # after an interruption from here on, all images are read again
+            for split in order:
+                os.replace(self._file(f"new-{split}"), self._file(split))
+
+    def finish(self, labels: Mapping[str, Tensor], classes: Sequence[str], notes: Sequence[str]) -> None:
+        """Complete the files of images with these labels, (N_split,) int64: store labels, hashes and notes."""
+        with _errors(self.folder):
+            begun = json.loads((self.folder / _BEGUN).read_text())
             described = {key: begun[key] for key in ("name", "size")} | {"classes": [*classes], "notes": [*notes]}
             described["splits"] = {
                 split: {"shape": [len(of_split), *begun["shapes"][split][1:]], "labels": of_split.tolist()}
@@ -218,13 +223,6 @@ class ImageFiles:
         with whole_or_not_at_all(self.folder / _BEGUN) as path:
             path.write_text(json.dumps(begins))
         return {}
-
-    def _close_gaps(self, split: str, shape: Sequence[int], read: np.ndarray) -> None:
-        images = _mapped(self._file(split), shape, "r+")
-        for position, row in enumerate(np.flatnonzero(read)):
-            images[position] = images[row]
-        images.flush()
-        os.truncate(self._file(split), int(read.sum()) * math.prod(shape[1:]))
 
     def _describe(self, described: dict[str, Any]) -> None:
         for split, each in described["splits"].items():
@@ -280,8 +278,7 @@ class _Journal:
 
     def _flush(self) -> None:
         for array in self._arrays:
-            if isinstance(array, np.memmap):
-                array.flush()
+            _flush(array)
         self._file.writelines(self._waiting)
         self._file.flush()
         self._waiting.clear()
@@ -307,7 +304,14 @@ def folder_of(root: str) -> Path:
 def all_files(root: str) -> list[ImageFiles]:
     """Return the files of all datasets below `root`, complete or not."""
     folder = folder_of(root)
-    return [ImageFiles(root, path.name) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    return (
+        [ImageFiles(root, path.name) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    )
+
+
+def _flush(array: np.ndarray) -> None:
+    if isinstance(array, np.memmap):  # an empty one is not
+        array.flush()
 
 
 def _mapped(path: Path, shape: Sequence[int], mode: Literal["r", "r+"]) -> np.ndarray:

@@ -69,17 +69,24 @@ class PassedOver:
 
 
 def read_labelled(
-    name: str, found: Mapping[str, Labelled], classes: Sequence[str], passed_over: PassedOver, how: Reading
+    name: str,
+    found: Mapping[str, Labelled],
+    classes: Sequence[str],
+    passed_over: PassedOver,
+    how: Reading,
+    files: ImageFiles | None = None,
 ) -> Splits:
     """Decode the images of each split, in the size of the options, and make the three splits, with notes.
 
     `found` has the key train, and any of validation and test. What memory holds is read by this process; more than that
-    is read into files once, by all cores (`Reading`). A damaged image is passed over if the options say so. Raises
-    DatasetError, naming the file, for a damaged image and for one of another size, for classes on which nothing can be
-    learnt, and for files that cannot be written.
+    is read into files once, by all cores (`Reading`); with `files`, all is read into these. A damaged image is passed
+    over if the options say so. Raises DatasetError, naming the file, for a damaged image and for one of another size,
+    for classes on which nothing can be learnt, and for files that cannot be written.
     """
     dataset = _Dataset(name, found, tuple(classes), passed_over, how.options)
-    return dataset.in_memory() if how.fits(dataset.nbytes) else dataset.in_files(how)
+    if files is None and how.fits(dataset.nbytes):
+        return dataset.in_memory()
+    return dataset.in_files(files or ImageFiles.of(how.root, dataset.key()), how)
 
 
 class _Dataset:
@@ -98,10 +105,9 @@ class _Dataset:
         self._found = {split: found[split] for split in SPLITS if split in found}
         labels = {split: torch.tensor(each.labels, dtype=torch.int64) for split, each in self._found.items()}
         self._labels = torch.cat([*labels.values()])
-        names = {split: each.name for split, each in found.items()}
-        self._order = arranged(labels, names, validation_from=options.validation_from)
+        self._order = self._arranged(labels)
         parts = [part for each in self._found.values() for part in each.parts]
-        self._form = form_of(name, parts, options)
+        self._form = form_of(parts, options)
         rows = [rows.numpy() for rows in self._order.rows.values()]
         self._reader = Reader(name, parts, self._form, rows, options.skip_damaged)
 
@@ -113,28 +119,29 @@ class _Dataset:
     def in_memory(self) -> Splits:
         """Read all images in this process."""
         arrays = [np.empty((len(rows), *self._form.shape), np.uint8) for rows in self._order.rows.values()]
-        kept, notes = self._summary(self._reader.here(arrays))
-        sets = []
-        for array, rows in zip(arrays, self._order.rows.values(), strict=True):
-            read = kept[rows]
-            stored = torch.from_numpy(array if read.all() else array[read.numpy()])
-            sets.append(ImageSet.centred(stored, self._form.sizes.size, self._labels[rows[read]]))
-        splits = Splits(self._name, sets[0], sets[1], sets[2], self._classes)
+        order, notes = self._summary(self._reader.here(arrays))
+        if order is not self._order:
+            arrays = [self._reader.rearranged(arrays, rows.numpy()) for rows in order.rows.values()]
+        train, validation, test = (
+            ImageSet.centred(torch.from_numpy(array), self._form.sizes.size, self._labels[rows])
+            for array, rows in zip(arrays, order.rows.values(), strict=True)
+        )
+        splits = Splits(self._name, train, validation, test, self._classes)
         return replace(splits, notes=(*notes, *repeated_line(splits)))
 
-    def in_files(self, how: Reading) -> Splits:
+    def in_files(self, files: ImageFiles, how: Reading) -> Splits:
         """Read all images into files in processes on all cores, if the files are not there yet."""
-        files = ImageFiles.of(how.root, self._key())
         with files.locked(how.note):
             if not files.complete():
                 counts = {split: len(rows) for split, rows in self._order.rows.items()}
-                kept, notes = self._summary(files.read(self._name, self._reader, counts, self._form, how))
-                read = {split: kept[rows] for split, rows in self._order.rows.items()}
-                labels = {split: self._labels[rows[read[split]]] for split, rows in self._order.rows.items()}
-                files.finish(read, labels, self._classes, notes)
+                order, notes = self._summary(files.read(self._name, self._reader, counts, self._form, how))
+                if order is not self._order:
+                    files.rearrange(self._reader, {split: rows.numpy() for split, rows in order.rows.items()})
+                labels = {split: self._labels[rows] for split, rows in order.rows.items()}
+                files.finish(labels, self._classes, notes)
         return files.splits()
 
-    def _key(self) -> dict[str, Any]:
+    def key(self) -> dict[str, Any]:
         """Return what the stored images depend on."""
         return {
             "images": {split: each.signature() for split, each in self._found.items()},
@@ -144,46 +151,48 @@ class _Dataset:
             "options": [self._options.validation_from, self._options.skip_damaged],
         }
 
-    def _summary(self, reads: Sequence[PartRead]) -> tuple[Tensor, list[str]]:
-        """Return for each image whether it was read, (N,) bool, and the notes.
+    def _summary(self, reads: Sequence[PartRead]) -> tuple[Arrangement, list[str]]:
+        """Return the arrangement of the images that were read, and the notes.
 
-        Raises DatasetError if nothing can be learnt without the damaged images.
+        It is that of the same dataset without the damaged images. Raises DatasetError if nothing can be learnt from it.
         """
-        kept, missing = torch.from_numpy(self._reader.kept(reads)), self._missing
+        kept = torch.from_numpy(self._reader.kept(reads))
         self._passed_over.damaged = [where for read in reads for where in read.damaged.values()]
+        order, missing = self._order, self._missing
         if self._passed_over.damaged:
-            missing = check_classes(self._name, self._without_damaged(kept), self._classes)
+            order, missing = self._without_damaged(kept)
         conversions = sum((read.conversions for read in reads), Counter[str]())
         converted = [f"{count:,} {kind}" for kind, count in conversions.most_common()]
         notes = [f"read {int(kept.sum()):,} images of {len(self._classes)} classes{self._passed_over.text()}"]
         notes += [f"converted to 8-bit RGB: {', '.join(converted)}"] if converted else []
         notes += [self._form.sizes.note] if self._form.resizes else []
-        rows = {split: rows[kept[rows]] for split, rows in self._order.rows.items()}
-        return kept, [*notes, *missing, Arrangement(rows, self._order.how).note]
+        return order, [*notes, *missing, order.note]
 
-    def _without_damaged(self, kept: Tensor) -> dict[str, Labelled]:
+    def _without_damaged(self, kept: Tensor) -> tuple[Arrangement, list[str]]:
         counts = [len(each.labels) for each in self._found.values()]
-        of_splits = zip(self._found.items(), kept.split(counts), self._labels.split(counts), strict=True)
-        left = {split: replace(each, labels=labels[read].tolist()) for (split, each), read, labels in of_splits}
+        of_splits = zip(self._found, kept.split(counts), self._labels.split(counts), strict=True)
+        labels = {split: labels[read] for split, read, labels in of_splits}
+        left = {split: replace(each, labels=labels[split].tolist()) for split, each in self._found.items()}
         for each in left.values():
             if not each.labels:
                 text = f"all images of {each.name} are damaged ({listed(self._passed_over.damaged)}); replace them"
                 raise DatasetError(f"{self._name}: {text}")
-        return left
+        order, read = self._arranged(labels), kept.nonzero().flatten()
+        moved = replace(order, rows={split: read[rows] for split, rows in order.rows.items()})
+        return moved, check_classes(self._name, left, self._classes)
+
+    def _arranged(self, labels: Mapping[str, Tensor]) -> Arrangement:
+        names = {split: each.name for split, each in self._found.items()}
+        return arranged(labels, names, validation_from=self._options.validation_from)
 
 
-def form_of(name: str, parts: Sequence[Part], options: DataOptions) -> Form:
-    """Return the form of the stored images, by the options and the first images that can be decoded.
-
-    Raises DatasetError if none can be.
-    """
+def form_of(parts: Sequence[Part], options: DataOptions) -> Form:
+    """Return the form of the stored images, by the options and the first images that can be decoded."""
     size = parse_size(options.image_size)
     if size is not None and options.resize:
         return Form(options.channels, Sizes.of(size, options.resize))
     images = chain.from_iterable(part.images() for part in parts)
-    shapes = [*islice(_shapes(images), 1 if size is None else LOOKED_AT)]
-    if not shapes:
-        raise DatasetError(f"{name}: all images are damaged; replace them")
+    shapes = [*islice(_shapes(images), 1 if size is None else LOOKED_AT)] or [(1, 1)]  # all damaged: reported later
     if size is None:
         return Form(options.channels, Sizes(shapes[0], shapes[0]), resizes=False)
     return Form(options.channels, Sizes.of(size, usual_resize(size, [min(shape) for shape in shapes])))

@@ -1,12 +1,16 @@
 """The user's own datasets: read what a function `package.module:function` returns into uint8 images.
 
-Shapes: N images, H height, W width; images are (N, 3, H, W).
+Shapes: h and w height and width of an image as an item has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +19,21 @@ from PIL import Image
 from torch import Tensor
 
 from gross_ray.data.decoding import PIL_ERRORS, as_rgb
-from gross_ray.data.image_set import ImageSet
+from gross_ray.data.identity import SPLITS
+from gross_ray.data.image_files import ImageFiles, Reading
+from gross_ray.data.image_set import ImageSet, Splits
+from gross_ray.data.labelled import Labelled, PassedOver, form_of, read_labelled
+from gross_ray.data.reading import Form, Part
+from gross_ray.data.splitting import in_three, repeated_line, validated_on_test
 from gross_ray.errors import DatasetError, one_line
 from gross_ray.own_code import own_function
 
 LAYOUT = "return (train, test) or (train, validation, test), each with a length and items (image, class number)"
 PIXELS = "give PIL images, uint8 arrays (H, W) or (H, W, 3), or tensors (1 or 3, H, W), uint8 or multiples of 1/255"
+ITEMS_A_PART = 64
+"""How many items a process reads at a time."""
+READ_TWICE = 10
+"""How many items of each dataset are read twice, to find random transforms."""
 EXACT = 1e-3
 """How far, in units of 1/255, a floating-point pixel may be from a whole number; ToTensor's pixels are exact."""
 
@@ -30,71 +43,133 @@ def function_of(name: str) -> Callable[[], Any]:
     return own_function(name, "package.module:function", lambda message: DatasetError(f"{name}: {message}"))
 
 
-def read_own(name: str) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """Call the function `name` without arguments and read the two or three datasets that it returns.
+def read_own(how: Reading) -> Splits:
+    """Call the function `how.options.name` without arguments and read the two or three datasets that it returns.
 
-    Each item is read once, in order, so random augmentations are drawn once. Single-channel images are repeated to
-    three channels, and PIL images are converted by `gross_ray.data.decoding.as_rgb`; they are not turned as EXIF says,
-    because the networks that torchvision's loaders feed were not trained so. The class names are the first dataset's
-    `classes`, or else the class numbers. Raises DatasetError, naming the dataset and item, if the function or an item
-    fails or has the wrong form.
+    Raises DatasetError if the function fails, and as `read_datasets` does.
     """
+    name = how.options.name
     function = function_of(name)
     try:
         datasets = function()
     except Exception as error:  # whatever the user's own code raises
         raise DatasetError(f"{name}: the function fails: {one_line(error)}") from error
-    return read_datasets(name, datasets)
+    return read_datasets(name, datasets, how)
 
 
-def read_datasets(name: str, datasets: Any) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """Read datasets, (train, test) or (train, validation, test), as `read_own` does; `name` is for errors."""
+def read_datasets(name: str, datasets: Any, how: Reading) -> Splits:
+    """Read datasets, (train, test) or (train, validation, test), into the three splits; `name` is for errors.
+
+    Single-channel images are repeated to three channels, and PIL images are converted by `decoding.as_rgb`; they are
+    not turned as EXIF says, because the networks that torchvision's loaders feed were not trained so. The class names
+    are the first dataset's `classes`, or else the class numbers. Each item is read once, in order, if memory holds the
+    images; if not, the images are read into files, and before that the labels, from the datasets' `targets` or else
+    from all items. Raises DatasetError, naming the dataset and item, for an item that fails, that has the wrong form,
+    or that differs between two readings.
+    """
     if not isinstance(datasets, tuple | list) or len(datasets) not in (2, 3):
         found = f"{len(datasets)} values" if isinstance(datasets, tuple | list) else type(datasets).__name__
         raise DatasetError(f"{name}: the function returned {found}; {LAYOUT}")
-    parts = ("train", "test") if len(datasets) == 2 else ("train", "validation", "test")
-    sets = [_read(f"{name}, {part}", dataset) for part, dataset in zip(parts, datasets, strict=True)]
-    for (part, images), (other_part, others) in pairwise(zip(parts, sets, strict=True)):
-        if images.images.shape[1:] != others.images.shape[1:]:
-            sizes = f"{part} has images of {_size(images.images)} pixels, {other_part} of {_size(others.images)}"
-            raise DatasetError(f"{name}: {sizes}; resize all images to one size")
-    of_each = {part: getattr(dataset, "classes", None) for part, dataset in zip(parts, datasets, strict=True)}
-    named = {part: tuple(map(str, classes)) for part, classes in of_each.items() if classes is not None}
-    for part, classes in named.items():
-        if classes != named.get("train", classes):
-            differing = f"{part} has the classes {', '.join(classes)}, train {', '.join(named['train'])}"
-            raise DatasetError(f"{name}: {differing}; give all datasets the same, because labels are class numbers")
-    return sets, _classes(name, named.get("train"), sets)
+    parts = SPLITS if len(datasets) == 3 else ("train", "test")
+    sets = {part: _Items(f"{name}, {part}", dataset) for part, dataset in zip(parts, datasets, strict=True)}
+    named = _class_names(name, {part: items.classes for part, items in sets.items() if items.classes is not None})
+    samples = {part: items.read_twice() for part, items in sets.items()}
+    form = form_of([part for items in sets.values() for part in items.parts], how.options)
+    if how.fits(sum(items.count for items in sets.values()) * math.prod(form.shape)):
+        pools = {part: items.image_set(form) for part, items in sets.items()}
+        classes = _classes(name, named, max(int(pool.labels.max()) for pool in pools.values()))
+        splits = in_three(name, pools, classes)
+        splits = validated_on_test(splits) if how.options.validation_from == "test" else splits
+        return replace(splits, notes=(*splits.notes, *repeated_line(splits)))
+    key = {"own": [name, samples, named, how.options.validation_from], "form": [*form.shape, *form.sizes.size]}
+    files = ImageFiles.of(how.root, key)
+    if files.complete():
+        return files.splits()
+    labelled = {part: Labelled(part, items.labels(how.note), items.parts, tuple) for part, items in sets.items()}
+    classes = _classes(name, named, max(max(each.labels) for each in labelled.values()))
+    return read_labelled(name, labelled, classes, PassedOver("image"), how, files)
 
 
-def _read(where: str, dataset: Any) -> ImageSet:
-    try:
-        count = len(dataset)
-    except TypeError:
-        raise DatasetError(f"{where}: a {type(dataset).__name__} has no length; {LAYOUT}") from None
-    if count == 0:
-        raise DatasetError(f"{where}: the dataset is empty; {LAYOUT}")
-    images: np.ndarray | None = None
-    labels = torch.empty(count, dtype=torch.int64)
-    for index in range(count):
-        item = f"{where}, item {index}"
+class _Items:
+    """The items of one of the datasets; `where` is what errors call it."""
+
+    def __init__(self, where: str, dataset: Any) -> None:
+        self._where, self._dataset, self._targets = where, dataset, list[int]()
         try:
-            image, label = dataset[index]
+            self.count = len(dataset)
+        except TypeError:
+            raise DatasetError(f"{where}: a {type(dataset).__name__} has no length; {LAYOUT}") from None
+        if self.count == 0:
+            raise DatasetError(f"{where}: the dataset is empty; {LAYOUT}")
+        classes = getattr(dataset, "classes", None)
+        self.classes = None if classes is None else tuple(map(str, classes))
+        self.parts = [
+            Part(min(ITEMS_A_PART, self.count - start), partial(self._images, start))
+            for start in range(0, self.count, ITEMS_A_PART)
+        ]
+
+    def item(self, index: int) -> tuple[np.ndarray, int]:
+        """Return the pixels (h, w, 3), uint8, and the class of an item."""
+        item = f"{self._where}, item {index}"
+        try:
+            image, label = self._dataset[index]
         except Exception as error:  # whatever the user's own code raises
             raise DatasetError(f"{item}: {one_line(error)}; {LAYOUT}") from error
-        pixels = _pixels(item, image)
-        if images is None:
-            images = np.empty((count, *pixels.shape), dtype=np.uint8)
-        if pixels.shape != images.shape[1:]:
-            sizes = f"is {pixels.shape[2]}x{pixels.shape[1]} pixels, those before it {_size(images)}"
-            raise DatasetError(f"{item}: {sizes}; resize all images to one size")
-        images[index] = pixels
-        labels[index] = _label(item, label)
-    return ImageSet(torch.from_numpy(images), labels)
+        return _pixels(item, image), _label(item, label)
+
+    def read_twice(self) -> str:
+        """Return a hash of some of the items; raises DatasetError if one differs between two readings."""
+        digest = hashlib.sha256(json.dumps([self.count, self.targets()]).encode())
+        for index in self._some():
+            (pixels, label), (again, _) = self.item(index), self.item(index)
+            if not np.array_equal(pixels, again):
+                differs = f"{self._where}, item {index} differs between two readings"
+                rule = "leave random transforms out of the dataset: trainings draw crops and flips (training.augment)"
+                raise DatasetError(f"{differs}; {rule}")
+            digest.update(json.dumps([index, pixels.shape, label]).encode() + np.ascontiguousarray(pixels).tobytes())
+        return digest.hexdigest()
+
+    def targets(self) -> list[int]:
+        """Return the dataset's `targets`, if they are the classes of some items; else an empty list."""
+        targets: Any = getattr(self._dataset, "targets", None)
+        try:
+            found = [int(each) for each in targets]
+        except (TypeError, ValueError):
+            return []
+        if len(found) != self.count or any(self.item(index)[1] != found[index] for index in self._some()):
+            return []
+        return found
+
+    def labels(self, note: Callable[[str], object]) -> list[int]:
+        """Return the class of each item: the dataset's `targets`, or what its items say."""
+        self._targets = self.targets()
+        if not self._targets:
+            note(f"{self._where}: it has no targets, so its items are read twice, first for their classes")
+            self._targets = [self.item(index)[1] for index in range(self.count)]
+        return self._targets
+
+    def _some(self) -> list[int]:
+        return sorted({round(step * (self.count - 1) / (READ_TWICE - 1)) for step in range(READ_TWICE)})
+
+    def image_set(self, form: Form) -> ImageSet:
+        """Return all items, read once, in order."""
+        images, labels = np.empty((self.count, *form.shape), np.uint8), torch.empty(self.count, dtype=torch.int64)
+        for index in range(self.count):
+            pixels, labels[index] = self.item(index)
+            images[index] = form.of(f"{self._where}, item {index}", pixels)
+        return ImageSet.centred(torch.from_numpy(images), form.sizes.size, labels)
+
+    def _images(self, start: int) -> Iterator[tuple[str, np.ndarray]]:
+        for index in range(start, min(start + ITEMS_A_PART, self.count)):
+            pixels, label = self.item(index)
+            if self._targets and label != self._targets[index]:
+                said = f"has class {label}, and before {self._targets[index]}"
+                raise DatasetError(f"{self._where}, item {index} {said}; make its class the same at each reading")
+            yield f"{self._where}, item {index}", pixels
 
 
 def _pixels(item: str, image: Any) -> np.ndarray:
-    """Return an image as uint8 (3, H, W)."""
+    """Return an image as uint8 (h, w, 3)."""
     if isinstance(image, Image.Image):
         try:
             values = as_rgb(image)[0].transpose(2, 0, 1)
@@ -118,7 +193,7 @@ def _pixels(item: str, image: Any) -> np.ndarray:
         values = rounded.astype(np.uint8)
     elif values.dtype != np.uint8:
         raise DatasetError(f"{item}: an image of {values.dtype}; {PIXELS}")
-    return np.broadcast_to(values, (3, *values.shape[1:]))
+    return np.broadcast_to(values, (3, *values.shape[1:])).transpose(1, 2, 0)
 
 
 def _label(item: str, label: Any) -> int:
@@ -131,15 +206,20 @@ def _label(item: str, label: Any) -> int:
     return number
 
 
-def _classes(name: str, named: Sequence[str] | None, sets: Sequence[ImageSet]) -> tuple[str, ...]:
-    highest = max(int(images.labels.max()) for images in sets)
-    classes = tuple(map(str, range(highest + 1) if named is None else named))
+def _class_names(name: str, of_datasets: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the names of the classes that the datasets give; none if train gives none."""
+    for part, classes in of_datasets.items():
+        if classes != of_datasets.get("train", classes):
+            differing = f"{part} has the classes {', '.join(classes)}, train {', '.join(of_datasets['train'])}"
+            raise DatasetError(f"{name}: {differing}; give all datasets the same, because labels are class numbers")
+    return of_datasets.get("train", ())
+
+
+def _classes(name: str, named: tuple[str, ...], highest: int) -> tuple[str, ...]:
+    """Return the names of the classes, or else their numbers, for class numbers up to `highest`."""
+    classes = named or tuple(map(str, range(highest + 1)))
     if highest >= len(classes):
         raise DatasetError(
             f"{name}: an image has class {highest}, but only {len(classes)} classes have names; name all"
         )
     return classes
-
-
-def _size(images: Tensor | np.ndarray) -> str:
-    return f"{images.shape[-1]}x{images.shape[-2]}"

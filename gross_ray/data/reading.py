@@ -93,7 +93,11 @@ class Reader:
     def __init__(
         self, name: str, parts: Sequence[Part], form: Form, rows: Sequence[np.ndarray], skip_damaged: bool
     ) -> None:
-        """`name` is the dataset's, for errors; `rows` are the images of each split in its order, (N_split,) indices into the images of all parts."""
+        """Prepare the reading of `parts`.
+
+        `name` is the dataset's, for errors; `rows` are the images of each split in its order, (N_split,) indices into
+        the images of all parts.
+        """
         self._name, self._parts, self._form, self._skip_damaged = name, parts, form, skip_damaged
         self.starts = np.cumsum([0, *(part.count for part in parts)])
         """Number of images before each part."""
@@ -130,20 +134,34 @@ class Reader:
                 except PIL_ERRORS as error:
                     if not self._skip_damaged:
                         remedy = "replace it, remove it, or pass over damaged images with data.skip_damaged=true"
-                        raise DatasetError(f"{where} cannot be read ({one_line(error)}); {remedy}") from error
+                        raise DatasetError(
+                            f"{self._name}: {where} cannot be read ({one_line(error)}); {remedy}"
+                        ) from error
                     read.damaged[position] = where
                     continue
                 read.conversions.update(conversions)
                 row = first + position
-                arrays[self._split[row]][self._position[row]] = self._form.of(where, pixels)
+                arrays[self._split[row]][self._position[row]] = self._form.of(self._named(where), pixels)
         except DatasetError as error:
             read.problem = str(error)
         return read
 
     def _checked(self, read: PartRead) -> PartRead:
         if read.problem:
-            raise DatasetError(f"{self._name}: {read.problem}")
+            raise DatasetError(read.problem)
         return read
+
+    def _named(self, where: str) -> str:
+        return where if where.startswith(f"{self._name}, ") else f"{self._name}: {where}"
+
+    def rearranged(
+        self, arrays: Sequence[np.ndarray], rows: np.ndarray, target: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the images at `rows`, indices into the images of all parts: (N_rows, C, RH, RW), in `target` or new."""
+        target = np.empty((len(rows), *self._form.shape), np.uint8) if target is None else target
+        for position, row in enumerate(rows):
+            target[position] = arrays[self._split[row]][self._position[row]]
+        return target
 
     def kept(self, reads: Sequence[PartRead]) -> np.ndarray:
         """Return for each image whether it was read, (N,) bool."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,10 @@ def read_rows(how: Reading, found: Mapping[str, Rows]) -> Splits:
     named = _names(schema).get(label)
     of_label = _class_numbers(name, values, named)
     classes = named or [*map(str, of_label)]
-    labelled = {
-        split: Labelled(
-            rows.name,
-            [of_label[value] for value in values[split]],
-            [_part(chunk, image) for chunk in rows.chunks],
-            lambda rows=rows: [image, rows.signature()],
-        )
-        for split, rows in found.items()
-    }
+    labelled = {}
+    for split, rows in found.items():
+        numbers, parts = [of_label[value] for value in values[split]], [_part(chunk, image) for chunk in rows.chunks]
+        labelled[split] = Labelled(rows.name, numbers, parts, partial(_signature, image, rows))
     splits = read_labelled(name, labelled, classes, PassedOver("image"), how)
     source = "named by the metadata" if named else "its values, sorted"
     note = f"images: column {image}; classes: column {label}, {source}: {listed(classes)}"
@@ -176,6 +172,10 @@ def _labels(name: str, rows: Rows, label: str) -> Sequence[Any]:
                 raise DatasetError(f"{name}: {chunk.where}: {values.null_count} rows have no {label}; remove them")
             labels += values.to_pylist()
     return labels
+
+
+def _signature(image: str, rows: Rows) -> list[Any]:
+    return [image, rows.signature()]
 
 
 def _part(chunk: Chunk, image: str) -> Part:

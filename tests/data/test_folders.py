@@ -301,7 +301,12 @@ def test_images_of_two_sizes(tmp_path: Path) -> None:
     odd = path / "dog" / "004.png"
     Image.new("L", (7, 9)).save(odd)
     Image.new("L", (1, 1)).save(path / "emu" / "004.png")
-    dataset_error(lambda: load_folder(path), f"{odd} is 7x9 pixels", "5x3", "resize all images to one size")
+    dataset_error(
+        lambda: load_folder(path),
+        f"{odd} is 7x9 pixels",
+        "5x3",
+        "set the size to which all are resized, like data.image_size=3",
+    )
 
 
 def test_splits_of_two_sizes(tmp_path: Path) -> None:

@@ -135,8 +135,11 @@ WHOLE = as_dataset(channels_first)
         ((Own([PIXELS[0]], ["cat"]), WHOLE), "train, item 0: the class is 'cat'; must be a whole number, 0 or more"),
         ((Own([PIXELS[0]], [-1]), WHOLE), "train, item 0: the class is -1; must be"),
         ((Own([PIXELS[0]], [0.5]), WHOLE), "train, item 0: the class is 0.5; must be"),
-        ((Own([PIXELS[0], PIXELS[1, :4]], [0, 0]), WHOLE), "train, item 1: is 5x4 pixels, those before it 5x6; resize"),
-        ((Own([PIXELS[0, :4]] * 3, [0] * 3), WHOLE), "train has images of 5x4 pixels, test of 5x6; resize all"),
+        (
+            (Own([PIXELS[0], PIXELS[1, :4]], [0, 0]), WHOLE),
+            "train, item 1 is 5x4 pixels, the first image 5x6; set the size",
+        ),
+        ((Own([PIXELS[0, :4]] * 3, [0] * 3), WHOLE), "test, item 0 is 5x6 pixels, the first image 5x4; set the size"),
         ((Own([torch.zeros(2, 6, 5)], [0]), WHOLE), "train, item 0: an image of shape (2, 6, 5); give"),
         ((Own([torch.zeros(3, 6, 5).long()], [0]), WHOLE), "train, item 0: an image of int64; give"),
         (

@@ -276,6 +276,12 @@ class Dataset:
     def __init__(self, made: pa.Table) -> None:
         self.table, self.features, self.form = made, Features(made.schema), "python"
 
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def select(self, rows: range) -> Dataset:
+        return Dataset(self.table.take([*rows]))
+
     def select_columns(self, names: list[str]) -> Dataset:
         return Dataset(self.table.select(names))
 
