@@ -165,7 +165,8 @@ class _Dataset:
         converted = [f"{count:,} {kind}" for kind, count in conversions.most_common()]
         notes = [f"read {int(kept.sum()):,} images of {len(self._classes)} classes{self._passed_over.text()}"]
         notes += [f"converted to 8-bit RGB: {', '.join(converted)}"] if converted else []
-        notes += [self._form.sizes.note] if self._form.resizes else []
+        if resized := sum(read.resized for read in reads):
+            notes.append(self._form.sizes.note(resized))
         return order, [*notes, *missing, order.note]
 
     def _without_damaged(self, kept: Tensor) -> tuple[Arrangement, list[str]]:

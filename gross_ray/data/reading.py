@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from gross_ray.data.decoding import PIL_ERRORS, decoded, fitted
-from gross_ray.data.grey import luminance
 from gross_ray.data.sizes import Sizes
 from gross_ray.errors import DatasetError, one_line
 
@@ -62,8 +61,9 @@ class Form:
             (height, width), (tall, wide) = pixels.shape[:2], self.sizes.stored
             sizes = f"{where} is {width}x{height} pixels, the first image {wide}x{tall}"
             raise DatasetError(f"{sizes}; {SET_A_SIZE}{min(tall, wide)}")
-        stored = pixels.transpose(2, 0, 1)
-        return stored if self.channels == 3 else luminance(torch.tensor(stored[None]))[0].numpy()
+        if self.channels == 1:
+            return np.asarray(Image.fromarray(pixels).convert("L"))[None]
+        return pixels.transpose(2, 0, 1)
 
 
 @dataclass
@@ -72,6 +72,8 @@ class PartRead:
 
     conversions: Counter[str] = field(default_factory=Counter)
     """How many images were converted, by the kind of conversion."""
+    resized: int = 0
+    """How many images had another size than they are stored in."""
     damaged: dict[int, str] = field(default_factory=dict)
     """Where the damaged images are, by their position in the part."""
     problem: str = ""
@@ -79,12 +81,12 @@ class PartRead:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {"conversions": dict(self.conversions), "damaged": list(self.damaged.items())}
+        return {"conversions": dict(self.conversions), "resized": self.resized, "damaged": list(self.damaged.items())}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PartRead:
         """Return what `to_dict` converted."""
-        return cls(Counter(values["conversions"]), dict(values["damaged"]))
+        return cls(Counter(values["conversions"]), values["resized"], dict(values["damaged"]))
 
 
 class Reader:
@@ -140,6 +142,7 @@ class Reader:
                     read.damaged[position] = where
                     continue
                 read.conversions.update(conversions)
+                read.resized += pixels.shape[:2] != self._form.sizes.stored
                 row = first + position
                 arrays[self._split[row]][self._position[row]] = self._form.of(self._named(where), pixels)
         except DatasetError as error:
@@ -157,7 +160,7 @@ class Reader:
     def rearranged(
         self, arrays: Sequence[np.ndarray], rows: np.ndarray, target: np.ndarray | None = None
     ) -> np.ndarray:
-        """Return the images at `rows`, indices into the images of all parts: (N_rows, C, RH, RW), in `target` or new."""
+        """Return, in `target` or new, the images at `rows`, indices into those of all parts: (N_rows, C, RH, RW)."""
         target = np.empty((len(rows), *self._form.shape), np.uint8) if target is None else target
         for position, row in enumerate(rows):
             target[position] = arrays[self._split[row]][self._position[row]]

@@ -27,5 +27,7 @@ def resized(splits: Splits, options: DataOptions) -> Splits:
             stored[number] = fitted(np.ascontiguousarray(image.transpose(1, 2, 0)), sizes).transpose(2, 0, 1)
         return ImageSet.centred(torch.from_numpy(stored), sizes.size, images.labels)
 
+    number = sum(len(each) for each in (splits.train, splits.validation, splits.test))
+    notes = [sizes.note(number)] if sizes.stored != tuple(splits.train.images.shape[2:]) else []
     sets = [resized(each) for each in (splits.train, splits.validation, splits.test)]
-    return replace(splits, train=sets[0], validation=sets[1], test=sets[2], notes=(*splits.notes, sizes.note))
+    return replace(splits, train=sets[0], validation=sets[1], test=sets[2], notes=(*splits.notes, *notes))

@@ -32,12 +32,11 @@ class Sizes:
         height, width = (round(side * resize / shorter) for side in size)
         return cls(size, (height, width))
 
-    @property
-    def note(self) -> str:
-        """A line for the user about what was done."""
+    def note(self, num_images: int) -> str:
+        """Return a line for the user about images that were resized."""
         (tall, wide), (height, width) = self.stored, self.size
         crops = f", of which networks take {width}x{height}" if self.stored != self.size else ""
-        return f"resized to {wide}x{tall} pixels{crops}"
+        return f"resized {num_images:,} images to {wide}x{tall} pixels{crops}"
 
     def kept(self, size: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
         """Return the size to which an image of `size` (h, w) is resized, and top and left of what is stored of it.
