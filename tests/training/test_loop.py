@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gross_ray.data.augment import cropped_and_flipped, draw_crops
+from gross_ray.data.augment import Crop
 from gross_ray.data.image_set import ImageSet
 from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import DivergedError, InvalidValueError
@@ -194,7 +194,8 @@ def test_augmented_batches_come_from_the_epochs_generator(network: nn.Sequential
     for epoch in range(4):
         generator = torch.Generator().manual_seed(derive_seed(7, epoch))
         order = torch.randperm(40, generator=generator)
-        augmented = cropped_and_flipped(images.images[order], draw_crops(40, generator))
+        crop = Crop((8, 8), (8, 8))
+        augmented = crop(images.images[order], crop.draw(40, generator))
         for batch in augmented.split(12):
             expected.append(Normalisation()(batch))
             expected_draws.append(int(torch.randint(1000, (), generator=generator)))
