@@ -2,7 +2,7 @@
 
 `draw` draws the random numbers of a whole epoch on the CPU; calling the augmentation applies those of a batch.
 Shapes: N images; H, W height and width as networks take them; RH, RW those of the images from which crops are drawn;
-images are (N, 3, RH, RW), uint8.
+images are (N, 3, RH, RW), uint8. In `resampling`, R is RH or RW, and S is H or W.
 """
 
 from __future__ import annotations

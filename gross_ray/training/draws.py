@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gross_ray.data.augment import Augmentation, Crop
+from gross_ray.data.augment import Augmentation, Crop, ResizedCrop
 from gross_ray.data.image_set import ImageSet
+from gross_ray.nn.precision import products_at
 from gross_ray.seeds import derive_seed
-from gross_ray.training.options import Schedule
+from gross_ray.training.options import NONE, RESIZED_CROP, Schedule
 
 Keep = Callable[[nn.Dropout, Tensor], Tensor]
 """Returns the factors by which a dropout multiplies its input: 0 or 1 / (1 - p)."""
@@ -73,7 +74,8 @@ class EpochDraws:
         if self._augmentation is None:
             return inputs
         crops = [each._crops[:, part] for each in several if each._crops is not None]
-        return self._augmentation(inputs, torch.cat(crops, dim=1))
+        with products_at("float32", inputs.device):  # images are the same at every precision of the training
+            return self._augmentation(inputs, torch.cat(crops, dim=1))
 
     def keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
         """Draw the factors of a dropout, in the shape of its `inputs` (a `Keep`)."""
@@ -83,8 +85,12 @@ class EpochDraws:
         return kept.div_(1 - dropout.p).to(inputs.dtype)
 
 
-def _augmentation(augment: bool, images: ImageSet) -> Augmentation | None:
-    return Crop(images.stored.shape[2:], images.images.shape[2:]) if augment else None
+def _augmentation(name: str, images: ImageSet) -> Augmentation | None:
+    """Return the augmentation of that name in AUGMENTATIONS for these images."""
+    if name == NONE:
+        return None
+    kind = ResizedCrop if name == RESIZED_CROP else Crop
+    return kind(images.stored.shape[2:], images.images.shape[2:])
 
 
 @contextmanager
