@@ -83,7 +83,7 @@ def _network(options: argparse.Namespace) -> None:
     if options.weights:
         network.load_state_dict(torch.load(options.weights, weights_only=True))
     else:
-        schedule = Schedule(epochs=2, lr=0.05, batch_size=128, augment=False)
+        schedule = Schedule(epochs=2, lr=0.05, batch_size=128, augment="none")
         train_network(network, load_dataset(DataOptions(limit_validation=100)), schedule, seed=0)
     layers = {name: conv.weight.detach() for name, conv in decomposable_layers(network).items()}
     print("layer g | ours, no ridge: error cancellation steps s MiB | default: the same, error above no ridge ", end="")

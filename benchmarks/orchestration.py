@@ -91,7 +91,7 @@ def main() -> None:
     experiment = replace(
         quickstart(),
         data=DataOptions(name=options.dataset, **limits),
-        training=TrainingOptions(epochs=1, lr=0.05, milestones=(), batch_size=128, augment=False, seeds=1),
+        training=TrainingOptions(epochs=1, lr=0.05, milestones=(), batch_size=128, augment="none", seeds=1),
         decomposition=DecompositionOptions(tolerance=options.tolerance),
         supernet=SupernetOptions(seeds=2),  # two, so that decompositions and searches also take a minute
         finetuning=FinetuningOptions(epochs=options.epochs, lr=0.001, milestones=()),

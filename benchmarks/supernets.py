@@ -72,7 +72,7 @@ def main() -> None:
             bottlenecks, figures = _decompose(network, VARIANTS[name], seed)
             for lr in options.lr:
                 supernet = build_supernet(network, bottlenecks)
-                schedule = Schedule(epochs=options.epochs, lr=lr, augment=False)
+                schedule = Schedule(epochs=options.epochs, lr=lr, augment="none")
                 tuned = _tune(supernet, splits, schedule, seed)
                 rows.append({"variant": name, "lr": lr, "seed": seed} | figures | tuned)
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
@@ -88,7 +88,7 @@ def _base(splits: Splits, seed: int, cache: Path | None) -> nn.Module:
     if path is not None and path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
-    schedule = Schedule(epochs=5, lr=0.05, milestones=(3,), augment=False)
+    schedule = Schedule(epochs=5, lr=0.05, milestones=(3,), augment="none")
     train_network(network, splits, schedule, seed=seed)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     experiment = replace(
         quickstart(),
-        training=TrainingOptions(epochs=2, lr=0.05, milestones=(), batch_size=128, augment=False, seeds=1),
+        training=TrainingOptions(epochs=2, lr=0.05, milestones=(), batch_size=128, augment="none", seeds=1),
         decomposition=DecompositionOptions(tolerance=options.tolerance),
         supernet=SupernetOptions(seeds=1),
         sweep=SweepOptions(alphas=()),

@@ -38,7 +38,7 @@ if __name__ == "__main__":
     train, test = pictures()
     network = small_resnet()
     data = gr.load_dataset(gr.DataOptions(name="own_model:pictures"))
-    train_network(network, data, gr.Schedule(epochs=3, lr=0.05, batch_size=64, augment=False), seed=0)
+    train_network(network, data, gr.Schedule(epochs=3, lr=0.05, batch_size=64, augment="none"), seed=0)
     found = gr.compress(network, train, test, budget="latency_ms=90%", effort="quick", settings=["search.top=1"])
     print(found.table.to_string(index=False))
     gr.export_onnx(found.network, "own_model.onnx", (3, 32, 32))

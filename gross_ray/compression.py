@@ -19,7 +19,7 @@ from gross_ray.data.image_set import Splits
 from gross_ray.data.images import splits_of
 from gross_ray.data.normalisation import DEVIATION, MEAN
 from gross_ray.data.options import DataOptions
-from gross_ray.defaults import compression_experiment, mirrored_alike
+from gross_ray.defaults import augmentation_for, compression_experiment
 from gross_ray.experiment import Experiment
 from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
 from gross_ray.nn.calls import input_channels
@@ -113,7 +113,7 @@ def compress(
         num_images=len(splits.train),
         effort=effort,
         epochs=epochs,
-        augment=mirrored_alike(base, splits.validation),
+        augment=augmentation_for(base, splits.validation),
     ).override(list(settings))
     timed = LatencyOptions(runtime=runtime, batch_size=batch_size, threads=threads)
     rates: dict[str, float] = {}

@@ -21,6 +21,8 @@ from gross_ray.supernet.layers import NOT_PAYING, LayerChoice, choice_of
 from gross_ray.supernet.options import DecompositionOptions
 from gross_ray.training.loop import accuracy
 from gross_ray.training.options import (
+    CROP,
+    NONE,
     FinetuningOptions,
     ReconstructionOptions,
     Schedule,
@@ -55,15 +57,16 @@ def compression_experiment(
     adapt: int = 0,
     effort: str = "normal",
     epochs: int = 0,
-    augment: bool = True,
+    augment: str = CROP,
 ) -> Experiment:
     """Return the experiment that compresses `network` within `budgets`; `input_shape` is (C, H, W).
 
     `model`, `weights` and `data` are the names of the network and the images, for a run folder. All `budgets`, like
     "macs=40%", hold at once. `num_images` is the size of the training split. With `adapt`, weights are first trained on
     for that many epochs. `epochs` replaces the effort's epochs of the supernet's fine-tuning, and changes those of a
-    configuration in proportion. Learning rates are left open: a range test finds each before its training. Raises
-    InvalidValueError for an unknown effort, `adapt` without weights, no budget, or as `choice_of`.
+    configuration in proportion. `augment`, one of AUGMENTATIONS, is that of every training. Learning rates are left
+    open: a range test finds each before its training. Raises InvalidValueError for an unknown effort, `adapt` without
+    weights, no budget, or as `choice_of`.
     """
     require(effort in EFFORTS, "effort", effort, f"must be one of {', '.join(EFFORTS)}")
     if not budgets:
@@ -124,7 +127,15 @@ def mirrored_alike(network: nn.Module, images: ImageSet) -> bool:
     return accuracy(network, replace(images, images=images.images.flip(3), wider=None)) >= plain - MIRRORED
 
 
-def _schedule(epochs: int, *, images: int, batch_size: int, augment: bool) -> dict[str, Any]:
+def augmentation_for(network: nn.Module, images: ImageSet) -> str:
+    """Return the augmentation for short trainings of a trained network: crop, or none if images must not be mirrored.
+
+    Both augmentations with crops also mirror images. Resized crops would need longer trainings.
+    """
+    return CROP if mirrored_alike(network, images) else NONE
+
+
+def _schedule(epochs: int, *, images: int, batch_size: int, augment: str) -> dict[str, Any]:
     """Return the fields of a schedule: the rate is open, and falls after 60 and 85 % of the epochs."""
     late = tuple(sorted({round(epochs * share) for share in (0.6, 0.85)} - {0, epochs}))
     return {

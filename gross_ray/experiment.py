@@ -18,6 +18,7 @@ from gross_ray.model_names import check_model_name
 from gross_ray.search.options import SearchOptions
 from gross_ray.supernet.options import DecompositionOptions
 from gross_ray.training.options import (
+    EARLIER_AUGMENT,
     EngineOptions,
     FinetuningOptions,
     ReconstructionOptions,
@@ -143,6 +144,9 @@ class Experiment:
         for group, name in _LATER_FIELDS:
             if values[group][name] == defaults[group][name]:
                 del values[group][name]
+        own = (values["validation"][name] for name in ("reconstruction", "finetuning"))
+        for schedule in (values["training"], values["reconstruction"], values["finetuning"], *own):
+            schedule["augment"] = _AUGMENT_IN_FINGERPRINTS.get(schedule["augment"], schedule["augment"])
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -200,6 +204,8 @@ _LATER_FIELDS = (
     ("data", "memory"),
 )
 """Fields that earlier versions did not have: at their defaults they change no fingerprint."""
+_AUGMENT_IN_FINGERPRINTS = {now: json.loads(earlier) for earlier, now in EARLIER_AUGMENT.items()}
+"""Values of `augment` that earlier versions wrote as true and false, and that stay so in fingerprints."""
 PATH_FIELDS = {"data.name": "data", "weights": "weights", "weights_key": "weights"}
 """The fields that say where content is, each with the name under which a run folder stores its content's hash."""
 

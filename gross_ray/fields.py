@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import typing
 from typing import Any
 
 from gross_ray.errors import InvalidValueError
+
+EARLIER = "earlier"
+"""Key of a text field's metadata: a mapping from values of earlier versions, as JSON, to those that replace them."""
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
@@ -28,7 +32,8 @@ def settle(options: Any, prefix: str) -> None:
     `prefix` precedes a field's name in errors, like ``training.``.
     """
     for name, hint in typing.get_type_hints(type(options)).items():
-        object.__setattr__(options, name, convert(hint, getattr(options, name), prefix + name))
+        value = _of_today(type(options), name, getattr(options, name))
+        object.__setattr__(options, name, convert(hint, value, prefix + name))
 
 
 def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
@@ -48,13 +53,23 @@ def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     ]
     if missing:
         raise InvalidValueError(f"{prefix}{missing[0]} is missing and has no default: set it")
-    converted = {name: convert(hints[name], value, prefix + name) for name, value in values.items()}
+    converted = {
+        name: convert(hints[name], _of_today(cls, name, value), prefix + name) for name, value in values.items()
+    }
     try:
         return cls(**converted)
     except InvalidValueError as error:
         message = str(error)
         has_prefix = message.startswith(prefix) or "." in message.split(" = ")[0]
         raise InvalidValueError(message if has_prefix else prefix + message) from None
+
+
+def _of_today(cls: type, name: str, value: Any) -> Any:
+    """Return the value that replaces `value` of an earlier version in the field `name` (EARLIER), or `value`."""
+    replaced = cls.__dataclass_fields__[name].metadata.get(EARLIER)  # type: ignore[attr-defined]
+    if replaced is None or not isinstance(value, bool | str):
+        return value
+    return replaced.get(json.dumps(value) if isinstance(value, bool) else value, value)
 
 
 def convert(hint: Any, value: Any, name: str) -> Any:

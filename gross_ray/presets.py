@@ -40,18 +40,18 @@ def quickstart() -> Experiment:
     return Experiment(
         name="quickstart",
         data=DataOptions(name="sample", limit_train=3000, limit_validation=1000),
-        training=TrainingOptions(epochs=4, lr=0.02, milestones=(3,), batch_size=32, augment=False, seeds=3),
+        training=TrainingOptions(epochs=4, lr=0.02, milestones=(3,), batch_size=32, augment="none", seeds=3),
         decomposition=DecompositionOptions(tolerance=1e-4),
         supernet=SupernetOptions(seeds=1),
-        reconstruction=ReconstructionOptions(epochs=1, lr=1e-3, milestones=(), batch_size=64, augment=False),
-        finetuning=FinetuningOptions(epochs=2, lr=1e-3, milestones=(), batch_size=64, augment=False),
+        reconstruction=ReconstructionOptions(epochs=1, lr=1e-3, milestones=(), batch_size=64, augment="none"),
+        finetuning=FinetuningOptions(epochs=2, lr=1e-3, milestones=(), batch_size=64, augment="none"),
         search=SearchOptions(budgets=(16, 4), top=1),
         sweep=SweepOptions(alphas=(0.0, 4.0), scalings=("normalised",), seeds=1),
         validation=ValidationOptions(
             fixed=(16, 4),
             seeds=2,
-            reconstruction=Schedule(epochs=1, lr=1e-2, batch_size=64, augment=False),
-            finetuning=Schedule(epochs=1, lr=2e-3, batch_size=64, augment=False),
+            reconstruction=Schedule(epochs=1, lr=1e-2, batch_size=64, augment="none"),
+            finetuning=Schedule(epochs=1, lr=2e-3, batch_size=64, augment="none"),
         ),
     )
 
@@ -94,23 +94,23 @@ def vgg16_short() -> Experiment:
         name="vgg16-short",
         model="vgg16",
         data=DataOptions(name="fashion-mnist", limit_validation=2500),
-        training=TrainingOptions(epochs=3, lr=0.05, milestones=(2,), batch_size=128, augment=False, seeds=1),
+        training=TrainingOptions(epochs=3, lr=0.05, milestones=(2,), batch_size=128, augment="none", seeds=1),
         decomposition=DecompositionOptions(tolerance=1e-4, group_sizes=(1, 4, 16, 32)),
         engine=EngineOptions(precision="bfloat16"),
         supernet=SupernetOptions(seeds=1),
         reconstruction=ReconstructionOptions(
-            epochs=2, lr=1e-3, milestones=(1,), batch_size=64, augment=False, images=per_epoch
+            epochs=2, lr=1e-3, milestones=(1,), batch_size=64, augment="none", images=per_epoch
         ),
         finetuning=FinetuningOptions(
-            epochs=3, lr=1e-3, milestones=(2,), batch_size=64, augment=False, images=per_epoch
+            epochs=3, lr=1e-3, milestones=(2,), batch_size=64, augment="none", images=per_epoch
         ),
         search=SearchOptions(top=1, strategy="surrogate", evaluations=160, precision="bfloat16"),
         sweep=SweepOptions(alphas=()),
         validation=ValidationOptions(
             fixed=(16, 4),
             seeds=2,
-            reconstruction=Schedule(epochs=1, lr=3e-3, batch_size=64, augment=False, images=per_epoch),
-            finetuning=Schedule(epochs=1, lr=1e-3, batch_size=64, augment=False, images=per_epoch),
+            reconstruction=Schedule(epochs=1, lr=3e-3, batch_size=64, augment="none", images=per_epoch),
+            finetuning=Schedule(epochs=1, lr=1e-3, batch_size=64, augment="none", images=per_epoch),
         ),
     )
 

@@ -16,7 +16,7 @@ from gross_ray import BTDOptions, Compressed, compress, compression, decompose_m
 from gross_ray.compression import Data
 from gross_ray.data.image_set import ImageSet
 from gross_ray.data.normalisation import Normalisation
-from gross_ray.defaults import GROUP_SIZES, LEAST_STEPS, compression_experiment, mirrored_alike
+from gross_ray.defaults import GROUP_SIZES, LEAST_STEPS, augmentation_for, compression_experiment, mirrored_alike
 from gross_ray.efforts import EFFORTS
 from gross_ray.errors import DatasetError, GrossRayError, InvalidValueError
 from gross_ray.search.latency import LatencyModel
@@ -246,7 +246,8 @@ def test_images_are_mirrored_only_for_a_network_that_does_not_mind() -> None:
     assert mirrored_alike(Left(), ImageSet(images.flip(3), sides))  # no better than chance: it tells nothing
     bright = ImageSet(torch.full_like(images, 200), torch.zeros(40, dtype=torch.int64))
     assert mirrored_alike(Left(), bright)
-    for augment in (True, False):
+    assert [augmentation_for(Left(), ImageSet(each, sides)) for each in (images, images.flip(3))] == ["none", "crop"]
+    for augment in ("none", "crop"):
         words = {"budgets": ["macs=40%"], "num_images": 100, "augment": augment}
         found = compression_experiment(small(), (3, 16, 16), **words)  # type: ignore[arg-type]
         assert {found.finetuning.augment, found.reconstruction.augment, found.training.augment} == {augment}

@@ -38,7 +38,8 @@ VALID: dict[str, list[str]] = {
     "training.epochs": ["1", "3"],
     "training.lr": ["1", "1.0", "0.5", "5e-1"],
     "training.milestones": ["[]", "2", "[2]", "[2, 3]"],
-    "training.augment": ["true", "false"],
+    "training.augment": ["true", "false", "crop", "none", "resized-crop", '"crop"'],
+    "validation.finetuning.augment": ["true", "none"],
     "decomposition.ridge": ["0", "-0.0", "0.01"],
     "decomposition.layers": ["conv2", '["conv2"]', "[]"],
     "decomposition.nested": ["true", "false"],
@@ -92,6 +93,8 @@ def test_no_field_takes_what_its_type_forbids(name: str) -> None:
         ("reconstruction.images", "-1", "must be 0 (all images) or more"),
         ("training.lr", "-1", "must be above 0, or 0: found by a range test"),
         ("training.start", "old", "must be one of new, weights"),
+        ("training.augment", "flip", "must be one of none, crop, resized-crop"),
+        ("validation.finetuning.augment", "1", "must be one of none, crop, resized-crop"),
         ("training.start", "weights", "needs weights to begin from"),
         ("data.validation_from", "half", "must be one of train, test"),
         ("training.momentum", "1", "must be in [0, 1)"),
@@ -176,7 +179,9 @@ def test_setting_without_a_value_shows_how_to_write_it() -> None:
         (" training.epochs = 3 ", 3),
         ("training.lr=1", 1.0),
         ("training.lr=5e-2", 0.05),
-        ("training.augment=false", False),
+        ("training.augment=none", "none"),
+        ("training.augment=false", "none"),
+        ("finetuning.augment=true", "crop"),
         ("training.milestones=[2, 3]", [2, 3]),
         ("training.milestones=2", [2]),
         ("training.milestones=[]", []),
@@ -437,18 +442,55 @@ def test_learning_rates_are_those_of_multi_step_lr(lr: float, gamma: float, mile
         scheduler.step()
 
 
-def test_a_field_that_came_later_leaves_earlier_fingerprints_as_they_were() -> None:
-    now = preset("quickstart")
-    earlier = json.loads(now.to_json())
-    later = {"decomposition.keep_dense": "true", "training.start": "weights"}
-    later |= {"data.validation_from": "test", "data.channels": "1", "data.skip_damaged": "true"}
-    later |= {"data.image_column": "picture", "data.label_column": "kind"}
-    for group, _, field in (name.partition(".") for name in later):
+LATER = {"decomposition.keep_dense": "true", "training.start": "weights"}
+LATER |= {"data.validation_from": "test", "data.channels": "1", "data.skip_damaged": "true"}
+LATER |= {"data.image_column": "picture", "data.label_column": "kind"}
+"""Fields that the first version did not have, each with a value that is not its default."""
+
+
+def as_first_written(experiment: Experiment) -> dict[str, Any]:
+    """Return the experiment as the first version wrote it, before LATER and with augmentation either on or off."""
+    earlier = json.loads(experiment.to_json())
+    for group, _, field in (name.partition(".") for name in LATER):
         del earlier[group][field]
     del earlier["weights_key"]
+    for group in (earlier, earlier["validation"]):
+        for schedule in (value for value in group.values() if isinstance(value, dict) and "augment" in value):
+            schedule["augment"] = {"crop": True, "none": False}[schedule["augment"]]
+    return earlier
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_experiment_of_the_first_version_is_the_same_and_keeps_its_fingerprint(name: str) -> None:
+    now = preset(name)
+    earlier = as_first_written(now)
     assert Experiment.from_json(json.dumps(earlier)) == now
+    assert Experiment.from_json(json.dumps(earlier)).first_difference(now) is None
     canonical = json.dumps(earlier, sort_keys=True, separators=(",", ":"))
     assert now.fingerprint() == hashlib.sha256(canonical.encode()).hexdigest()[:16]
-    one = now.override(["training.seeds=1", "weights=net.pt"])
-    for name, value in later.items():
+
+
+def test_a_field_that_came_later_counts_in_a_fingerprint() -> None:
+    one = preset("quickstart").override(["training.seeds=1", "weights=net.pt"])
+    for name, value in LATER.items():
         assert one.override([f"{name}={value}"]).fingerprint() != one.fingerprint()
+
+
+@pytest.mark.parametrize(("earlier", "now"), [(True, "crop"), (False, "none")])
+def test_augment_of_earlier_versions_in_python(earlier: Any, now: str) -> None:
+    assert Schedule(epochs=1, lr=1, augment=earlier) == Schedule(epochs=1, lr=1, augment=now)
+    changed = dataclasses.replace(Experiment(), training=TrainingOptions(augment=earlier))
+    assert changed.fields()["training.augment"] == now
+    assert dataclasses.replace(changed.training, augment=now) == changed.training
+
+
+def test_fingerprints_tell_augmentations_apart() -> None:
+    names = ("none", "crop", "resized-crop")
+    for field in (name for name in FIELDS if name.endswith(".augment")):
+        assert len({Experiment().override([f"{field}={name}"]).fingerprint() for name in names}) == 3
+
+
+@pytest.mark.parametrize("wrong", [1, 0, None, 1.0, [True]])
+def test_augment_takes_no_other_type(wrong: Any) -> None:
+    with pytest.raises(InvalidValueError, match="augment = .*: must be of type str"):
+        Schedule(epochs=1, lr=1, augment=wrong)

@@ -46,7 +46,7 @@ def test_paper_has_the_papers_numbers() -> None:
     schedules = [paper.training, paper.reconstruction, paper.finetuning]
     schedules += [paper.validation.reconstruction, paper.validation.finetuning]
     for schedule in schedules:
-        assert (schedule.momentum, schedule.gamma, schedule.augment) == (0.9, 0.1, True)
+        assert (schedule.momentum, schedule.gamma, schedule.augment) == (0.9, 0.1, "crop")
         assert (schedule.batch_size, schedule.weight_decay) == (256, 1e-3)  # from the released experiment files
     parts = [paper.training, paper.supernet, paper.sweep, paper.validation]
     assert [part.seeds for part in parts] == [5] * 4

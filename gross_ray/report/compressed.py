@@ -16,8 +16,9 @@ from gross_ray.run.limits import full_costs
 from gross_ray.run.pins import stored_data
 from gross_ray.run.store import RunStore
 from gross_ray.space import SearchSpace, listed
-from gross_ray.training.options import Schedule
+from gross_ray.training.options import CROP, NONE, RESIZED_CROP, Schedule
 
+_AUGMENTED = {NONE: "no augmentation", CROP: "crops and flips", RESIZED_CROP: "resized crops and flips"}
 _WRITTEN = "written"
 
 
@@ -50,8 +51,7 @@ def _of(schedule: Schedule) -> str:
     rate = f"learning rate {schedule.lr:g}" if schedule.lr else "learning rate found by a range test"
     images = f" of {schedule.images:,} images" if schedule.images else ""
     epochs = f"{schedule.epochs} epoch{'s' * (schedule.epochs > 1)}"
-    crops = "crops and flips" if schedule.augment else "no augmentation"
-    return f"{epochs}{images} in batches of {schedule.batch_size} ({rate}, {crops})"
+    return f"{epochs}{images} in batches of {schedule.batch_size} ({rate}, {_AUGMENTED[schedule.augment]})"
 
 
 def _shape(splits: Splits) -> str:

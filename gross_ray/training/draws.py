@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gross_ray.data.augment import cropped_and_flipped, draw_crops
+from gross_ray.data.augment import Augmentation, Crop, ResizedCrop
 from gross_ray.data.image_set import ImageSet
+from gross_ray.nn.precision import products_at
 from gross_ray.seeds import derive_seed
-from gross_ray.training.options import Schedule
+from gross_ray.training.options import NONE, RESIZED_CROP, Schedule
 
 Keep = Callable[[nn.Dropout, Tensor], Tensor]
 """Returns the factors by which a dropout multiplies its input: 0 or 1 / (1 - p)."""
@@ -23,6 +24,8 @@ class EpochDraws:
     def __init__(self, images: ImageSet, seed: int, schedule: Schedule, dropout: torch.Generator | None = None) -> None:
         """Draw the order and the crops of the whole epoch, so that no step waits for a copy to the device.
 
+        Crops are drawn from the images with their margin, if they have one; without crops, their centres are used.
+
         `dropout`, a generator on the device, is reseeded and used; without it, one is created.
         """
         self.num_images = schedule.images_of(len(images))
@@ -33,7 +36,10 @@ class EpochDraws:
         """On the CPU; it drew the order and the crops, and draws the configurations next."""
         order = torch.randperm(len(images), generator=self.generator)[: self.num_images]
         self._order = order.to(images.images.device)
-        self._crops = draw_crops(self.num_images, self.generator).to(device) if schedule.augment else None
+        self._augmentation = _augmentation(schedule.augment, images)
+        self._crops: Tensor | None = None
+        if self._augmentation is not None:
+            self._crops = self._augmentation.draw(self.num_images, self.generator).to(device)
         self._dropout = torch.Generator(device) if dropout is None else dropout
         self._dropout.manual_seed(derive_seed(seed, "dropout"))
         self.global_seed = derive_seed(seed, "global")
@@ -41,10 +47,9 @@ class EpochDraws:
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images (B, 3, H, W), uint8, and labels (B,) of each step, cropped and flipped if augmented."""
-        for number, (inputs, labels) in enumerate(self._images.batches(size, self._order)):
-            if self._crops is not None:
-                inputs = cropped_and_flipped(inputs, self._crops[:, number * size : (number + 1) * size])
-            yield inputs, labels
+        batches = self._images.batches(size, self._order, wider=self._augmentation is not None)
+        for number, (inputs, labels) in enumerate(batches):
+            yield self._augmented(inputs, [self], slice(number * size, (number + 1) * size)), labels
 
     @staticmethod
     def batches_of_all(several: Sequence[EpochDraws], size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -58,13 +63,19 @@ class EpochDraws:
                 yield torch.stack([inputs for inputs, _ in batches]), torch.stack([labels for _, labels in batches])
             return
         order = torch.stack([each._order for each in several])
+        source = first._images.images if first._augmentation is None else first._images.stored
         for start in range(0, order.shape[1], size):
             indices = order[:, start : start + size]
-            inputs = first._images.images[indices.flatten()]
-            if first._crops is not None:
-                crops = [each._crops[:, start : start + size] for each in several if each._crops is not None]
-                inputs = cropped_and_flipped(inputs, torch.cat(crops, dim=1))
+            inputs = first._augmented(source[indices.flatten()], several, slice(start, start + size))
             yield inputs.unflatten(0, indices.shape), first._images.labels[indices]
+
+    def _augmented(self, inputs: Tensor, several: Sequence[EpochDraws], part: slice) -> Tensor:
+        """Return the images of a step, those of each training in `several` one after another, cropped if augmented."""
+        if self._augmentation is None:
+            return inputs
+        crops = [each._crops[:, part] for each in several if each._crops is not None]
+        with products_at("float32", inputs.device):  # images are the same at every precision of the training
+            return self._augmentation(inputs, torch.cat(crops, dim=1))
 
     def keep(self, dropout: nn.Dropout, inputs: Tensor) -> Tensor:
         """Draw the factors of a dropout, in the shape of its `inputs` (a `Keep`)."""
@@ -72,6 +83,14 @@ class EpochDraws:
             return torch.zeros_like(inputs)
         kept = torch.empty(inputs.shape, device=inputs.device).bernoulli_(1 - dropout.p, generator=self._dropout)
         return kept.div_(1 - dropout.p).to(inputs.dtype)
+
+
+def _augmentation(name: str, images: ImageSet) -> Augmentation | None:
+    """Return the augmentation of that name in AUGMENTATIONS for these images."""
+    if name == NONE:
+        return None
+    kind = ResizedCrop if name == RESIZED_CROP else Crop
+    return kind(images.stored.shape[2:], images.images.shape[2:])
 
 
 @contextmanager

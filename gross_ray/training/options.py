@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from gross_ray.fields import require, require_group_sizes, settle
+from gross_ray.fields import EARLIER, require, require_group_sizes, settle
 from gross_ray.nn.precision import PRECISIONS
 
 SCALINGS = ("index", "normalised")
 """The two readings of Eq. 8."""
 STARTS = ("new", "weights")
 """What the training of a base network begins from."""
+NONE, CROP, RESIZED_CROP = AUGMENTATIONS = ("none", "crop", "resized-crop")
+"""How a training changes its images."""
+EARLIER_AUGMENT = {"true": CROP, "false": NONE}
+"""What earlier versions wrote as `augment` in JSON, and its name now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +38,16 @@ class Schedule:
     """Images per step."""
     images: int = 0
     """Images per epoch, drawn anew for each epoch; 0, or more than the training split has: every image once."""
-    augment: bool = True
-    """Random crop from a 2-pixel padding and horizontal flip."""
+    augment: str = field(default=CROP, metadata={EARLIER: EARLIER_AUGMENT})
+    """none; crop: a random crop from the images' margin, or from a padding of 2 pixels, and a horizontal flip;
+    resized-crop: one of random area and aspect ratio, resized, and a horizontal flip (docs/method.md)."""
 
     def __post_init__(self) -> None:
         settle(self, "")
         require(self.epochs >= 1, "epochs", self.epochs, "must be 1 or more")
         require(self.lr >= 0, "lr", self.lr, "must be above 0, or 0: found by a range test")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "must be 1 or more")
+        require(self.augment in AUGMENTATIONS, "augment", self.augment, f"must be one of {', '.join(AUGMENTATIONS)}")
         require(self.images >= 0, "images", self.images, "must be 0 (all images) or more")
         require(0 <= self.momentum < 1, "momentum", self.momentum, "must be in [0, 1)")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")

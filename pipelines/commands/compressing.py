@@ -12,7 +12,7 @@ import click
 import torch
 
 from gross_ray.data.options import DataOptions
-from gross_ray.defaults import compression_experiment, mirrored_alike
+from gross_ray.defaults import augmentation_for, compression_experiment
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Experiment
 from gross_ray.export import check_format
@@ -35,6 +35,7 @@ from gross_ray.search.cost import full_costs
 from gross_ray.search.options import LatencyOptions
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.layers import LayerChoice
+from gross_ray.training.options import CROP
 from gross_ray.weights import load_weights
 from pipelines.commands import exporting
 from pipelines.commands.estimating import estimate
@@ -173,10 +174,10 @@ def _experiment(
     splits = source.load(options)
     shape = splits.train.images.shape[1:]
     network = build_model(model, num_classes=len(splits.classes), image_size=shape[-1], generator=torch.Generator())
-    augment, key = True, [f"weights_key={json.dumps(weights_key)}"] if weights_key else []
+    augment, key = CROP, [f"weights_key={json.dumps(weights_key)}"] if weights_key else []
     if weights is not None:
         load_weights(network, weights, key=weights_key, new_classifier=bool(adapt))
-        augment = mirrored_alike(network, splits.validation)
+        augment = augmentation_for(network, splits.validation)
     experiment = compression_experiment(
         network,
         shape,

@@ -159,6 +159,21 @@ def test_the_run_folder_names_the_gross_ray_that_wrote_it(store):
     assert values == store.experiment.to_dict()
 
 
+@pytest.mark.parametrize(("earlier", "now"), [(True, "crop"), (False, "none")])
+def test_a_run_folder_whose_augment_is_true_or_false_is_continued(tmp_path, earlier, now):
+    settings = [f"{name}={now}" for name in Experiment().fields() if name.endswith(".augment")]
+    experiment = Experiment().override(settings)
+    store = RunStore.create(tmp_path / "run", experiment)
+    file = store.path / "experiment.json"
+    text = file.read_text()
+    assert text.count(f'"augment": "{now}"') == 5
+    file.write_text(text.replace(f'"augment": "{now}"', f'"augment": {json.dumps(earlier)}'))
+    assert RunStore.open(store.path).experiment == experiment
+    assert RunStore.create(store.path, experiment).experiment == experiment
+    with pytest.raises(RunFolderError, match=f"training.augment .'resized-crop', not '{now}'"):
+        RunStore.create(store.path, experiment.override(["training.augment=resized-crop"]))
+
+
 def write_experiment(store, written_by=None, **more):
     values = ({"gross_ray": written_by} if written_by else {}) | store.experiment.to_dict() | more
     (store.path / "experiment.json").write_text(json.dumps(values))

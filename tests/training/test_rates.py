@@ -15,7 +15,7 @@ from gross_ray.training.options import Schedule
 from gross_ray.training.rates import RATES, STEPS, find_rate
 from gross_ray.training.stages import train_network
 
-OPEN = Schedule(epochs=7, lr=0.0, milestones=(2, 5), batch_size=4, augment=False)
+OPEN = Schedule(epochs=7, lr=0.0, milestones=(2, 5), batch_size=4, augment="none")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_each_rate_starts_from_the_same_weights_and_the_network_keeps_them(split
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     alone = train_network(
-        network, splits, Schedule(epochs=2, lr=1e-2, batch_size=4, images=4 * STEPS, augment=False), seed=3
+        network, splits, Schedule(epochs=2, lr=1e-2, batch_size=4, images=4 * STEPS, augment="none"), seed=3
     )
     assert found.losses[1] == alone[-1].train_loss  # whatever ran before it
 

@@ -29,7 +29,7 @@ from gross_ray.training.stages import finetune, reconstruct, response_error, tra
 from gross_ray.training.together import Member, reconstruct_together
 
 SIZES: Mapping[str, Sequence[int]] = {"3": (1, 2, 4), "6": (2, 6)}
-SCHEDULE = Schedule(epochs=3, lr=0.003, batch_size=10, weight_decay=0.0, augment=False)
+SCHEDULE = Schedule(epochs=3, lr=0.003, batch_size=10, weight_decay=0.0, augment="none")
 Stage = Callable[..., Any]
 
 
@@ -63,7 +63,7 @@ def original(splits: Splits) -> nn.Sequential:
             nn.Dropout(0.2),
             nn.Linear(20, 3),
         )
-    train_network(network, splits, Schedule(epochs=3, lr=0.01, batch_size=10, augment=False), seed=0)
+    train_network(network, splits, Schedule(epochs=3, lr=0.01, batch_size=10, augment="none"), seed=0)
     return network.eval()
 
 
@@ -142,7 +142,7 @@ def test_reconstruction_loss_is_the_sum_of_equation_9_over_the_layers(
     supernet: nn.Module, original: nn.Sequential, splits: Splits
 ) -> None:
     # One batch of all images: the first loss is that of the network before its first step.
-    schedule = Schedule(epochs=1, lr=1e-3, batch_size=60, augment=False)
+    schedule = Schedule(epochs=1, lr=1e-3, batch_size=60, augment="none")
     set_configuration(supernet, (2, 2))
     expected = sum(errors_of_responses(copy.deepcopy(supernet).eval(), original, splits.train))
     (record,) = reconstruct(supernet, original, splits, schedule, seed=0)
@@ -190,7 +190,7 @@ def test_each_call_of_a_layer_counts_in_the_response_error(
     with torch.no_grad():
         pairs = zip(supernet.calls(images), network.calls(images), strict=True)
         errors = [float(((ours - theirs) ** 2).sum().sqrt() / (theirs**2).sum().sqrt()) for ours, theirs in pairs]
-    schedule = Schedule(epochs=1, lr=1e-9, batch_size=len(splits.train), augment=False)
+    schedule = Schedule(epochs=1, lr=1e-9, batch_size=len(splits.train), augment="none")
     largest_never = ConfigurationSampler(SearchSpace.of(supernet), 1000.0)  # draws the smallest group-sizes
     if together:
         (history,) = reconstruct_together([Member(supernet, 0, largest_never)], network, splits, schedule)
@@ -211,7 +211,7 @@ def test_an_activation_in_place_leaves_the_responses_as_the_layers_gave_them(spl
             layers = [nn.Conv2d(3, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 4, 3)]
             network = nn.Sequential(*layers, nn.ReLU(inplace))
         supernet = decompose_model(network, options=BTDOptions(tolerance=1e-2))
-        schedule, sampler = Schedule(epochs=1, lr=1e-3, augment=False), uniform_sampler(supernet)
+        schedule, sampler = Schedule(epochs=1, lr=1e-3, augment="none"), uniform_sampler(supernet)
         if together:
             (history,) = reconstruct_together([Member(supernet, 0, sampler)], network, splits, schedule)
             assert isinstance(history, list)
@@ -233,7 +233,7 @@ def test_passes_between_two_steps_are_no_calls_of_a_step(splits: Splits, togethe
                 with torch.no_grad():
                     one(splits.train.as_inputs(splits.train.images[:2]))
 
-        schedule = Schedule(epochs=2, lr=1e-3, augment=False)
+        schedule = Schedule(epochs=2, lr=1e-3, augment="none")
         sampler = uniform_sampler(supernet)
         if together:
             (history,) = reconstruct_together([Member(supernet, 0, sampler, None, look)], network, splits, schedule)
@@ -254,7 +254,7 @@ def test_networks_that_call_a_layer_different_numbers_of_times_are_refused(split
     network, supernet = (one.float() for one in a_network_that_calls_a_layer_twice())
     once = Once()
     once.load_state_dict(network.state_dict())
-    schedule = Schedule(epochs=1, lr=1e-9, augment=False)
+    schedule = Schedule(epochs=1, lr=1e-9, augment="none")
     with pytest.raises(InvalidValueError, match="'shared' is called 2 times in the supernet and 1 times in the full"):
         if together:
             reconstruct_together([Member(supernet, 0, uniform_sampler(supernet))], once, splits, schedule)
@@ -278,7 +278,7 @@ def test_nothing_is_dropped_or_normalised_anew_while_reconstructing(splits: Spli
             ours, theirs = one(ours), other(theirs)
             if place in (1, 4):
                 expected += float((ours - theirs).norm() / theirs.norm())
-    schedule = Schedule(epochs=1, lr=1e-3, batch_size=len(images), augment=False)
+    schedule = Schedule(epochs=1, lr=1e-3, batch_size=len(images), augment="none")
     before = copy.deepcopy(network.state_dict())
     (record,) = reconstruct(supernet.train(), network.train(), splits, schedule, seed=0)
     assert record.train_loss == pytest.approx(expected, rel=1e-5)
@@ -363,7 +363,7 @@ def test_sampler_draws_anew_at_every_step(stage: Stage, supernet: nn.Module, spl
             used.append(get_configuration(supernet))
 
     supernet[0].register_forward_pre_hook(note)
-    schedule = Schedule(epochs=6, lr=1e-3, batch_size=6, augment=False)
+    schedule = Schedule(epochs=6, lr=1e-3, batch_size=6, augment="none")
     stage(supernet, schedule, sampler=Recorder(SearchSpace.of(supernet), 0.0))
     assert len(drawn) == 60
     assert used == drawn

@@ -32,7 +32,7 @@ SETTINGS = [
     "decomposition.max_steps=5",
     "reconstruction.epochs=2",
     "finetuning.epochs=2",
-    "finetuning.augment=true",
+    "finetuning.augment=crop",
     "validation.seeds=1",
     "validation.finetuning.epochs=2",
 ]
