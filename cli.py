@@ -21,6 +21,7 @@ from pipelines.commands.options import (
     configurations_of,
     costs_of,
     experiment_options,
+    latency_options,
     refuse_alone,
     refuse_beside,
     runtime_options,
@@ -164,30 +165,8 @@ def search(
 
 @main.command()
 @click.argument("run", metavar="RUN")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    help="Device of this machine to time [cuda if there is a GPU and the runtime is torch or compiled, else cpu].",
-)
+@latency_options
 @runtime_options
-@click.option("--repeats", type=click.IntRange(min=2), help="Rounds of timings [5].")
-@click.option(
-    "--networks",
-    "num_sampled",
-    type=click.IntRange(min=2),
-    help="Whole networks to time [2.5 for each form of each layer; up to three times as many while the median error is "
-    "above 1.5 %].",
-)
-@click.option(
-    "--to", "target", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write FILE.parquet."
-)
-@click.option(
-    "--from",
-    "source",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Read the times that --to wrote on another machine, and time nothing.",
-)
 def latency(run: str, device: str | None, target: Path | None, source: Path | None, **asked: int | str | None) -> None:
     """Time networks of RUN's layers in a runtime on this machine, and predict latency_ms of each configuration.
 
@@ -271,6 +250,25 @@ def presets(name: str | None) -> None:
     from pipelines.commands import listing
 
     listing.presets(name)
+
+
+@main.command()
+@click.argument("keys", nargs=-1, metavar="[KEY]...")
+@click.option("--verify", is_flag=True, help="Compare the images with the hashes that were stored with them.")
+@click.option("--clear", is_flag=True, help="Delete the files of each KEY, or of all datasets: gross data all --clear.")
+@click.option("--data-root", metavar="FOLDER", help="Folder of the datasets [~/.cache/gross_ray].")
+def data(keys: tuple[str, ...], verify: bool, clear: bool, data_root: str | None) -> None:
+    """List the datasets that were read into files, because memory does not hold them; check or delete the files.
+
+    \b
+    Example:
+      gross data
+      gross data d27f00c66b646daa --verify
+      gross data all --clear
+    """
+    from pipelines.commands import image_files
+
+    image_files.data(keys, verify=verify, clear=clear, root=data_root)
 
 
 @main.command()

@@ -42,9 +42,10 @@ from pipelines.execution.cluster import connected, put
 from pipelines.execution.in_process import InProcess
 from pipelines.execution.tune import Trials
 from pipelines.nodes import NodeKind
+from pipelines.packing import pack_splits
 from pipelines.resources import Resources
 from pipelines.stages import decompose, search, supernets, sweep, train
-from pipelines.units import Context, Job, Unit, Work, pack_splits
+from pipelines.units import Context, Job, Unit, Work
 from pipelines.watching import StageProgress
 
 

@@ -49,10 +49,11 @@ from pipelines.execution.base import Executor
 from pipelines.execution.cluster import connected, put
 from pipelines.execution.in_process import InProcess
 from pipelines.nodes import NodeKind
+from pipelines.packing import pack_splits
 from pipelines.resources import Resources
 from pipelines.stages import finetune, search, supernets
 from pipelines.stages.base import history_rows
-from pipelines.units import Context, Job, Unit, Work, pack_splits
+from pipelines.units import Context, Job, Unit, Work
 from pipelines.watching import StageProgress
 
 CHEAP_LAYERS = 10

@@ -27,9 +27,10 @@ from pipelines.execution.base import Executor
 from pipelines.execution.cluster import connected, put
 from pipelines.execution.in_process import InProcess
 from pipelines.nodes import NodeKind
+from pipelines.packing import pack_splits
 from pipelines.resources import Resources
 from pipelines.stages import decompose, train
-from pipelines.units import Job, Unit, Work, pack_splits
+from pipelines.units import Job, Unit, Work
 from pipelines.watching import StageProgress
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gross_ray.data.names import is_place
+from gross_ray.data.names import WITH_FILES, is_place
 from gross_ray.data.options import DataOptions
 from gross_ray.errors import InvalidValueError
 from gross_ray.fields import build, require, settle
@@ -269,11 +269,16 @@ def _of_data(fields: _Fields, changed: _Fields) -> list[str]:
         "data.image_column": (("parquet", "hf"), "only parquet: and hf: have columns"),
         "data.label_column": (("parquet", "hf"), "only parquet: and hf: have columns"),
     }
-    return [
+    found = [
         f"{name} = {changed[name]!r}: the images are {fields['data.name']}, and {rule}"
         for name, (kinds, rule) in rules.items()
         if name in changed and kind not in kinds
     ]
+    if "data.resize" in changed and not fields["data.image_size"]:
+        found.append(f"data.resize = {fields['data.resize']}: without data.image_size, images are not resized")
+    if "data.memory" in changed and fields["data.name"] in ("sample", *WITH_FILES):
+        found.append(f"data.memory = {fields['data.memory']}: {fields['data.name']} is always kept in memory")
+    return found
 
 
 def _of_schedules(fields: _Fields, changed: _Fields) -> list[str]:

@@ -84,8 +84,6 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(convert(typing.get_args(hint)[0], item, name) for item in items)
-    if hint is str and type(value) is int:
-        return str(value)  # like a column called 5, or a size of 224 pixels
     accepted = int | float if hint is float else hint
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise InvalidValueError(f"{name} = {value!r}: must be of type {hint.__name__}")

@@ -6,7 +6,7 @@ import os
 import platform
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -30,18 +30,25 @@ from pipelines.execution import signals
 from pipelines.execution.base import Executor
 from pipelines.execution.in_process import InProcess
 from pipelines.nodes import NodeKind
+from pipelines.packing import pack_splits
 from pipelines.resources import Resources
 from pipelines.stages.pipeline import plans
-from pipelines.units import Group, Job, grouped, pack_splits
+from pipelines.units import Group, Job, grouped
 from pipelines.watching import ProgressReporter, StageProgress
 
 Result = TypeVar("Result")
+Reading = tuple[Callable[[str], object] | None, Callable[[int, int], object] | None]
+"""The functions `note` and `progress` of `load_dataset`."""
 
 NAMED = 5
 """Maximum number of units that an error names."""
 _MEASURE = "measure again with `gross latency`"
 _AFTER_DAMAGE = {"runs": "that start is on record no more", "layer_latencies": _MEASURE, "runtime_latencies": _MEASURE}
 """The consequence of losing a file of a table that no stage completes."""
+
+
+def _silently() -> AbstractContextManager[Reading]:
+    return nullcontext((None, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +59,21 @@ class DataSource:
     """Folder of the dataset's files; None: ~/.cache/gross_ray."""
     download: bool = False
     """Download missing files."""
+    reading: Callable[[], AbstractContextManager[Reading]] = _silently
+    """Shows the reading of images into files while a block runs."""
 
     def load(self, options: DataOptions) -> Splits:
         """Return the images; the images loaded last are cached until `forget`. Raises as `load_dataset` does."""
-        return _loaded(options, self.root, self.download)
+        return _loaded(options, self.root, self.download, self.reading)
 
     def without_effect(self, name: str) -> list[str]:
         """Return a line for each option without effect on the dataset of this name."""
-        if name in WITH_FILES:
-            return []
-        set_ = {"--data-root": self.root, "--download": self.download}
-        files = f"only {', '.join(WITH_FILES)} have files there"
-        return [f"{option} for the dataset {name}: {files}" for option, value in set_.items() if value]
+        found = []
+        if self.root is not None and name == "sample":
+            found.append("--data-root for the dataset sample: it is part of gross_ray")
+        if self.download and name not in WITH_FILES:
+            found.append(f"--download for the dataset {name}: only {', '.join(WITH_FILES)} can be downloaded")
+        return found
 
     @staticmethod
     def forget() -> None:
@@ -72,8 +82,11 @@ class DataSource:
 
 
 @lru_cache(maxsize=1)
-def _loaded(options: DataOptions, root: str | None, download: bool) -> Splits:
-    return load_dataset(options, root=root, download=download)
+def _loaded(
+    options: DataOptions, root: str | None, download: bool, reading: Callable[[], AbstractContextManager[Reading]]
+) -> Splits:
+    with reading() as (note, progress):
+        return load_dataset(options, root=root, download=download, note=note, progress=progress)
 
 
 def report_damage(store: RunStore, progress: ProgressReporter) -> None:
@@ -147,7 +160,7 @@ class _OnRay:
         self, run: Run, splits: Splits, resources: Resources, callbacks: Sequence[Any], note: Callable[[str], object]
     ) -> None:
         from pipelines.execution.actors import Actors
-        from pipelines.execution.cluster import connected, module_of, put
+        from pipelines.execution.cluster import connected, module_of, put, this_node
 
         self._stack = ExitStack()
         self._run, self._callbacks = run, callbacks
@@ -155,7 +168,7 @@ class _OnRay:
         ray = connected(resources, [own] if own else [], note=note, run=run.store.storage.folder)
         self.capacity = self._stack.enter_context(ray)
         try:
-            self._packed = put(pack_splits(splits))
+            self._packed = put(pack_splits(splits, run.experiment.data, node=this_node()))
             self._actors = Actors(self.capacity, self._packed, run)
         except BaseException:
             self._stack.close()

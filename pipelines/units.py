@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.data.images import SPLITS
-from gross_ray.data.normalisation import Normalisation
+from gross_ray.data.image_set import Splits
 from gross_ray.errors import DamagedFileError, MissingStageError
 from gross_ray.run.opened import Run
 from gross_ray.run.store import UNDER_WAY, RunStore
@@ -168,48 +163,3 @@ class EpochSlot:
     @property
     def _stage(self) -> str:
         return f"{self.stage}{UNDER_WAY}"
-
-
-def pack_splits(splits: Splits) -> dict[str, Any]:
-    """Return the images as NumPy arrays, which Ray's object store shares between processes without a copy."""
-    packed: dict[str, Any] = {"name": splits.name, "classes": splits.classes}
-    for name in SPLITS:
-        part: ImageSet = getattr(splits, name)
-        packed[name] = (part.stored.numpy(), part.labels.numpy(), tuple(part.images.shape[2:]), part.normalisation)
-    return packed
-
-
-def unpack_splits(packed: Mapping[str, Any], device: str, room: int | None = None) -> Splits:
-    """Return the images of `pack_splits` on `device`, or streamed to it if they are larger than `room` bytes."""
-    resident = room is None or sum(packed[name][0].nbytes for name in SPLITS) <= room
-
-    def unpacked(
-        images: np.ndarray, labels: np.ndarray, size: tuple[int, int], normalisation: Normalisation
-    ) -> ImageSet:
-        centred = ImageSet.centred(tensor_of(images), size, tensor_of(labels))
-        on_cpu = replace(centred, normalisation=normalisation)
-        return on_cpu.to(device) if resident else on_cpu.stream_to(device)
-
-    train, validation, test = (unpacked(*packed[name]) for name in SPLITS)
-    return Splits(packed["name"], train, validation, test, packed["classes"])
-
-
-def room_for_images(device: str, share: float = 1.0) -> int | None:
-    """Return the bytes of `device` that the images of a process with `share` of it may take; None: any number.
-
-    On a CPU, all processes of a node share the images' memory.
-    """
-    if torch.device(device).type != "cuda":
-        return None
-    return int(RESIDENT_SHARE * share * torch.cuda.get_device_properties(device).total_memory)
-
-
-RESIDENT_SHARE = 0.3
-"""Share of a worker's part of a GPU's memory that its images may take; larger images are streamed."""
-
-
-def tensor_of(array: np.ndarray) -> Tensor:
-    """Return an array of Ray's object store as a tensor on the same memory, which must not be written to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)

@@ -139,6 +139,16 @@ class ImageFiles:
             remedy = f"delete it with gross data --clear {self.key}"
             raise DatasetError(f"{path} cannot be read ({one_line(error)}); {remedy}") from error
 
+    def hashes(self) -> dict[str, str]:
+        """Return the hash of each split of complete files; nothing if they are not complete."""
+        described = self.description()
+        return {} if described is None else {split: each["hash"] for split, each in described["splits"].items()}
+
+    def stamp(self) -> None:
+        """Store the times that the files have now, after they were verified."""
+        if (described := self.description()) is not None:
+            self._describe(described)
+
     def splits(self) -> Splits:
         """Return the images of complete files; raises DatasetError if they are not complete."""
         described = self.description()

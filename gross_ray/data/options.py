@@ -51,14 +51,16 @@ class DataOptions:
     """Use only the first `limit_test` test images (0: all)."""
 
     def __post_init__(self) -> None:
+        if type(self.image_size) is int:
+            object.__setattr__(self, "image_size", str(self.image_size))
         settle(self, "data.")
         check_dataset_name(self.name)
         if size := parse_size(self.image_size):
             text = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
             object.__setattr__(self, "image_size", text)  # equal sizes have equal fingerprints
-        rule = f"must be 0 (automatic), or at least data.image_size, {self.image_size}"
-        require(self.resize == 0 or size is None or self.resize >= min(size), "data.resize", self.resize, rule)
-        require(self.resize == 0 or size is not None, "data.resize", self.resize, "needs data.image_size; set both")
+        rule = "must be 0 (automatic) or more" + (f", and at least data.image_size, {self.image_size}" if size else "")
+        fits = self.resize == 0 or size is None or self.resize >= min(size)
+        require(self.resize >= 0 and fits, "data.resize", self.resize, rule)
         require(self.memory >= 0, "data.memory", self.memory, "must be 0 (automatic) or more")
         Normalisation(self.mean, self.std)
         rule = f"must be one of {', '.join(VALIDATION_FROM)}"

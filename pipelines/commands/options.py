@@ -46,6 +46,14 @@ CALLBACK_HELP = (
     "A ray.tune.Callback, or a function that makes one, to be notified of the trials of validate and sweep-alpha; "
     "may be repeated."
 )
+FROM_HELP = "Read the times that --to wrote on another machine, and time nothing."
+NETWORKS_HELP = (
+    "Whole networks to time [2.5 for each form of each layer; up to three times as many while the median error is "
+    "above 1.5 %]."
+)
+TIMED_DEVICE_HELP = (
+    "Device of this machine to time [cuda if there is a GPU and the runtime is torch or compiled, else cpu]."
+)
 WORK_PARAMETERS = (
     *("preset_name", "experiment_file", "settings", "data", "model", "weights", "weights_key"),
     *("address", "num_cpus", "device", "gpus_per_unit", "in_process", "data_root", "download"),
@@ -71,9 +79,10 @@ class Place:
 
     def source(self) -> DataSource:
         """Return the source of the images."""
+        from pipelines.commands.terminal import reading
         from pipelines.driver import DataSource
 
-        return DataSource(root=self.data_root, download=self.download)
+        return DataSource(root=self.data_root, download=self.download, reading=reading)
 
 
 def experiment_options(command: Command, *, preset_required: bool = False) -> Command:
@@ -118,6 +127,20 @@ def experiment_options(command: Command, *, preset_required: bool = False) -> Co
     ):
         wrapped = decorate(wrapped)
     return wrapped
+
+
+def latency_options(command: Command) -> Command:
+    """Add the options of `gross latency` that no other command has."""
+    file = click.Path(dir_okay=False, path_type=Path)
+    for decorate in (
+        click.option("--from", "source", type=file, metavar="FILE", help=FROM_HELP),
+        click.option("--to", "target", type=file, metavar="FILE", help="Also write FILE.parquet."),
+        click.option("--networks", "num_sampled", type=click.IntRange(min=2), help=NETWORKS_HELP),
+        click.option("--repeats", type=click.IntRange(min=2), help="Rounds of timings [5]."),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), help=TIMED_DEVICE_HELP),
+    ):
+        command = decorate(command)
+    return command
 
 
 def runtime_options(command: Command, what: str = "What runs the networks [onnxruntime; on a GPU torch].") -> Command:

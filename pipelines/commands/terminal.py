@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TextIO
 
 import click
@@ -111,3 +111,25 @@ def measuring_bar(runtime: str, device: str) -> Iterator[Callable[[int, int], No
             bar.update(1000 * done // total - bar.pos)
 
         yield advance
+
+
+@contextmanager
+def reading() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """Yield what shows a line, and what shows how many images are read into files and how many there are, on stderr."""
+    reporter = Reporter()
+    with ExitStack() as stack:
+        shown: list[StageProgress] = []
+
+        def progress(done: int, total: int) -> None:
+            if not shown:
+                reporter.note("more images than data.memory: reading them into files, once (gross data lists them)")
+                shown.append(stack.enter_context(reporter.stage("images", total, done)))
+            shown[0].done = done
+            shown[0].under_way({"read": (0.0, _left(done, total, time.monotonic() - shown[0].started))})
+
+        yield reporter.note, progress
+
+
+def _left(done: int, total: int, seconds: float) -> str:
+    minutes = seconds / max(1, done) * (total - done) / 60
+    return f"{done:,} of {total:,}, about {minutes:.0f} minutes left" if minutes >= 1.5 else f"{done:,} of {total:,}"

@@ -16,8 +16,10 @@ from gross_ray.errors import GrossRayError, one_line
 from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution.base import do_unit, report_failure
+from pipelines.execution.fetching import Fetcher
 from pipelines.execution.versions import Versions
-from pipelines.units import Context, Group, Job, Unit, Work, room_for_images, unpack_splits
+from pipelines.packing import PackedSplits, room_for_images, unpack_splits
+from pipelines.units import Context, Group, Job, Unit, Work
 from pipelines.watching import Furthest, Patience, StageProgress
 
 MAX_ATTEMPTS = 3
@@ -40,7 +42,7 @@ def gpu_share() -> float:
 class _Worker:
     """A process that does one unit after another; a second thread answers requests for its state."""
 
-    def __init__(self, packed: dict[str, Any], device: str, versions: Versions, run: Run) -> None:
+    def __init__(self, packed: PackedSplits, device: str, versions: Versions, run: Run) -> None:
         self._device, self._run = device, run
         self._stage, self._kind, self._state = "", "", ("", 0.0, "starting")
         self._kept: dict[str, Any] = {}
@@ -51,7 +53,8 @@ class _Worker:
         except GrossRayError as error:  # raised in a constructor, it would reach the driver as text only
             self._refused = error
         else:
-            self._splits = unpack_splits(packed, device, room_for_images(device, gpu_share()))
+            room, fetch = room_for_images(device, gpu_share()), Fetcher(packed.node)
+            self._splits = unpack_splits(packed, device, room, fetch)
 
     def do(self, stage: str, kind: str, work: Work, unit: Unit, threads: int, shared: Any) -> str:
         torch.set_num_threads(threads)

@@ -89,6 +89,11 @@ def put(value: Any) -> ray.ObjectRef:
     return ray.put(value)
 
 
+def this_node() -> str:
+    """Return Ray's id of this machine's node."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def _connect(
     resources: Resources, own_modules: Sequence[str], note: Callable[[str], object], run: str | Path | None
 ) -> None:

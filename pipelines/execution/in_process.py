@@ -12,7 +12,8 @@ from gross_ray.errors import GrossRayError, one_line
 from gross_ray.run.opened import Run
 from gross_ray.search.timing import threads as torch_threads
 from pipelines.execution.base import do_unit, report_failure
-from pipelines.units import Context, Job, Unit, pack_splits, room_for_images, unpack_splits
+from pipelines.packing import pack_splits, room_for_images, unpack_splits
+from pipelines.units import Context, Job, Unit
 from pipelines.watching import StageProgress
 
 
@@ -25,7 +26,7 @@ class InProcess:
     def __init__(self, run: Run, splits: Splits, device: str) -> None:
         """Put the images on `device`, cpu or cuda; images that do not fit are streamed to it."""
         self._run, self._device = run, device
-        self._splits = unpack_splits(pack_splits(splits), device, room_for_images(device))
+        self._splits = unpack_splits(pack_splits(splits, run.experiment.data), device, room_for_images(device))
         self._kept: dict[str, Any] = {}
 
     def do(self, job: Job, units: Sequence[Unit], *, threads: int, progress: StageProgress) -> dict[str, str]:

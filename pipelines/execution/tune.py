@@ -26,8 +26,10 @@ from pipelines.capacity import Capacity
 from pipelines.execution import signals
 from pipelines.execution.actors import gpu_share
 from pipelines.execution.base import do_unit, report_failure
+from pipelines.execution.fetching import Fetcher
 from pipelines.execution.versions import Versions
-from pipelines.units import Context, Job, Unit, Work, room_for_images, unpack_splits
+from pipelines.packing import room_for_images, unpack_splits
+from pipelines.units import Context, Job, Unit, Work
 from pipelines.watching import Furthest, Patience, StageProgress
 
 MAX_FAILURES = 2
@@ -161,7 +163,8 @@ def _trial(config: dict[str, Any], packed: _Reference, setup: _Setup) -> None:
         tune.report({**last, "state": "refused", "failed": str(error), "refused": type(error).__name__})
         return
     try:
-        splits = unpack_splits(ray.get(packed.reference), setup.device, room_for_images(setup.device, gpu_share()))
+        images, room = ray.get(packed.reference), room_for_images(setup.device, gpu_share())
+        splits = unpack_splits(images, setup.device, room, Fetcher(images.node))
         context = Context(setup.run, splits, setup.device, report)
         text = do_unit(setup.work, context, setup.units[_name_of(config)])
     except ray.exceptions.RayError:  # a node or process was lost: Tune tries again

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from gross_ray.data.image_set import tensor_of
 from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.nn.batch_norm import calibration_images
 from gross_ray.run.opened import Run
@@ -33,7 +34,7 @@ from pipelines.stages import finetune, latencies, rounds, supernets
 from pipelines.stages.base import Driver
 from pipelines.stages.rounds import RoundPart
 from pipelines.stages.supernets import InSupernet, Supernet
-from pipelines.units import Context, Job, Unit, require, tensor_of
+from pipelines.units import Context, Job, Unit, require
 
 NAME = rounds.SEARCH
 PLAN = "search-plan"

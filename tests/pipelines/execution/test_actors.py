@@ -24,7 +24,8 @@ from pipelines.capacity import Capacity
 from pipelines.execution import actors
 from pipelines.execution.actors import IN_FLIGHT, MAX_ATTEMPTS, SECONDS_TO_NEXT_START, START_ATTEMPTS, Actors
 from pipelines.nodes import NodeKind
-from pipelines.units import Context, Job, Shared, Unit, pack_splits
+from pipelines.packing import pack_splits
+from pipelines.units import Context, Job, Shared, Unit
 
 ALONE = 2
 """Threads of units of which the two cores have room for one at a time: their order is certain."""

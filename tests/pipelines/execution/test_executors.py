@@ -27,7 +27,8 @@ from pipelines.execution.actors import Actors
 from pipelines.execution.base import Executor
 from pipelines.execution.in_process import InProcess
 from pipelines.execution.tune import Trials
-from pipelines.units import Context, Job, Unit, pack_splits
+from pipelines.packing import pack_splits
+from pipelines.units import Context, Job, Unit
 
 
 @dataclass(frozen=True, kw_only=True)

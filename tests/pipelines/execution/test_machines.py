@@ -36,8 +36,9 @@ from pipelines.execution import actors
 from pipelines.execution.actors import Actors
 from pipelines.execution.cluster import connected
 from pipelines.execution.tune import Trials
+from pipelines.packing import pack_splits
 from pipelines.resources import Resources
-from pipelines.units import Context, Job, Unit, pack_splits
+from pipelines.units import Context, Job, Unit
 from pipelines.watching import StageProgress
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("no_ray")]

@@ -17,7 +17,8 @@ from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution.tune import Trials
 from pipelines.nodes import NodeKind
-from pipelines.units import Context, Job, Unit, pack_splits
+from pipelines.packing import pack_splits
+from pipelines.units import Context, Job, Unit
 
 
 class DeclaredGPU(str):

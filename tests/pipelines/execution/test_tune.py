@@ -26,7 +26,8 @@ from pipelines import watching
 from pipelines.capacity import Capacity
 from pipelines.execution.tune import MAX_FAILURES, Trials
 from pipelines.execution.versions import Versions
-from pipelines.units import Context, Job, Unit, pack_splits
+from pipelines.packing import pack_splits
+from pipelines.units import Context, Job, Unit
 
 
 @dataclass(frozen=True, kw_only=True)

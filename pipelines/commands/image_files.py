@@ -1,0 +1,58 @@
+"""The command `gross data`: list, verify and delete files of images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+import click
+
+from gross_ray.data.image_files import ROOT, ImageFiles, all_files, folder_of
+from gross_ray.errors import DatasetError, InvalidValueError
+
+ALL = "all"
+
+
+def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) -> None:
+    """Print a line for each dataset with files; compare them with their hashes, or delete them.
+
+    Raises InvalidValueError for an unknown key and for --clear without one, and DatasetError if images have changed.
+    """
+    if clear and verify:
+        raise InvalidValueError("--clear with --verify: choose one of them")
+    if clear and not keys:
+        raise InvalidValueError(f"--clear: name the KEYs whose files are deleted, or {ALL}: gross data {ALL} --clear")
+    root = root or ROOT
+    found = {files.key: files for files in all_files(root)}
+    if unknown := [key for key in keys if key not in found and key != ALL]:
+        rule = f"there are no such files in {folder_of(root)}; known keys: {', '.join(found) or 'none'}"
+        raise InvalidValueError(f"KEY = {unknown[0]!r}: {rule}")
+    chosen = [*found.values()] if not keys or ALL in keys else [found[key] for key in keys]
+    if not chosen:
+        click.echo(f"no files of images in {folder_of(root)}")
+    changed = []
+    for files in chosen:
+        line, done = _line(files)
+        if clear:
+            _delete(files)
+            line += "  deleted"
+        elif verify and done:
+            good = files.verify()
+            line += "  verified" if good else "  CHANGED"
+            changed += [] if good else [files.key]
+        click.echo(line)
+    if changed:
+        rule = "their images are not those that were read; delete them with --clear, and they are read again"
+        raise DatasetError(f"{', '.join(changed)}: {rule}")
+
+
+def _line(files: ImageFiles) -> tuple[str, bool]:
+    name, done, total = files.progress()
+    size = sum(path.stat().st_blocks * 512 for path in files.folder.iterdir()) / 1e9
+    state = f"{total:,} images" if done == total else f"{done:,} of {total:,} images"
+    return f"{files.key}  {size:6.2f} GB  {state}  {name}", done == total
+
+
+def _delete(files: ImageFiles) -> None:
+    with files.locked(lambda text: click.echo(text, err=True)):
+        shutil.rmtree(files.folder)
