@@ -84,25 +84,28 @@ def compress(
     adapt: int = 0,
     mean: Sequence[float] = (MEAN,),
     std: Sequence[float] = (DEVIATION,),
+    image_size: int | str = "",
     settings: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Compressed:
     """Return the most accurate version of a trained `network` within `budget` that the search finds.
 
-    `train` and `test` have PIL images, uint8 arrays (H, W) or (H, W, 3), or tensors (1 or 3, H, W), all of one size,
-    with class numbers; without `validation`, a fifth of `train` selects. `budget` is one or more like "macs=40%" or
-    "latency_ms=60%", of the full network's cost; time is that of a batch of `batch_size` on `threads` threads in
-    `runtime`, measured here. `effort` is quick, normal or long; `epochs` those of the supernet's fine-tuning; `adapt`
-    the epochs in which the network itself is trained on first. Pixels (0 to 1) are normalised by `mean` and `std`.
-    Trainings crop and mirror images, unless the network classifies mirrored images worse (`mirrored_alike`).
-    `settings` override fields of the experiment, like "seed=1". `on_progress` is called with a step's name and the
-    share of it that is done; by default tqdm shows it, if it is installed. The network that is passed stays unchanged.
+    `train` and `test` have PIL images, uint8 arrays (H, W) or (H, W, 3), or tensors (1 or 3, H, W), with class numbers.
+    They have one size, or are resized to `image_size`, like 224 or "224x160" (`DataOptions`). Without `validation`, a
+    fifth of `train` selects. `budget` is one or more like "macs=40%" or "latency_ms=60%", of the full network's cost;
+    time is that of a batch of `batch_size` on `threads` threads in `runtime`, measured here. `effort` is quick, normal
+    or long; `epochs` those of the supernet's fine-tuning; `adapt` the epochs in which the network itself is trained on
+    first. Pixels (0 to 1) are normalised by `mean` and `std`. Trainings crop and mirror images, unless the network
+    classifies mirrored images worse (`mirrored_alike`). `settings` override fields of the experiment, like "seed=1".
+    `on_progress` is called with a step's name and the share of it that is done; by default tqdm shows it, if it is
+    installed. The network that is passed stays unchanged.
     Raises InvalidValueError for a network or a value that cannot be used, and DatasetError for images.
     """
     base = copied(accepted(network, "the network")).eval()
     given = [train, *([] if validation is None else [validation]), test]
     sets = [TensorDataset(*each) if isinstance(each, tuple) else each for each in given]
-    splits = splits_of("the given images", sets, DataOptions(mean=tuple(mean), std=tuple(std)))
+    data = DataOptions(mean=tuple(mean), std=tuple(std), image_size=str(image_size))
+    splits = splits_of("the given images", sets, data)
     if input_channels(base, splits.train.images.shape[-1]) == 1:
         splits = Splits(splits.name, grey(splits.train), grey(splits.validation), grey(splits.test), splits.classes)
     texts, shape = [budget] if isinstance(budget, str) else list(budget), splits.train.images.shape[1:]

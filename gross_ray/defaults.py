@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gross_ray.data.image_set import ImageSet
 from gross_ray.data.options import DataOptions
@@ -79,7 +78,6 @@ def compression_experiment(
     images = spent.images if spent.images < num_images else 0
     decomposition, space = _choices(network, input_shape)
     whole = space.size <= MOST_EXHAUSTIVE
-
     schedule = partial(_schedule, images=images, batch_size=_batch_size(images or num_images), augment=augment)
     return Experiment(
         name="compress",
@@ -124,7 +122,14 @@ def mirrored_alike(network: nn.Module, images: ImageSet) -> bool:
     plain = accuracy(network, images)
     if plain <= BY_CHANCE / len(images.labels.unique()):
         return True
-    return accuracy(network, replace(images, images=images.images.flip(3), wider=None)) >= plain - MIRRORED
+    return accuracy(network, _Mirrored(**vars(images))) >= plain - MIRRORED
+
+
+class _Mirrored(ImageSet):
+    """The same images, mirrored batch by batch."""
+
+    def as_inputs(self, images: Tensor) -> Tensor:
+        return super().as_inputs(images.flip(3))
 
 
 def augmentation_for(network: nn.Module, images: ImageSet) -> str:

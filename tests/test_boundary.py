@@ -38,7 +38,7 @@ LAYERS = (
     ("gross_ray",),  # gross_ray/__init__.py alone: the public names
     ("pipelines",),  # pipelines/__init__.py alone
     ("pipelines.home", "pipelines.nodes", "pipelines.watching", "pipelines.resources", "pipelines.units"),
-    ("pipelines.capacity",),
+    ("pipelines.capacity", "pipelines.packing"),
     ("pipelines.stages", "pipelines.execution"),
     ("pipelines.driver",),
     ("pipelines.commands",),

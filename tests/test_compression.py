@@ -202,7 +202,7 @@ _SEEN: list[object] = []
         ({"budget": "macs=40%", "effort": "some"}, InvalidValueError, "effort = 'some': must be one of quick, normal"),
         ({"budget": "macs=40%", "runtime": "tflite"}, InvalidValueError, "latency.runtime = 'tflite'"),
         ({"budget": "macs=40%", "settings": ["search.tops=1"]}, InvalidValueError, "unknown field 'search.tops'"),
-        ({"budget": "macs=40%", "test": (torch.zeros(4, 3, 8, 8), torch.zeros(4))}, DatasetError, "resize all images"),
+        ({"budget": "macs=40%", "test": (torch.zeros(4, 3, 8, 8), torch.zeros(4))}, DatasetError, "set the size"),
     ],
 )
 def test_what_cannot_be_is_one_line(words: dict[str, object], error: type[GrossRayError], line: str) -> None:
