@@ -51,6 +51,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/search_on_ray.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/supernet.py
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/decomposition.py
