@@ -69,7 +69,7 @@ def unpack_splits(packed: PackedSplits, device: str, room: int | None = None, fe
     it; where that is not possible, or gives other images, `fetch` copies it. Raises DatasetError if it cannot.
     """
     mapped = [part.mapped for part in packed.splits.values() if part.mapped is not None]
-    files = files_here(mapped, packed.options, fetch).splits() if mapped else None
+    files = files_here(mapped, packed.options, fetch).splits(packed.name) if mapped else None
     sets = {}
     for name, part in packed.splits.items():
         stored = tensor_of(part.stored) if part.mapped is None else getattr(files, name).stored[: len(part.labels)]

@@ -133,11 +133,10 @@ class ImageFiles:
         path = self.folder / _COMPLETE
         try:
             return dict(json.loads(path.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # a damaged description: all is read again
             return None
-        except (OSError, ValueError) as error:
-            remedy = f"delete it with gross data --clear {self.key}"
-            raise DatasetError(f"{path} cannot be read ({one_line(error)}); {remedy}") from error
+        except OSError as error:
+            raise DatasetError(f"{path} cannot be read ({one_line(error)}); allow it, or use --data-root") from error
 
     def hashes(self) -> dict[str, str]:
         """Return the hash of each split of complete files; nothing if they are not complete."""
@@ -149,12 +148,13 @@ class ImageFiles:
         if (described := self.description()) is not None:
             self._describe(described)
 
-    def splits(self) -> Splits:
-        """Return the images of complete files; raises DatasetError if they are not complete."""
+    def splits(self, name: str) -> Splits:
+        """Return the images of complete files as the dataset `name`; raises DatasetError if they are not complete."""
         described = self.description()
         if described is None:
             raise DatasetError(f"there are no complete files of images in {self.folder}; load the dataset again")
-        return self._opened(described, {split: each["hash"] for split, each in described["splits"].items()})
+        hashes = {split: each["hash"] for split, each in described["splits"].items()}
+        return replace(self._opened(described, hashes), name=name)
 
     def read(self, name: str, reader: Reader, counts: Mapping[str, int], form: Form, how: Reading) -> list[PartRead]:
         """Read all parts into files with room for `counts` images, and go on where an earlier reading ended."""
@@ -164,11 +164,13 @@ class ImageFiles:
             done = self._begun({"name": name, "size": form.sizes.size, "shapes": shapes, "images": int(sum(sizes))})
             arrays = [_mapped(self._file(split), shape, "r+") for split, shape in shapes.items()]
             missing = [number for number in range(len(sizes)) if number not in done]
+            num_read, total = int(sum(sizes)) - int(sum(sizes[missing])), int(sum(sizes))
             with _Journal(self.folder / _READ, arrays) as journal:
                 for number, read in reader.on_all_cores(missing, arrays):
                     done[number] = read
                     journal.add(number, int(sizes[number]), read)
-                    how.progress(int(sum(sizes[[*done]])), int(sum(sizes)))
+                    num_read += int(sizes[number])
+                    how.progress(num_read, total)
         return [done[number] for number in range(len(sizes))]
 
     def rearrange(self, reader: Reader, order: Mapping[str, np.ndarray]) -> None:

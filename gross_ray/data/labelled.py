@@ -139,7 +139,7 @@ class _Dataset:
                     files.rearrange(self._reader, {split: rows.numpy() for split, rows in order.rows.items()})
                 labels = {split: self._labels[rows] for split, rows in order.rows.items()}
                 files.finish(labels, self._classes, notes)
-        return files.splits()
+        return files.splits(self._name)
 
     def key(self) -> dict[str, Any]:
         """Return what the stored images depend on."""
