@@ -83,8 +83,9 @@ def unpack_splits(packed: PackedSplits, device: str, room: int | None = None, fe
 def files_here(mapped: list[MappedSplit], options: DataOptions, fetch: Fetch | None) -> ImageFiles:
     """Return the files of images with the hashes of `mapped` on this machine; make or fetch missing ones."""
     files, hashes = ImageFiles(mapped[0].root, mapped[0].key), {each.split: each.hash for each in mapped}
-    if files.hashes() == hashes and files.complete():
-        return files
+    with files.locked():
+        if files.hashes() == hashes and files.complete():
+            return files
     why = "other images are decoded there"
     try:
         # A machine with more memory than the driver's has to make the files, too: all its workers share them.

@@ -101,7 +101,7 @@ class ImageFiles:
             os.close(descriptor)
 
     def complete(self) -> bool:
-        """Return whether the files are there and unchanged; files that were changed are deleted.
+        """Return whether the files are there and unchanged; files that were changed are deleted. Call it `locked`.
 
         A file whose size and time are those of its last check counts as unchanged; else its hash is computed.
         """
@@ -136,7 +136,7 @@ class ImageFiles:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            remedy = f"delete it with gross data --clear {self.key}"
+            remedy = f"delete it with gross data {self.key} --clear"
             raise DatasetError(f"{path} cannot be read ({one_line(error)}); {remedy}") from error
 
     def hashes(self) -> dict[str, str]:

@@ -83,8 +83,9 @@ def read_datasets(name: str, datasets: Any, how: Reading) -> Splits:
         return replace(splits, notes=(*splits.notes, *repeated_line(splits)))
     key = {"own": [name, samples, named, how.options.validation_from], "form": [*form.shape, *form.sizes.size]}
     files = ImageFiles.of(how.root, key)
-    if files.complete():
-        return files.splits()
+    with files.locked(how.note):
+        if files.complete():
+            return files.splits()
     labelled = {part: Labelled(part, items.labels(how.note), items.parts, tuple) for part, items in sets.items()}
     classes = _classes(name, named, max(max(each.labels) for each in labelled.values()))
     return read_labelled(name, labelled, classes, PassedOver("image"), how, files)
