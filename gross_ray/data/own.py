@@ -22,8 +22,8 @@ from gross_ray.data.decoding import PIL_ERRORS, as_rgb
 from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_files import ImageFiles, Reading
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.data.labelled import Labelled, PassedOver, form_of, read_labelled
-from gross_ray.data.reading import Form, Part
+from gross_ray.data.labelled import Labelled, PassedOver, changes, check_classes, form_of, read_labelled
+from gross_ray.data.reading import Form, Part, PartRead
 from gross_ray.data.splitting import in_three, repeated_line, validated_on_test
 from gross_ray.errors import DatasetError, one_line
 from gross_ray.own_code import own_function
@@ -76,11 +76,7 @@ def read_datasets(name: str, datasets: Any, how: Reading) -> Splits:
     samples = {part: items.read_twice() for part, items in sets.items()}
     form = form_of([part for items in sets.values() for part in items.parts], how.options)
     if how.fits(sum(items.count for items in sets.values()) * math.prod(form.shape)):
-        pools = {part: items.image_set(form) for part, items in sets.items()}
-        classes = _classes(name, named, max(int(pool.labels.max()) for pool in pools.values()))
-        splits = in_three(name, pools, classes)
-        splits = validated_on_test(splits) if how.options.validation_from == "test" else splits
-        return replace(splits, notes=(*splits.notes, *repeated_line(splits)))
+        return _in_memory(name, sets, named, form, how)
     key = {"own": [name, samples, named, how.options.validation_from], "form": [*form.shape, *form.sizes.size]}
     files = ImageFiles.of(how.root, key)
     with files.locked(how.note):
@@ -89,6 +85,20 @@ def read_datasets(name: str, datasets: Any, how: Reading) -> Splits:
     labelled = {part: Labelled(part, items.labels(how.note), items.parts, tuple) for part, items in sets.items()}
     classes = _classes(name, named, max(max(each.labels) for each in labelled.values()))
     return read_labelled(name, labelled, classes, PassedOver("image"), how, files)
+
+
+def _in_memory(name: str, sets: Mapping[str, _Items], named: tuple[str, ...], form: Form, how: Reading) -> Splits:
+    """Read each item once; the checks of the classes and the notes are those of `read_labelled`."""
+    reads = {part: PartRead() for part in sets}
+    pools = {part: items.image_set(form, reads[part]) for part, items in sets.items()}
+    classes = _classes(name, named, max(int(pool.labels.max()) for pool in pools.values()))
+    labelled = {part: Labelled(part, pool.labels.tolist(), (), tuple) for part, pool in pools.items()}
+    missing = check_classes(name, labelled, classes)
+    splits = in_three(name, pools, classes)
+    splits = validated_on_test(splits) if how.options.validation_from == "test" else splits
+    read = f"read {sum(map(len, pools.values())):,} images of {len(classes)} classes"
+    notes = (read, *changes([*reads.values()], form), *missing, *splits.notes, *repeated_line(splits))
+    return replace(splits, notes=notes)
 
 
 class _Items:
@@ -152,11 +162,12 @@ class _Items:
     def _some(self) -> list[int]:
         return sorted({round(step * (self.count - 1) / (READ_TWICE - 1)) for step in range(READ_TWICE)})
 
-    def image_set(self, form: Form) -> ImageSet:
-        """Return all items, read once, in order."""
+    def image_set(self, form: Form, read: PartRead) -> ImageSet:
+        """Return all items, read once, in order; count in `read` those that are resized."""
         images, labels = np.empty((self.count, *form.shape), np.uint8), torch.empty(self.count, dtype=torch.int64)
         for index in range(self.count):
             pixels, labels[index] = self.item(index)
+            read.resized += pixels.shape[:2] != form.sizes.stored
             images[index] = form.of(f"{self._where}, item {index}", pixels)
         return ImageSet.centred(torch.from_numpy(images), form.sizes.size, labels)
 
