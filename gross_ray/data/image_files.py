@@ -270,8 +270,11 @@ class _Journal:
     """The parts that were read: a line each, written after its images are on the disk."""
 
     def __init__(self, path: Path, arrays: Sequence[np.ndarray]) -> None:
-        self._arrays, self._waiting, self._flushed = arrays, list[str](), time.monotonic()
-        self._file = open(path, "a")  # noqa: SIM115 (closed by __exit__)
+        self._arrays, self._waiting, self._flushed = arrays, list[bytes](), time.monotonic()
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
+        self._file.seek(0)
+        if self._file.read()[-1:] not in (b"", b"\n"):  # a line that a crash has cut off
+            self._file.write(b"\n")
 
     def __enter__(self) -> _Journal:
         return self
@@ -282,7 +285,7 @@ class _Journal:
 
     def add(self, number: int, num_images: int, read: PartRead) -> None:
         """Add a part, written with the next flush."""
-        self._waiting.append(json.dumps([number, num_images, read.to_dict()]) + "\n")
+        self._waiting.append(json.dumps([number, num_images, read.to_dict()]).encode() + b"\n")
         if time.monotonic() - self._flushed > _SECONDS_TO_FLUSH:
             self._flush()
 
