@@ -30,7 +30,7 @@ from gross_ray.data.identity import SPLITS, identity_of
 from gross_ray.data.image_set import ImageSet, MappedSplit, Splits, tensor_of
 from gross_ray.data.memory import free_memory
 from gross_ray.data.options import DataOptions
-from gross_ray.data.reading import Form, PartRead, Reader
+from gross_ray.data.reading import Form, PartRead, Reader, killed_processes
 from gross_ray.data.splitting import repeated_line
 from gross_ray.errors import DatasetError, one_line
 
@@ -159,7 +159,7 @@ class ImageFiles:
     def read(self, name: str, reader: Reader, counts: Mapping[str, int], form: Form, how: Reading) -> list[PartRead]:
         """Read all parts into files with room for `counts` images, and go on where an earlier reading ended."""
         sizes = np.diff(reader.starts)
-        with _errors(self.folder):
+        with _errors(self.folder), killed_processes(name):
             shapes = {split: [count, *form.shape] for split, count in counts.items()}
             done = self._begun({"name": name, "size": form.sizes.size, "shapes": shapes, "images": int(sum(sizes))})
             arrays = [_mapped(self._file(split), shape, "r+") for split, shape in shapes.items()]
