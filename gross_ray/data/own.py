@@ -132,11 +132,12 @@ class _Items:
         """Return a hash of some of the items; raises DatasetError if one differs between two readings."""
         digest = hashlib.sha256(json.dumps([self.count, self.targets()]).encode())
         for index in self._some():
-            (pixels, label), (again, _) = self.item(index), self.item(index)
+            (pixels, label), (again, other) = self.item(index), self.item(index)
             if not np.array_equal(pixels, again):
                 differs = f"{self._where}, item {index} differs between two readings"
                 rule = "leave random transforms out of the dataset: trainings draw crops and flips (training.augment)"
                 raise DatasetError(f"{differs}; {rule}")
+            self._check_class(index, label, other)
             digest.update(json.dumps([index, pixels.shape, label]).encode() + np.ascontiguousarray(pixels).tobytes())
         return digest.hexdigest()
 
@@ -155,7 +156,9 @@ class _Items:
         """Return the class of each item: the dataset's `targets`, or what its items say."""
         self._targets = self.targets()
         if not self._targets:
-            note(f"{self._where}: it has no targets, so its items are read twice, first for their classes")
+            note(
+                f"{self._where}: it has no targets that its items agree with, so they are read twice, first for their classes"
+            )
             self._targets = [self.item(index)[1] for index in range(self.count)]
         return self._targets
 
@@ -174,10 +177,14 @@ class _Items:
     def _images(self, start: int) -> Iterator[tuple[str, np.ndarray]]:
         for index in range(start, min(start + ITEMS_A_PART, self.count)):
             pixels, label = self.item(index)
-            if self._targets and label != self._targets[index]:
-                said = f"has class {label}, and before {self._targets[index]}"
-                raise DatasetError(f"{self._where}, item {index} {said}; make its class the same at each reading")
+            if self._targets:
+                self._check_class(index, self._targets[index], label)
             yield f"{self._where}, item {index}", pixels
+
+    def _check_class(self, index: int, before: int, label: int) -> None:
+        if label != before:
+            said = f"has class {label}, and before {before}"
+            raise DatasetError(f"{self._where}, item {index} {said}; make its class the same at each reading")
 
 
 def _pixels(item: str, image: Any) -> np.ndarray:
