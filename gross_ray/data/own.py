@@ -156,9 +156,8 @@ class _Items:
         """Return the class of each item: the dataset's `targets`, or what its items say."""
         self._targets = self.targets()
         if not self._targets:
-            note(
-                f"{self._where}: it has no targets that its items agree with, so they are read twice, first for their classes"
-            )
+            twice = "so they are read twice, first for their classes"
+            note(f"{self._where}: it has no targets that its items agree with, {twice}")
             self._targets = [self.item(index)[1] for index in range(self.count)]
         return self._targets
 
