@@ -32,11 +32,11 @@ def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) ->
         click.echo(f"no files of images in {folder_of(root)}")
     changed = []
     for files in chosen:
-        line, done = _line(files)
+        line, complete = _line(files)
         if clear:
             _delete(files)
             line += "  deleted"
-        elif verify and done:
+        elif verify and complete:
             good = files.verify()
             line += "  verified" if good else "  CHANGED"
             changed += [] if good else [files.key]
@@ -47,10 +47,14 @@ def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) ->
 
 
 def _line(files: ImageFiles) -> tuple[str, bool]:
-    name, done, total = files.progress()
+    """Return the line for a dataset's files, and whether they are complete."""
     size = sum(path.stat().st_blocks * 512 for path in files.folder.iterdir()) / 1e9
-    state = f"{total:,} images" if done == total else f"{done:,} of {total:,} images"
-    return f"{files.key}  {size:6.2f} GB  {state}  {name}", done == total
+    try:
+        complete, (name, done, total) = files.description() is not None, files.progress()
+    except DatasetError as error:
+        return f"{files.key}  {size:6.2f} GB  {error}", False
+    state = f"{total:,} images" if complete else f"{done:,} of {total:,} images, not complete"
+    return f"{files.key}  {size:6.2f} GB  {state}  {name}", complete
 
 
 def _delete(files: ImageFiles) -> None:
