@@ -16,7 +16,8 @@ ALL = "all"
 def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) -> None:
     """Print a line for each dataset with files; compare them with their hashes, or delete them.
 
-    Raises InvalidValueError for an unknown key and for --clear without one, and DatasetError if images have changed.
+    If images have changed, it ends with an error and the exit status 1. Raises InvalidValueError for an unknown key and
+    for --clear without one.
     """
     if clear and verify:
         raise InvalidValueError("--clear with --verify: choose one of them")
@@ -43,7 +44,8 @@ def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) ->
         click.echo(line)
     if changed:
         rule = "their images are not those that were read; delete them with --clear, and they are read again"
-        raise DatasetError(f"{', '.join(changed)}: {rule}")
+        click.echo(f"Error: {', '.join(changed)}: {rule}", err=True)
+        raise click.exceptions.Exit(1)  # nothing that the user has typed is wrong
 
 
 def _line(files: ImageFiles) -> tuple[str, bool]:
