@@ -43,7 +43,7 @@ class Fetcher:
         under_way = deque[ray.ObjectRef]()
         with open(files.folder / name, "wb") as file:
             for start in range(0, size, CHUNK):
-                under_way.append(chunk.remote(files, name, start))
+                under_way.append(chunk.remote(files, name, start, CHUNK))
                 if len(under_way) == AHEAD:
                     file.write(ray.get(under_way.popleft()).data)
             while under_way:
@@ -58,8 +58,8 @@ def _sizes(files: ImageFiles) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in Path(files.folder).iterdir()}
 
 
-def _chunk(files: ImageFiles, name: str, start: int) -> np.ndarray:
-    """Return up to CHUNK bytes of a file."""
+def _chunk(files: ImageFiles, name: str, start: int, size: int) -> np.ndarray:
+    """Return up to `size` bytes of a file from `start` on."""
     with open(files.folder / name, "rb") as file:
         file.seek(start)
-        return np.frombuffer(file.read(CHUNK), np.uint8)
+        return np.frombuffer(file.read(size), np.uint8)
