@@ -30,12 +30,14 @@ class Fetcher:
         """Copy the folder of `files` to this machine; raises DatasetError if it cannot be copied."""
         there = ray.remote(num_cpus=0)(_sizes).options(scheduling_strategy=self._affinity())
         try:
+            sizes = ray.get(there.remote(files))
             shutil.rmtree(files.folder, ignore_errors=True)
             files.folder.mkdir(parents=True)
-            for name, size in sorted(ray.get(there.remote(files)).items(), key=lambda file: file[0].endswith(".json")):
+            for name, size in sorted(sizes.items(), key=lambda file: file[0].endswith(".json")):
                 self._copy(files, name, size)
         except (ray.exceptions.RayError, OSError) as error:
-            problem = f"the images cannot be copied from the driver's machine ({one_line(error)})"
+            cause = getattr(error, "cause", None) or error  # without the traceback of the other machine
+            problem = f"the images cannot be copied from the driver's machine ({one_line(cause)})"
             raise DatasetError(f"{files.folder}: {problem}; look at that machine and the disk here") from error
 
     def _copy(self, files: ImageFiles, name: str, size: int) -> None:
