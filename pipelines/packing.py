@@ -83,26 +83,32 @@ def unpack_splits(packed: PackedSplits, device: str, room: int | None = None, fe
 def files_here(mapped: list[MappedSplit], options: DataOptions, fetch: Fetch | None) -> ImageFiles:
     """Return the files of images with the hashes of `mapped` on this machine; make or fetch missing ones."""
     files, hashes = ImageFiles(mapped[0].root, mapped[0].key), {each.split: each.hash for each in mapped}
-    if files.hashes() == hashes and files.complete():
-        return files
+    with files.locked():
+        if _has(files, hashes) and files.complete():
+            return files
     why = "other images are decoded there"
     try:
         # A machine with more memory than the driver's has to make the files, too: all its workers share them.
         made = load_dataset(replace(options, memory=1), root=files.root)
         of_files = made.train.mapped
-        if of_files is not None and ImageFiles(files.root, of_files.key).hashes() == hashes:
+        if of_files is not None and _has(ImageFiles(files.root, of_files.key), hashes):
             return ImageFiles(files.root, of_files.key)
     except DatasetError as error:
         why = one_line(error)
     if fetch is None:
         raise DatasetError(f"{files.folder}: there are no files of this run's images ({why}); load the dataset there")
     with files.locked():
-        if files.hashes() != hashes:
+        if not _has(files, hashes):
             fetch(files)
-            if not files.verify() or files.hashes() != hashes:
+            if not files.verify() or not _has(files, hashes):
                 raise DatasetError(f"{files.folder}: the files that were copied have other images; clear the folder")
             files.stamp()
     return files
+
+
+def _has(files: ImageFiles, hashes: Mapping[str, str]) -> bool:
+    """Return whether complete files have the splits with these hashes."""
+    return hashes.items() <= files.hashes().items()
 
 
 def room_for_images(device: str, share: float = 1.0) -> int | None:

@@ -101,7 +101,7 @@ def _split_identity(images: ImageSet) -> SplitIdentity:
     digest = hashlib.sha256()
     for tensor, dtype in ((images.stored, "u1"), (images.labels, "<i8")):
         digest.update(json.dumps([dtype, list(tensor.shape)]).encode())
-        for part in tensor.split(max(1, _BYTES_AT_A_TIME // max(1, tensor[0].nbytes))):
+        for part in tensor.split(max(1, _BYTES_AT_A_TIME // max(1, tensor[:1].nbytes))):
             values = part.cpu().contiguous().numpy()
             digest.update(values.astype(dtype, copy=False).data)
     return SplitIdentity(digest.hexdigest(), len(images))

@@ -30,7 +30,7 @@ from gross_ray.data.identity import SPLITS, identity_of
 from gross_ray.data.image_set import ImageSet, MappedSplit, Splits, tensor_of
 from gross_ray.data.memory import free_memory
 from gross_ray.data.options import DataOptions
-from gross_ray.data.reading import Form, PartRead, Reader
+from gross_ray.data.reading import Form, PartRead, Reader, killed_processes
 from gross_ray.data.splitting import repeated_line
 from gross_ray.errors import DatasetError, one_line
 
@@ -101,7 +101,7 @@ class ImageFiles:
             os.close(descriptor)
 
     def complete(self) -> bool:
-        """Return whether the files are there and unchanged; files that were changed are deleted.
+        """Return whether the files are there and unchanged; files that were changed are deleted. Call it `locked`.
 
         A file whose size and time are those of its last check counts as unchanged; else its hash is computed.
         """
@@ -159,7 +159,7 @@ class ImageFiles:
     def read(self, name: str, reader: Reader, counts: Mapping[str, int], form: Form, how: Reading) -> list[PartRead]:
         """Read all parts into files with room for `counts` images, and go on where an earlier reading ended."""
         sizes = np.diff(reader.starts)
-        with _errors(self.folder):
+        with _errors(self.folder), killed_processes(name):
             shapes = {split: [count, *form.shape] for split, count in counts.items()}
             done = self._begun({"name": name, "size": form.sizes.size, "shapes": shapes, "images": int(sum(sizes))})
             arrays = [_mapped(self._file(split), shape, "r+") for split, shape in shapes.items()]
@@ -272,8 +272,11 @@ class _Journal:
     """The parts that were read: a line each, written after its images are on the disk."""
 
     def __init__(self, path: Path, arrays: Sequence[np.ndarray]) -> None:
-        self._arrays, self._waiting, self._flushed = arrays, list[str](), time.monotonic()
-        self._file = open(path, "a")  # noqa: SIM115 (closed by __exit__)
+        self._arrays, self._waiting, self._flushed = arrays, list[bytes](), time.monotonic()
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
+        self._file.seek(0)
+        if self._file.read()[-1:] not in (b"", b"\n"):  # a line that a crash has cut off
+            self._file.write(b"\n")
 
     def __enter__(self) -> _Journal:
         return self
@@ -284,7 +287,7 @@ class _Journal:
 
     def add(self, number: int, num_images: int, read: PartRead) -> None:
         """Add a part, written with the next flush."""
-        self._waiting.append(json.dumps([number, num_images, read.to_dict()]) + "\n")
+        self._waiting.append(json.dumps([number, num_images, read.to_dict()]).encode() + b"\n")
         if time.monotonic() - self._flushed > _SECONDS_TO_FLUSH:
             self._flush()
 

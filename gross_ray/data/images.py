@@ -5,6 +5,7 @@ Shapes: N images, H height, W width; images are (N, 3, H, W).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,10 +54,15 @@ def load_dataset(
     missing, damaged or of the wrong kind.
     """
     check_dataset_name(options.name)
-    how = Reading(options, ROOT if root is None else str(root), note or ignore, progress or ignore)
+    how = Reading(options, _from_anywhere(ROOT if root is None else str(root)), note or ignore, progress or ignore)
     if options.name == "sample" or options.name in WITH_FILES:
         return _settled(_known(how, download), options)
     return _settled(_users_own(how), options)
+
+
+def _from_anywhere(root: str) -> str:
+    """Return a folder so that workers find it, which may run in another one; ~ is the home of each machine."""
+    return root if root.startswith("~") else os.path.abspath(root)
 
 
 def _known(how: Reading, download: bool) -> Splits:

@@ -161,13 +161,8 @@ class _Dataset:
         order, missing = self._order, self._missing
         if self._passed_over.damaged:
             order, missing = self._without_damaged(kept)
-        conversions = sum((read.conversions for read in reads), Counter[str]())
-        converted = [f"{count:,} {kind}" for kind, count in conversions.most_common()]
-        notes = [f"read {int(kept.sum()):,} images of {len(self._classes)} classes{self._passed_over.text()}"]
-        notes += [f"converted to 8-bit RGB: {', '.join(converted)}"] if converted else []
-        if resized := sum(read.resized for read in reads):
-            notes.append(self._form.sizes.note(resized))
-        return order, [*notes, *missing, order.note]
+        read = f"read {int(kept.sum()):,} images of {len(self._classes)} classes{self._passed_over.text()}"
+        return order, [read, *changes(reads, self._form), *missing, order.note]
 
     def _without_damaged(self, kept: Tensor) -> tuple[Arrangement, list[str]]:
         counts = [len(each.labels) for each in self._found.values()]
@@ -185,6 +180,15 @@ class _Dataset:
     def _arranged(self, labels: Mapping[str, Tensor]) -> Arrangement:
         names = {split: each.name for split, each in self._found.items()}
         return arranged(labels, names, validation_from=self._options.validation_from)
+
+
+def changes(reads: Sequence[PartRead], form: Form) -> list[str]:
+    """Return a line about images that were converted, and one about images that were resized, if there were any."""
+    conversions = sum((read.conversions for read in reads), Counter[str]())
+    converted = [f"{count:,} {kind}" for kind, count in conversions.most_common()]
+    resized = sum(read.resized for read in reads)
+    notes = [f"converted to 8-bit RGB: {', '.join(converted)}"] if converted else []
+    return [*notes, form.sizes.note(resized)] if resized else notes
 
 
 def form_of(parts: Sequence[Part], options: DataOptions) -> Form:

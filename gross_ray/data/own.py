@@ -22,8 +22,8 @@ from gross_ray.data.decoding import PIL_ERRORS, as_rgb
 from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_files import ImageFiles, Reading
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.data.labelled import Labelled, PassedOver, form_of, read_labelled
-from gross_ray.data.reading import Form, Part
+from gross_ray.data.labelled import Labelled, PassedOver, changes, check_classes, form_of, read_labelled
+from gross_ray.data.reading import Form, Part, PartRead
 from gross_ray.data.splitting import in_three, repeated_line, validated_on_test
 from gross_ray.errors import DatasetError, one_line
 from gross_ray.own_code import own_function
@@ -76,18 +76,29 @@ def read_datasets(name: str, datasets: Any, how: Reading) -> Splits:
     samples = {part: items.read_twice() for part, items in sets.items()}
     form = form_of([part for items in sets.values() for part in items.parts], how.options)
     if how.fits(sum(items.count for items in sets.values()) * math.prod(form.shape)):
-        pools = {part: items.image_set(form) for part, items in sets.items()}
-        classes = _classes(name, named, max(int(pool.labels.max()) for pool in pools.values()))
-        splits = in_three(name, pools, classes)
-        splits = validated_on_test(splits) if how.options.validation_from == "test" else splits
-        return replace(splits, notes=(*splits.notes, *repeated_line(splits)))
+        return _in_memory(name, sets, named, form, how)
     key = {"own": [name, samples, named, how.options.validation_from], "form": [*form.shape, *form.sizes.size]}
     files = ImageFiles.of(how.root, key)
-    if files.complete():
-        return files.splits(name)
+    with files.locked(how.note):
+        if files.complete():
+            return files.splits(name)
     labelled = {part: Labelled(part, items.labels(how.note), items.parts, tuple) for part, items in sets.items()}
     classes = _classes(name, named, max(max(each.labels) for each in labelled.values()))
     return read_labelled(name, labelled, classes, PassedOver("image"), how, files)
+
+
+def _in_memory(name: str, sets: Mapping[str, _Items], named: tuple[str, ...], form: Form, how: Reading) -> Splits:
+    """Read each item once; the checks of the classes and the notes are those of `read_labelled`."""
+    reads = {part: PartRead() for part in sets}
+    pools = {part: items.image_set(form, reads[part]) for part, items in sets.items()}
+    classes = _classes(name, named, max(int(pool.labels.max()) for pool in pools.values()))
+    labelled = {part: Labelled(part, pool.labels.tolist(), (), tuple) for part, pool in pools.items()}
+    missing = check_classes(name, labelled, classes)
+    splits = in_three(name, pools, classes)
+    splits = validated_on_test(splits) if how.options.validation_from == "test" else splits
+    read = f"read {sum(map(len, pools.values())):,} images of {len(classes)} classes"
+    notes = (read, *changes([*reads.values()], form), *missing, *splits.notes, *repeated_line(splits))
+    return replace(splits, notes=notes)
 
 
 class _Items:
@@ -121,11 +132,12 @@ class _Items:
         """Return a hash of some of the items; raises DatasetError if one differs between two readings."""
         digest = hashlib.sha256(json.dumps([self.count, self.targets()]).encode())
         for index in self._some():
-            (pixels, label), (again, _) = self.item(index), self.item(index)
+            (pixels, label), (again, other) = self.item(index), self.item(index)
             if not np.array_equal(pixels, again):
                 differs = f"{self._where}, item {index} differs between two readings"
                 rule = "leave random transforms out of the dataset: trainings draw crops and flips (training.augment)"
                 raise DatasetError(f"{differs}; {rule}")
+            self._check_class(index, label, other)
             digest.update(json.dumps([index, pixels.shape, label]).encode() + np.ascontiguousarray(pixels).tobytes())
         return digest.hexdigest()
 
@@ -144,28 +156,34 @@ class _Items:
         """Return the class of each item: the dataset's `targets`, or what its items say."""
         self._targets = self.targets()
         if not self._targets:
-            note(f"{self._where}: it has no targets, so its items are read twice, first for their classes")
+            twice = "so they are read twice, first for their classes"
+            note(f"{self._where}: it has no targets that its items agree with, {twice}")
             self._targets = [self.item(index)[1] for index in range(self.count)]
         return self._targets
 
     def _some(self) -> list[int]:
         return sorted({round(step * (self.count - 1) / (READ_TWICE - 1)) for step in range(READ_TWICE)})
 
-    def image_set(self, form: Form) -> ImageSet:
-        """Return all items, read once, in order."""
+    def image_set(self, form: Form, read: PartRead) -> ImageSet:
+        """Return all items, read once, in order; count in `read` those that are resized."""
         images, labels = np.empty((self.count, *form.shape), np.uint8), torch.empty(self.count, dtype=torch.int64)
         for index in range(self.count):
             pixels, labels[index] = self.item(index)
+            read.resized += pixels.shape[:2] != form.sizes.stored
             images[index] = form.of(f"{self._where}, item {index}", pixels)
         return ImageSet.centred(torch.from_numpy(images), form.sizes.size, labels)
 
     def _images(self, start: int) -> Iterator[tuple[str, np.ndarray]]:
         for index in range(start, min(start + ITEMS_A_PART, self.count)):
             pixels, label = self.item(index)
-            if self._targets and label != self._targets[index]:
-                said = f"has class {label}, and before {self._targets[index]}"
-                raise DatasetError(f"{self._where}, item {index} {said}; make its class the same at each reading")
+            if self._targets:
+                self._check_class(index, self._targets[index], label)
             yield f"{self._where}, item {index}", pixels
+
+    def _check_class(self, index: int, before: int, label: int) -> None:
+        if label != before:
+            said = f"has class {label}, and before {before}"
+            raise DatasetError(f"{self._where}, item {index} {said}; make its class the same at each reading")
 
 
 def _pixels(item: str, image: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,22 @@ def processes() -> int:
     except OSError:  # a machine without shared memory for semaphores
         return 0
     return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def killed_processes(name: str) -> Iterator[None]:
+    """Raise DatasetError if a process of `on_all_cores` is killed while the block runs; `name` is the dataset's.
+
+    torch raises its RuntimeError from a signal handler, so anywhere in the block. A full memory or, as the files have
+    no blocks before they are written, a full disk kills a process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        remedy = "look at the free memory and disk space, and load the dataset again: it goes on where it ended"
+        raise DatasetError(f"{name}: a process that reads images was killed ({one_line(error)}); {remedy}") from error
 
 
 class _Reads(Dataset[PartRead]):

@@ -136,6 +136,8 @@ def _taken(name: str, pools: Sequence[ImageSet], found: Arrangement, classes: tu
     ends = torch.tensor([0, *map(len, pools)]).cumsum(0)
 
     def taken(rows: Tensor) -> ImageSet:
+        if not len(rows):
+            return pools[0].part(rows)
         first, last = (int(torch.bucketize(row, ends[1:], right=True)) for row in (rows.min(), rows.max()))
         used, start = pools[first : last + 1], ends[first]
         if len(used) == 1:

@@ -16,7 +16,8 @@ ALL = "all"
 def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) -> None:
     """Print a line for each dataset with files; compare them with their hashes, or delete them.
 
-    Raises InvalidValueError for an unknown key and for --clear without one, and DatasetError if images have changed.
+    If images have changed, it ends with an error and the exit status 1. Raises InvalidValueError for an unknown key and
+    for --clear without one.
     """
     if clear and verify:
         raise InvalidValueError("--clear with --verify: choose one of them")
@@ -32,25 +33,30 @@ def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) ->
         click.echo(f"no files of images in {folder_of(root)}")
     changed = []
     for files in chosen:
-        line, done = _line(files)
+        line, complete = _line(files)
         if clear:
             _delete(files)
             line += "  deleted"
-        elif verify and done:
+        elif verify and complete:
             good = files.verify()
             line += "  verified" if good else "  CHANGED"
             changed += [] if good else [files.key]
         click.echo(line)
     if changed:
         rule = "their images are not those that were read; delete them with --clear, and they are read again"
-        raise DatasetError(f"{', '.join(changed)}: {rule}")
+        click.echo(f"Error: {', '.join(changed)}: {rule}", err=True)
+        raise click.exceptions.Exit(1)  # nothing that the user has typed is wrong
 
 
 def _line(files: ImageFiles) -> tuple[str, bool]:
-    name, done, total = files.progress()
+    """Return the line for a dataset's files, and whether they are complete."""
     size = sum(path.stat().st_blocks * 512 for path in files.folder.iterdir()) / 1e9
-    state = f"{total:,} images" if done == total else f"{done:,} of {total:,} images"
-    return f"{files.key}  {size:6.2f} GB  {state}  {name}", done == total
+    try:
+        complete, (name, done, total) = files.description() is not None, files.progress()
+    except DatasetError as error:
+        return f"{files.key}  {size:6.2f} GB  {error}", False
+    state = f"{total:,} images" if complete else f"{done:,} of {total:,} images, not complete"
+    return f"{files.key}  {size:6.2f} GB  {state}  {name}", complete
 
 
 def _delete(files: ImageFiles) -> None:

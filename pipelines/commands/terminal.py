@@ -119,17 +119,21 @@ def reading() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None
     reporter = Reporter()
     with ExitStack() as stack:
         shown: list[StageProgress] = []
+        before = 0
 
         def progress(done: int, total: int) -> None:
+            nonlocal before
             if not shown:
+                before = done
                 reporter.note("more images than data.memory: reading them into files, once (gross data lists them)")
                 shown.append(stack.enter_context(reporter.stage("images", total, done)))
-            shown[0].done = done
-            shown[0].under_way({"read": (0.0, _left(done, total, time.monotonic() - shown[0].started))})
+            shown[0].done, started = done, shown[0].started
+            shown[0].under_way({"read": (0.0, _state(done, total, done - before, time.monotonic() - started))})
 
         yield reporter.note, progress
 
 
-def _left(done: int, total: int, seconds: float) -> str:
-    minutes = seconds / max(1, done) * (total - done) / 60
+def _state(done: int, total: int, done_now: int, seconds: float) -> str:
+    """Return how many images are read, and the time left by the `seconds` that this process took for `done_now`."""
+    minutes = seconds / max(1, done_now) * (total - done) / 60
     return f"{done:,} of {total:,}, about {minutes:.0f} minutes left" if minutes >= 1.5 else f"{done:,} of {total:,}"

@@ -30,12 +30,14 @@ class Fetcher:
         """Copy the folder of `files` to this machine; raises DatasetError if it cannot be copied."""
         there = ray.remote(num_cpus=0)(_sizes).options(scheduling_strategy=self._affinity())
         try:
+            sizes = ray.get(there.remote(files))
             shutil.rmtree(files.folder, ignore_errors=True)
             files.folder.mkdir(parents=True)
-            for name, size in sorted(ray.get(there.remote(files)).items(), key=lambda file: file[0].endswith(".json")):
+            for name, size in sorted(sizes.items(), key=lambda file: file[0].endswith(".json")):
                 self._copy(files, name, size)
         except (ray.exceptions.RayError, OSError) as error:
-            problem = f"the images cannot be copied from the driver's machine ({one_line(error)})"
+            cause = getattr(error, "cause", None) or error  # without the traceback of the other machine
+            problem = f"the images cannot be copied from the driver's machine ({one_line(cause)})"
             raise DatasetError(f"{files.folder}: {problem}; look at that machine and the disk here") from error
 
     def _copy(self, files: ImageFiles, name: str, size: int) -> None:
@@ -43,7 +45,7 @@ class Fetcher:
         under_way = deque[ray.ObjectRef]()
         with open(files.folder / name, "wb") as file:
             for start in range(0, size, CHUNK):
-                under_way.append(chunk.remote(files, name, start))
+                under_way.append(chunk.remote(files, name, start, CHUNK))
                 if len(under_way) == AHEAD:
                     file.write(ray.get(under_way.popleft()).data)
             while under_way:
@@ -58,8 +60,8 @@ def _sizes(files: ImageFiles) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in Path(files.folder).iterdir()}
 
 
-def _chunk(files: ImageFiles, name: str, start: int) -> np.ndarray:
-    """Return up to CHUNK bytes of a file."""
+def _chunk(files: ImageFiles, name: str, start: int, size: int) -> np.ndarray:
+    """Return up to `size` bytes of a file from `start` on."""
     with open(files.folder / name, "rb") as file:
         file.seek(start)
-        return np.frombuffer(file.read(CHUNK), np.uint8)
+        return np.frombuffer(file.read(size), np.uint8)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.transforms.functional import center_crop
 
-from gross_ray.data.image_set import AHEAD, ImageSet, ahead
+from gross_ray.data.identity import DataIdentity, identity_of
+from gross_ray.data.image_set import AHEAD, ImageSet, MappedSplit, Splits, ahead, centre
 
 
 @pytest.fixture
@@ -85,3 +90,88 @@ def test_an_error_is_raised_where_its_batch_is_wanted() -> None:
     assert len(next(iterator)) == 0
     with pytest.raises(RuntimeError, match="no second batch"):
         next(iterator)
+
+
+# --- images with a margin, and images in files
+
+SIZE = (3, 4)
+MAPPED = MappedSplit("root", "key", "train", "hash", 11)
+
+
+@pytest.fixture
+def wide() -> ImageSet:
+    """Images of 3x4 pixels with a margin, the first ones of a file."""
+    pixels = torch.arange(11 * 3 * 6 * 8).remainder(251).to(torch.uint8).reshape(11, 3, 6, 8)
+    return replace(ImageSet.centred(pixels, SIZE, torch.arange(11)), mapped=MAPPED)
+
+
+def assert_centred(images: ImageSet) -> None:
+    """Assert that the images are the centres of those with a margin, as torchvision takes them, and their memory."""
+    assert images.wider is not None and images.stored is images.wider
+    assert torch.equal(images.images, center_crop(images.wider, list(SIZE)))
+    pixels, wider = images.images.untyped_storage(), images.wider.untyped_storage()
+    assert pixels.data_ptr() == wider.data_ptr()
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 8), st.integers(0, 8))
+def test_the_centre_is_that_of_torchvision(height: int, width: int, more: int, wider: int) -> None:
+    pixels = torch.arange((height + more) * (width + wider), dtype=torch.uint8).reshape(1, 1, height + more, -1)
+    assert torch.equal(centre(pixels, (height, width)), center_crop(pixels, [height, width]))
+
+
+@pytest.mark.parametrize(
+    ("change", "in_file"),
+    [
+        (lambda images: images.first(4), True),
+        (lambda images: images.first(0), True),
+        (lambda images: images.stream_to("cpu"), True),
+        (lambda images: images.part(torch.tensor([7, 2, 2])), False),
+        (lambda images: images.to("cpu"), False),
+        (lambda images: images.with_stored(images.stored.flip(0), images.labels.flip(0)), False),
+        (lambda images: images.stream_to("cpu").first(4).part(torch.tensor([1])), False),
+    ],
+    ids=["first", "all", "streamed", "part", "to", "with_stored", "several"],
+)
+def test_images_stay_the_centre_of_those_with_a_margin(
+    wide: ImageSet, change: Callable[[ImageSet], ImageSet], in_file: bool
+) -> None:
+    changed = change(wide)
+    assert_centred(changed)
+    assert changed.mapped == (MAPPED if in_file else None)  # only the first images of a file are a name and a number
+    for image, label in zip(changed.stored, changed.labels.tolist(), strict=True):
+        assert torch.equal(image, wide.stored[label])
+
+
+def test_images_of_the_stored_size_have_no_margin(images: ImageSet) -> None:
+    same = ImageSet.centred(images.images, (2, 2), images.labels)
+    assert same.wider is None and same.stored is same.images is images.images
+    assert same.part(torch.tensor([1])).wider is None
+
+
+@pytest.mark.parametrize("place", [lambda one: one, lambda one: one.stream_to("cpu")], ids=["residing", "streamed"])
+def test_batches_with_the_margin(wide: ImageSet, place: Callable[[ImageSet], ImageSet]) -> None:
+    order = torch.tensor([10, 3, 5, 0, 3])
+    for margin, source in ((True, wide.stored), (False, wide.images)):
+        batches = list(place(wide).batches(2, order, wider=margin))
+        assert torch.equal(torch.cat([pixels for pixels, _ in batches]), source[order])
+        assert torch.equal(torch.cat([labels for _, labels in batches]), order)
+
+
+def test_batches_without_a_margin_are_the_images(images: ImageSet) -> None:
+    for (pixels, _), (same, _) in zip(images.batches(4, wider=True), images.batches(4), strict=True):
+        assert torch.equal(pixels, same)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 11])
+def test_the_first_images_of_a_file_have_the_identity_of_those_in_memory(wide: ImageSet, n: int) -> None:
+    def identity(images: ImageSet) -> DataIdentity:
+        return identity_of(Splits("made", images, images, images, ("a",)))
+
+    resident = replace(wide, mapped=None)
+    in_file = replace(wide, mapped=replace(MAPPED, hash=identity(resident).train.hash))
+    assert identity(in_file.first(n)) == identity(resident.first(n))
+    other = replace(wide, mapped=replace(MAPPED, hash="of another file"))
+    assert (identity(other.first(n)) == identity(resident.first(n))) == (
+        n in (1, 5)
+    )  # the file's hash is for all of it
+    assert identity(other.part(torch.arange(11))) == identity(resident)

@@ -13,12 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dataset_errors import dataset_error
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_tensor
 
+from gross_ray.data import reading
+from gross_ray.data.identity import identity_of
+from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
+from gross_ray.data.own import READ_TWICE
 from gross_ray.errors import DatasetError, InvalidValueError
 from gross_ray.experiment import DataOptions
 
@@ -202,3 +207,97 @@ def test_a_function_that_fails_or_is_not_there(module: ModuleType) -> None:
         load_dataset(DataOptions(name="own_pictures:pictures"))
     with pytest.raises(InvalidValueError, match=re.escape("data.name = 'own pictures:x': must be sample")):
         DataOptions(name="own pictures:x")
+
+
+# --- items that are read again
+
+
+class Counted(Own):
+    """A dataset that counts how often each item is read, and may change it."""
+
+    def __init__(self, places: slice, change: Callable[[int, int, Item], Item] | None = None) -> None:
+        super().__init__(list(PIXELS[places]), LABELS[places])
+        self.reads, self._change = [0] * len(self.items), change
+
+    def __getitem__(self, place: int) -> Item:
+        self.reads[place] += 1
+        item = self.items[place]
+        return item if self._change is None else self._change(place, self.reads[place], item)
+
+
+@pytest.fixture
+def load_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> Callable[..., Splits]:
+    """Load datasets into memory, or into files, read by this process."""
+    monkeypatch.setattr(reading, "processes", lambda: 0)
+
+    def load(where: str, *datasets: Any, notes: list[str] | None = None) -> Splits:
+        module.pictures = lambda: datasets  # type: ignore[attr-defined]
+        options = DataOptions(name="own_pictures:pictures", memory=1 if where == "files" else 2**40)
+        return load_dataset(options, root=tmp_path, note=None if notes is None else notes.append)
+
+    return load
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_random_transform_is_named(load_in: Callable[..., Splits], where: str, part: str) -> None:
+    generator = np.random.default_rng(0)
+
+    def cropped(_: int, reads: int, item: Item) -> Item:
+        return np.roll(item[0], generator.integers(5), axis=1), item[1]
+
+    sets = [Counted(slice(0, 30)), Counted(slice(30, 40))]
+    sets[part == "test"] = Counted(slice(0, 30), cropped)
+    rule = "leave random transforms out of the dataset: trainings draw crops and flips (training.augment)"
+    dataset_error(lambda: load_in(where, *sets), f"pictures, {part}, item ", f" differs between two readings; {rule}")
+
+
+def test_one_changed_item_of_the_ten_that_are_read_twice_is_named(load_in: Callable[..., Splits]) -> None:
+    def changed(place: int, reads: int, item: Item) -> Item:
+        return (item[0] if place < 29 or reads < 2 else 255 - item[0]), item[1]
+
+    for where in ("memory", "files"):
+        sets = Counted(slice(0, 30), changed), Counted(slice(30, 40))
+        dataset_error(lambda sets=sets, where=where: load_in(where, *sets), "train, item 29 differs between two")
+
+
+@pytest.mark.parametrize("targets", ["right", "tensor", "transformed", "strings", "short", None])
+def test_targets_are_the_classes_if_items_agree(load_in: Callable[..., Splits], targets: str | None) -> None:
+    sets, notes = [Counted(slice(0, 30)), Counted(slice(30, 40))], list[str]()
+    for each, places in zip(sets, (slice(0, 30), slice(30, 40)), strict=True):
+        found = {
+            "right": LABELS[places],
+            "tensor": torch.tensor(LABELS[places]),
+            "transformed": [3 - label for label in LABELS[places]],  # a target_transform changes what items say
+            "strings": ["abcd"[label] for label in LABELS[places]],
+            "short": LABELS[places][:-1],
+        }
+        if targets is not None:
+            each.targets = found[targets]  # type: ignore[attr-defined]
+    splits = load_in("files", *sets, notes=notes)
+    assert identity_of(splits) == identity_of(load_in("memory", as_dataset(np.array, slice(0, 30)), sets[1]))
+    trusted = targets in ("right", "tensor")
+    twice = "it has no targets that its items agree with, so they are read twice, first for their classes"
+    assert notes == ([] if trusted else [f"own_pictures:pictures, {part}: {twice}" for part in ("train", "test")])
+    assert min(sets[0].reads) == (1 if trusted else 2)
+    assert (
+        sum(reads > (1 if trusted else 2) for reads in sets[0].reads) <= READ_TWICE + 1
+    )  # and the first, for its size
+    before = sum(sets[0].reads)
+    load_in("files", *sets)
+    assert sum(sets[0].reads) - before <= 4 * READ_TWICE + 1  # those by which the files are found
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_class_that_changes_between_readings_is_named(load_in: Callable[..., Splits], place: int) -> None:
+    """Item 0 is one of those that are always read twice; item 1 is read twice into files."""
+
+    def changed(at: int, reads: int, item: Item) -> Item:
+        return item[0], item[1] if at != place else (item[1] + reads) % 4
+
+    for where in ("memory", "files"):
+        if (place, where) != (1, "memory"):  # read once only
+            sets = Counted(slice(0, 30), changed), Counted(slice(30, 40))
+            complaint = f"own_pictures:pictures, train, item {place} has class "
+            remedy = "; make its class the same at each reading"
+            dataset_error(lambda sets=sets, where=where: load_in(where, *sets), complaint, ", and before ", remedy)
