@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from gross_ray.data.image_files import ROOT, ImageFiles, all_files, folder_of
-from gross_ray.errors import DatasetError, InvalidValueError
+from gross_ray.errors import InvalidValueError
 
 ALL = "all"
 
@@ -51,10 +51,7 @@ def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) ->
 def _line(files: ImageFiles) -> tuple[str, bool]:
     """Return the line for a dataset's files, and whether they are complete."""
     size = sum(path.stat().st_blocks * 512 for path in files.folder.iterdir()) / 1e9
-    try:
-        complete, (name, done, total) = files.description() is not None, files.progress()
-    except DatasetError as error:
-        return f"{files.key}  {size:6.2f} GB  {error}", False
+    complete, (name, done, total) = files.description() is not None, files.progress()
     state = f"{total:,} images" if complete else f"{done:,} of {total:,} images, not complete"
     return f"{files.key}  {size:6.2f} GB  {state}  {name}", complete
 
