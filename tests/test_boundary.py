@@ -25,7 +25,7 @@ LAYERS = (
         "gross_ray.own_code",
         "gross_ray.seeds",
     ),
-    ("gross_ray.weights_file",),
+    ("gross_ray.storage", "gross_ray.weights_file"),
     ("gross_ray.space", "gross_ray.data", "gross_ray.weights"),
     ("gross_ray.nn", "gross_ray.btd"),
     ("gross_ray.own_network",),

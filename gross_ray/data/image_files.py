@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -180,8 +181,7 @@ class ImageFiles:
             arrays = [_mapped(self._file(split), shape, "r") for split, shape in begun["shapes"].items()]
             for split, rows in order.items():
                 shape = [len(rows), *begun["shapes"][split][1:]]
-                with open(self._file(f"new-{split}"), "wb") as file:
-                    file.truncate(math.prod(shape))
+                _allocate(self._file(f"new-{split}"), math.prod(shape))
                 _flush(reader.rearranged(arrays, rows, _mapped(self._file(f"new-{split}"), shape, "r+")))
             (self.folder / _READ).unlink()  # after an interruption from here on, all images are read again
             for split in order:
@@ -230,8 +230,7 @@ class ImageFiles:
             raise DatasetError(f"{self.folder}: {rule}; name a folder on another disk with --data-root")
         self.folder.mkdir()
         for split, shape in begins["shapes"].items():
-            with open(self._file(split), "wb") as file:
-                file.truncate(math.prod(shape))
+            _allocate(self._file(split), math.prod(shape))
         with whole_or_not_at_all(self.folder / _BEGUN) as path:
             path.write_text(json.dumps(begins))
         return {}
@@ -322,6 +321,15 @@ def all_files(root: str) -> list[ImageFiles]:
     return (
         [ImageFiles(root, path.name) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
     )
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Make a file with room on the disk: writing to a mapped file for which there is none would kill the process."""
+    with open(path, "wb") as file:
+        if size and sys.platform == "linux":
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 def _flush(array: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_files import Reading
 from gross_ray.data.image_set import Splits
 from gross_ray.data.labelled import listed
+from gross_ray.data.remote import copied
 from gross_ray.data.rows import Chunk, Rows, read_rows
 from gross_ray.data.splitting import SPLIT_NAMES, one_each, split_of
 from gross_ray.errors import DatasetError, one_line
@@ -32,12 +33,13 @@ _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_NAMES, key=len, reverse
 def read_parquet(how: Reading, path: Path) -> Splits:
     """Read the images of a Parquet file, or of all those in a folder, into the three splits, with notes.
 
-    A file, and files without the names of splits, are one split, which is split 3:1:1. Files are read in the order of
-    their names. Raises DatasetError, naming the file, and as `gross_ray.data.rows.read_rows` does.
+    Files at a URI like s3://bucket/folder are first copied to this machine. A file, and files without the names of
+    splits, are one split, which is split 3:1:1. Files are read in the order of their names. Raises DatasetError, naming
+    the file, and as `gross_ray.data.rows.read_rows` does.
     """
     name = how.options.name
     if "://" in name:
-        raise DatasetError(f"{name}: is not a local path; copy the files here, and {_LAYOUT}")
+        path = copied(name, name.partition(":")[2], ENDING, how.root, how.note)
     found, notes = ({"train": (path.name, [path])}, ()) if path.is_file() else _files(name, path)
     rows = {split: _rows(name, path, *named) for split, named in found.items()}
     splits = read_rows(how, rows)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from gross_ray.errors import GrossRayError, InvalidValueError
 from gross_ray.report.searched import Searched
-from gross_ray.run.storage import Storage
 from gross_ray.run.store import RunStore
+from gross_ray.storage import Storage
 
 if TYPE_CHECKING:
     from markupsafe import Markup

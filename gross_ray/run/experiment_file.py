@@ -9,8 +9,8 @@ from typing import Any
 
 from gross_ray.errors import InvalidValueError, RunFolderError, one_line
 from gross_ray.experiment import Experiment
-from gross_ray.run.storage import Storage
 from gross_ray.run.tables import SCHEMA_VERSION
+from gross_ray.storage import Storage
 
 EXPERIMENT = "experiment.json"
 _WRITTEN_BY = "gross_ray"

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from gross_ray.errors import RunFolderError
-from gross_ray.run.storage import Storage
 from gross_ray.run.tables import SCHEMA_VERSION, VERSION_KEY
+from gross_ray.storage import Storage
 
 if TYPE_CHECKING:  # torch is imported only to read or write tensors: reading tables does without it
     from torch import Tensor

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gross_ray.errors import RunFolderError, StorageError
-from gross_ray.run.storage import Storage
+from gross_ray.storage import Storage
 
 LOCK = ".lock"
 REFRESH_SECONDS = 15.0

@@ -31,8 +31,8 @@ from gross_ray.experiment import PATH_FIELDS, Experiment
 from gross_ray.run import lock
 from gross_ray.run.experiment_file import EXPERIMENT, experiment_content, read_experiment
 from gross_ray.run.file_format import DamagedContentError, checkpoint_file, read_checkpoint, read_unit, unit_file
-from gross_ray.run.storage import Storage
 from gross_ray.run.tables import TABLES, table
+from gross_ray.storage import Storage
 
 if TYPE_CHECKING:  # pyarrow imports pandas when it makes a frame, `file_format` imports torch when it reads tensors
     import pandas

@@ -30,13 +30,13 @@ from gross_ray.report.compressed import best_candidate
 from gross_ray.report.page import write_page
 from gross_ray.report.searched import Searched
 from gross_ray.run.opened import Run, layer_choice
-from gross_ray.run.storage import Storage
 from gross_ray.run.store import RunStore
 from gross_ray.search.cost import layer_costs
 from gross_ray.search.latency import num_networks
 from gross_ray.search.options import LatencyOptions
 from gross_ray.search.timed_networks import BESIDE
 from gross_ray.space import SearchSpace
+from gross_ray.storage import Storage
 from gross_ray.supernet.build import running_supernet
 from gross_ray.training.loop import count_correct
 from gross_ray.training.options import Schedule

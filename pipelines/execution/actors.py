@@ -50,11 +50,10 @@ class _Worker:
         try:
             versions.check()
             run.store.require_here()
-        except GrossRayError as error:  # raised in a constructor, it would reach the driver as text only
-            self._refused = error
-        else:
             room, fetch = room_for_images(device, gpu_share()), Fetcher(packed.node)
             self._splits = unpack_splits(packed, device, room, fetch)
+        except GrossRayError as error:  # raised in a constructor, it would reach the driver as text only
+            self._refused = error
 
     def do(self, stage: str, kind: str, work: Work, unit: Unit, threads: int, shared: Any) -> str:
         torch.set_num_threads(threads)

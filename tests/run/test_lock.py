@@ -17,8 +17,8 @@ import pytest
 from gross_ray.errors import RunFolderError, StorageError
 from gross_ray.experiment import Experiment
 from gross_ray.run import lock
-from gross_ray.run.storage import Storage
 from gross_ray.run.store import RunStore
+from gross_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 

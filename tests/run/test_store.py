@@ -23,8 +23,8 @@ from gross_ray.errors import DamagedFileError, InvalidValueError, MissingStageEr
 from gross_ray.experiment import Experiment, TrainingOptions
 from gross_ray.run import store as store_module
 from gross_ray.run import tables
-from gross_ray.run.storage import Storage
 from gross_ray.run.store import RunStore, read_table
+from gross_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 

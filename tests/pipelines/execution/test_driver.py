@@ -18,9 +18,9 @@ import pytest
 from miniature import ROOT
 from s3_server import Door, uri
 
+from gross_ray import storage
 from gross_ray.errors import DamagedFileError, StorageError, UnitsFailedError
 from gross_ray.presets import preset
-from gross_ray.run import storage
 from gross_ray.run.store import RunStore
 from pipelines.capacity import Capacity
 from pipelines.commands.terminal import Reporter

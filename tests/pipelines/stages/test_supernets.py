@@ -7,8 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gross_ray.presets import preset
-from gross_ray.run.storage import Storage
 from gross_ray.run.store import RunStore
+from gross_ray.storage import Storage
 from gross_ray.training.sampling import sampling_probabilities, settled_scaling
 from pipelines.stages.supernets import supernet_of
 

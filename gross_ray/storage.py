@@ -138,6 +138,13 @@ class Storage:
         """Return the names of all files and folders at the root, hidden ones too. Raises StorageError."""
         return [info.base_name for info in self._list("")]
 
+    def all_files(self) -> list[tuple[str, int, int]]:
+        """Return the name, size and time (ns) of each file at any depth, sorted by name. Raises StorageError."""
+        selector = fs.FileSelector(self.root, allow_not_found=True, recursive=True)
+        found = self._ask("list", "", lambda: self.filesystem.get_file_info(selector))
+        names = {each.path.removeprefix(f"{self.root}/"): each for each in found if each.type == fs.FileType.File}
+        return [(name, names[name].size, names[name].mtime_ns) for name in sorted(names)]
+
     def delete(self, name: str) -> None:
         """Delete a file if it exists. Raises StorageError."""
 
@@ -274,7 +281,7 @@ def _filesystem(address: str) -> tuple[fs.FileSystem, str]:
         filesystem, root = fs.FileSystem.from_uri(address)
     except ValueError as error:  # pyarrow's ArrowInvalid is one
         raise InvalidValueError(
-            f"cannot use {address} for a run: {_reason(error)}; name a local folder, or a URI like s3://bucket/folder"
+            f"cannot use {address}: {_reason(error)}; name a local folder, or a URI like s3://bucket/folder"
         ) from None
     return filesystem, root.rstrip("/")
 

@@ -15,12 +15,12 @@ import torch
 from pyarrow import fs
 from s3_server import SECRET, Door, free_port, uri
 
+from gross_ray import storage as storage_module
 from gross_ray.errors import DamagedFileError, InvalidValueError, RunFolderError, StorageError
 from gross_ray.experiment import Experiment
 from gross_ray.run import lock
-from gross_ray.run import storage as storage_module
-from gross_ray.run.storage import Storage
 from gross_ray.run.store import RunStore, read_table
+from gross_ray.storage import Storage
 
 NETWORK = {
     "seed": 0,
