@@ -239,9 +239,10 @@ def test_two_processes_at_once_read_once(name: str, tmp_path: Path, decodes: Dec
     processes = [FORK.Process(target=main) for _ in range(2)]
     for process in processes:
         process.start()
-    assert {found.get(), found.get()} == {whole}
     for process in processes:
         process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert {found.get(), found.get()} == {whole}
     assert set(Counter(decodes.images()).values()) == {1}
     assert len(decodes.images()) == NUM_IMAGES
 
@@ -254,7 +255,7 @@ def test_who_waits_says_so(name: str, tmp_path: Path, decodes: Decodes) -> None:
     loading = threading.Thread(target=lambda: load_dataset(options, root=tmp_path, note=notes.append))
     with files.locked():
         loading.start()
-        while not notes:
+        while not notes and loading.is_alive():
             time.sleep(0.01)
     loading.join(60)
     assert not loading.is_alive()
