@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import PIL
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from dataset_errors import dataset_error
-from made_datasets import CLASSES, KINDS, in_files, in_memory, make, pictures, png
+from made_datasets import CLASSES, KINDS, in_files, in_memory, make, pictures, png, table
 
 from gross_ray.data import reading
 from gross_ray.data.identity import SPLITS, identity_of
@@ -296,6 +298,21 @@ def test_another_table_or_function_has_other_files(
         assert_same(splits, in_memory(name))
         keys.add(files_of(splits, tmp_path).key)
         assert len(keys) == number + 1
+
+
+def test_another_column_has_other_files(tmp_path: Path, here: None) -> None:
+    one, other = table(pictures(0, 24)), table(pictures(100, 24))
+    labels = pa.array(CLASSES * 4 + CLASSES[::-1] * 4)
+    made = one.append_column("mask", other.column("image")).append_column("kind", labels)
+    pq.write_table(made, tmp_path / "all.parquet")
+    keys = set()
+    for image in ("image", "mask"):
+        for label in ("label", "kind"):
+            columns = {"image_column": image, "label_column": label}
+            splits = in_files(f"parquet:{tmp_path / 'all.parquet'}", tmp_path, **columns)
+            assert_same(splits, in_memory(splits.name, **columns))
+            keys.add(files_of(splits, tmp_path).key)
+    assert len(keys) == 4
 
 
 def test_the_description_is_plain(loaded: tuple[str, Splits], tmp_path: Path) -> None:

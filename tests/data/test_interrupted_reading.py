@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from dataset_errors import dataset_error
 from made_datasets import A_PART, in_files, in_memory, make, pictures
-from torch.utils.data._utils import worker
+from torch.utils.data import _utils
 
 from gross_ray.data import image_files, reading
 from gross_ray.data.decoding import decoded
@@ -134,7 +134,7 @@ def test_a_killed_process_with_workers(
 ) -> None:
     whole = expected(name, decodes)
     monkeypatch.setattr(reading, "processes", lambda: 2)
-    monkeypatch.setattr(worker, "MP_STATUS_CHECK_INTERVAL", 0.2)  # how soon workers notice that they are orphans
+    monkeypatch.setattr(_utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.2)  # how soon workers notice that they are orphans
 
     def main() -> None:
         reader = os.getpid()
@@ -155,6 +155,7 @@ def test_a_killed_worker_is_one_line(
 ) -> None:
     whole = expected(name, decodes)
     monkeypatch.setattr(reading, "processes", lambda: 2)
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # how long the other worker is waited for
     decodes.at(40, kill_this)
     dataset_error(lambda: load(name, tmp_path), f"{name}: a process that reads images was killed (")
     (files,) = all_files(str(tmp_path))
@@ -238,9 +239,10 @@ def test_two_processes_at_once_read_once(name: str, tmp_path: Path, decodes: Dec
     processes = [FORK.Process(target=main) for _ in range(2)]
     for process in processes:
         process.start()
-    assert {found.get(), found.get()} == {whole}
     for process in processes:
         process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert {found.get(), found.get()} == {whole}
     assert set(Counter(decodes.images()).values()) == {1}
     assert len(decodes.images()) == NUM_IMAGES
 
@@ -253,7 +255,7 @@ def test_who_waits_says_so(name: str, tmp_path: Path, decodes: Decodes) -> None:
     loading = threading.Thread(target=lambda: load_dataset(options, root=tmp_path, note=notes.append))
     with files.locked():
         loading.start()
-        while not notes:
+        while not notes and loading.is_alive():
             time.sleep(0.01)
     loading.join(60)
     assert not loading.is_alive()
