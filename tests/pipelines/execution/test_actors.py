@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,9 @@ import ray
 import torch
 from recorded import Recorded
 
-from gross_ray.data.image_set import Splits
-from gross_ray.errors import InvalidValueError, RunFolderError
+from gross_ray.data.image_set import MappedSplit, Splits
+from gross_ray.errors import DatasetError, InvalidValueError, RunFolderError
+from gross_ray.experiment import DataOptions
 from gross_ray.run.opened import Run
 from pipelines.capacity import Capacity
 from pipelines.execution import actors
@@ -293,6 +295,21 @@ def test_a_worker_that_does_not_reach_the_run_folder_ends_the_stage(
     with pytest.raises(RunFolderError, match=rf"the run folder {folder} is not there on .*: give --out a folder"):
         _do(cluster, splits, run, [Made(label="one")])
     assert not (folder / "attempts").exists()
+
+
+def test_a_worker_that_cannot_have_the_images_ends_the_stage(
+    cluster: Capacity, splits: Splits, run: Run, tmp_path: Path
+) -> None:
+    """Its machine has neither the file of the images nor the dataset, and the driver's file is gone."""
+    mapped = MappedSplit(str(tmp_path), "0" * 16, "train", "1" * 64, len(splits.train))
+    elsewhere = replace(splits, train=replace(splits.train, mapped=mapped))
+    node = ray.get_runtime_context().get_node_id()
+    packed = pack_splits(elsewhere, DataOptions(name=f"folder:{tmp_path / 'none'}"), node=node)
+    executor, units = Actors(cluster, ray.put(packed), run), [Made(label="one")]
+    with pytest.raises(DatasetError, match="the images cannot be copied from the driver's machine") as caught:
+        executor.do(_job(run, units), units, threads=ALONE, progress=Recorded())
+    executor.close()
+    assert "\n" not in str(caught.value)
 
 
 class PretendedRay:
