@@ -84,7 +84,7 @@ def compress(
     adapt: int = 0,
     mean: Sequence[float] = (MEAN,),
     std: Sequence[float] = (DEVIATION,),
-    image_size: int | str = "",
+    image_size: int | str | tuple[int, int] = "",
     settings: Sequence[str] = (),
     on_progress: OnProgress | None = None,
 ) -> Compressed:
@@ -104,7 +104,8 @@ def compress(
     base = copied(accepted(network, "the network")).eval()
     given = [train, *([] if validation is None else [validation]), test]
     sets = [TensorDataset(*each) if isinstance(each, tuple) else each for each in given]
-    data = DataOptions(mean=tuple(mean), std=tuple(std), image_size=str(image_size))
+    size = "x".join(map(str, image_size)) if isinstance(image_size, tuple) else str(image_size)
+    data = DataOptions(mean=tuple(mean), std=tuple(std), image_size=size)
     splits = splits_of("the given images", sets, data)
     if input_channels(base, splits.train.images.shape[-1]) == 1:
         splits = Splits(splits.name, grey(splits.train), grey(splits.validation), grey(splits.test), splits.classes)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +102,7 @@ class ImageFiles:
         finally:
             os.close(descriptor)
 
-    def complete(self) -> bool:
+    def complete(self, note: Callable[[str], object] = ignore) -> bool:
         """Return whether the files are there and unchanged; files that were changed are deleted. Call it `locked`.
 
         A file whose size and time are those of its last check counts as unchanged; else its hash is computed.
@@ -112,6 +113,7 @@ class ImageFiles:
         if all(self._stamp(split) == each["stamp"] for split, each in described["splits"].items()):
             return True
         if not self.verify():
+            note(f"the files in {self.folder} have changed, so the images are read again")
             shutil.rmtree(self.folder)
             return False
         self._describe(described)
@@ -133,8 +135,9 @@ class ImageFiles:
         """Return what complete.json says, or None if the files are not complete."""
         path = self.folder / _COMPLETE
         try:
-            return dict(json.loads(path.read_text()))
-        except (FileNotFoundError, ValueError):  # a damaged description: all is read again
+            described = json.loads(path.read_text())
+            return described if set(described["splits"]) == {*SPLITS} else None
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # a damaged description: all is read again
             return None
         except OSError as error:
             raise DatasetError(f"{path} cannot be read ({one_line(error)}); allow it, or use --data-root") from error
@@ -166,6 +169,7 @@ class ImageFiles:
             arrays = [_mapped(self._file(split), shape, "r+") for split, shape in shapes.items()]
             missing = [number for number in range(len(sizes)) if number not in done]
             num_read, total = int(sum(sizes)) - int(sum(sizes[missing])), int(sum(sizes))
+            how.progress(num_read, total)
             with _Journal(self.folder / _READ, arrays) as journal:
                 for number, read in reader.on_all_cores(missing, arrays):
                     done[number] = read
@@ -204,6 +208,11 @@ class ImageFiles:
             self._describe(described)
             for file in (_READ, _BEGUN):
                 (self.folder / file).unlink(missing_ok=True)
+
+    def read_at(self) -> str:
+        """Return when complete files were read, like 2026-12-01 10:30."""
+        seconds = (self.folder / _COMPLETE).stat().st_mtime
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
     def progress(self) -> tuple[str, int, int]:
         """Return the dataset's name, the number of images that are read, and that of all."""

@@ -120,14 +120,13 @@ class ImageSet:
         """
         source = self.stored if wider else self.images
         indices = None if order is None else order.to(source.device)
-        ahead_of_step = self.streamed_to is not None
-        array = source.numpy() if ahead_of_step else None
+        array = None if self.streamed_to is None else source.numpy()
 
         def gather(number: int) -> tuple[Tensor, Tensor]:
             chosen: slice | Tensor = slice(number * size, (number + 1) * size)
             if indices is not None:
                 chosen = indices[chosen]
-            if ahead_of_step and isinstance(chosen, Tensor):
+            if array is not None and isinstance(chosen, Tensor):
                 # By NumPy: torch would use as many threads again as the step does, and the step would wait for them.
                 return torch.from_numpy(array[chosen.numpy()]), self.labels[chosen]
             return source[chosen], self.labels[chosen]

@@ -22,14 +22,14 @@ from gross_ray.data.image_files import ROOT, Reading, ignore
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.names import WITH_FILES, check_dataset_name
 from gross_ray.data.normalisation import Normalisation
-from gross_ray.data.options import DataOptions
+from gross_ray.data.options import DataOptions, check_limit
 from gross_ray.data.own import read_datasets, read_own
 from gross_ray.data.parquet import read_parquet
 from gross_ray.data.resizing import resized
 from gross_ray.data.sample import SAMPLE_FILE, read_sample
 from gross_ray.data.splitting import validated_on_test
 from gross_ray.data.torchvision_datasets import read_torchvision_dataset
-from gross_ray.errors import DatasetError, InvalidValueError
+from gross_ray.errors import DatasetError
 
 
 def load_dataset(
@@ -102,22 +102,15 @@ def splits_of(name: str, datasets: Sequence[Dataset[Any]], options: DataOptions)
 
 def _settled(splits: Splits, options: DataOptions) -> Splits:
     """Return the splits, cut to the limits of `options`, with its normalisation."""
-    limits = (options.limit_train, options.limit_validation, options.limit_test)
     normalisation = Normalisation(options.mean, options.std)
-    sets = [
-        replace(_limited(splits, split, limit), normalisation=normalisation)
-        for split, limit in zip(SPLITS, limits, strict=True)
-    ]
+    sets = [replace(_limited(splits, split, options), normalisation=normalisation) for split in SPLITS]
     train, validation, test = (grey(each) if options.channels < each.images.shape[1] else each for each in sets)
     return replace(splits, train=train, validation=validation, test=test)
 
 
-def _limited(splits: Splits, split: str, limit: int) -> ImageSet:
+def _limited(splits: Splits, split: str, options: DataOptions) -> ImageSet:
     images: ImageSet = getattr(splits, split)
-    size = len(images)
-    if size == 0:
+    if len(images) == 0:
         raise DatasetError(f"{splits.name}: too few images, the {split} split is empty; add images")
-    if limit > size:
-        rule = f"the {split} split of {splits.name} has {size} images; use at most {size}, or 0 for all"
-        raise InvalidValueError(f"data.limit_{split} = {limit}: {rule}")
-    return images.first(limit)
+    check_limit(splits.name, split, len(images), options)
+    return images.first(getattr(options, f"limit_{split}"))

@@ -20,7 +20,7 @@ from gross_ray.data.decoding import PIL_ERRORS, decoded
 from gross_ray.data.identity import SPLITS
 from gross_ray.data.image_files import ImageFiles, Reading
 from gross_ray.data.image_set import ImageSet, Splits
-from gross_ray.data.options import DataOptions
+from gross_ray.data.options import DataOptions, check_limit
 from gross_ray.data.reading import Form, Part, PartRead, Reader, Source
 from gross_ray.data.sizes import Sizes, parse_size, usual_resize
 from gross_ray.data.splitting import Arrangement, arranged, repeated_line
@@ -106,10 +106,12 @@ class _Dataset:
         labels = {split: torch.tensor(each.labels, dtype=torch.int64) for split, each in self._found.items()}
         self._labels = torch.cat([*labels.values()])
         self._order = self._arranged(labels)
+        for split, rows in self._order.rows.items():
+            check_limit(name, split, len(rows), options)  # before the reading, which may take hours
         parts = [part for each in self._found.values() for part in each.parts]
         self._form = form_of(parts, options)
-        rows = [rows.numpy() for rows in self._order.rows.values()]
-        self._reader = Reader(name, parts, self._form, rows, options.skip_damaged)
+        arrays = [each.numpy() for each in self._order.rows.values()]
+        self._reader = Reader(name, parts, self._form, arrays, options.skip_damaged)
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +134,7 @@ class _Dataset:
     def in_files(self, files: ImageFiles, how: Reading) -> Splits:
         """Read all images into files in processes on all cores, if the files are not there yet."""
         with files.locked(how.note):
-            if not files.complete():
+            if not files.complete(how.note):
                 counts = {split: len(rows) for split, rows in self._order.rows.items()}
                 order, notes = self._summary(files.read(self._name, self._reader, counts, self._form, how))
                 if order is not self._order:
@@ -186,9 +188,9 @@ def changes(reads: Sequence[PartRead], form: Form) -> list[str]:
     """Return a line about images that were converted, and one about images that were resized, if there were any."""
     conversions = sum((read.conversions for read in reads), Counter[str]())
     converted = [f"{count:,} {kind}" for kind, count in conversions.most_common()]
-    resized = sum(read.resized for read in reads)
+    resized, enlarged = (sum(getattr(read, name) for read in reads) for name in ("resized", "enlarged"))
     notes = [f"converted to 8-bit RGB: {', '.join(converted)}"] if converted else []
-    return [*notes, form.sizes.note(resized)] if resized else notes
+    return [*notes, form.sizes.note(resized, enlarged)] if resized else notes
 
 
 def form_of(parts: Sequence[Part], options: DataOptions) -> Form:

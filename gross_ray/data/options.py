@@ -13,6 +13,13 @@ VALIDATION_FROM = ("train", "test")
 """The splits from which the validation split may be taken."""
 
 
+def check_limit(name: str, split: str, size: int, options: DataOptions) -> None:
+    """Raise InvalidValueError if more images of a split are asked for than the dataset `name` has: `size`."""
+    limit = getattr(options, f"limit_{split}")
+    rule = f"the {split} split of {name} has {size} images; use at most {size}, or 0 for all"
+    require(limit <= size, f"data.limit_{split}", limit, rule)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Which images, and how many of them."""

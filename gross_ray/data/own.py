@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,9 @@ def read_datasets(name: str, datasets: Any, how: Reading) -> Splits:
     key = {"own": [name, samples, named, how.options.validation_from], "form": [*form.shape, *form.sizes.size]}
     files = ImageFiles.of(how.root, key)
     with files.locked(how.note):
-        if files.complete():
+        if files.complete(how.note):
+            again = f"if the dataset has changed: gross data {files.key} --clear"
+            how.note(f"{name}: the images as they were read at {files.read_at()}; {again}")
             return files.splits(name)
     labelled = {part: Labelled(part, items.labels(how.note), items.parts, tuple) for part, items in sets.items()}
     classes = _classes(name, named, max(max(each.labels) for each in labelled.values()))
@@ -123,14 +126,18 @@ class _Items:
         """Return the pixels (h, w, 3), uint8, and the class of an item."""
         item = f"{self._where}, item {index}"
         try:
-            image, label = self._dataset[index]
+            found = self._dataset[index]
+            if isinstance(found, dict):
+                raise TypeError(f"the item is a dict with the keys {', '.join(map(str, found))}")
+            image, label = found
         except Exception as error:  # whatever the user's own code raises
             raise DatasetError(f"{item}: {one_line(error)}; {LAYOUT}") from error
         return _pixels(item, image), _label(item, label)
 
     def read_twice(self) -> str:
         """Return a hash of some of the items; raises DatasetError if one differs between two readings."""
-        digest = hashlib.sha256(json.dumps([self.count, self.targets()]).encode())
+        known = [self.count, self.targets(), [*_stamps(self._dataset)]]
+        digest = hashlib.sha256(json.dumps(known).encode())
         for index in self._some():
             (pixels, label), (again, other) = self.item(index), self.item(index)
             if not np.array_equal(pixels, again):
@@ -169,7 +176,7 @@ class _Items:
         images, labels = np.empty((self.count, *form.shape), np.uint8), torch.empty(self.count, dtype=torch.int64)
         for index in range(self.count):
             pixels, labels[index] = self.item(index)
-            read.resized += pixels.shape[:2] != form.sizes.stored
+            read.count(pixels, form.sizes)
             images[index] = form.of(f"{self._where}, item {index}", pixels)
         return ImageSet.centred(torch.from_numpy(images), form.sizes.size, labels)
 
@@ -184,6 +191,19 @@ class _Items:
         if label != before:
             said = f"has class {label}, and before {before}"
             raise DatasetError(f"{self._where}, item {index} {said}; make its class the same at each reading")
+
+
+def _stamps(dataset: Any) -> Iterator[list[int]]:
+    """Yield the size and time of each file that a dataset of torchvision, or a part of one, names as its samples."""
+    for inner in (getattr(dataset, "dataset", None), *getattr(dataset, "datasets", ())):  # of Subset, ConcatDataset
+        if inner is not None:
+            yield from _stamps(inner)
+    samples = getattr(dataset, "samples", ())
+    for sample in samples if isinstance(samples, list) else ():
+        path = sample[0] if isinstance(sample, tuple) else sample
+        if isinstance(path, str | Path) and (file := Path(path)).is_file():
+            stat = file.stat()
+            yield [stat.st_size, stat.st_mtime_ns]
 
 
 def _pixels(item: str, image: Any) -> np.ndarray:

@@ -60,7 +60,7 @@ class Form:
             pixels = fitted(pixels, self.sizes)
         elif pixels.shape[:2] != self.sizes.stored:
             (height, width), (tall, wide) = pixels.shape[:2], self.sizes.stored
-            sizes = f"{where} is {width}x{height} pixels, the first image {wide}x{tall}"
+            sizes = f"{where} has {height}x{width} pixels (height x width), the first image {tall}x{wide}"
             raise DatasetError(f"{sizes}; {SET_A_SIZE}{min(tall, wide)}")
         if self.channels == 1:
             return np.asarray(Image.fromarray(pixels).convert("L"))[None]
@@ -75,19 +75,31 @@ class PartRead:
     """How many images were converted, by the kind of conversion."""
     resized: int = 0
     """How many images had another size than they are stored in."""
+    enlarged: int = 0
+    """How many of these were smaller."""
     damaged: dict[int, str] = field(default_factory=dict)
     """Where the damaged images are, by their position in the part."""
     problem: str = ""
     """Why the reading has to stop; empty: it need not."""
 
+    def count(self, pixels: np.ndarray, sizes: Sizes) -> None:
+        """Count an image (h, w, 3) that is resized."""
+        self.resized += pixels.shape[:2] != sizes.stored
+        self.enlarged += any(size < stored for size, stored in zip(pixels.shape, sizes.stored, strict=False))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {"conversions": dict(self.conversions), "resized": self.resized, "damaged": list(self.damaged.items())}
+        return {
+            "conversions": dict(self.conversions),
+            "resized": self.resized,
+            "enlarged": self.enlarged,
+            "damaged": list(self.damaged.items()),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PartRead:
         """Return what `to_dict` converted."""
-        return cls(Counter(values["conversions"]), values["resized"], dict(values["damaged"]))
+        return cls(Counter(values["conversions"]), values["resized"], values["enlarged"], dict(values["damaged"]))
 
 
 class Reader:
@@ -143,7 +155,7 @@ class Reader:
                     read.damaged[position] = where
                     continue
                 read.conversions.update(conversions)
-                read.resized += pixels.shape[:2] != self._form.sizes.stored
+                read.count(pixels, self._form.sizes)
                 row = first + position
                 arrays[self._split[row]][self._position[row]] = self._form.of(self._named(where), pixels)
         except DatasetError as error:

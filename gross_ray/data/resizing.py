@@ -28,6 +28,8 @@ def resized(splits: Splits, options: DataOptions) -> Splits:
         return ImageSet.centred(torch.from_numpy(stored), sizes.size, images.labels)
 
     number = sum(len(each) for each in (splits.train, splits.validation, splits.test))
-    notes = [sizes.note(number)] if sizes.stored != tuple(splits.train.images.shape[2:]) else []
+    before = splits.train.images.shape[2:]
+    smaller = any(size < stored for size, stored in zip(before, sizes.stored, strict=True))
+    notes = [sizes.note(number, number * smaller)] if sizes.stored != tuple(before) else []
     sets = [resized(each) for each in (splits.train, splits.validation, splits.test)]
     return replace(splits, train=sets[0], validation=sets[1], test=sets[2], notes=(*splits.notes, *notes))

@@ -32,11 +32,13 @@ class Sizes:
         height, width = (round(side * resize / shorter) for side in size)
         return cls(size, (height, width))
 
-    def note(self, num_images: int) -> str:
-        """Return a line for the user about images that were resized."""
+    def note(self, num_images: int, num_enlarged: int) -> str:
+        """Return a line for the user about images that were resized, of which some were enlarged."""
         (tall, wide), (height, width) = self.stored, self.size
-        crops = f", of which networks take {width}x{height}" if self.stored != self.size else ""
-        return f"resized {num_images:,} images to {wide}x{tall} pixels{crops}"
+        crops = f", of which networks take {height}x{width}" if self.stored != self.size else ""
+        order = " (height x width)" if tall != wide else ""
+        enlarged = f"; {num_enlarged:,} of them were smaller" if num_enlarged else ""
+        return f"resized {num_images:,} images to {tall}x{wide} pixels{order}{crops}{enlarged}"
 
     def kept(self, size: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
         """Return the size to which an image of `size` (h, w) is resized, and top and left of what is stored of it.
@@ -57,7 +59,9 @@ def parse_size(text: str) -> tuple[int, int] | None:
         return None
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise InvalidValueError(f"data.image_size = {text!r}: must be a number of pixels like 224, or HEIGHTxWIDTH")
+        raise InvalidValueError(
+            f"data.image_size = {text!r}: must be a number of pixels like 224, or HEIGHTxWIDTH, each up to 99999"
+        )
     height = int(match[1])
     return height, int(match[2] or height)
 

@@ -117,5 +117,5 @@ def network_errors_as_invalid_value(input_shape: Sequence[int]) -> Iterator[None
     except Exception as error:  # whatever the user's own code raises
         raise InvalidValueError(
             f"the network cannot run an image of {'x'.join(map(str, input_shape))}: {first_line(error)}; "
-            "choose images that fit it (--image-size, data.channels), or another model"
+            "choose images that fit it (data.image_size, data.channels), or another model"
         ) from error

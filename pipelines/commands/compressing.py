@@ -36,7 +36,7 @@ from gross_ray.search.options import LatencyOptions
 from gross_ray.space import SearchSpace
 from gross_ray.supernet.layers import LayerChoice
 from gross_ray.training.options import CROP
-from gross_ray.weights import load_weights
+from gross_ray.weights import load_weights, read_weights
 from pipelines.commands import exporting
 from pipelines.commands.estimating import estimate
 from pipelines.commands.measuring import asked_for
@@ -171,6 +171,8 @@ def _experiment(
     """Return the experiment for the network and the images, and its layers, and print what it chose."""
     data_fields = [setting for setting in settings if setting.partition("=")[0].strip().startswith("data.")]
     options = with_channels(Experiment(model=model, data=DataOptions(name=data)).override(data_fields)).data
+    if weights is not None:
+        read_weights(weights, weights_key)  # before the images, which take longer
     splits = source.load(options)
     shape = splits.train.images.shape[1:]
     network = build_model(model, num_classes=len(splits.classes), image_size=shape[-1], generator=torch.Generator())

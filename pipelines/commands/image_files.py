@@ -31,6 +31,8 @@ def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) ->
     chosen = [*found.values()] if not keys or ALL in keys else [found[key] for key in keys]
     if not chosen:
         click.echo(f"no files of images in {folder_of(root)}")
+    else:
+        click.echo(f"files of images in {folder_of(root)}:", err=True)
     changed = []
     for files in chosen:
         line, complete = _line(files)
@@ -50,10 +52,12 @@ def data(keys: Sequence[str], *, verify: bool, clear: bool, root: str | None) ->
 
 def _line(files: ImageFiles) -> tuple[str, bool]:
     """Return the line for a dataset's files, and whether they are complete."""
-    size = sum(path.stat().st_blocks * 512 for path in files.folder.iterdir()) / 1e9
-    complete, (name, done, total) = files.description() is not None, files.progress()
-    state = f"{total:,} images" if complete else f"{done:,} of {total:,} images, not complete"
-    return f"{files.key}  {size:6.2f} GB  {state}  {name}", complete
+    size = sum(path.stat().st_size for path in files.folder.iterdir()) / 1e6
+    described, (name, done, total) = files.description(), files.progress()
+    if described is None:
+        return f"{files.key}  {size:10,.1f} MB  {done:,} of {total:,} images, not complete  {name}", False
+    _, _, height, width = described["splits"]["train"]["shape"]
+    return f"{files.key}  {size:10,.1f} MB  {total:,} images of {height}x{width}, {files.read_at()}  {name}", True
 
 
 def _delete(files: ImageFiles) -> None:

@@ -22,12 +22,12 @@ SECONDS_OF_SILENCE = 60.0
 
 
 class _Lines(StageProgress):
-    def __init__(self, name: str, total: int, done: int, out: TextIO) -> None:
+    def __init__(self, name: str, total: int, done: int, out: TextIO, counted: str) -> None:
         super().__init__(name, total, done)
         self._out = out
         self._last, self._printed = time.monotonic(), ""
-        already = f", {done} done already" if done else ""
-        self._print(f"{name}: {total} units{already}")
+        already = f", {done:,} done already" if done else ""
+        self._print(f"{name}: {total:,} {counted}{already}")
 
     def unit_done(self, unit: str, text: str) -> None:
         super().unit_done(unit, text)
@@ -78,10 +78,10 @@ class Reporter:
         self._terminal = self._out.isatty()
 
     @contextmanager
-    def stage(self, name: str, total: int, done: int) -> Iterator[StageProgress]:
-        """Show a stage of `total` units, `done` of which were finished before."""
+    def stage(self, name: str, total: int, done: int, counted: str = "units") -> Iterator[StageProgress]:
+        """Show a stage of `total` units, or of what is `counted` in it, `done` of which were finished before."""
         if not self._terminal:
-            progress: StageProgress = _Lines(name, total, done, self._out)
+            progress: StageProgress = _Lines(name, total, done, self._out, counted)
             yield progress
             if progress.done > done:
                 progress.note(f"finished after {time.monotonic() - progress.started:.1f} s")
@@ -126,9 +126,9 @@ def reading() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None
             if not shown:
                 before = done
                 reporter.note("more images than data.memory: reading them into files, once (gross data lists them)")
-                shown.append(stack.enter_context(reporter.stage("images", total, done)))
+                shown.append(stack.enter_context(reporter.stage("reading", total, done, "images")))
             shown[0].done, started = done, shown[0].started
-            shown[0].under_way({"read": (0.0, _state(done, total, done - before, time.monotonic() - started))})
+            shown[0].under_way({"images": (0.0, _state(done, total, done - before, time.monotonic() - started))})
 
         yield reporter.note, progress
 

@@ -303,8 +303,8 @@ def test_images_of_two_sizes(tmp_path: Path) -> None:
     Image.new("L", (1, 1)).save(path / "emu" / "004.png")
     dataset_error(
         lambda: load_folder(path),
-        f"{odd} is 7x9 pixels",
-        "5x3",
+        f"{odd} has 9x7 pixels",
+        "the first image 3x5",
         "set the size to which all are resized, like data.image_size=3",
     )
 
@@ -314,7 +314,7 @@ def test_splits_of_two_sizes(tmp_path: Path) -> None:
         write_classes(tmp_path / name, 2)
     for file in (tmp_path / "test").rglob("*.png"):
         Image.new("L", (7, 9)).save(file)
-    dataset_error(lambda: load_folder(tmp_path), tmp_path / "test" / "cat" / "000.png", "is 7x9 pixels", "5x3")
+    dataset_error(lambda: load_folder(tmp_path), tmp_path / "test" / "cat" / "000.png", "has 9x7 pixels", "3x5")
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "bad chunk", "huge", "float", "broken link"])

@@ -23,6 +23,7 @@ from gross_ray.data.identity import SPLITS, identity_of
 from gross_ray.data.image_files import ImageFiles, all_files
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.images import load_dataset
+from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import DataOptions
 
 
@@ -120,7 +121,7 @@ def test_a_damaged_image_is_one_line_and_nothing_is_complete(
 
 def test_an_image_of_another_size_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None) -> None:
     name = make("folder", {"train": [*pictures(0, 12), (png(1, (7, 5)), 0)]}, tmp_path / "source", monkeypatch)
-    complaint = "is 5x7 pixels, the first image 5x6; set the size to which all are resized, like data.image_size=5"
+    complaint = "has 7x5 pixels (height x width), the first image 6x5; set the size to which all are resized, like "
     dataset_error(lambda: in_files(name, tmp_path), "012.png", complaint)
     dataset_error(lambda: in_memory(name), "012.png", complaint)
 
@@ -349,3 +350,26 @@ def test_a_root_that_is_no_folder_is_one_line(
     dataset_error(
         lambda: in_files(name, tmp_path / "root"), str(tmp_path / "root"), "name another folder with --data-root"
     )
+
+
+def test_what_needs_no_image_is_refused_before_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = make("folder", TWO, tmp_path / "source", monkeypatch)
+    monkeypatch.setattr(reading.Reader, "on_all_cores", lambda *_: pytest.fail("images are read"))
+    with pytest.raises(InvalidValueError, match=r"data.limit_test = 21: the test split of .* has 20 images"):
+        in_files(name, tmp_path, limit_test=21)
+
+
+def test_changed_files_are_read_again_with_a_note(
+    loaded: tuple[str, Splits], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None
+) -> None:
+    files, notes = files_of(loaded[1], tmp_path), list[str]()
+    (files.folder / "train.u8").write_bytes(bytes((files.folder / "train.u8").stat().st_size))
+    options = DataOptions(name=loaded[0], memory=1, image_size="8")
+    assert identity_of(load_dataset(options, root=tmp_path, note=notes.append)) == identity_of(loaded[1])
+    assert notes == [f"the files in {files.folder} have changed, so the images are read again"]
+
+
+def test_enlarged_images_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = make("folder", MIXED, tmp_path / "source", monkeypatch)
+    notes = in_memory(name, image_size="8", resize=8).notes
+    assert "resized 45 images to 8x8 pixels; 15 of them were smaller" in notes  # those of 6x5 pixels

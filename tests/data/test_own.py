@@ -16,7 +16,8 @@ import torch
 from dataset_errors import dataset_error
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
 from gross_ray.data import reading
@@ -142,9 +143,12 @@ WHOLE = as_dataset(channels_first)
         ((Own([PIXELS[0]], [0.5]), WHOLE), "train, item 0: the class is 0.5; must be"),
         (
             (Own([PIXELS[0], PIXELS[1, :4]], [0, 0]), WHOLE),
-            "train, item 1 is 5x4 pixels, the first image 5x6; set the size",
+            "train, item 1 has 4x5 pixels (height x width), the first image 6x5; set",
         ),
-        ((Own([PIXELS[0, :4]] * 3, [0] * 3), WHOLE), "test, item 0 is 5x6 pixels, the first image 5x4; set the size"),
+        (
+            (Own([PIXELS[0, :4]] * 3, [0] * 3), WHOLE),
+            "test, item 0 has 6x5 pixels (height x width), the first image 4x5; se",
+        ),
         ((Own([torch.zeros(2, 6, 5)], [0]), WHOLE), "train, item 0: an image of shape (2, 6, 5); give"),
         ((Own([torch.zeros(3, 6, 5).long()], [0]), WHOLE), "train, item 0: an image of int64; give"),
         (
@@ -301,3 +305,27 @@ def test_a_class_that_changes_between_readings_is_named(load_in: Callable[..., S
             complaint = f"own_pictures:pictures, train, item {place} has class "
             remedy = "; make its class the same at each reading"
             dataset_error(lambda sets=sets, where=where: load_in(where, *sets), complaint, ", and before ", remedy)
+
+
+def test_a_changed_file_of_a_folder_of_torchvision_is_read_again(
+    load_in: Callable[..., Splits], module: ModuleType, tmp_path: Path
+) -> None:
+    """Also within a Subset, and if it is none of the ten items that are read twice."""
+    for number in range(60):
+        folder = tmp_path / "pictures" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS[number % 40]).save(folder / f"{number:02}.png")
+    whole = ImageFolder(str(tmp_path / "pictures"))
+    datasets = Subset(whole, range(0, 60, 2)), Subset(whole, range(1, 60, 2))
+    before = load_in("files", *datasets)
+    assert identity_of(load_in("files", *datasets)) == identity_of(before)
+    Image.new("RGB", (5, 6)).save(whole.samples[2][0])
+    assert identity_of(load_in("files", *datasets)) != identity_of(before)
+
+
+def test_items_that_are_dicts_are_named(module: ModuleType) -> None:
+    dicts = Own([], [])
+    dicts.items = [{"image": PIXELS[0], "label": 0}] * 9  # type: ignore[list-item]
+    module.pictures = lambda: (dicts, WHOLE)  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match="train, item 0: TypeError: the item is a dict with the keys image, label"):
+        load_dataset(DataOptions(name="own_pictures:pictures"))
