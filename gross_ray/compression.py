@@ -19,6 +19,7 @@ from gross_ray.data.image_set import Splits
 from gross_ray.data.images import splits_of
 from gross_ray.data.normalisation import DEVIATION, MEAN
 from gross_ray.data.options import DataOptions
+from gross_ray.data.sizes import size_text
 from gross_ray.defaults import augmentation_for, compression_experiment
 from gross_ray.experiment import Experiment
 from gross_ray.nn.batch_norm import calibration_batches, calibration_images, recalibrate
@@ -104,11 +105,10 @@ def compress(
     base = copied(accepted(network, "the network")).eval()
     given = [train, *([] if validation is None else [validation]), test]
     sets = [TensorDataset(*each) if isinstance(each, tuple) else each for each in given]
-    size = "x".join(map(str, image_size)) if isinstance(image_size, tuple) else str(image_size)
-    data = DataOptions(mean=tuple(mean), std=tuple(std), image_size=size)
+    data = DataOptions(mean=tuple(mean), std=tuple(std), image_size=size_text(image_size))
     splits = splits_of("the given images", sets, data)
     if input_channels(base, splits.train.images.shape[-1]) == 1:
-        splits = Splits(splits.name, grey(splits.train), grey(splits.validation), grey(splits.test), splits.classes)
+        splits = replace(splits, train=grey(splits.train), validation=grey(splits.validation), test=grey(splits.test))
     texts, shape = [budget] if isinstance(budget, str) else list(budget), splits.train.images.shape[1:]
     experiment = compression_experiment(
         base,
@@ -298,7 +298,12 @@ def _card(
         "parameters": int(row["parameters"]),
         "latency_ms": row["latency_ms"],
         "latency of": where | {"timed": "predicted", "full network, ms": model.full_ms},
-        "input": {"shape": ["N", *images.shape[1:]], "mean": normalisation.mean, "std": normalisation.std},
+        "input": {
+            **({} if splits.sizes is None else {"each image": splits.sizes.preparation}),
+            "shape": ["N", *images.shape[1:]],
+            "mean": normalisation.mean,
+            "std": normalisation.std,
+        },
         "classes": list(splits.classes),
         "experiment": {name: fields[name] for name in fields if name not in _ELSEWHERE},
     }

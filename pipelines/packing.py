@@ -13,6 +13,7 @@ from gross_ray.data.image_files import ImageFiles
 from gross_ray.data.image_set import ImageSet, MappedSplit, Splits, tensor_of
 from gross_ray.data.images import load_dataset
 from gross_ray.data.options import DataOptions
+from gross_ray.data.sizes import Sizes
 from gross_ray.errors import DatasetError, one_line
 
 RESIDENT_SHARE = 0.3
@@ -45,6 +46,8 @@ class PackedSplits:
     """The dataset's name."""
     classes: tuple[str, ...]
     """Names of the classes."""
+    sizes: Sizes | None
+    """How the images were resized."""
     options: DataOptions
     """From which a machine without the files makes them."""
     node: str
@@ -59,7 +62,7 @@ def pack_splits(splits: Splits, options: DataOptions | None = None, *, node: str
         stored = part.stored.numpy() if part.mapped is None else None
         rest = part.with_stored(part.stored[:0].clone(), part.labels[:0].clone())
         packed[name] = PackedSplit(stored, part.mapped, part.labels.numpy(), rest)
-    return PackedSplits(packed, splits.name, splits.classes, options or DataOptions(), node)
+    return PackedSplits(packed, splits.name, splits.classes, splits.sizes, options or DataOptions(), node)
 
 
 def unpack_splits(packed: PackedSplits, device: str, room: int | None = None, fetch: Fetch | None = None) -> Splits:
@@ -77,7 +80,7 @@ def unpack_splits(packed: PackedSplits, device: str, room: int | None = None, fe
     fits = room is None or sum(each.stored.nbytes for each in sets.values()) <= room
     streamed = not fits or (bool(mapped) and torch.device(device).type == "cpu")
     train, validation, test = (sets[name].stream_to(device) if streamed else sets[name].to(device) for name in SPLITS)
-    return Splits(packed.name, train, validation, test, packed.classes)
+    return Splits(packed.name, train, validation, test, packed.classes, sizes=packed.sizes)
 
 
 def files_here(mapped: list[MappedSplit], options: DataOptions, fetch: Fetch | None) -> ImageFiles:

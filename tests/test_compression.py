@@ -173,8 +173,13 @@ def test_faster_forms_stay_within_a_budget_of_macs(few: object, monkeypatch: pyt
     assert row["latency_ms"] == pytest.approx(9.0 + 0.1 * sum(size != DENSE for size in found.configuration))
 
 
-@pytest.mark.parametrize("kind", [lambda images, labels: (images, labels), TensorDataset])
-def test_tensors_and_datasets_are_the_same_images(kind: Callable[[Tensor, Tensor], Data], few: object) -> None:
+@pytest.mark.parametrize(
+    ("kind", "image_size"),
+    [(lambda images, labels: (images, labels), ""), (TensorDataset, ""), (TensorDataset, (16, 16))],
+)
+def test_tensors_and_datasets_are_the_same_images(
+    kind: Callable[[Tensor, Tensor], Data], image_size: str | tuple[int, int], few: object
+) -> None:
     train, test = (kind(*pictures(count, seed)) for count, seed in ((120, 0), (40, 1)))
     found = compress(
         small(),
@@ -185,7 +190,9 @@ def test_tensors_and_datasets_are_the_same_images(kind: Callable[[Tensor, Tensor
         effort="quick",
         settings=[*FEW, "search.top=1", "search.form=dense"],
         on_progress=lambda *_: None,
+        image_size=image_size,
     )
+    assert ("each image" in found.card["input"]) == (image_size != "")
     rows = found.table[["val_accuracy", "test_accuracy", "macs"]].to_numpy()
     _SEEN.append(rows)
     assert (rows == _SEEN[0]).all()

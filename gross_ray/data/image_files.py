@@ -33,6 +33,7 @@ from gross_ray.data.image_set import ImageSet, MappedSplit, Splits, tensor_of
 from gross_ray.data.memory import free_memory
 from gross_ray.data.options import DataOptions
 from gross_ray.data.reading import Form, PartRead, Reader, killed_processes
+from gross_ray.data.sizes import Sizes
 from gross_ray.data.splitting import repeated_line
 from gross_ray.errors import DatasetError, one_line
 
@@ -136,7 +137,8 @@ class ImageFiles:
         path = self.folder / _COMPLETE
         try:
             described = json.loads(path.read_text())
-            return described if set(described["splits"]) == {*SPLITS} else None
+            known = set(described["splits"]) == {*SPLITS} and "resizes" in described
+            return described if known else None
         except (FileNotFoundError, ValueError, TypeError, KeyError):  # a damaged description: all is read again
             return None
         except OSError as error:
@@ -165,7 +167,8 @@ class ImageFiles:
         sizes = np.diff(reader.starts)
         with _errors(self.folder), killed_processes(name):
             shapes = {split: [count, *form.shape] for split, count in counts.items()}
-            done = self._begun({"name": name, "size": form.sizes.size, "shapes": shapes, "images": int(sum(sizes))})
+            about = {"name": name, "size": form.sizes.size, "resizes": form.resizes}
+            done = self._begun({**about, "shapes": shapes, "images": int(sum(sizes))})
             arrays = [_mapped(self._file(split), shape, "r+") for split, shape in shapes.items()]
             missing = [number for number in range(len(sizes)) if number not in done]
             num_read, total = int(sum(sizes)) - int(sum(sizes[missing])), int(sum(sizes))
@@ -195,7 +198,10 @@ class ImageFiles:
         """Complete the files of images with these labels, (N_split,) int64: store labels, hashes and notes."""
         with _errors(self.folder):
             begun = json.loads((self.folder / _BEGUN).read_text())
-            described = {key: begun[key] for key in ("name", "size")} | {"classes": [*classes], "notes": [*notes]}
+            described = {key: begun[key] for key in ("name", "size", "resizes")} | {
+                "classes": [*classes],
+                "notes": [*notes],
+            }
             described["splits"] = {
                 split: {"shape": [len(of_split), *begun["shapes"][split][1:]], "labels": of_split.tolist()}
                 for split, of_split in labels.items()
@@ -262,7 +268,9 @@ class ImageFiles:
             sets.append(replace(part, mapped=of_file))
         train, validation, test = sets
         notes = tuple(described["notes"])
-        return Splits(described["name"], train, validation, test, tuple(described["classes"]), notes)
+        (height, width), (tall, wide) = described["size"], train.stored.shape[2:]
+        sizes = Sizes((height, width), (tall, wide)) if described["resizes"] else None
+        return Splits(described["name"], train, validation, test, tuple(described["classes"]), notes, sizes)
 
     def _file(self, split: str) -> Path:
         return self.folder / f"{split}.u8"

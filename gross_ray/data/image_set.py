@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gross_ray.data.normalisation import THE_PAPERS, Normalisation
+from gross_ray.data.sizes import Sizes
 from gross_ray.errors import InvalidValueError
 
 T = TypeVar("T")
@@ -165,6 +166,8 @@ class Splits:
     """Names of the classes, in the order of the labels."""
     notes: tuple[str, ...] = ()
     """Lines for the user about what was read, converted and passed over."""
+    sizes: Sizes | None = None
+    """How images are resized; None: they have the size that they had."""
 
 
 def tensor_of(array: np.ndarray) -> Tensor:

@@ -128,7 +128,7 @@ class _Dataset:
             ImageSet.centred(torch.from_numpy(array), self._form.sizes.size, self._labels[rows])
             for array, rows in zip(arrays, order.rows.values(), strict=True)
         )
-        splits = Splits(self._name, train, validation, test, self._classes)
+        splits = Splits(self._name, train, validation, test, self._classes, sizes=self._form.resized_by)
         return replace(splits, notes=(*notes, *repeated_line(splits)))
 
     def in_files(self, files: ImageFiles, how: Reading) -> Splits:

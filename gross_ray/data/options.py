@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gross_ray.data.names import check_dataset_name
 from gross_ray.data.normalisation import DEVIATION, MEAN, Normalisation
-from gross_ray.data.sizes import parse_size
+from gross_ray.data.sizes import parse_size, size_text
 from gross_ray.fields import require, settle
 
 VALIDATION_FROM = ("train", "test")
@@ -58,13 +58,10 @@ class DataOptions:
     """Use only the first `limit_test` test images (0: all)."""
 
     def __post_init__(self) -> None:
-        if type(self.image_size) is int:
-            object.__setattr__(self, "image_size", str(self.image_size))
+        object.__setattr__(self, "image_size", size_text(self.image_size))
         settle(self, "data.")
         check_dataset_name(self.name)
-        if size := parse_size(self.image_size):
-            text = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
-            object.__setattr__(self, "image_size", text)  # equal sizes have equal fingerprints
+        size = parse_size(self.image_size)
         rule = "must be 0 (automatic) or more" + (f", and at least data.image_size, {self.image_size}" if size else "")
         fits = self.resize == 0 or size is None or self.resize >= min(size)
         require(self.resize >= 0 and fits, "data.resize", self.resize, rule)

@@ -101,7 +101,7 @@ def _in_memory(name: str, sets: Mapping[str, _Items], named: tuple[str, ...], fo
     splits = validated_on_test(splits) if how.options.validation_from == "test" else splits
     read = f"read {sum(map(len, pools.values())):,} images of {len(classes)} classes"
     notes = (read, *changes([*reads.values()], form), *missing, *splits.notes, *repeated_line(splits))
-    return replace(splits, notes=notes)
+    return replace(splits, notes=notes, sizes=form.resized_by)
 
 
 class _Items:

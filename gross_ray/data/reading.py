@@ -50,6 +50,11 @@ class Form:
     """Whether images are resized; else each has to have the size already."""
 
     @property
+    def resized_by(self) -> Sizes | None:
+        """The sizes, if images are resized."""
+        return self.sizes if self.resizes else None
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(C, RH, RW)."""
         return self.channels, *self.sizes.stored

@@ -32,4 +32,4 @@ def resized(splits: Splits, options: DataOptions) -> Splits:
     smaller = any(size < stored for size, stored in zip(before, sizes.stored, strict=True))
     notes = [sizes.note(number, number * smaller)] if sizes.stored != tuple(before) else []
     sets = [resized(each) for each in (splits.train, splits.validation, splits.test)]
-    return replace(splits, train=sets[0], validation=sets[1], test=sets[2], notes=(*splits.notes, *notes))
+    return replace(splits, train=sets[0], validation=sets[1], test=sets[2], notes=(*splits.notes, *notes), sizes=sizes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from gross_ray.errors import InvalidValueError
 
@@ -31,6 +32,13 @@ class Sizes:
         shorter = min(size)
         height, width = (round(side * resize / shorter) for side in size)
         return cls(size, (height, width))
+
+    @property
+    def preparation(self) -> str:
+        """How an image becomes an input of the network, for who uses it."""
+        (tall, wide), (height, width) = self.stored, self.size
+        centre = f"; then its centre of {height}x{width}" if self.stored != self.size else ", and its centre taken"
+        return f"resized (bilinear, antialiased) until it just covers {tall}x{wide} pixels (height x width){centre}"
 
     def note(self, num_images: int, num_enlarged: int) -> str:
         """Return a line for the user about images that were resized, of which some were enlarged."""
@@ -64,6 +72,17 @@ def parse_size(text: str) -> tuple[int, int] | None:
         )
     height = int(match[1])
     return height, int(match[2] or height)
+
+
+def size_text(size: Any) -> Any:
+    """Return a size as its one text: 224 for 224, "224x224" and (224, 224). Other values are returned unchanged."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        return str(size)
+    if isinstance(size, tuple | list):
+        size = "x".join(map(str, size))
+    if isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
+        return match[1] if match[2] in (None, match[1]) else f"{match[1]}x{match[2]}"
+    return size
 
 
 def usual_resize(size: tuple[int, int], shorter_sides: list[int]) -> int:

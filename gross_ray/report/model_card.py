@@ -25,12 +25,14 @@ def model_card(
     classes: Sequence[str],
     *,
     layers: Sequence[str],
+    preparation: str = "",
     latency: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the card of a validated configuration: accuracies, costs, expected input, and origin.
 
     Costs are those of `network`, the exported form of the configuration, for an input of `input_shape` (C, H, W).
-    `layers` names the decomposed layers in order; `latency` is a `predicted_entry` or a `timed_entry`.
+    `layers` names the decomposed layers in order; `preparation` says how images are resized; `latency` is a
+    `predicted_entry` or a `timed_entry`.
     """
     repeats = store.read_table("validations").query("configuration == @configuration")
     row = repeats.query("seed == @seed").iloc[0]
@@ -50,6 +52,7 @@ def model_card(
         "activations": peak_activations(network, input_shape),
         **(latency or {"latency_ms": None, "latency of": None}),
         "input": {
+            **({"each image": preparation} if preparation else {}),
             "shape": ["N", *input_shape],
             "dtype": "float32",
             "from pixels 0 to 255": f"(x / 255 - {_text(data.mean)}) / {_text(data.std)}",

@@ -37,6 +37,8 @@ class Base:
     choice: LayerChoice
     """Which convolutions are decomposed at which group-sizes, and why the others are not decomposed."""
     classes: tuple[str, ...]
+    preparation: str
+    """How images were resized for it; empty: they were not."""
     _copies: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -171,7 +173,8 @@ def _load_base(store: RunStore) -> Base:
     restore_state(network, tensors, f"train, seed={seed} in {store.storage}")
     channels, height, width = about["input_shape"]
     choice = layer_choice(network, store.experiment.decomposition, (channels, height, width))
-    return Base(choice.network, seed, (channels, height, width), choice, tuple(about["classes"]))
+    preparation = about.get("preparation", "")  # earlier versions resized no images
+    return Base(choice.network, seed, (channels, height, width), choice, tuple(about["classes"]), preparation)
 
 
 def _median_seed(store: RunStore) -> int:

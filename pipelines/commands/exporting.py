@@ -83,6 +83,7 @@ def export(
             base.input_shape,
             base.classes,
             layers=opened.space.layers,
+            preparation=base.preparation,
             latency=time,
         )
         card |= {**folding, **check, "predicted latencies": _predictions(opened, forms), "file": target.name}

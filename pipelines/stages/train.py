@@ -159,4 +159,5 @@ def _description(splits: Splits) -> dict[str, Any]:
         "image_size": splits.train.images.shape[-1],
         "input_shape": list(splits.train.images.shape[1:]),
         "classes": list(splits.classes),
+        "preparation": "" if splits.sizes is None else splits.sizes.preparation,
     }

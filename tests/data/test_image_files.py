@@ -38,6 +38,7 @@ def assert_same(files: Splits, memory: Splits) -> None:
         assert of_file.normalisation == resident.normalisation
     assert identity_of(files) == identity_of(memory)
     assert (files.name, files.classes, files.notes) == (memory.name, memory.classes, memory.notes)
+    assert files.sizes == memory.sizes
 
 
 @pytest.fixture

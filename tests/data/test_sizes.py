@@ -131,7 +131,7 @@ def test_there_is_a_margin_if_some_images_are_larger() -> None:
 
 
 def test_equal_sizes_have_equal_fingerprints() -> None:
-    sizes: list[int | str] = [224, "224", "224x224", " 224"]
+    sizes: list[object] = [224, "224", "224x224", " 224", (224, 224), [224, 224]]
     experiments = [Experiment(data=DataOptions(image_size=size)) for size in sizes]  # type: ignore[arg-type]
     experiments.append(Experiment().override(["data.image_size=224"]))
     experiments.append(Experiment().override(['data.image_size="224x224"']))

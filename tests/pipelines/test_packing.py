@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def assert_equal(unpacked: Splits, splits: Splits) -> None:
-    assert (unpacked.name, unpacked.classes) == (splits.name, splits.classes)
+    assert (unpacked.name, unpacked.classes, unpacked.sizes) == (splits.name, splits.classes, splits.sizes)
     assert identity_of(unpacked) == identity_of(splits)
     for split in SPLITS:
         one, other = getattr(unpacked, split), getattr(splits, split)

@@ -136,7 +136,7 @@ def test_every_entry_point_takes_such_a_network(tmp_path: Path) -> None:
     check_stackable(supernet, SHAPE, EngineOptions(parallel_seeds=2))
     options = LatencyOptions(runtime="torch", repeats=2, num_sampled=2)
     measure_latency(supernet, SHAPE, options, generator=torch.Generator().manual_seed(0))
-    base = Base(network, 0, SHAPE, None, ("a", "b", "c"))  # type: ignore[arg-type]
+    base = Base(network, 0, SHAPE, None, ("a", "b", "c"), "")  # type: ignore[arg-type]
     assert base.on("cpu") is not network and base.on("cpu").held is network.held
 
 
