@@ -45,7 +45,7 @@ from gross_ray.training.loop import EpochRecord, accuracy, in_format_of
 from gross_ray.training.options import Schedule
 from gross_ray.training.rates import find_rate
 from gross_ray.training.sampling import ConfigurationSampler
-from gross_ray.training.stages import finetune, reconstruct, train_network
+from gross_ray.training.stages import all_parameters, finetune, reconstruct, train_network
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
 """A dataset with a length and items (image, class number), or two tensors: images and class numbers."""
@@ -255,10 +255,12 @@ def _alone(
     series = {name: [bottlenecks[name][size]] if size != DENSE else [] for name, size in chosen.items()}
     own = build_supernet(base, series, [name for name, each in series.items() if not each])
     options = experiment.validation
+    if options.trainable == "all":
+        all_parameters(own)
     if any(series.values()):
         for name, training, schedule in (
             (f"{configuration}: reconstruct", partial(reconstruct, own, base), options.reconstruction),
-            (f"{configuration}: finetune", partial(finetune, own), options.finetuning),
+            (f"{configuration}: finetune", partial(finetune, own, trainable=options.trainable), options.finetuning),
         ):
             rates[name] = _train(name, own, training, splits, schedule, experiment, show)
     if experiment.engine.recalibrate:

@@ -202,6 +202,7 @@ _LATER_FIELDS = (
     ("data", "image_size"),
     ("data", "resize"),
     ("data", "memory"),
+    ("validation", "trainable"),
 )
 """Fields that earlier versions did not have: at their defaults they change no fingerprint."""
 _AUGMENT_IN_FINGERPRINTS = {now: json.loads(earlier) for earlier, now in EARLIER_AUGMENT.items()}

@@ -446,6 +446,7 @@ LATER = {"decomposition.keep_dense": "true", "training.start": "weights"}
 LATER |= {"data.validation_from": "test", "data.channels": "1", "data.skip_damaged": "true"}
 LATER |= {"data.image_column": "picture", "data.label_column": "kind"}
 LATER |= {"data.image_size": "224", "data.resize": "256", "data.memory": "1000"}
+LATER |= {"validation.trainable": "all"}
 """Fields that the first version did not have, each with a value that is not its default."""
 
 

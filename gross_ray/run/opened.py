@@ -18,7 +18,7 @@ from gross_ray.nn.copies import copied
 from gross_ray.run.store import RunStore
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
-from gross_ray.supernet.configure import extract
+from gross_ray.supernet.configure import extract, series_layers
 from gross_ray.supernet.layers import LayerChoice, choice_of
 from gross_ray.supernet.options import parse_layer_group_sizes
 from gross_ray.weights import restore_state
@@ -120,6 +120,9 @@ class Run:
         supernet = empty_supernet(
             self.base.network, {name: tuple(sizes) for name, sizes in about["group_sizes"].items()}
         )
+        for name, layer in series_layers(supernet).items():
+            if f"{name}.dense_weight" in tensors:  # it was trained (validation.trainable=all)
+                layer.train_dense()
         restore_state(supernet, tensors, f"{stage}, {unit} in {self.store.storage}")
         return supernet
 

@@ -157,7 +157,8 @@ def layer_costs(supernet: nn.Module, input_shape: Sequence[int], cost_name: str)
     if cost_name not in COUNTED:
         raise InvalidValueError(f"cost_name = {cost_name!r}: must be one of {', '.join(COUNTED)}")
     if cost_name == "parameters":
-        series = {id(p) for layer in layers.values() for p in layer.series_parameters()}
+        # A dense weight is a parameter if it was trained.
+        series = {id(p) for layer in layers.values() for p in (*layer.series_parameters(), layer.dense_weight)}
         shared = sum(p.numel() for p in supernet.parameters() if id(p) not in series)
         by_layer = {
             name: {size: _series_parameters(layer, size) for size in layer.group_sizes}

@@ -22,7 +22,8 @@ class SeriesConv2d(nn.Module):
 
     The n-th terms are the differences p_n, r_n, q_n to the next smaller group-size (Eq. 7), so that a step at a large
     group-size trains the smaller ones too. `group_size` is the active one. If DENSE is among the group-sizes, the
-    original convolution is a choice beside the series: its weight is a frozen buffer, which the state dict leaves out.
+    original convolution is a choice beside the series: its weight is a frozen buffer, which the state dict leaves out,
+    or after `train_dense` a parameter.
     Stride, padding and dilation belong to the grouped convolution. Input (N, C_in, H, W) and output (N, C_out, H', W')
     are those of the replaced convolution.
     """
@@ -84,6 +85,13 @@ class SeriesConv2d(nn.Module):
                 for parameters, term in zip(series._terms(), terms, strict=True):
                     parameters[n].copy_(term)
         return series
+
+    def train_dense(self) -> None:
+        """Make the original weight, if DENSE is a choice, a parameter: it can be trained, and is in the state dict."""
+        if DENSE in self.group_sizes and not isinstance(self.dense_weight, nn.Parameter):
+            weight = self.dense_weight
+            del self.dense_weight
+            self.dense_weight = nn.Parameter(weight)
 
     @property
     def group_size(self) -> int:

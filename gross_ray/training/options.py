@@ -10,6 +10,8 @@ from gross_ray.nn.precision import PRECISIONS
 
 SCALINGS = ("index", "normalised")
 """The two readings of Eq. 8."""
+TRAINABLE = ("series", "all")
+"""What the fine-tuning of a configuration on its own trains."""
 STARTS = ("new", "weights")
 """What the training of a base network begins from."""
 NONE, CROP, RESIZED_CROP = AUGMENTATIONS = ("none", "crop", "resized-crop")
@@ -150,6 +152,9 @@ class ValidationOptions:
     """Group-sizes of the fixed configurations; those of `search.budgets` are always added."""
     seeds: int = 5
     """How often each configuration is decomposed and trained."""
+    trainable: str = "series"
+    """What fine-tuning trains. series: only the series, as in the paper; all: every parameter of the network, dense
+    layers too, with batch-norm in training mode."""
     reconstruction: Schedule = field(default_factory=lambda: Schedule(epochs=30, lr=0.01, milestones=(20,)))
     """Response reconstruction of one configuration."""
     finetuning: Schedule = field(default_factory=lambda: Schedule(epochs=100, lr=0.001, milestones=(80,)))
@@ -158,6 +163,8 @@ class ValidationOptions:
     def __post_init__(self) -> None:
         settle(self, "validation.")
         require(self.seeds >= 1, "validation.seeds", self.seeds, "must be 1 or more")
+        rule = f"must be one of {', '.join(TRAINABLE)}"
+        require(self.trainable in TRAINABLE, "validation.trainable", self.trainable, rule)
         require_group_sizes("validation.fixed", self.fixed)
 
 

@@ -144,6 +144,7 @@ def finetune(
     *,
     seed: int,
     sampler: ConfigurationSampler | None = None,
+    trainable: str = "series",
     engine: EngineOptions = FLOAT32,
     checkpoint: CheckpointSlot | None = None,
     on_epoch: OnEpoch | None = None,
@@ -151,10 +152,12 @@ def finetune(
     """Train the series of `supernet` in place on the classification task (section 4.4).
 
     With `sampler`, each step draws a configuration; without, the active one is trained. Everything but the series is
-    frozen, including batch-norm statistics. The records' validation accuracy is that of the active configuration, or
+    frozen, including batch-norm statistics, unless `trainable` is all: then every parameter is trained, dense layers
+    too, and batch-norm is in training mode. The records' validation accuracy is that of the active configuration, or
     with `sampler` that of the largest group-sizes.
     """
-    parameters = freeze_all_but_series(supernet)
+    whole = trainable == "all"
+    parameters = all_parameters(supernet) if whole else freeze_all_but_series(supernet)
 
     def measure() -> float:
         if sampler is not None:
@@ -169,7 +172,7 @@ def finetune(
             parameters=parameters,
             loss=lambda inputs, labels: F.cross_entropy(supernet(inputs), labels),
             seed=seed,
-            set_mode=partial(train_with_fixed_statistics, supernet),
+            set_mode=supernet.train if whole else partial(train_with_fixed_statistics, supernet),
             engine=engine,
             in_parts=True,
             before_step=None if sampler is None else lambda g: set_configuration(supernet, sampler.draw(g)),
@@ -187,6 +190,18 @@ def freeze_all_but_series(supernet: nn.Module) -> Mapping[str, nn.Parameter]:
     for parameter in supernet.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
     return {name: parameter for name, parameter in supernet.named_parameters() if parameter.requires_grad}
+
+
+def all_parameters(supernet: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Make every parameter trainable, with the weights of dense layers, and return them by name.
+
+    Raises InvalidValueError if two are different objects over the same memory.
+    """
+    for layer in series_layers(supernet).values():
+        layer.train_dense()
+    check_trainable(supernet)
+    supernet.requires_grad_()
+    return dict(supernet.named_parameters())
 
 
 def train_with_fixed_statistics(network: nn.Module) -> None:

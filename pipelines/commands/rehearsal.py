@@ -109,6 +109,10 @@ def _trainings(
     def finetuning(few: Splits, schedule: Schedule) -> object:
         return finetune(supernet, few, schedule, seed=0, sampler=sampler, engine=engine)
 
+    def own_finetuning(few: Splits, schedule: Schedule) -> object:
+        trainable = experiment.validation.trainable
+        return finetune(supernet, few, schedule, seed=0, sampler=sampler, trainable=trainable, engine=engine)
+
     def stacked_reconstruction(few: Splits, schedule: Schedule) -> object:
         return reconstruct_together(members, original, few, schedule, engine=engine)
 
@@ -129,7 +133,10 @@ def _trainings(
     yield _Training("reconstruction", experiment.reconstruction, first, of_responses)
     yield _Training("finetuning", experiment.finetuning, second, of_logits, fixed_statistics)
     yield _Training("validation.reconstruction", alone.reconstruction, reconstruction, of_responses)
-    yield _Training("validation.finetuning", alone.finetuning, finetuning, of_logits, fixed_statistics)
+    if alone.trainable == "all":
+        yield _Training("validation.finetuning", alone.finetuning, own_finetuning, of_base, supernet.train)
+    else:
+        yield _Training("validation.finetuning", alone.finetuning, own_finetuning, of_logits, fixed_statistics)
 
 
 def _rehearse_training(training: _Training, splits: Splits, model: str, done: set[tuple[object, int]]) -> None:

@@ -23,7 +23,7 @@ from gross_ray.space import DENSE, Configuration
 from gross_ray.supernet.build import build_supernet
 from gross_ray.training.loop import EpochRecord, accuracy, in_format_of
 from gross_ray.training.rates import STEPS
-from gross_ray.training.stages import finetune, reconstruct
+from gross_ray.training.stages import all_parameters, finetune, reconstruct
 from pipelines.stages import decompose, rates, rounds, search
 from pipelines.stages.base import Driver, history_rows, metrics
 from pipelines.stages.rates import FindRates
@@ -197,14 +197,19 @@ def _decomposed(context: Context, unit: Validation) -> nn.Module:
     for term in _decompositions(run, unit):
         bottlenecks[term.layer].append(decompose.load_terms(context.store, term).to_bottleneck())
     dense = [layer for layer, found in bottlenecks.items() if not found]
-    return build_supernet(run.base.network, bottlenecks, dense).to(context.device)
+    network = build_supernet(run.base.network, bottlenecks, dense).to(context.device)
+    if run.experiment.validation.trainable == "all":
+        all_parameters(network)
+    return network
 
 
 def _trainings(context: Context, network: nn.Module) -> list[Callable[..., list[EpochRecord]]]:
     """Return the trainings of the two SCHEDULES, which take the images and a schedule."""
     run = context.run
     original, engine = run.base.on(context.device), run.experiment.engine
-    return [partial(reconstruct, network, original, engine=engine), partial(finetune, network, engine=engine)]
+    trainable = run.experiment.validation.trainable
+    finetuning = partial(finetune, network, trainable=trainable, engine=engine)
+    return [partial(reconstruct, network, original, engine=engine), finetuning]
 
 
 def _train(context: Context, unit: Validation, network: nn.Module, slots: dict[str, EpochSlot]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_datasets import HubDataset
 from PIL import Image
 
 from gross_ray.data.identity import identity_of
@@ -263,36 +264,6 @@ def test_a_folder_parquet_and_a_function_have_equal_hashes(tmp_path: Path, monke
 # --- the library datasets
 
 
-class Features(dict):  # type: ignore[type-arg]
-    def __init__(self, schema: pa.Schema) -> None:
-        self.arrow_schema = schema
-
-
-class Dataset:
-    """What is used of datasets.Dataset."""
-
-    def __init__(self, made: pa.Table) -> None:
-        self.table, self.features, self.form = made, Features(made.schema), "python"
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def select(self, rows: range) -> Dataset:
-        return Dataset(self.table.take([*rows]))
-
-    def select_columns(self, names: list[str]) -> Dataset:
-        return Dataset(self.table.select(names))
-
-    def with_format(self, form: str) -> Dataset:
-        self.form = form
-        return self
-
-    def iter(self, batch_size: int) -> Iterator[pa.Table]:
-        assert self.form == "arrow"
-        for start in range(0, len(self.table), batch_size):
-            yield self.table.slice(start, batch_size)
-
-
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("datasets")
@@ -303,12 +274,12 @@ def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_dataset_of_the_hub(library: ModuleType, tmp_path: Path) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def load_one(name: str, config: str | None) -> dict[str, Dataset]:
+    def load_one(name: str, config: str | None) -> dict[str, HubDataset]:
         asked.append((name, config))
         return {
-            "test": Dataset(table(LABELS, 30, names=NAMES)),
-            "train": Dataset(table(LABELS, names=NAMES)),
-            "extra": Dataset(table(LABELS)),
+            "test": HubDataset(table(LABELS, 30, names=NAMES)),
+            "train": HubDataset(table(LABELS, names=NAMES)),
+            "extra": HubDataset(table(LABELS)),
         }
 
     library.load_dataset = load_one  # type: ignore[attr-defined]
@@ -319,7 +290,7 @@ def test_a_dataset_of_the_hub(library: ModuleType, tmp_path: Path) -> None:
     for split, first in (("train", 0), ("test", 30)):
         write(tmp_path / f"{split}.parquet", table(LABELS, first, names=NAMES))
     assert identity_of(splits) == identity_of(load(tmp_path))
-    library.load_dataset = lambda *_: {"full": Dataset(table(LABELS))}  # type: ignore[attr-defined]
+    library.load_dataset = lambda *_: {"full": HubDataset(table(LABELS))}  # type: ignore[attr-defined]
     assert len(load_dataset(DataOptions(name="hf:me/insects")).train) == 18
 
 

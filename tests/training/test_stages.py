@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gross_ray.btd.options import BTDOptions
+from gross_ray.btd.solver import block_term_decomposition
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.data.normalisation import Normalisation
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import Schedule
-from gross_ray.space import SearchSpace
-from gross_ray.supernet.build import decompose_model
+from gross_ray.space import DENSE, Configuration, SearchSpace
+from gross_ray.supernet.build import build_supernet, decompose_model
 from gross_ray.supernet.configure import extract, get_configuration, set_configuration
 from gross_ray.supernet.series import SeriesConv2d
 from gross_ray.training import stages
@@ -435,3 +436,30 @@ def test_supernet_of_one_layer_is_itself_the_network(splits: Splits) -> None:
     assert {name for name, _ in stages.freeze_all_but_series(series).items()} == {
         f"{kind}.{place}" for kind in ("pointwise_in", "grouped", "pointwise_out") for place in range(2)
     }
+
+
+@pytest.mark.parametrize("configuration", [(2, 6), (1, DENSE), (DENSE, DENSE)])
+def test_all_trains_the_network_that_the_configuration_extracts(
+    configuration: tuple[int, int], original: nn.Sequential, splits: Splits
+) -> None:
+    """The oracle is the training of the extracted plain network, whose parameters are the same."""
+    chosen = dict(zip(SIZES, configuration, strict=True))
+    bottlenecks = {
+        name: [block_term_decomposition(original.get_submodule(name).weight, size).to_bottleneck()]  # type: ignore[arg-type]
+        for name, size in chosen.items()
+        if size != DENSE
+    }
+    dense = [name for name, size in chosen.items() if size == DENSE]
+    own = build_supernet(original, bottlenecks | {name: [] for name in dense}, dense)
+    started, before = extract(own, Configuration(configuration)), copy.deepcopy(original)
+    plain = copy.deepcopy(started)
+    schedule = replace(SCHEDULE, lr=0.01, weight_decay=1e-3)
+    ours = finetune(own, splits, schedule, seed=3, trainable="all")
+    theirs = train_network(plain.requires_grad_(), splits, schedule, seed=3)
+    trained = extract(own, Configuration(configuration))
+    assert trained.state_dict().keys() == plain.state_dict().keys()
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-3, atol=1e-4)
+    assert [record.train_loss for record in ours] == pytest.approx([record.train_loss for record in theirs], rel=1e-3)
+    assert not changed(original, before)
+    assert changed(trained, started) >= {"0.weight", "1.running_mean", "9.weight"}

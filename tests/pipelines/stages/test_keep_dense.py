@@ -11,9 +11,11 @@ from miniature import do, invoke
 from torch import nn
 
 from gross_ray import read_table
+from gross_ray.data.images import load_dataset
 from gross_ray.presets import preset
 from gross_ray.run.opened import Run
 from gross_ray.run.store import RunStore
+from gross_ray.training.loop import accuracy
 
 SETTINGS = [
     "decomposition.keep_dense=true",
@@ -154,3 +156,21 @@ def test_what_it_would_do_is_previewed() -> None:
     assert "not tried: conv2 (group-sizes 32: no fewer MACs or parameters than the original layer)" in shown.replace(
         "\n", " "
     )
+
+
+def test_all_of_a_configuration_is_trained_and_stored(finished: Path, tmp_path: Path) -> None:
+    """The layer that stays dense, too: the stored network has the accuracies of the table."""
+    words = [word for setting in [*SETTINGS, "validation.trainable=all"] for word in ("--set", setting)]
+    do("run", "--preset", "quickstart", "--out", tmp_path / "all", "--reuse", finished, *words)
+    do("validate", tmp_path / "all", "--configuration", "1-d-16")
+    store = RunStore.open(tmp_path / "all")
+    run, splits = Run(store), load_dataset(store.experiment.data)
+    network, base = run.validated("1-d-16", 0), run.base.network
+    for name, before in base.named_parameters():
+        if name in dict(network.named_parameters()):  # the first layer, the dense one, and the linear ones
+            assert not torch.equal(network.get_parameter(name), before)
+    row = read_table(tmp_path / "all", "validations").set_index("configuration").loc["1-d-16"]
+    assert accuracy(network, splits.validation) == row["val_accuracy"]
+    assert accuracy(network, splits.test) == row["test_accuracy"]
+    other = read_table(finished, "validations").set_index("configuration").loc["1-d-16"]
+    assert (row["macs"], row["parameters"]) == (other["macs"], other["parameters"])
