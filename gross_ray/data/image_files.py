@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -101,6 +101,7 @@ class ImageFiles:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it with a forked process
             os.close(descriptor)
 
     def complete(self, note: Callable[[str], object] = ignore) -> bool:
@@ -173,8 +174,11 @@ class ImageFiles:
             missing = [number for number in range(len(sizes)) if number not in done]
             num_read, total = int(sum(sizes)) - int(sum(sizes[missing])), int(sum(sizes))
             how.progress(num_read, total)
-            with _Journal(self.folder / _READ, arrays) as journal:
-                for number, read in reader.on_all_cores(missing, arrays):
+            with (
+                _Journal(self.folder / _READ, arrays) as journal,
+                closing(reader.on_all_cores(missing, arrays)) as reads,
+            ):
+                for number, read in reads:
                     done[number] = read
                     journal.add(number, int(sizes[number]), read)
                     num_read += int(sizes[number])

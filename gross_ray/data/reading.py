@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,10 +129,11 @@ class Reader:
         """Read all parts, one after another; raises DatasetError for what cannot be read."""
         return [self._checked(self.read(number, arrays)) for number in range(len(self._parts))]
 
-    def on_all_cores(self, numbers: Sequence[int], arrays: Sequence[np.ndarray]) -> Iterator[tuple[int, PartRead]]:
+    def on_all_cores(self, numbers: Sequence[int], arrays: Sequence[np.ndarray]) -> Generator[tuple[int, PartRead]]:
         """Read parts in as many processes as there are cores; yield each when it is read, in the order of `numbers`.
 
-        `arrays` are on memory that forked processes share, like that of a file. Raises as `here`.
+        Close the generator after an error, so that the processes end. `arrays` are on memory that forked processes
+        share, like that of a file. Raises as `here`.
         """
         reads = DataLoader(
             _Reads(self, numbers, arrays),
@@ -141,8 +142,13 @@ class Reader:
             multiprocessing_context="fork" if workers else None,
             collate_fn=_unchanged,
         )
-        for number, read in zip(numbers, reads, strict=True):
-            yield number, self._checked(read)
+        iterator = iter(reads)
+        try:
+            for number, read in zip(numbers, iterator, strict=True):
+                yield number, self._checked(read)
+        finally:  # an error keeps the iterator alive, and with it the other processes
+            if workers:
+                iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def read(self, number: int, arrays: Sequence[np.ndarray]) -> PartRead:
         """Read one part; each image goes to its place in the array of its split, (N_split, C, RH, RW), uint8."""

@@ -23,6 +23,7 @@ from gross_ray.data.decoding import decoded
 from gross_ray.data.identity import identity_of
 from gross_ray.data.image_files import ImageFiles, all_files
 from gross_ray.data.images import load_dataset
+from gross_ray.errors import DatasetError
 from gross_ray.experiment import DataOptions
 
 NUM_IMAGES = 60
@@ -163,6 +164,21 @@ def test_a_killed_worker_is_one_line(
     decodes.forget()
     assert load(name, tmp_path) == whole
     assert len(decodes.images()) == NUM_IMAGES - read
+
+
+def test_an_error_ends_the_processes_and_frees_the_lock(
+    name: str, tmp_path: Path, decodes: Decodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while somebody keeps the error, and with it the frames in which it was raised."""
+    monkeypatch.setattr(reading, "processes", lambda: 2)
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    decodes.at(10, kill_this)
+    with pytest.raises(DatasetError, match="was killed") as caught:
+        load(name, tmp_path)
+    assert caught.value.__traceback__ is not None and multiprocessing.active_children() == []
+    (files,) = all_files(str(tmp_path))
+    with files.locked(pytest.fail):
+        assert not files.complete()
 
 
 @pytest.mark.parametrize("left", [0, 1, 20, -1])

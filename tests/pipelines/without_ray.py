@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-ON_RAY = {f"pipelines.execution.{name}" for name in ("actors", "addresses", "cluster", "tune", "versions")}
+_MODULES = ("actors", "addresses", "cluster", "fetching", "tune", "versions")
+ON_RAY = {f"pipelines.execution.{name}" for name in _MODULES}
 """The modules that import Ray when they are imported."""
 
 
