@@ -387,7 +387,8 @@ from pipelines.execution.cluster import connected
 from pipelines.execution.actors import Actors
 from pipelines.resources import Resources
 from pipelines.watching import StageProgress
-from pipelines.units import Job, Unit, pack_splits
+from pipelines.packing import pack_splits
+from pipelines.units import Job, Unit
 from gross_ray.data.images import load_dataset
 from gross_ray.experiment import DataOptions
 from gross_ray.presets import preset
