@@ -280,12 +280,7 @@ class ImageFiles:
         return self.folder / f"{split}.u8"
 
     def _stamp(self, split: str) -> list[int] | None:
-        """Return the size and the time of a split's file, or None if there is none."""
-        try:
-            stat = self._file(split).stat()
-        except OSError:
-            return None
-        return [stat.st_size, stat.st_mtime_ns]
+        return size_and_time(self._file(split))
 
 
 class _Journal:
@@ -329,6 +324,15 @@ def _journal(path: Path) -> list[tuple[int, int, dict[str, Any]]]:
                 number, num_images, read = json.loads(line)
                 found.append((number, num_images, read))
     return found
+
+
+def size_and_time(path: Path) -> list[int] | None:
+    """Return the size and the time (ns) of a file, which change if it does, or None if there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def folder_of(root: str) -> Path:

@@ -216,8 +216,7 @@ def processes() -> int:
 def killed_processes(name: str) -> Iterator[None]:
     """Raise DatasetError if a process of `on_all_cores` is killed while the block runs; `name` is the dataset's.
 
-    torch raises its RuntimeError from a signal handler, so anywhere in the block. A full memory or, as the files have
-    no blocks before they are written, a full disk kills a process.
+    torch raises its RuntimeError from a signal handler, so anywhere in the block. A full memory kills a process.
     """
     try:
         yield

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gross_ray.atomic import whole_or_not_at_all
+from gross_ray.data.image_files import size_and_time
 from gross_ray.errors import DatasetError, InvalidValueError, StorageError, one_line
 from gross_ray.storage import Storage
 
@@ -27,7 +28,7 @@ def copied(name: str, address: str, ending: str, root: str, note: Callable[[str]
         found = {file: rest for file, *rest in store.all_files() if (file == only if only else file.endswith(ending))}
         if not found:
             raise DatasetError(f"{name}: there is no {ending} file at {base}; name a file, or a folder with such files")
-        missing = {file: rest for file, rest in found.items() if _size_and_time(folder / file) != rest}
+        missing = {file: rest for file, rest in found.items() if size_and_time(folder / file) != rest}
         if missing:
             size = sum(size for size, _ in missing.values()) / 1e9
             note(f"{name}: copying {len(missing):,} files, {size:.2f} GB, to {folder}")
@@ -45,11 +46,3 @@ def copied(name: str, address: str, ending: str, root: str, note: Callable[[str]
         text = f"its files cannot be copied to {folder} ({one_line(error)})"
         raise DatasetError(f"{name}: {text}; make room there, or name another folder with --data-root") from error
     return folder / only if only else folder
-
-
-def _size_and_time(path: Path) -> list[int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
