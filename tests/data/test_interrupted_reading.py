@@ -87,6 +87,13 @@ def expected(name: str, decodes: Decodes) -> str:
     return hash
 
 
+def assert_goes_on(name: str, root: Path, decodes: Decodes, whole: str, read: int) -> None:
+    """Assert that the next load gives the same images, and decodes only those that are not `read`."""
+    decodes.forget()
+    assert load(name, root) == whole
+    assert len(decodes.images()) == NUM_IMAGES - read
+
+
 def interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -146,9 +153,7 @@ def test_a_killed_process_with_workers(
     (files,) = all_files(str(tmp_path))
     with files.locked():  # the workers have ended
         read = files.progress()[1]
-    decodes.forget()
-    assert load(name, tmp_path) == whole
-    assert len(decodes.images()) == NUM_IMAGES - read
+    assert_goes_on(name, tmp_path, decodes, whole, read)
 
 
 def test_a_killed_worker_is_one_line(
@@ -161,9 +166,7 @@ def test_a_killed_worker_is_one_line(
     dataset_error(lambda: load(name, tmp_path), f"{name}: a process that reads images was killed (")
     (files,) = all_files(str(tmp_path))
     read = files.progress()[1]
-    decodes.forget()
-    assert load(name, tmp_path) == whole
-    assert len(decodes.images()) == NUM_IMAGES - read
+    assert_goes_on(name, tmp_path, decodes, whole, read)
 
 
 def test_an_error_ends_the_processes_and_frees_the_lock(
