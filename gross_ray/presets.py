@@ -87,6 +87,25 @@ def fashion_short() -> Experiment:
     )
 
 
+def cifar_short() -> Experiment:
+    """CIFAR-10 on two cores: the paper's base networks, fewer epochs of the rest at higher rates, fewer supernets."""
+    return Experiment(
+        name="cifar-short",
+        data=DataOptions(name="cifar10"),
+        training=TrainingOptions(lr=0.05, batch_size=128),
+        decomposition=DecompositionOptions(tolerance=1e-5),
+        supernet=SupernetOptions(seeds=3),
+        reconstruction=ReconstructionOptions(epochs=3, lr=1e-3, milestones=(2,), batch_size=128),
+        finetuning=FinetuningOptions(epochs=30, lr=1e-3, milestones=(16, 24), batch_size=128),
+        sweep=SweepOptions(alphas=(0.0, 2.0, 4.0), seeds=2),
+        validation=ValidationOptions(
+            seeds=5,
+            reconstruction=Schedule(epochs=1, lr=1e-2, batch_size=128),
+            finetuning=Schedule(epochs=5, lr=3e-3, milestones=(3,), batch_size=128),
+        ),
+    )
+
+
 def vgg16_short() -> Experiment:
     """VGG-16 with batch-norm on Fashion-MNIST on two cores: 12 layers at 1, 4, 16, 32; 12,800 images per epoch."""
     per_epoch = 12_800
@@ -130,6 +149,7 @@ PRESETS: dict[str, Preset] = {
     "quickstart": Preset(quickstart, "about 2 minutes on 2 cores"),
     "fashion": Preset(fashion, "days on 2 cores; about 35 minutes on an H200, from rates of single trainings"),
     "fashion-short": Preset(fashion_short, "about an hour and a half on 2 cores"),
+    "cifar-short": Preset(cifar_short, "about five hours on 2 cores; downloads CIFAR-10 (170 MB)"),
     "vgg16-short": Preset(vgg16_short, "about an hour on 2 cores"),
     "paper": Preset(paper, "days on 2 cores; meant for a GPU; downloads CIFAR-10 (170 MB)"),
 }
