@@ -54,6 +54,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/supernet.py
 	$(BIN)/python benchmarks/strategies.py
+	$(BIN)/python benchmarks/scores.py
 	$(BIN)/python benchmarks/decomposition.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/orchestration.py

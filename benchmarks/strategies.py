@@ -30,7 +30,7 @@ from gross_ray.run.store import read_table
 from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import LayerCosts, layer_costs
-from gross_ray.search.selection import supernet_accuracies
+from gross_ray.search.scores import Score, scored
 from gross_ray.search.strategies import STRATEGIES, strategy
 from gross_ray.space import Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
@@ -68,7 +68,7 @@ def four_conv(options: argparse.Namespace) -> None:
     """Print how many evaluations each strategy needs to find the best of the four-conv space within each budget."""
     space, macs = space_and_cost("four-conv", ())
     chosen = read_table(options.run, "configurations").query("alpha == 0")
-    rows = supernet_accuracies(chosen)
+    rows = scored(chosen, Score("median"))
     accuracies = dict(zip(map(Configuration.parse, rows["configuration"]), rows["supernet_accuracy"], strict=True))
     assert set(accuracies) == set(space)
     fifth = len(space) / 5

@@ -34,6 +34,7 @@ from gross_ray.search.folding import fold_within
 from gross_ray.search.latency import CONDITIONS, LatencyModel, measure_latency
 from gross_ray.search.operations import count_operations
 from gross_ray.search.options import EvaluationOptions, LatencyOptions
+from gross_ray.search.scores import Score, Scoreboard
 from gross_ray.search.strategies import strategy
 from gross_ray.seeds import derive_seed, derived_generator
 from gross_ray.space import DENSE, Configuration, SearchSpace
@@ -230,14 +231,16 @@ def _searched(
     proposing = strategy(options.strategy, within, derive_seed(experiment.seed, "search") % 2**32)
     calibration = calibration_images(splits.train) if experiment.engine.recalibrate else None
     most = options.evaluations or within.space.size
-    accuracies: dict[Configuration, float] = {}
-    while proposed := proposing.propose(min(ROUND, most - len(accuracies))):
-        correct, _ = evaluator.evaluate(splits.validation.images, splits.validation.labels, proposed, calibration)
-        learned = dict(zip(proposed, (correct / len(splits.validation)).tolist(), strict=True))
-        proposing.learn(learned)
-        accuracies |= learned
-        show("search", len(accuracies) / most)
-    ranked = sorted(accuracies, key=lambda one: (-accuracies[one], one))
+    score = Score(options.score)
+    board, evaluated = Scoreboard(score), 0
+    while proposed := proposing.propose(min(ROUND, most - evaluated)):
+        correct, loss = evaluator.evaluate(splits.validation.images, splits.validation.labels, proposed, calibration)
+        totals = loss if score.column == "val_loss" else correct
+        board.teach([proposing], board.add(proposed, totals.numpy()[:, None] / len(splits.validation)))
+        evaluated += len(proposed)
+        show("search", evaluated / most)
+    scores = board.scores()
+    ranked = sorted(scores, key=lambda one: (-scores[one], one))
     return ranked[: options.top]
 
 

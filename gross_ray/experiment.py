@@ -142,7 +142,7 @@ class Experiment:
             values["data"]["name"] = f"folder:{data}"  # of any place: the same images have the same fingerprint
         defaults = Experiment().to_dict()
         for group, name in _LATER_FIELDS:
-            if values[group][name] == defaults[group][name]:
+            if values[group][name] == BEFORE.get((group, name), defaults[group][name]):
                 del values[group][name]
         own = (values["validation"][name] for name in ("reconstruction", "finetuning"))
         for schedule in (values["training"], values["reconstruction"], values["finetuning"], *own):
@@ -203,8 +203,13 @@ _LATER_FIELDS = (
     ("data", "resize"),
     ("data", "memory"),
     ("validation", "trainable"),
+    ("validation", "drawn"),
+    ("validation", "drawn_seeds"),
+    ("search", "score"),
 )
-"""Fields that earlier versions did not have: at their defaults they change no fingerprint."""
+"""Fields that earlier versions did not have: at their defaults, or at BEFORE, they change no fingerprint."""
+BEFORE = {("search", "score"): "median"}
+"""What earlier versions did, by group and name, for those later fields whose default is something else."""
 _AUGMENT_IN_FINGERPRINTS = {now: json.loads(earlier) for earlier, now in EARLIER_AUGMENT.items()}
 """Values of `augment` that earlier versions wrote as true and false, and that stay so in fingerprints."""
 PATH_FIELDS = {"data.name": "data", "weights": "weights", "weights_key": "weights"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import (
@@ -65,6 +65,7 @@ def fashion() -> Experiment:
         # is 0 (docs/method.md).
         training=TrainingOptions(lr=0.05),
         engine=EngineOptions(capture=True),
+        search=SearchOptions(score="median"),
     )
 
 
@@ -78,6 +79,7 @@ def fashion_short() -> Experiment:
         supernet=SupernetOptions(seeds=3),
         reconstruction=ReconstructionOptions(epochs=1, lr=1e-3, milestones=(), batch_size=128),
         finetuning=FinetuningOptions(epochs=6, lr=1e-3, milestones=(4,), batch_size=128),
+        search=SearchOptions(score="median"),
         sweep=SweepOptions(seeds=3),
         validation=ValidationOptions(
             seeds=5,
@@ -97,12 +99,26 @@ def cifar_short() -> Experiment:
         supernet=SupernetOptions(seeds=3),
         reconstruction=ReconstructionOptions(epochs=3, lr=1e-3, milestones=(2,), batch_size=128),
         finetuning=FinetuningOptions(epochs=30, lr=1e-3, milestones=(16, 24), batch_size=128),
-        sweep=SweepOptions(alphas=(0.0, 2.0, 4.0), seeds=2),
+        sweep=SweepOptions(alphas=()),
         validation=ValidationOptions(
             seeds=5,
+            drawn=12,
             reconstruction=Schedule(epochs=1, lr=1e-2, batch_size=128),
             finetuning=Schedule(epochs=5, lr=3e-3, milestones=(3,), batch_size=128),
         ),
+    )
+
+
+def cifar_short_sweep() -> Experiment:
+    """Sweep over alpha beside cifar-short (--reuse its run), with supernets of a third of the length."""
+    whole = cifar_short()
+    return replace(
+        whole,
+        name="cifar-short-sweep",
+        supernet=SupernetOptions(seeds=2),
+        reconstruction=replace(whole.reconstruction, epochs=1, milestones=()),
+        finetuning=replace(whole.finetuning, epochs=10, milestones=(5, 8)),
+        sweep=SweepOptions(alphas=(0.0, 2.0, 4.0), seeds=2),
     )
 
 
@@ -123,7 +139,7 @@ def vgg16_short() -> Experiment:
         finetuning=FinetuningOptions(
             epochs=3, lr=1e-3, milestones=(2,), batch_size=64, augment="none", images=per_epoch
         ),
-        search=SearchOptions(top=1, strategy="surrogate", evaluations=160, precision="bfloat16"),
+        search=SearchOptions(top=1, score="median", strategy="surrogate", evaluations=160, precision="bfloat16"),
         sweep=SweepOptions(alphas=()),
         validation=ValidationOptions(
             fixed=(16, 4),
@@ -141,6 +157,7 @@ def paper() -> Experiment:
         data=DataOptions(name="cifar10"),
         engine=EngineOptions(capture=True),
         supernet=SupernetOptions(alpha=4.0, scaling="index"),
+        search=SearchOptions(score="median"),
         sweep=SweepOptions(scalings=("index",)),
     )
 
@@ -150,6 +167,7 @@ PRESETS: dict[str, Preset] = {
     "fashion": Preset(fashion, "days on 2 cores; about 35 minutes on an H200, from rates of single trainings"),
     "fashion-short": Preset(fashion_short, "about an hour and a half on 2 cores"),
     "cifar-short": Preset(cifar_short, "about five hours on 2 cores; downloads CIFAR-10 (170 MB)"),
+    "cifar-short-sweep": Preset(cifar_short_sweep, "about 40 minutes on 2 cores, of `gross sweep-alpha`"),
     "vgg16-short": Preset(vgg16_short, "about an hour on 2 cores"),
     "paper": Preset(paper, "days on 2 cores; meant for a GPU; downloads CIFAR-10 (170 MB)"),
 }

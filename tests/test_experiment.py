@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from gross_ray.experiment import (
     ValidationOptions,
 )
 from gross_ray.presets import PRESETS, preset
+from gross_ray.run.experiment_file import experiment_of
+from gross_ray.run.store import RunStore
+from gross_ray.run.tables import SCHEMA_VERSION
 from gross_ray.training.sampling import sampling_probabilities
 
 FIELDS = Experiment().fields()
@@ -446,7 +450,8 @@ LATER = {"decomposition.keep_dense": "true", "training.start": "weights"}
 LATER |= {"data.validation_from": "test", "data.channels": "1", "data.skip_damaged": "true"}
 LATER |= {"data.image_column": "picture", "data.label_column": "kind"}
 LATER |= {"data.image_size": "224", "data.resize": "256", "data.memory": "1000"}
-LATER |= {"validation.trainable": "all"}
+LATER |= {"validation.trainable": "all", "validation.drawn": "3", "validation.drawn_seeds": "1"}
+LATER |= {"search.score": "mean"}
 """Fields that the first version did not have, each with a value that is not its default."""
 
 
@@ -463,11 +468,16 @@ def as_first_written(experiment: Experiment) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_an_experiment_of_the_first_version_is_the_same_and_keeps_its_fingerprint(name: str) -> None:
-    now = preset(name)
+def test_an_experiment_of_the_first_version_is_the_same_and_keeps_its_fingerprint(name: str, tmp_path: Path) -> None:
+    now = preset(name).override(["search.score=median"])  # as the first version ranked
+    now = now.override(["validation.drawn=0"])
     earlier = as_first_written(now)
-    assert Experiment.from_json(json.dumps(earlier)) == now
-    assert Experiment.from_json(json.dumps(earlier)).first_difference(now) is None
+    file = tmp_path / "experiment.json"
+    file.write_text(json.dumps({"gross_ray": {"version": "0.1.0", "schema": SCHEMA_VERSION}, **earlier}))
+    for read in (experiment_of(file), RunStore.open(tmp_path).experiment):
+        assert read == now and read.first_difference(now) is None
+    file.write_text(json.dumps(earlier))  # not written by a run: today's defaults
+    assert experiment_of(file) == now.override(["search.score=smoothed-mean"])
     canonical = json.dumps(earlier, sort_keys=True, separators=(",", ":"))
     assert now.fingerprint() == hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

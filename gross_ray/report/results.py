@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from gross_ray.report.searched import Searched
 from gross_ray.run.latencies import unit_in_force
 from gross_ray.run.limits import budget_amounts
 from gross_ray.run.store import RunStore
-from gross_ray.search.budgets import Budget, RelativeBudget, parse_budgets
+from gross_ray.search.budgets import Budget, RelativeBudget, parse_budgets, readable_amount
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
 from gross_ray.search.options import RUNTIMES
-from gross_ray.search.selection import best_under
+from gross_ray.search.scores import Score
+from gross_ray.search.selection import NearBest, best_under, near_best
 from gross_ray.seeds import derived_generator
 from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling
@@ -83,7 +84,8 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
     title = "Selected under the budget of a fixed configuration (Table 3)"
     if selections.empty:
         return ResultTable(title, missing=["run `gross search`"])
-    supernet = (searched or Searched.of(store)).accuracies.set_index("configuration")
+    searched = searched or Searched.of(store)
+    supernet = searched.accuracies.set_index("configuration")
     shown = {*selections["budget"], *selections["configuration"]}
     if not shown <= set(supernet.index):
         return ResultTable(title, missing=["evaluated configurations (run `gross search`)"])
@@ -100,15 +102,16 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
                     str(configuration) if chosen else f"{configuration} (fixed)",
                     millions(supernet.loc[configuration, "macs"]),
                     *([f"{supernet.loc[configuration, 'latency_ms']:.3f}"] if timed else []),
-                    f"{100 * supernet.loc[configuration, 'supernet_accuracy']:.2f}",
+                    score_text(searched.score, supernet.loc[configuration]),
                     _accuracy(own)[1],
                     difference,
                 ]
             )
     costs = ["M MACs", "ms"] if timed else ["M MACs"]
-    heads = ["configuration", *costs, "in supernet (val)", "on its own (test): mean (std, n)", "to fixed"]
+    heads = ["configuration", *costs, score_head(supernet), "on its own (test): mean (std, n)", "to fixed"]
     own = validations[validations["configuration"].isin(shown)]
-    notes = [] if validations.empty else [correlation_sentence(store, supernet["supernet_accuracy"], validations)]
+    notes = near_sentences(store, searched) + score_sentences(searched)
+    notes += [] if validations.empty else [correlation_sentence(store, supernet["score"], validations)]
     return ResultTable(
         title,
         heads,
@@ -141,13 +144,60 @@ def kinds_of(store: RunStore, searched: Searched) -> dict[str, str]:
     return kinds | dict.fromkeys([*selections["budget"], *fixed], FIXED)
 
 
-def budget_table(best: pd.DataFrame, budgets: Sequence[Budget | RelativeBudget]) -> ResultTable:
-    """Return the result of `best_under` as a table, the best configuration first."""
+def budget_table(
+    best: pd.DataFrame, budgets: Sequence[Budget | RelativeBudget], score: Score, near: NearBest | None
+) -> ResultTable:
+    """Return the result of `best_under` as a table, the best configuration first; a note has those as good as it."""
     columns = {
         "rank": [str(rank) for rank in range(1, len(best) + 1)],
-        **cost_columns(best, {budget.cost for budget in budgets}),
+        **cost_columns(best, {budget.cost for budget in budgets}, score),
     }
-    return ResultTable(_within(budgets), list(columns), list(zip(*columns.values(), strict=True)))
+    notes = [] if near is None else [near_sentence(best.iloc[0], near, budgets[0].cost, score)]
+    return ResultTable(_within(budgets), list(columns), list(zip(*columns.values(), strict=True)), notes)
+
+
+def near_best_of(best: pd.DataFrame, chunks: Iterable[pd.DataFrame], budgets: Sequence[Budget]) -> NearBest | None:
+    """Return the configurations within one standard error of the first of `best`; None if it has no standard error."""
+    return near_best(chunks, budgets, best.iloc[0]) if best["standard_error"].notna().any() else None
+
+
+def near_sentences(store: RunStore, searched: Searched) -> list[str]:
+    """Return, for each budget with a selection, how many configurations are as good as the best, and the cheapest."""
+    found = []
+    for name, amount in selected(store)[["budget", "budget_macs"]].drop_duplicates().itertuples(index=False):
+        others = searched.accuracies[searched.accuracies["configuration"] != name]
+        budgets = [Budget("macs", amount)]
+        best = best_under(others, budgets, 1)
+        if (near := near_best_of(best, [others], budgets)) is not None:
+            found.append(f"under {name}, {near_sentence(best.iloc[0], near, 'macs', searched.score)}")
+    return found
+
+
+def near_sentence(best: pd.Series, near: NearBest, cost: str, score: Score) -> str:
+    """Return how many configurations are within one standard error of the best, and the cheapest of them."""
+    error, cheapest = score.text(best["standard_error"]), near.cheapest.iloc[0]
+    return (
+        f"within one standard error ({error}) of the best: {near.count} configuration{'s' * (near.count > 1)}; "
+        f"the cheapest of them: {cheapest['configuration']} ({cost}={readable_amount(cost, cheapest[cost])})"
+    )
+
+
+def score_sentences(searched: Searched) -> list[str]:
+    """Return what a smoothed score is; nothing for other scores, or before the search."""
+    if not searched.score.smoothed or searched.accuracies["standard_error"].isna().all():
+        return []
+    return [f"in supernet: {searched.score.over(searched.num_supernets)}, with its standard error"]
+
+
+def score_head(accuracies: pd.DataFrame) -> str:
+    """Return the head of a column of `score_text`."""
+    return "in supernet (val)" if accuracies["standard_error"].isna().all() else "in supernet (val): score (s.e.)"
+
+
+def score_text(score: Score, row: pd.Series) -> str:
+    """Return a configuration's score, and its standard error if it has one."""
+    error = "" if pd.isna(row["standard_error"]) else f" ({score.text(row['standard_error'])})"
+    return f"{score.text(row['score'])}{error}"
 
 
 def limit_tables(store: RunStore, searched: Searched | None = None) -> list[ResultTable]:
@@ -163,7 +213,8 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
         if isinstance(best, str):
             tables.append(ResultTable(_within(budgets), missing=[best]))
             continue
-        table = budget_table(best, budgets)
+        amount = [budget for budget in budgets if isinstance(budget, Budget)]
+        table = budget_table(best, budgets, searched.score, near_best_of(best, [searched.accuracies], amount))
         own = [
             _accuracy(validations.loc[validations["configuration"] == name, "test_accuracy"])[1]
             for name in best["configuration"]
@@ -174,11 +225,12 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
         heads = [*table.heads, "on its own (test): mean (std, n)"]
         tables.append(replace(table, heads=heads, rows=rows, missing=[*searched.missing(store), *missing]))
     if tables and tables[-1].rows:
-        supernet = searched.accuracies.set_index("configuration")["supernet_accuracy"]
+        supernet = searched.accuracies.set_index("configuration")["score"]
         ranked = len(validations) and not store.experiment.search.budgets
         notes = [correlation_sentence(store, supernet, validations)] if ranked else []
         timed = searched.accuracies["latency_ms"].notna().all()
-        tables[-1] = replace(tables[-1], notes=[*notes, *(latency_sentences(store) if timed else [])])
+        notes = [*tables[-1].notes, *score_sentences(searched), *notes, *(latency_sentences(store) if timed else [])]
+        tables[-1] = replace(tables[-1], notes=notes)
     return tables
 
 
@@ -210,15 +262,15 @@ def _within(budgets: Sequence[Budget | RelativeBudget]) -> str:
     return f"Most accurate within {' and '.join(map(str, budgets))}"
 
 
-def cost_columns(frame: pd.DataFrame, budgeted: set[str]) -> dict[str, list[str]]:
-    """Return the columns of a table of configurations with their costs and accuracy, as texts."""
+def cost_columns(frame: pd.DataFrame, budgeted: set[str], score: Score) -> dict[str, list[str]]:
+    """Return the columns of a table of configurations with their costs and score, as texts."""
     columns = {"configuration": frame["configuration"].tolist(), "M MACs": [millions(macs) for macs in frame["macs"]]}
     if "macs_paper" in budgeted:
         columns["M MACs (the paper's)"] = [millions(macs) for macs in frame["macs_paper"]]
     columns["parameters"] = [str(count) for count in frame["parameters"]]
     if frame["latency_ms"].notna().all():
         columns["ms"] = [f"{latency:.3f}" for latency in frame["latency_ms"]]
-    columns["in supernet (val)"] = [f"{100 * accuracy:.2f}" for accuracy in frame["supernet_accuracy"]]
+    columns[score_head(frame)] = [score_text(score, row) for _, row in frame.iterrows()]
     return columns
 
 

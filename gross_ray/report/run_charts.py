@@ -35,46 +35,51 @@ ROW = 18
 def retrained_chart(store: RunStore, searched: Searched, validations: pd.DataFrame) -> Chart | None:
     """Return the figure of accuracy in the supernet against accuracy on its own; None if no configuration has both."""
     own = validations.groupby("configuration")["val_accuracy"].agg(["mean", "std", "count"])
-    supernet = searched.accuracies.set_index("configuration")["supernet_accuracy"]
+    score = searched.score
+    supernet = searched.accuracies.set_index("configuration")["score"]
     both = own.join(supernet, how="inner")
     if both.empty:
         return None
     both["kind"] = both.index.map(kinds_of(store, searched))
-    both[["mean", "std", "supernet_accuracy"]] *= 100
-    figure = go.Figure(layout=layout("accuracy in the supernet, % (val)", "accuracy on its own, % (val)"))
-    ends = padded([*both["supernet_accuracy"], *both["mean"]])
-    line = {"color": GREY, "dash": "dot", "width": 1}
-    figure.add_trace(go.Scatter(name="equal", x=ends, y=ends, mode="lines", line=line, hoverinfo="skip"))
+    both[["mean", "std"]] *= 100
+    both["score"] *= score.scale
+    figure = go.Figure(layout=layout(score.title, "accuracy on its own, % (val)"))
+    if score.of_accuracy:
+        ends = padded([*both["score"], *both["mean"]])
+        line = {"color": GREY, "dash": "dot", "width": 1}
+        figure.add_trace(go.Scatter(name="equal", x=ends, y=ends, mode="lines", line=line, hoverinfo="skip"))
     for kind, (colour, symbol) in MARKS.items():
         rows = both[both["kind"] == kind]
         if len(rows):
             figure.add_trace(
                 go.Scatter(
                     name=kind,
-                    x=rows["supernet_accuracy"].tolist(),
+                    x=rows["score"].tolist(),
                     y=rows["mean"].tolist(),
                     error_y={"array": rows["std"].fillna(0).tolist(), "thickness": 1},
                     customdata=[[shown(name), int(n)] for name, n in zip(rows.index, rows["count"], strict=True)],
                     mode="markers",
                     marker={"color": colour, "symbol": symbol, "size": 11},
-                    hovertemplate=f"<b>%{{customdata[0]}}</b> ({kind})<br>%{{x:.2f}} % in the supernet"
+                    hovertemplate=f"<b>%{{customdata[0]}}</b> ({kind})"
+                    f"<br>%{{x:.{score.digits}f}}{score.unit} in the supernet"
                     "<br>%{y:.2f} % on its own (n = %{customdata[1]})<extra></extra>",
                 )
             )
     sentence = correlation_sentence(store, supernet, validations)
+    equal = "; on the dotted line they are equal" if score.of_accuracy else ""
     summary = (
-        f"{len(both)} configurations: median accuracy in the supernets, and mean accuracy when trained on their own "
-        f"(bars: standard deviation), both on the validation split; on the dotted line they are equal. "
+        f"{len(both)} configurations: {score.over(searched.num_supernets)}, and mean accuracy when trained on their "
+        f"own (bars: standard deviation), both on the validation split{equal}. "
         f"{sentence[0].upper()}{sentence[1:]}."
     )
     rows = [
         [
             str(name),
             row["kind"],
-            f"{row['supernet_accuracy']:.2f}",
+            f"{row['score']:.{score.digits}f}",
             mean_text(row["mean"], row["std"], row["count"]),
         ]
-        for name, row in both.sort_values("supernet_accuracy", ascending=False).head(MAX_DETAILS).iterrows()
+        for name, row in both.sort_values("score", ascending=False).head(MAX_DETAILS).iterrows()
     ]
     details = ResultTable(
         "In the supernet and on its own, % (val)",

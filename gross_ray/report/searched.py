@@ -8,13 +8,11 @@ from math import prod
 
 import pandas as pd
 
-from gross_ray.run.searched import evaluated_parts, evaluated_units
+from gross_ray.run.searched import evaluated_accuracies, evaluated_units
 from gross_ray.run.store import SEARCH_ENDED, RunStore
 from gross_ray.search.budgets import COSTS
-from gross_ray.search.selection import supernet_accuracies
+from gross_ray.search.scores import LAYER_COLUMN, SCORED_COLUMNS, Score
 from gross_ray.training.sampling import settled_scaling
-
-_LAYER = "layer "
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,9 @@ class Searched:
     """The evaluated configurations of the searched supernets (not of the sweep's supernets)."""
 
     accuracies: pd.DataFrame
-    """The result of `supernet_accuracies`; without rows before the search."""
+    """The result of `scores.scored`; without rows before the search."""
+    score: Score
+    """By what the configurations are ranked."""
     layers: tuple[str, ...]
     """Names of the decomposed layers, in the order of a configuration's group-sizes."""
     num_supernets: int
@@ -38,15 +38,13 @@ class Searched:
         units = evaluated_units(store)
         of_search = (units["alpha"] == options.alpha) & (units["scaling"] == scaling) & (units["seed"] < options.seeds)
         ours = units[of_search]
+        score = Score(store.experiment.search.score)
         if ours.empty:
-            return cls(pd.DataFrame(columns=["configuration", *COSTS, "supernet_accuracy"]), (), 0, 0)
-        parts, num_rows = [], 0
-        for part in evaluated_parts(store, ("configuration", *COSTS, "val_accuracy"), ours):
-            parts.append(supernet_accuracies(part))
-            num_rows += len(part)
+            return cls(pd.DataFrame(columns=SCORED_COLUMNS), score, (), 0, 0)
+        accuracies = pd.concat(evaluated_accuracies(store, ours), ignore_index=True)
         columns = store.read_units("configurations", [ours["unit"].iloc[0]]).columns
-        layers = tuple(name.removeprefix(_LAYER) for name in columns if name.startswith(_LAYER))
-        return cls(pd.concat(parts, ignore_index=True), layers, ours["seed"].nunique(), num_rows)
+        layers = tuple(name.removeprefix(LAYER_COLUMN) for name in columns if name.startswith(LAYER_COLUMN))
+        return cls(accuracies, score, layers, ours["seed"].nunique(), int(accuracies["num_supernets"].sum()))
 
     def space_size(self, store: RunStore) -> int:
         """Return the number of configurations of the space, as far as its layers are decomposed."""

@@ -12,11 +12,12 @@ import torch
 
 from gross_ray.errors import MissingStageError
 from gross_ray.report.charts import BLUE, COLOURS, GREEN, GREY, MARKS, MAX_DETAILS, Chart, evenly, layout, padded, shown
-from gross_ray.report.results import ResultTable, kinds_of, runtime_in_use
+from gross_ray.report.results import ResultTable, kinds_of, runtime_in_use, score_head, score_text
 from gross_ray.report.searched import Searched
 from gross_ray.run.limits import full_costs
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import RELATIVE
+from gross_ray.search.scores import Score
 from gross_ray.search.selection import pareto_front
 from gross_ray.seeds import derived_generator
 
@@ -69,7 +70,9 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
             "layers": list(searched.layers),
             "configurations": [shown(name) for name in front["configuration"]],
             "costs": front[cost].tolist(),
-            "accuracies": front["supernet_accuracy"].tolist(),
+            "scores": (searched.score.scale * front["score"]).tolist(),
+            "digits": searched.score.digits,
+            "what": searched.score.unit,
         }
     return Chart(
         "space",
@@ -77,7 +80,7 @@ def space_chart(store: RunStore, searched: Searched) -> Chart:
         _summary(store, searched, fronts["macs"], len(sample), marked),
         versions,
         "cost",
-        _front_table(fronts["macs"]),
+        _front_table(fronts["macs"], searched.score),
         budgets,
         tall=True,
     )
@@ -105,16 +108,17 @@ def _figure(
 ) -> go.Figure:
     accuracies = searched.accuracies
     title, unit = COST_TITLES[cost]
-    costs, percents = accuracies[cost] / unit, 100 * accuracies["supernet_accuracy"]
+    score = searched.score
+    costs, scores = accuracies[cost] / unit, score.scale * accuracies["score"]
     dense = len(sample) < len(accuracies)
-    x, y = [costs.min(), costs.max()], [percents.min(), percents.max()]
-    if full is not None:
+    x, y = [costs.min(), costs.max()], [scores.min(), scores.max()]
+    if full is not None and score.of_accuracy:
         x, y = [*x, full[0] / unit], [*y, 100 * full[1]]
     axis = f"ms for a {runtime} (predicted)" if cost == "latency_ms" else title
     ranges = {"xaxis": {"range": padded(x)}, "yaxis": {"range": padded(y)}}
-    figure = go.Figure(layout=layout(axis, "accuracy in the supernet, % (val)", **ranges))
+    figure = go.Figure(layout=layout(axis, score.title, **ranges))
     if dense:
-        figure.add_trace(_density(costs, percents))
+        figure.add_trace(_density(costs, scores))
 
     kinds: dict[str, list[str]] = {}
     for kind, rows in [*marked.items(), (_FRONT, front)]:
@@ -126,9 +130,10 @@ def _figure(
             go.Scatter(
                 name=name,
                 x=(rows[cost] / unit).tolist(),
-                y=(100 * rows["supernet_accuracy"]).tolist(),
+                y=(score.scale * rows["score"]).tolist(),
                 customdata=[_about(row, searched, kinds) for row in rows.to_dict("records")],
-                hovertemplate="<b>%{customdata[0]}</b>%{customdata[1]}<br>%{y:.2f} % in the supernet"
+                hovertemplate="<b>%{customdata[0]}</b>%{customdata[1]}<br>%{y:."
+                + f"{score.digits}f}}{score.unit} in the supernet"
                 "<br>%{customdata[2]}<br>%{customdata[3]}<extra></extra>",
                 **style,
             )
@@ -137,7 +142,7 @@ def _figure(
     points = f"{len(sample):,} of {len(accuracies):,} configurations" if dense else "configurations"
     faint = {"color": GREY, "size": 4 if dense else 7, "opacity": 0.6 if dense else 0.8}
     add(points, sample, mode="markers", marker=faint)
-    figure.add_trace(_stairs(front[cost] / unit, 100 * front["supernet_accuracy"]))
+    figure.add_trace(_stairs(front[cost] / unit, score.scale * front["score"]))
     rows = front.iloc[evenly(range(len(front)), MAX_MARKED)]
     add(_FRONT, rows, mode="markers", marker={"color": BLUE, "size": 7}, legendgroup=_FRONT)
     for kind, (colour, symbol) in MARKS.items():
@@ -145,7 +150,7 @@ def _figure(
         if len(rows):
             size = 13 if symbol == "star" else 11
             add(kind, rows, mode="markers", marker={"color": colour, "size": size, "symbol": symbol})
-    if full is not None:
+    if full is not None and score.of_accuracy:
         figure.add_trace(_mark_of_full((x[-1], y[-1]), title))
     best = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"width": 3}}
     # For the legend only: the page's script draws the ring at the best configuration.
@@ -159,17 +164,17 @@ def _mark_of_full(place: tuple[float, float], unit: str) -> go.Scatter:
     return go.Scatter(name="full network", x=[place[0]], y=[place[1]], mode="markers", marker=mark, hovertemplate=hover)
 
 
-def _stairs(costs: pd.Series, percents: pd.Series) -> go.Scatter:
+def _stairs(costs: pd.Series, scores: pd.Series) -> go.Scatter:
     """Return the line through all steps of the front, without a legend entry: its marks have one."""
     line = {"color": BLUE, "shape": "hv", "width": 2}
-    x, y = costs.tolist(), percents.tolist()
+    x, y = costs.tolist(), scores.tolist()
     group = {"name": _FRONT, "legendgroup": _FRONT, "showlegend": False}
     return go.Scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", **group)
 
 
-def _density(costs: pd.Series, percents: pd.Series) -> go.Heatmap:
+def _density(costs: pd.Series, scores: pd.Series) -> go.Heatmap:
     """Return the number of configurations in each cell as a heatmap on a logarithmic scale; empty cells stay blank."""
-    counts, x, y = np.histogram2d(costs, percents, bins=BINS)
+    counts, x, y = np.histogram2d(costs, scores, bins=BINS)
     log = np.log10(np.where(counts > 0, counts, np.nan)).T
     tens = range(int(np.nanmax(log)) + 1)
     return go.Heatmap(
@@ -228,10 +233,10 @@ def _summary(
     least, best = front.iloc[0], front.iloc[-1]
     chosen = "" if strategy == "exhaustive" else f" that the strategy `{strategy}` chose"
     text = (
-        f"{num:,}{f' of {whole:,}' if num < whole else ''} configurations{chosen}, each with its median accuracy over "
-        f"{searched.num_supernets} supernet{'s' if searched.num_supernets > 1 else ''} on the validation split. "
+        f"{num:,}{f' of {whole:,}' if num < whole else ''} configurations{chosen}, each with its "
+        f"{searched.score.over(searched.num_supernets)} on the validation split. "
         f"{len(front):,} of them are {'their' if num < whole else 'the'} Pareto front of MACs: from "
-        f"{least['configuration']} ({_words(least)}) to {best['configuration']} ({_words(best)})."
+        f"{least['configuration']} ({_words(least, searched)}) to {best['configuration']} ({_words(best, searched)})."
     )
     if num_points < num:
         text += (
@@ -244,16 +249,16 @@ def _summary(
     return text + (f" Only evenly spaced ones are marked: {', '.join(cut)}." if cut else "")
 
 
-def _words(row: pd.Series) -> str:
-    return f"{row['macs'] / 1e6:.2f} M MACs, {100 * row['supernet_accuracy']:.2f} %"
+def _words(row: pd.Series, searched: Searched) -> str:
+    return f"{row['macs'] / 1e6:.2f} M MACs, {searched.score.text(row['score'])}{searched.score.unit}"
 
 
-def _front_table(front: pd.DataFrame) -> ResultTable:
+def _front_table(front: pd.DataFrame, score: Score) -> ResultTable:
     steps = evenly(range(len(front)), MAX_DETAILS)
     rows = [
-        [str(row.configuration), f"{row.macs / 1e6:.2f}", f"{row.parameters:,}", f"{100 * row.supernet_accuracy:.2f}"]
-        for row in front.iloc[steps].itertuples()
+        [str(row["configuration"]), f"{row['macs'] / 1e6:.2f}", f"{row['parameters']:,}", score_text(score, row)]
+        for _, row in front.iloc[steps].iterrows()
     ]
     notes = [] if len(steps) == len(front) else [f"{len(steps)} of {len(front)} steps, evenly spaced"]
-    heads = ["configuration", "M MACs", "parameters", "in supernet (val)"]
+    heads = ["configuration", "M MACs", "parameters", score_head(front)]
     return ResultTable("The Pareto front of MACs and accuracy", heads, rows, notes)

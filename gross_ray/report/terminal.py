@@ -11,6 +11,7 @@ from gross_ray.report.results import ResultTable
 from gross_ray.report.searched import Searched
 from gross_ray.report.strips import HEADS, frame_text, strip_column
 from gross_ray.run.store import RunStore
+from gross_ray.search.scores import Score
 
 Row = Sequence[str]
 
@@ -37,9 +38,9 @@ def stage_results(store: RunStore, stage: str) -> str:
     return _frame(history[history["stage"] == stage].groupby("unit", sort=False).tail(1))
 
 
-def front_table(front: pd.DataFrame, costs: Sequence[str]) -> str:
+def front_table(front: pd.DataFrame, costs: Sequence[str], score: Score) -> str:
     """Return the result of `pareto_front` for `costs` as text, the cheapest configuration first."""
-    columns = stored.cost_columns(front, set(costs))
+    columns = stored.cost_columns(front, set(costs), score)
     rows = list(zip(*columns.values(), strict=True))
     named = ", ".join(costs)
     return as_text(ResultTable(f"Pareto front of {named} and accuracy in the supernet", list(columns), rows))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gross_ray.errors import InvalidValueError, RunFolderError, one_line
-from gross_ray.experiment import Experiment
+from gross_ray.experiment import BEFORE, Experiment
 from gross_ray.run.tables import SCHEMA_VERSION
 from gross_ray.storage import Storage
 
@@ -26,16 +26,16 @@ def experiment_content(experiment: Experiment) -> bytes:
 def read_experiment(storage: Storage) -> Experiment:
     """Return the experiment of a run folder.
 
-    Fields that are missing because an older version wrote the file get their defaults. That is safe, because any change
-    of meaning raises SCHEMA_VERSION. Raises RunFolderError if the folder has no experiment, or, naming both versions,
-    if its schema differs or a field is unknown.
+    Fields that are missing because an older version wrote the file get the values by which that version worked. That
+    is safe, because any change of meaning raises SCHEMA_VERSION. Raises RunFolderError if the folder has no experiment,
+    or, naming both versions, if its schema differs or a field is unknown.
     """
     written_by: dict[str, Any] = {}
     try:
         values = json.loads(storage.read(EXPERIMENT).decode())
         written_by = values.pop(_WRITTEN_BY, None) or {}
         if written_by.get("schema", SCHEMA_VERSION) == SCHEMA_VERSION:
-            return Experiment.from_json(json.dumps(values))
+            return Experiment.from_json(json.dumps(_as_before(values)))
     except (FileNotFoundError, NotADirectoryError):
         raise RunFolderError(
             f"{storage} is not a run folder (it has no {EXPERIMENT}): name the --out of a run"
@@ -51,17 +51,26 @@ def read_experiment(storage: Storage) -> Experiment:
 def experiment_of(file: Path) -> Experiment:
     """Return the experiment of a JSON file: its fields, or the experiment.json of a run folder.
 
-    Missing fields get their defaults. Raises InvalidValueError, naming the file, for anything else.
+    Missing fields get their defaults, or in a run folder's file the values by which its version worked. Raises
+    InvalidValueError, naming the file, for anything else.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(values, dict):
-            values.pop(_WRITTEN_BY, None)
+        if isinstance(values, dict) and values.pop(_WRITTEN_BY, None):
+            values = _as_before(values)
         return Experiment.from_json(json.dumps(values))
     except (OSError, ValueError) as error:  # also InvalidValueError and UnicodeDecodeError
         raise InvalidValueError(
             f"experiment {file}: {one_line(error)}; write one like a run folder's {EXPERIMENT}"
         ) from None
+
+
+def _as_before(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of an experiment.json, with those added that the version which wrote it did not have."""
+    for (group, name), value in BEFORE.items():
+        if isinstance(values.get(group), dict):
+            values[group].setdefault(name, value)
+    return values
 
 
 def _versions(written_by: Any) -> str:

@@ -14,7 +14,8 @@ import pandas as pd
 from gross_ray.errors import RunFolderError
 from gross_ray.run.latencies import unit_in_force
 from gross_ray.run.store import RunStore
-from gross_ray.search.selection import COSTS, supernet_accuracies
+from gross_ray.search.budgets import COSTS
+from gross_ray.search.scores import LAYER_COLUMN, Score, Smoothing, by_supernet, group_sizes, scored
 
 _TABLE = "configurations"
 _HEAD = ("alpha", "scaling", "seed", "configuration")
@@ -53,7 +54,33 @@ def evaluated_parts(
         yield rows.assign(latency_ms=np.nan) if unmeasured else rows
 
 
-def evaluated_accuracies(store: RunStore, units: pd.DataFrame | None = None) -> Iterator[pd.DataFrame]:
-    """Yield `supernet_accuracies` of each of `evaluated_parts`."""
-    for part in evaluated_parts(store, ("configuration", *COSTS, "val_accuracy"), units):
-        yield supernet_accuracies(part)
+def evaluated_accuracies(store: RunStore, units: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Yield `scores.scored` of each of `evaluated_parts`, by the experiment's score.
+
+    `units` are rows of `evaluated_units`, all of supernets of one alpha and scaling.
+    """
+    if units.empty:
+        return
+    score = Score(store.experiment.search.score)
+    columns: list[str] = ["seed", "configuration", *COSTS, "val_accuracy", score.column]
+    smoothing = None
+    if score.smoothed:
+        first = store.read_units(_TABLE, units["unit"].tolist()[:1])
+        columns += [name for name in first.columns if name.startswith(LAYER_COLUMN)]
+        smoothing = _smoothing(store, units, score, columns)
+    for part in evaluated_parts(store, list(dict.fromkeys(columns)), units):
+        yield scored(part, score, smoothing)
+
+
+def _smoothing(store: RunStore, units: pd.DataFrame, score: Score, columns: Sequence[str]) -> Smoothing | None:
+    """Fit the smoothing to all evaluated configurations; None if fewer than two were evaluated in all supernets."""
+    wanted = [name for name in columns if name not in COSTS]
+    chosen, values = [], []
+    seeds = np.unique(units["seed"])
+    for part in evaluated_parts(store, wanted, units):
+        chosen.append(group_sizes(part.drop_duplicates("configuration")).astype(np.int32))
+        values.append(by_supernet(part, score, seeds))
+    measured = np.concatenate(values)
+    if (~np.isnan(measured).any(axis=1)).sum() < 2:
+        return None
+    return Smoothing.of(np.concatenate(chosen), measured, score)

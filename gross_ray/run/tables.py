@@ -335,8 +335,20 @@ _TABLES = (
         ),
     ),
     Table(
+        name="scores",
+        meaning="One evaluated configuration, with the value by which the search ranks it.",
+        columns=(
+            _CONFIGURATION,
+            _real("score", "By search.score: accuracy, or minus the loss, over the supernets", low=-math.inf),
+            _real(
+                "standard_error", "Standard error of a smoothed score; missing for others", "fraction", nullable=True
+            ),
+        ),
+    ),
+    Table(
         name="selections",
-        meaning="One configuration selected under one budget.",
+        meaning="One configuration selected under one budget: the best, and then the cheapest within one standard "
+        "error of the best, if it is not among these.",
         columns=(
             _text("budget", "Fixed configuration whose MACs are the budget, like 16-16-16"),
             _count("budget_macs", "MACs of that configuration", "MACs an image"),
@@ -353,8 +365,8 @@ _TABLES = (
             _CONFIGURATION,
             _text(
                 "kind",
-                "fixed: its MACs are a budget, or the experiment names it; selected: found by the search or asked for",
-                choices=("fixed", "selected"),
+                "fixed: its MACs are a budget, or the experiment names it; drawn: validation.drawn; selected: others",
+                choices=("fixed", "selected", "drawn"),
             ),
             _seed("Which repeat"),
             _VAL_ACCURACY,

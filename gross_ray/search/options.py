@@ -22,6 +22,9 @@ RUNTIMES = {
 STRATEGY_NAMES = ("exhaustive", "surrogate", "breadth-first", "evolution", "random")
 """The names in `gross_ray.search.strategies`, which is slower to import than options may be."""
 
+SCORES = ("smoothed-mean", "smoothed-median", "smoothed-loss", "mean", "median", "loss")
+"""By what configurations may be ranked; `gross_ray.search.scores` computes it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
@@ -85,6 +88,9 @@ class SearchOptions:
     searches within each, and the best configurations within each are retrained."""
     top: int = 2
     """How many configurations are selected under each budget."""
+    score: str = "smoothed-mean"
+    """By what configurations are ranked: their mean or median accuracy over the supernets (the paper: the median), or
+    their mean loss, smoothed over the space or not (docs/method.md)."""
     strategy: str = "exhaustive"
     """exhaustive evaluates the whole space; surrogate, breadth-first, evolution and random propose a part of it."""
     evaluations: int = 0
@@ -101,7 +107,12 @@ class SearchOptions:
     def __post_init__(self) -> None:
         settle(self, "search.")
         require(self.top >= 1, "search.top", self.top, "must be 1 or more")
-        for name, choices in (("form", FORM_CHOICES), ("precision", PRECISIONS), ("strategy", STRATEGY_NAMES)):
+        for name, choices in (
+            ("form", FORM_CHOICES),
+            ("precision", PRECISIONS),
+            ("strategy", STRATEGY_NAMES),
+            ("score", SCORES),
+        ):
             value = getattr(self, name)
             require(value in choices, f"search.{name}", value, f"must be one of {', '.join(choices)}")
         require(self.evaluations >= 0, "search.evaluations", self.evaluations, "must be 0 or more")

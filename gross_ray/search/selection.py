@@ -1,4 +1,4 @@
-"""Select configurations: the most accurate ones under budgets, and the Pareto front (section 5.1).
+"""Select configurations: those of the highest score under budgets, and the Pareto front (section 5.1).
 
 Both work chunk by chunk on a space of any size, because the best of the whole are also the best of their chunk.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -16,24 +17,10 @@ from gross_ray.search.budgets import COSTS, Budget, readable_amount
 from gross_ray.space import Configuration, SearchSpace, listed
 
 
-def supernet_accuracies(configurations: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per configuration: its costs and `supernet_accuracy`, the median over the supernets.
-
-    `configurations` is the table of that name; its accuracies are on the validation split. A chunk of the table must
-    contain the rows of all supernets for its configurations.
-    """
-    codes, _ = pd.factorize(configurations["configuration"])
-    _, first = np.unique(codes, return_index=True)
-    costs = configurations[["configuration", *COSTS]].iloc[first].reset_index(drop=True)
-    # A latency counts only if the rows of all supernets have it.
-    costs.loc[np.unique(codes[configurations["latency_ms"].isna()]), "latency_ms"] = math.nan
-    return costs.assign(supernet_accuracy=configurations["val_accuracy"].groupby(codes).median())
-
-
 def best_under(accuracies: pd.DataFrame, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
-    """Return the `top` (1 or more) most accurate configurations within all `budgets`, the best first.
+    """Return the `top` (1 or more) configurations of the highest score within all `budgets`, the best first.
 
-    `accuracies` and the result have the columns of `supernet_accuracies`. Ties in accuracy go to the lower cost (of the
+    `accuracies` and the result have the columns of `scores.scored`. Ties in the score go to the lower cost (of the
     first budget, then of the next; MACs if there are no budgets), then to the smaller group-sizes: the order is total,
     so the best of the chunks' best are the best of all. Raises InvalidValueError if nothing fits, naming the smallest
     costs, or if a cost under a budget was not measured.
@@ -65,12 +52,39 @@ def best_of_chunks(chunks: Iterable[pd.DataFrame], budgets: Sequence[Budget], to
     return merged
 
 
-def select(accuracies: pd.DataFrame, budget: str, top: int) -> pd.DataFrame:
-    """Return the `top` most accurate configurations that cost no more MACs than the fixed configuration `budget`.
+@dataclass(frozen=True)
+class NearBest:
+    """The configurations whose score is within one standard error of the best's, under the same budgets."""
 
-    `accuracies` is what `supernet_accuracies` returns. The fixed configuration itself is left out; ties go to the
-    cheaper one, then to the smaller group-sizes. Columns: those of the `selections` table. Raises InvalidValueError
-    if `budget` was not evaluated or no other configuration fits under it.
+    count: int
+    """How many there are, with the best itself."""
+    cheapest: pd.DataFrame
+    """One row: the cheapest of them, in the first budget's cost (MACs without budgets)."""
+
+
+def near_best(chunks: Iterable[pd.DataFrame], budgets: Sequence[Budget], best: pd.Series) -> NearBest:
+    """Return the configurations of all chunks that are as good as `best`, their best row, as far as is known.
+
+    `best` must have a standard error. One chunk is in memory at a time.
+    """
+    least = best["score"] - best["standard_error"]
+    costs = _costs(budgets)
+    order = {costs[0]: True, "score": False} | dict.fromkeys(costs[1:], True)
+    count, cheapest = 0, []
+    for chunk in chunks:
+        near = chunk.loc[_fits(chunk, budgets) & (chunk["score"] >= least).to_numpy()]
+        count += len(near)
+        cheapest.append(_sorted(near.loc[near[costs[0]] == near[costs[0]].min()], order).head(1))
+    return NearBest(count, _sorted(pd.concat(cheapest), order).head(1))
+
+
+def select(accuracies: pd.DataFrame, budget: str, top: int) -> pd.DataFrame:
+    """Return the `top` configurations of the highest score that cost no more MACs than the fixed one `budget`.
+
+    `accuracies` is what `scores.scored` returns. The fixed configuration itself is left out; ties go to the cheaper
+    one, then to the smaller group-sizes. If scores have standard errors, the cheapest configuration within one standard
+    error of the best is the last row, unless it is among the others. Columns: those of the `selections` table. Raises
+    InvalidValueError if `budget` was not evaluated or no other configuration fits under it.
     """
     fixed = accuracies.loc[accuracies["configuration"] == budget]
     if fixed.empty:
@@ -78,20 +92,22 @@ def select(accuracies: pd.DataFrame, budget: str, top: int) -> pd.DataFrame:
             f"budget {budget}: this configuration was not evaluated; choose group-sizes of the space"
         )
     limit = int(fixed["macs"].iloc[0])
-    best = _best(accuracies.loc[accuracies["configuration"] != budget], [Budget("macs", limit)], top)
+    others, budgets = accuracies.loc[accuracies["configuration"] != budget], [Budget("macs", limit)]
+    best = _best(others, budgets, top)
     if best.empty:
         smallest = accuracies.iloc[accuracies["macs"].argmin()]
         raise InvalidValueError(
             f"budget {budget} ({limit / 1e6:.2f} M MACs): nothing else fits under it; "
             f"the smallest is {smallest['macs'] / 1e6:.2f} M MACs at {smallest['configuration']}"
         )
+    if best["standard_error"].notna().all():
+        cheapest = near_best([others], budgets, best.iloc[0]).cheapest
+        best = pd.concat([best, cheapest]).drop_duplicates("configuration", ignore_index=True)
     chosen = best[["configuration", "macs", "supernet_accuracy"]]
     return pd.DataFrame({"budget": budget, "budget_macs": limit, "rank": range(1, len(best) + 1)}).join(chosen)
 
 
-def pareto_front(
-    accuracies: pd.DataFrame, *, cost: str | Sequence[str] = "macs", value: str = "supernet_accuracy"
-) -> pd.DataFrame:
+def pareto_front(accuracies: pd.DataFrame, *, cost: str | Sequence[str] = "macs", value: str = "score") -> pd.DataFrame:
     """Return the rows that no other row dominates in cost (one or several) and value, in ascending order of cost.
 
     A row dominates another if it is as good in all of these and better in one. Of rows equal in all, only the one with
@@ -150,17 +166,22 @@ def _costs(budgets: Sequence[Budget]) -> list[str]:
 
 def _best(accuracies: pd.DataFrame, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
     """Return the first `top` rows within all budgets, in the order of `best_under`; empty if none fits."""
-    fits = np.ones(len(accuracies), dtype=bool)
-    for budget in budgets:
-        _check_measured(accuracies, budget.cost)
-        fits &= (accuracies[budget.cost] <= budget.limit).to_numpy()
-    order = {"supernet_accuracy": False} | dict.fromkeys(_costs(budgets), True)
-    rows = accuracies.loc[fits].nlargest(top, "supernet_accuracy", keep="all")
+    order = {"score": False} | dict.fromkeys(_costs(budgets), True)
+    rows = accuracies.loc[_fits(accuracies, budgets)].nlargest(top, "score", keep="all")
     rows = rows.sort_values(list(order), ascending=list(order.values()))
     # Parsing group-sizes is slow: only for the first `top` rows and those equal to the last of them.
     numbers = rows[list(order)].to_numpy()
     last = (numbers == numbers[top - 1]).all(axis=1) if len(rows) > top else True
     return _sorted(rows.loc[(np.arange(len(rows)) < top) | last], order).head(top)
+
+
+def _fits(accuracies: pd.DataFrame, budgets: Sequence[Budget]) -> np.ndarray:
+    """Return whether each row is within all budgets; raises InvalidValueError if a cost was not measured."""
+    fits = np.ones(len(accuracies), dtype=bool)
+    for budget in budgets:
+        _check_measured(accuracies, budget.cost)
+        fits &= (accuracies[budget.cost] <= budget.limit).to_numpy()
+    return fits
 
 
 def _sorted(rows: pd.DataFrame, order: dict[str, bool]) -> pd.DataFrame:

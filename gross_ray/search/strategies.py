@@ -36,6 +36,9 @@ MOST_ASKED = 32
 class Strategy(ABC):
     """Proposes configurations that fit the budgets, each once, and learns their accuracies."""
 
+    smooths = False
+    """Whether the strategy smooths the accuracies on its own."""
+
     def __init__(self, space: BudgetedSpace, seed: int) -> None:
         self.space = space
         self._generator = np.random.default_rng(seed)
@@ -48,7 +51,7 @@ class Strategy(ABC):
         return sorted(new)
 
     def learn(self, accuracies: Mapping[Configuration, float]) -> None:
-        """Record accuracies (0 to 1) of proposed configurations, or of any others."""
+        """Record scores (higher is better) of proposed configurations, or of any others; later ones replace them."""
         self._known |= accuracies
 
     @abstractmethod
@@ -133,6 +136,8 @@ class Surrogated(Strategy):
     configurations and neighbours of the best so far, then neighbours of the configurations with the highest bound.
     """
 
+    smooths = True
+
     def __init__(self, space: BudgetedSpace, seed: int) -> None:
         super().__init__(space, seed)
         self._starts = _starts(space)
@@ -203,11 +208,15 @@ class Evolution(Strategy):
         self._drawn = _drawn(space, self._generator)
 
     def learn(self, accuracies: Mapping[Configuration, float]) -> None:
-        """Record accuracies; configurations that were not proposed join the population's history too."""
+        """Record scores; configurations that were not proposed join the population's history too.
+
+        A trial keeps the score with which it was learned first.
+        """
         import optuna
 
+        new = {name: accuracy for name, accuracy in accuracies.items() if self._known.get(name) is None}
         super().learn(accuracies)
-        for configuration, accuracy in accuracies.items():
+        for configuration, accuracy in new.items():
             indices = self.space.indices([configuration])
             values = self._values(accuracy, indices)
             if trials := self._pending.pop(configuration, []):

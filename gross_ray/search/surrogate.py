@@ -8,10 +8,11 @@ small grid; the mean is constant, the accuracies are standardised (Rasmussen and
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 NOISES = (0.05, 0.15, 0.4)
 """The grid of noise variances, relative to the kernel's variance."""
@@ -39,13 +40,13 @@ class Surrogate:
     _scale: float
 
     @classmethod
-    def of(cls, indices: np.ndarray, accuracies: np.ndarray) -> Surrogate:
-        """Fit to N (2 or more) configurations: `indices` (N, L), `accuracies` (N,)."""
+    def of(cls, indices: np.ndarray, accuracies: np.ndarray, *, noises: Sequence[float] = NOISES) -> Surrogate:
+        """Fit to N (2 or more) configurations: `indices` (N, L), `accuracies` (N,); `noises` is the grid to try."""
         mean, scale = float(accuracies.mean()), float(accuracies.std()) or 1.0
         values = (accuracies - mean) / scale
         sums, products = _kernels(indices, indices)
         best: tuple[float, Surrogate] | None = None
-        for noise, share in itertools.product(NOISES, SUMS):
+        for noise, share in itertools.product(noises, SUMS):
             factor = cholesky(share * sums + (1 - share) * products + noise * np.eye(len(values)), lower=True)
             white = solve_triangular(factor, values, lower=True)
             evidence = -0.5 * float(white @ white) - float(np.log(np.diag(factor)).sum())
@@ -55,20 +56,31 @@ class Surrogate:
         assert best is not None
         return best[1]
 
-    def predict(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation, (M,) each, of the accuracies that evaluations would measure."""
+    def predict(self, indices: np.ndarray, *, noise: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation, (M,) each, of the accuracies that evaluations would measure.
+
+        Without `noise`, the standard deviation is that of the accuracies without the evaluations' noise.
+        """
         sums, products = _kernels(indices, self.indices)
         kernel = self.sum_share * sums + (1 - self.sum_share) * products
-        variance = 1 + self.noise - (solve_triangular(self._factor, kernel.T, lower=True) ** 2).sum(axis=0)
+        variance = 1 + self.noise * noise - (solve_triangular(self._factor, kernel.T, lower=True) ** 2).sum(axis=0)
         return self._mean + self._scale * (kernel @ self._weights), self._scale * np.sqrt(np.maximum(variance, 0))
+
+    def smooth(self, values: np.ndarray) -> np.ndarray:
+        """Return other values of the fitted configurations, (N, K), smoothed by the same process; 0 is their mean."""
+        sums, products = _kernels(self.indices, self.indices)
+        kernel = self.sum_share * sums + (1 - self.sum_share) * products
+        return kernel @ cho_solve((self._factor, True), values)
 
 
 def _kernels(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum and the product kernel of all pairs, (N, M) each; 1 between equal configurations."""
     layers = left.shape[1]
-    sums, squares = np.zeros((len(left), len(right))), np.zeros((len(left), len(right)))
-    for layer in range(layers):
-        square = np.square(left[:, None, layer] - right[None, :, layer], dtype=np.float64)
-        sums += np.exp(square / (-2 * _LENGTH**2))
-        squares += square
+    # As matrix products: each index of `left` selects a row of the similarities to all configurations of `right`.
+    choices = np.arange(max(left.max(initial=0), right.max(initial=0)) + 1)
+    similar = np.exp(np.square(choices[:, None, None] - right.T, dtype=np.float64) / (-2 * _LENGTH**2))  # (S, L, M)
+    chosen = (choices[:, None] == left[:, None, :]).astype(np.float64)  # (N, S, L)
+    sums = chosen.reshape(len(left), -1) @ similar.reshape(-1, len(right))
+    ours, theirs = left.astype(np.float64), right.astype(np.float64)
+    squares = (ours**2).sum(axis=1)[:, None] + (theirs**2).sum(axis=1) - 2 * ours @ theirs.T  # exact: whole numbers
     return sums / layers, np.exp(squares / (-2 * _PRODUCT_LENGTH**2 * layers / 3))

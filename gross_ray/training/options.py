@@ -152,6 +152,11 @@ class ValidationOptions:
     """Group-sizes of the fixed configurations; those of `search.budgets` are always added."""
     seeds: int = 5
     """How often each configuration is decomposed and trained."""
+    drawn: int = 0
+    """Number of further configurations to train, drawn evenly over the MACs. They show whether supernets rank
+    configurations correctly that no search has selected."""
+    drawn_seeds: int = 2
+    """How often each of these is trained."""
     trainable: str = "series"
     """What fine-tuning trains. series: only the series, as in the paper; all: every parameter of the network, dense
     layers too, with batch-norm in training mode."""
@@ -163,6 +168,8 @@ class ValidationOptions:
     def __post_init__(self) -> None:
         settle(self, "validation.")
         require(self.seeds >= 1, "validation.seeds", self.seeds, "must be 1 or more")
+        require(self.drawn >= 0, "validation.drawn", self.drawn, "must be 0 or more")
+        require(self.drawn_seeds >= 1, "validation.drawn_seeds", self.drawn_seeds, "must be 1 or more")
         rule = f"must be one of {', '.join(TRAINABLE)}"
         require(self.trainable in TRAINABLE, "validation.trainable", self.trainable, rule)
         require_group_sizes("validation.fixed", self.fixed)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import pandas as pd
 
 from gross_ray.errors import InvalidValueError, MissingStageError
@@ -21,7 +22,8 @@ from gross_ray.run.store import SEARCH_ENDED
 from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import LayerCosts, layer_costs
-from gross_ray.search.selection import supernet_accuracies, uniform
+from gross_ray.search.scores import Score, Scoreboard, by_supernet
+from gross_ray.search.selection import uniform
 from gross_ray.search.strategies import Strategy, strategy
 from gross_ray.seeds import derive_seed
 from gross_ray.space import Configuration, SearchSpace
@@ -165,6 +167,8 @@ class Proposals:
         self._left = options.evaluations
         self._size = size_of(options.evaluations)
         macs = additive_cost(run, "macs")
+        self._score = Score(options.score)
+        self._board = Scoreboard(self._score)
         self._strategies: list[Strategy] = []
         for size in options.budgets:
             fixed = uniform(run.space, size)
@@ -178,17 +182,14 @@ class Proposals:
         self._number = 0
 
     def learn(self, round_: Sequence[Configuration], names: Sequence[str]) -> None:
-        """Learn the accuracies of a round from the stored units `names`: the median over the supernets."""
-        rows = self._run.store.read_units("configurations", names)
-        found = supernet_accuracies(rows)
-        accuracies = dict(
-            zip(map(Configuration.parse, found["configuration"]), found["supernet_accuracy"], strict=True)
-        )
-        if set(accuracies) != set(round_):
+        """Learn the scores of a round, whose evaluations are the stored units `names`."""
+        rows = self._run.store.read_units("configurations", names, ["configuration", "seed", self._score.column])
+        configurations = list(map(Configuration.parse, rows["configuration"].drop_duplicates()))
+        values = by_supernet(rows, self._score, np.unique(rows["seed"]))
+        if set(configurations) != set(round_) or np.isnan(values).any():
             raise InvalidValueError(f"round {self._number} of the search is stored in part: run `gross search` again")
         self._left -= len(round_) if self._number else 0
-        for each in self._strategies:
-            each.learn(accuracies)
+        self._board.teach(self._strategies, self._board.add(configurations, values))
         self._number += 1
 
     def next_round(self) -> list[Configuration]:

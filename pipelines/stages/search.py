@@ -26,7 +26,7 @@ from gross_ray.search.cost import LayerCosts, counted_costs
 from gross_ray.search.evaluator import Evaluator
 from gross_ray.search.layer_forms import LayerForm
 from gross_ray.search.options import EvaluationOptions
-from gross_ray.search.selection import best_of_chunks, front_of_chunks, select, uniform
+from gross_ray.search.selection import NearBest, best_of_chunks, front_of_chunks, near_best, select, uniform
 from gross_ray.search.sharding import PrefixCosts, segment_macs
 from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import empty_supernet
@@ -212,6 +212,10 @@ def _prepare(driver: Driver, units: Sequence[Supernet]) -> None:
 
 def _evaluate(driver: Driver, shown: str, units: Sequence[Part]) -> None:
     run, stored = driver.run, done(driver.run)
+    searched = supernets.searched(run)
+    if any(unit.supernet in searched and unit.name not in stored for unit in units):
+        for name in run.store.units("scores"):  # each score depends on all evaluations
+            run.store.delete_unit("scores", name)
     require(run.store, finetune.NAME, {unit.shared for unit in units if unit.name not in stored}, finetune.done(run))
     driver.do(_job(driver, shown, units, work))
 
@@ -352,10 +356,15 @@ def budgets(run: Run) -> list[Configuration]:
 
 
 def accuracies(run: Run) -> Iterator[pd.DataFrame]:
-    """Yield `supernet_accuracies` of the searched supernets, one part of the space at a time.
+    """Yield `scores.scored` of the searched supernets, one part of the space at a time.
 
     Raises MissingStageError if an evaluation is missing.
     """
+    return evaluated_accuracies(run.store, _evaluated(run))
+
+
+def _evaluated(run: Run) -> pd.DataFrame:
+    """Return `evaluated_units` of the searched supernets; raises MissingStageError if an evaluation is missing."""
     units, stored = plan(run), done(run)
     missing = [unit.name for unit in units if unit.name not in stored]
     if missing:
@@ -363,21 +372,28 @@ def accuracies(run: Run) -> Iterator[pd.DataFrame]:
             f"{len(missing)} of {len(units)} shards are not stored in {run.store.storage}: run `gross search "
             f"{run.store.storage}` first"
         )
-    yield from evaluated_accuracies(run.store, evaluated_units(run.store, [unit.name for unit in units]))
+    return evaluated_units(run.store, [unit.name for unit in units])
 
 
 def best(run: Run, budgets: Sequence[Budget], top: int) -> pd.DataFrame:
-    """Return the `top` most accurate configurations within all budgets (`best_under`)."""
+    """Return the `top` configurations of the highest score within all budgets (`best_under`)."""
     return best_of_chunks(accuracies(run), budgets, top)
 
 
+def near(run: Run, budgets: Sequence[Budget], best: pd.Series, *, without: str = "") -> NearBest:
+    """Return the configurations within one standard error of `best` (`near_best`), leaving out `without`."""
+    chunks = (part[part["configuration"] != without] for part in accuracies(run))
+    return near_best(chunks, budgets, best)
+
+
 def front(run: Run, costs: Sequence[str]) -> pd.DataFrame:
-    """Return the Pareto front of accuracy and one or more costs (`pareto_front`)."""
+    """Return the Pareto front of the score and one or more costs (`pareto_front`)."""
     return front_of_chunks(accuracies(run), cost=costs)
 
 
 def choose(run: Run) -> None:
-    """Select and store configurations for each budget that has no stored selection."""
+    """Store the scores of all evaluated configurations, and a selection for each budget, unless they are stored."""
+    _store_scores(run)
     units = {f"budget={budget}": str(budget) for budget in budgets(run)}
     missing = units.keys() - run.store.finished_units("selections")
     if not missing:
@@ -385,9 +401,23 @@ def choose(run: Run) -> None:
     names = list(units.values())
     fixed = pd.concat([part[part["configuration"].isin(names)] for part in accuracies(run)])
     for unit in missing:
-        limit = fixed.loc[fixed["configuration"] == units[unit], "macs"]
-        top = run.experiment.search.top
-        within = best(run, [Budget("macs", float(limit.iloc[0]))], top + 1)  # it may include the fixed configuration
-        candidates = pd.concat([within, fixed]).drop_duplicates("configuration")
-        run.store.write_table("selections", unit, select(candidates, units[unit], top).to_dict("records"))
+        name, top = units[unit], run.experiment.search.top
+        limit = [Budget("macs", float(fixed.loc[fixed["configuration"] == name, "macs"].iloc[0]))]
+        candidates = best(run, limit, top + 1)  # it may include the fixed configuration
+        others = candidates[candidates["configuration"] != name]
+        if others["standard_error"].notna().any():
+            candidates = pd.concat([candidates, near(run, limit, others.iloc[0], without=name).cheapest])
+        candidates = pd.concat([candidates, fixed]).drop_duplicates("configuration", ignore_index=True)
+        run.store.write_table("selections", unit, select(candidates, name, top).to_dict("records"))
     run.changed(NAME)
+
+
+def _store_scores(run: Run) -> None:
+    units = _evaluated(run)
+    num = units["first"].nunique()
+    names = [f"part={part},of={num}" for part in range(num)]
+    if set(names) <= run.store.finished_units("scores"):
+        return
+    for name, part in zip(names, evaluated_accuracies(run.store, units), strict=True):
+        rows = part[["configuration", "score", "standard_error"]]
+        run.store.write_table("scores", name, rows.astype(object).where(rows.notna(), None).to_dict("records"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from gross_ray.btd.bottleneck import Bottleneck
@@ -16,6 +19,8 @@ from gross_ray.run import latencies
 from gross_ray.run.limits import limits
 from gross_ray.run.opened import Run, save_supernet, validation_unit
 from gross_ray.run.progress import finished_units, history_unit
+from gross_ray.search.budgeted import BudgetedSpace
+from gross_ray.search.budgets import Budget
 from gross_ray.search.cost import counted_costs
 from gross_ray.search.selection import uniform
 from gross_ray.seeds import derive_seed
@@ -30,6 +35,8 @@ from pipelines.stages.rates import FindRates
 from pipelines.units import Context, EpochSlot, Job, Unit
 
 NAME = "validate"
+DRAWS = 1000
+"""Configurations among which one with MACs in a range is looked for."""
 SCHEDULES = ("validation.reconstruction", "validation.finetuning")
 
 
@@ -39,7 +46,7 @@ class Validation(Unit):
 
     configuration: Configuration
     kind: str
-    """fixed or selected."""
+    """fixed, selected or drawn."""
     seed: int
 
     @property
@@ -74,6 +81,26 @@ def selected_configurations(run: Run) -> list[Configuration]:
     return list(dict.fromkeys(map(Configuration.parse, chosen)))
 
 
+def drawn_configurations(run: Run, others: Collection[Configuration]) -> list[Configuration]:
+    """Return `validation.drawn` configurations that are not among `others`, one from each of equal ranges of MACs.
+
+    A range in which no configuration is found has none. The draws depend on the experiment's seed alone.
+    """
+    num = run.experiment.validation.drawn
+    if not num:
+        return []
+    macs = rounds.additive_cost(run, "macs")
+    generator = np.random.default_rng(derive_seed(run.experiment.seed, NAME, "drawn") % 2**32)
+    edges = np.linspace(macs.minimum, macs.maximum, num + 1)
+    found: list[Configuration] = []
+    for least, most in pairwise(edges):
+        within = BudgetedSpace(run.space, [macs], [Budget("macs", float(most))])
+        drawn = within.configurations(within.draw(DRAWS, generator))
+        fitting = (one for one in drawn if macs.of_one(one) >= least and one not in others and one not in found)
+        found += itertools.islice(fitting, 1)
+    return found
+
+
 def units_of(run: Run, configurations: Iterable[Configuration]) -> list[Validation]:
     """Return one unit for each configuration and seed."""
     fixed = set(fixed_configurations(run))
@@ -85,10 +112,16 @@ def units_of(run: Run, configurations: Iterable[Configuration]) -> list[Validati
 
 
 def plan(run: Run) -> Sequence[Validation]:
-    """Return the units of the fixed and the selected configurations."""
+    """Return the units of the fixed, the selected and the drawn configurations."""
 
     def units() -> Sequence[Validation]:
-        return units_of(run, [*fixed_configurations(run), *selected_configurations(run)])
+        others = [*fixed_configurations(run), *selected_configurations(run)]
+        drawn = [
+            Validation(configuration=configuration, kind="drawn", seed=seed)
+            for configuration in drawn_configurations(run, others)
+            for seed in range(run.experiment.validation.drawn_seeds)
+        ]
+        return [*units_of(run, others), *drawn]
 
     return run.once(f"{NAME} plan", units, depends=[search.NAME, latencies.STAGE])
 
@@ -99,7 +132,7 @@ def done(run: Run) -> set[str]:
 
 
 def do(driver: Driver) -> None:
-    """Validate the missing fixed and selected configurations."""
+    """Validate the missing fixed, selected and drawn configurations."""
     _do(driver, NAME, plan(driver.run))
 
 
@@ -133,7 +166,8 @@ def _do(driver: Driver, shown: str, units: Sequence[Validation]) -> None:
         work=work,
         done=lambda: done(run),
         kind=NAME,
-        num_equal=(len(fixed_configurations(run)) + num_selected) * options.validation.seeds,
+        num_equal=(len(fixed_configurations(run)) + num_selected) * options.validation.seeds
+        + options.validation.drawn * options.validation.drawn_seeds,
         trials=True,
     )
     trained = [unit for unit in units if _decompositions(run, unit)]  # the original network has nothing to train

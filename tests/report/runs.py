@@ -18,7 +18,7 @@ DEEP = {f"features.{place}": (1, 4) for place in range(8)}
 TEMPERATURES = ((0.0, "index"), *((alpha, scaling) for scaling in ("index", "normalised") for alpha in (2.0, 4.0, 8.0)))
 FIXED = ("32-32-32", "16-16-16", "4-4-4", "1-1-1")
 SELECTED = {"16-16-16": ("8-16-16", "2-16-16"), "4-4-4": ("8-1-4", "1-2-4")}
-SEARCHED = ["supernet.alpha=4.0", "supernet.scaling=normalised"]
+SEARCHED = ["supernet.alpha=4.0", "supernet.scaling=normalised", "search.score=median"]
 SETTINGS = ["supernet.seeds=5", "search.top=2", "training.seeds=5"]
 SETTINGS += ["sweep.alphas=[0,2,4,8]", 'sweep.scalings=["index","normalised"]', "sweep.seeds=5"]
 SHARD = 20_000

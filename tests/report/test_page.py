@@ -181,7 +181,7 @@ def test_a_long_front_is_drawn_whole_and_what_is_marked_is_told(
     for title, figure in page.charts["space"]["versions"].items():
         line, points = (trace for trace in figure["data"] if trace["name"] == "Pareto front")
         stairs = page.charts["space"]["budgets"][title]
-        assert line["y"] == pytest.approx([100 * accuracy for accuracy in stairs["accuracies"]])
+        assert line["y"] == pytest.approx(stairs["scores"])
         assert len(line["y"]) > 5 == len(points["y"])
     steps = len(page.charts["space"]["budgets"][COST_TITLES["macs"][0]]["costs"])
     assert f"Only evenly spaced ones are marked: 5 of {steps} steps of the front." in page.plots["space"]
@@ -267,7 +267,7 @@ def test_the_staircase_names_the_best_within_every_budget(page: ParsedPage, sear
             place = bisect.bisect_right(stairs["costs"], limit) - 1
             named = stairs["configurations"][place] if place >= 0 else None
             assert named == best(searched, cost, limit)
-            assert named is None or stairs["accuracies"][place] == searched[named]["accuracy"]
+            assert named is None or stairs["scores"][place] == 100 * searched[named]["accuracy"]
 
 
 def test_figure_1_left(store: RunStore, page: ParsedPage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,13 @@ import pytest
 
 from gross_ray.presets import preset
 from gross_ray.report import results as tables
+from gross_ray.report.searched import Searched
 from gross_ray.report.terminal import as_text, front_table, results, stage_results
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import Budget
+from gross_ray.search.options import SCORES
+from gross_ray.search.scores import Score
+from gross_ray.search.selection import NearBest, near_best
 
 
 def network_table(store: RunStore, *, markdown: bool = False) -> str:
@@ -30,8 +35,11 @@ def sweep_table(store: RunStore, *, markdown: bool = False) -> str:
     return as_text(tables.sweep_table(store), markdown)
 
 
-def budget_table(best: pd.DataFrame, budgets: Sequence[Budget]) -> str:
-    return as_text(tables.budget_table(best, budgets))
+def budget_table(best: pd.DataFrame, budgets: Sequence[Budget], near: NearBest | None = None) -> str:
+    return as_text(tables.budget_table(best, budgets, MEAN, near))
+
+
+MEAN = Score("smoothed-mean")
 
 
 NETWORKS = [0.9012, 0.8877, 0.9101]
@@ -51,7 +59,7 @@ SELECTED = {"4-4": ("4-1", "1-4"), "16-16": ("2-32",)}
 
 @pytest.fixture
 def store(tmp_path: Path) -> RunStore:
-    settings = ["supernet.seeds=3", "supernet.alpha=4.0", "supernet.scaling=normalised"]
+    settings = ["supernet.seeds=3", "supernet.alpha=4.0", "supernet.scaling=normalised", "search.score=median"]
     return RunStore.create(tmp_path / "run", preset("quickstart").override(settings))
 
 
@@ -239,7 +247,14 @@ def test_the_rank_correlation_is_over_all_validated_configurations(store: RunSto
 def _accuracies(**columns: Any) -> pd.DataFrame:
     rows = {"configuration": ["2-32", "16-16"], "macs": [1_900_000, 2_004_999], "macs_paper": [1_950_000, 2_104_000]}
     return pd.DataFrame(
-        rows | {"parameters": [12_000, 9_000], "latency_ms": [0.5, 1.25], "supernet_accuracy": [0.86, 0.8125]} | columns
+        rows
+        | {
+            "parameters": [12_000, 9_000],
+            "latency_ms": [0.5, 1.25],
+            "score": [0.86, 0.8125],
+            "standard_error": math.nan,
+        }
+        | columns
     )
 
 
@@ -257,8 +272,47 @@ def test_the_best_under_budgets() -> None:
     assert rows[1] == ["2", "16-16", "2.00", "2.10", "9000", "81.25"]
 
 
+def test_scores_have_their_standard_errors_and_a_note_the_cheapest_that_is_as_good() -> None:
+    best = _accuracies(standard_error=[0.0512, 0.004])
+    near = near_best([best], [Budget("macs", 2.66e6)], best.iloc[0])
+    heads, *rows, (note,) = _words(budget_table(best, [Budget("macs", 2.66e6)], near))[1:]
+    assert heads[-1] == "in supernet (val): score (s.e.)"
+    assert [row[-1] for row in rows] == ["86.00 (5.12)", "81.25 (0.40)"]
+    assert note == (
+        "within one standard error (5.12) of the best: 2 configurations; the cheapest of them: 2-32 (macs=1.9M)"
+    )
+    front = _words(front_table(best.assign(score=[-0.6931, -0.7]), ["macs"], Score("smoothed-loss")))
+    assert [row[-1] for row in front[2:]] == ["-0.6931 (0.0512)", "-0.7000 (0.0040)"]
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_table_3_with_every_score(tmp_path: Path, name: str) -> None:
+    """Its cells are those of `Searched`, and the notes those of `near_best`, by the definition."""
+    settings = ["supernet.seeds=3", "supernet.alpha=4.0", "supernet.scaling=normalised", f"search.score={name}"]
+    store = RunStore.create(tmp_path / "run", preset("quickstart").override(settings))
+    _write_configurations(store, 4.0)
+    _write_selections(store)
+    searched = Searched.of(store)
+    found = searched.accuracies.set_index("configuration")
+    shown = selection_table(store)
+    if not searched.score.smoothed:
+        assert "(s.e.)" not in shown and "standard error" not in shown and found["standard_error"].isna().all()
+        return
+    assert f"in supernet: {searched.score.over(3)}, with its standard error" in shown
+    for configuration in {*SELECTED, *(one for chosen in SELECTED.values() for one in chosen)}:
+        assert f"{searched.score.text(found['score'][configuration])} (" in shown
+    for budget in SELECTED:
+        others = found[(found["macs"] <= MACS[budget]) & (found.index != budget)].sort_values("macs")
+        best = others.loc[others["score"].idxmax()]
+        near = others[others["score"] >= best["score"] - best["standard_error"]]
+        assert f"under {budget}, within one standard error" in shown
+        line = next(line for line in shown.splitlines() if line.startswith(f"under {budget}, "))
+        assert f"of the best: {len(near)} configuration" in line
+        assert f"the cheapest of them: {near.index[0]} (macs=" in line
+
+
 def test_the_front() -> None:
-    title, heads, *rows = _words(front_table(_accuracies(), ["latency_ms"]))
+    title, heads, *rows = _words(front_table(_accuracies(), ["latency_ms"], MEAN))
     assert title == ["Pareto front of latency_ms and accuracy in the supernet"]
     assert heads == ["configuration", "M MACs", "parameters", "ms", "in supernet (val)"]
     assert rows == [["2-32", "1.90", "12000", "0.500", "86.00"], ["16-16", "2.00", "9000", "1.250", "81.25"]]

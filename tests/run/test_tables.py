@@ -47,6 +47,7 @@ def test_the_tables_of_the_design_are_there():
         "layer_latencies",
         "runtime_latencies",
         "alpha_sweep",
+        "scores",
         "selections",
         "validations",
     ]

@@ -1,3 +1,4 @@
+import math
 import re
 from fractions import Fraction
 
@@ -23,9 +24,9 @@ from gross_ray.search.selection import (
     best_of_chunks,
     best_under,
     front_of_chunks,
+    near_best,
     pareto_front,
     select,
-    supernet_accuracies,
     uniform,
 )
 from gross_ray.space import Configuration, SearchSpace
@@ -43,14 +44,16 @@ def tables(draw):
         {
             "configuration": [str(one) for one in configurations],
             "macs": draw(st.lists(st.integers(1, 4).map(lambda n: 100 * n), min_size=size, max_size=size)),
-            "supernet_accuracy": draw(st.lists(st.sampled_from([0.5, 0.75, 0.8]), min_size=size, max_size=size)),
+            "score": draw(st.lists(st.sampled_from([0.5, 0.75, 0.8]), min_size=size, max_size=size)),
+            "supernet_accuracy": draw(st.lists(st.sampled_from([0.25, 0.375]), min_size=size, max_size=size)),
+            "standard_error": draw(st.sampled_from([math.nan, 0.0, 0.04, 0.05, 0.25])),
         }
     )
 
 
 @st.composite
 def accuracy_tables(draw, min_size=1):
-    """Like `supernet_accuracies`, with every cost, more rows than are asked for, and ties in all of them."""
+    """Like `scored`, with every cost, more rows than are asked for, and ties in all of them."""
     rows = draw(
         st.lists(
             st.tuples(
@@ -63,8 +66,8 @@ def accuracy_tables(draw, min_size=1):
             unique_by=lambda row: row[0],
         )
     )
-    table = pd.DataFrame(rows, columns=["configuration", *COSTS, "supernet_accuracy"])
-    numbers = dict.fromkeys(COSTS[:3], "int64") | {"latency_ms": "float64", "supernet_accuracy": "float64"}
+    table = pd.DataFrame(rows, columns=["configuration", *COSTS, "score"])
+    numbers = dict.fromkeys(COSTS[:3], "int64") | {"latency_ms": "float64", "score": "float64"}
     return table.assign(configuration=[str(row[0]) for row in rows]).astype(numbers)
 
 
@@ -94,8 +97,8 @@ def first_of(rows, before, count):
 @settings(max_examples=80)
 def test_the_best_are_what_looking_at_every_row_gives(table, budgets, top):
     def before(row, other):
-        if row.supernet_accuracy != other.supernet_accuracy:
-            return row.supernet_accuracy > other.supernet_accuracy
+        if row.score != other.score:
+            return row.score > other.score
         for cost in [budget.cost for budget in budgets] or ["macs"]:
             if getattr(row, cost) != getattr(other, cost):
                 return getattr(row, cost) < getattr(other, cost)
@@ -150,23 +153,21 @@ def test_the_front_of_the_chunks_fronts_is_the_front_of_all(table, cost, cuts):
     )
     assert list(whole.columns) == list(table.columns)
     for row in whole.itertuples():  # of equals, the smallest group-sizes
-        equals = table[(table[cost] == getattr(row, cost)) & (table["supernet_accuracy"] == row.supernet_accuracy)]
+        equals = table[(table[cost] == getattr(row, cost)) & (table["score"] == row.score)]
         assert row.configuration == str(min(map(Configuration.parse, equals["configuration"])))
 
 
 def test_many_equal_rows_are_decided_by_the_group_sizes():
     space = list(SearchSpace({layer: (1, 2, 16, 128) for layer in "abcdef"}))
     shuffled = np.random.default_rng(0).permutation(len(space))
-    table = pd.DataFrame(
-        {"configuration": [str(space[place]) for place in shuffled], "macs": 10, "supernet_accuracy": 0.5}
-    )
+    table = pd.DataFrame({"configuration": [str(space[place]) for place in shuffled], "macs": 10, "score": 0.5})
     assert best_under(table, [], 7)["configuration"].tolist() == [str(one) for one in space[:7]]
     assert pareto_front(table)["configuration"].tolist() == ["1-1-1-1-1-1"]
 
 
 def test_a_cost_that_is_not_measured_names_the_command_to_run():
     table = pd.DataFrame(
-        {"configuration": ["1-1", "2-1"], "macs": [1, 2], "latency_ms": [0.5, None], "supernet_accuracy": [0.5, 0.6]}
+        {"configuration": ["1-1", "2-1"], "macs": [1, 2], "latency_ms": [0.5, None], "score": [0.5, 0.6]}
     )
     for choose in (
         lambda: best_under(table, [Budget("latency_ms", 1.0)], 1),
@@ -179,7 +180,7 @@ def test_a_cost_that_is_not_measured_names_the_command_to_run():
 
 
 def test_nothing_evaluated_is_told():
-    table = pd.DataFrame({"configuration": [], "macs": [], "supernet_accuracy": []})
+    table = pd.DataFrame({"configuration": [], "macs": [], "score": []})
     for chunks in ([], [table], [table, table]):
         with pytest.raises(InvalidValueError, match="no configuration is evaluated"):
             best_of_chunks(chunks, [Budget("macs", 1)], 1)
@@ -280,26 +281,50 @@ def test_selection_is_what_looking_at_every_row_gives(table, budget_row, top):
         with pytest.raises(InvalidValueError, match=f"{budget.configuration} .*{smallest / 1e6:.2f} M MACs at"):
             select(table, budget.configuration, top)
         return
-    expected = []
-    while candidates and len(expected) < top:  # take the best of what is left, one at a time
-        best = candidates[0]
-        for row in candidates[1:]:
-            if row.supernet_accuracy != best.supernet_accuracy:
-                better = row.supernet_accuracy > best.supernet_accuracy
-            elif row.macs != best.macs:
-                better = row.macs < best.macs
-            else:
-                better = Configuration.parse(row.configuration) < Configuration.parse(best.configuration)
-            best = row if better else best
-        expected.append(best)
-        candidates.remove(best)
+
+    def before(row, other):
+        if row.score != other.score:
+            return row.score > other.score
+        if row.macs != other.macs:
+            return row.macs < other.macs
+        return Configuration.parse(row.configuration) < Configuration.parse(other.configuration)
+
+    expected = first_of(candidates, before, top)
+    best = expected[0]
+    if not math.isnan(best.standard_error):
+        near = [row for row in candidates if row.score >= best.score - best.standard_error]
+        cheapest = first_of([row for row in near if row.macs == min(row.macs for row in near)], before, 1)
+        expected += [row for row in cheapest if row not in expected]
     chosen = select(table, budget.configuration, top)
-    assert list(chosen.columns) == ["budget", "budget_macs", "rank", "configuration", "macs", "supernet_accuracy"]
-    assert chosen["configuration"].tolist() == [row.configuration for row in expected]
-    assert chosen["macs"].tolist() == [row.macs for row in expected]
-    assert chosen["supernet_accuracy"].tolist() == [row.supernet_accuracy for row in expected]
+    columns = ["configuration", "macs", "supernet_accuracy"]
+    assert list(chosen.columns) == ["budget", "budget_macs", "rank", *columns]
+    for column in columns:
+        assert chosen[column].tolist() == [getattr(row, column) for row in expected]
     assert chosen["rank"].tolist() == list(range(1, len(expected) + 1))
     assert set(chosen["budget"]) == {budget.configuration} and set(chosen["budget_macs"]) == {budget.macs}
+
+
+@given(accuracy_tables(), BUDGETS, st.sampled_from([0.0, 0.25]), st.lists(st.integers(0, 18), max_size=3))
+@settings(max_examples=80)
+def test_the_near_best_are_counted_and_the_cheapest_found_whatever_the_chunks(table, budgets, error, cuts):
+    table = table.assign(standard_error=error)
+    rows = list(table.itertuples(index=False))
+    fitting = [row for row in rows if all(getattr(row, budget.cost) <= budget.limit for budget in budgets)]
+    if not fitting:
+        return
+    best = best_under(table, budgets, 1).iloc[0]
+    edges = [0, *sorted(cuts), len(table)]
+    chunks = [table.iloc[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    near = near_best(iter(chunks), budgets, best)
+    expected = [row for row in fitting if row.score >= best.score - error]
+    costs = list(dict.fromkeys(budget.cost for budget in budgets)) or ["macs"]
+
+    def place(row):
+        first, *others = (getattr(row, cost) for cost in costs)
+        return first, -row.score, *others, Configuration.parse(row.configuration)
+
+    assert near.count == len(expected)
+    assert near.cheapest["configuration"].tolist() == [min(expected, key=place).configuration]
 
 
 def test_ties_go_to_the_cheaper_then_to_the_smaller_group_sizes():
@@ -307,7 +332,9 @@ def test_ties_go_to_the_cheaper_then_to_the_smaller_group_sizes():
         {
             "configuration": ["4-4", "16-1", "2-1", "1-4", "1-1"],
             "macs": [400, 300, 300, 350, 100],
-            "supernet_accuracy": [0.9, 0.8, 0.8, 0.8, 0.7],
+            "score": [0.9, 0.8, 0.8, 0.8, 0.7],
+            "supernet_accuracy": 0.5,
+            "standard_error": math.nan,
         }
     )
     # As text "16-1" comes before "2-1"; as group-sizes it does not.
@@ -315,9 +342,7 @@ def test_ties_go_to_the_cheaper_then_to_the_smaller_group_sizes():
 
 
 def test_a_budget_below_everything_names_the_smallest():
-    table = pd.DataFrame(
-        {"configuration": ["4-4", "1-1"], "macs": [4_000_000, 1_250_000], "supernet_accuracy": [0.9, 0.8]}
-    )
+    table = pd.DataFrame({"configuration": ["4-4", "1-1"], "macs": [4_000_000, 1_250_000], "score": [0.9, 0.8]})
     with pytest.raises(InvalidValueError, match=r"budget 1-1 \(1.25 M MACs\).*smallest is 1.25 M MACs at 1-1"):
         select(table, "1-1", 1)
     with pytest.raises(InvalidValueError, match="budget 2-2: .*not evaluated"):
@@ -327,7 +352,7 @@ def test_a_budget_below_everything_names_the_smallest():
 @given(tables())
 @settings(max_examples=80)
 def test_the_pareto_front_is_what_no_row_dominates(table):
-    rows = list(zip(table["macs"], table["supernet_accuracy"], strict=True))
+    rows = list(zip(table["macs"], table["score"], strict=True))
 
     def dominated(row):
         return any(
@@ -337,9 +362,9 @@ def test_the_pareto_front_is_what_no_row_dominates(table):
 
     expected = sorted({row for row in rows if not dominated(row)})  # equal rows count once
     front = pareto_front(table)
-    assert list(zip(front["macs"], front["supernet_accuracy"], strict=True)) == expected
+    assert list(zip(front["macs"], front["score"], strict=True)) == expected
     assert set(front["configuration"]) <= set(table["configuration"])
-    renamed = table.rename(columns={"macs": "seconds", "supernet_accuracy": "right"})
+    renamed = table.rename(columns={"macs": "seconds", "score": "right"})
     assert pareto_front(renamed, cost="seconds", value="right")["configuration"].tolist() == list(
         front["configuration"]
     )
@@ -348,7 +373,7 @@ def test_the_pareto_front_is_what_no_row_dominates(table):
 @given(accuracy_tables(min_size=0), st.sampled_from([COSTS[:2], COSTS[2:], COSTS[:3]]), st.integers(1, 4))
 @settings(max_examples=80)
 def test_the_front_of_several_costs_is_what_no_row_dominates(table, costs, size):
-    rows = [tuple(row) for row in table[[*costs, "supernet_accuracy"]].itertuples(index=False)]
+    rows = [tuple(row) for row in table[[*costs, "score"]].itertuples(index=False)]
 
     def dominated(row):
         return any(
@@ -359,7 +384,7 @@ def test_the_front_of_several_costs_is_what_no_row_dominates(table, costs, size)
         )
 
     front = pareto_front(table, cost=costs)
-    found = [tuple(row) for row in front[[*costs, "supernet_accuracy"]].itertuples(index=False)]
+    found = [tuple(row) for row in front[[*costs, "score"]].itertuples(index=False)]
     assert found == sorted({row for row in rows if not dominated(row)})
     for row, configuration in zip(found, front["configuration"], strict=True):
         equals = [name for other, name in zip(rows, table["configuration"], strict=True) if other == row]
@@ -374,31 +399,6 @@ def test_blocks_change_no_front():
     whole = _undominated(points, block=len(points))
     assert 3 < whole.sum() < 200
     assert (_undominated(points, block=7) == whole).all()
-
-
-def test_supernets_are_joined_by_the_median():
-    table = pd.DataFrame(
-        {
-            "configuration": ["2-1", "1-1"] * 3,
-            "macs": [20, 10] * 3,
-            "macs_paper": [19, 9] * 3,
-            "parameters": [18, 8] * 3,
-            "latency_ms": [0.5, 0.25] * 3,
-            "val_accuracy": [0.5, 0.1, 0.9, 0.2, 0.6, 0.6],
-        }
-    )
-    joined = {
-        "configuration": ["2-1", "1-1"],
-        "macs": [20, 10],
-        "macs_paper": [19, 9],
-        "parameters": [18, 8],
-        "latency_ms": [0.5, 0.25],
-        "supernet_accuracy": [0.6, 0.2],
-    }
-    assert supernet_accuracies(table).to_dict("list") == joined
-    missing = supernet_accuracies(table.assign(latency_ms=np.nan))
-    assert missing["latency_ms"].isna().all() and missing["latency_ms"].dtype == float
-    assert missing.drop(columns="latency_ms").to_dict("list") == {k: v for k, v in joined.items() if k != "latency_ms"}
 
 
 def test_a_uniform_configuration_has_one_size_everywhere():

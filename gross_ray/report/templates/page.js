@@ -96,9 +96,10 @@
       const index = bestWithin(stairs, limit);
       const under = this.budget === null ? "Without a budget" : `Within ${this.budget} ${stairs.unit}`;
       if (index < 0) return {index, text: `${under}: nothing fits; the least is ${this.amount(stairs.costs[0])} at ${stairs.configurations[0]}.`};
-      const percent = (100 * stairs.accuracies[index]).toFixed(2);
-      return {index, text: `${under} the best is ${stairs.configurations[index]}: ${percent} % in the supernet, ${this.amount(stairs.costs[index])}.`};
+      return {index, text: `${under} the best is ${stairs.configurations[index]}: ${this.score(stairs.scores[index])} in the supernet, ${this.amount(stairs.costs[index])}.`};
     }
+
+    score(value) { return `${value.toFixed(this.stairs.digits)}${this.stairs.what}`; }
 
     amount(cost) { return `${Number((cost / this.stairs.scale).toPrecision(7))} ${this.stairs.unit}`; }
 
@@ -119,7 +120,7 @@
     describe({customdata, y}) {
       const [, kind, costs, , name] = customdata;
       const sizes = name.split("-").map((size, index) => `${this.stairs.layers[index]}: ${size}`);
-      this.pointed.textContent = `${name}${kind}: ${y.toFixed(2)} % in the supernet, ${costs.replaceAll("<br>", " ")}; ${sizes.join(", ")}.`;
+      this.pointed.textContent = `${name}${kind}: ${this.score(y)} in the supernet, ${costs.replaceAll("<br>", " ")}; ${sizes.join(", ")}.`;
     }
 
     // Shows the best configuration within the budget, and returns its marks as shapes, so that no point is redrawn.
@@ -134,7 +135,7 @@
       }
       const ring = this.chart.versions[this.version].data.at(-1);
       if (index >= 0 && !this.hidden.has(ring.name)) {
-        const [x, y] = [stairs.costs[index] / stairs.scale, 100 * stairs.accuracies[index]];
+        const [x, y] = [stairs.costs[index] / stairs.scale, stairs.scores[index]];
         shapes.push({
           type: "circle", xsizemode: "pixel", ysizemode: "pixel", xanchor: x, yanchor: y, x0: -9, x1: 9, y0: -9, y1: 9,
           line: {color: ring.marker.color, width: 3},
