@@ -108,6 +108,11 @@ class Experiment:
         """Return every field's value by its dotted name, as in `--set`: ``training.epochs`` -> 100."""
         return dict(_flatten(self.to_dict(), ""))
 
+    def setting(self, name: str) -> str:
+        """Return a field's value as `--set` takes it: text as it is, and anything else as JSON."""
+        value = self.fields()[name]
+        return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
     def without_effect(self, *, device: str | None = None, num_images: int | None = None) -> list[str]:
         """Return a line for each setting that the other settings cancel.
 

@@ -10,7 +10,7 @@ import pandas as pd
 from gross_ray.data.image_set import Splits
 from gross_ray.errors import MissingStageError
 from gross_ray.experiment import Experiment
-from gross_ray.report.results import ResultTable, candidates, latency_sentences, millions
+from gross_ray.report.results import ResultTable, candidates, latency_sentences, millions, near_candidates
 from gross_ray.report.searched import Searched
 from gross_ray.run.limits import full_costs
 from gross_ray.run.pins import stored_data
@@ -116,7 +116,7 @@ def compressed_table(
         rows.append([str(name), *_accuracy(group["test_accuracy"].tolist(), count), *_costs(costs[str(name)]), mark])
     heads = ["network", "accuracy, % (test)", "standard error", "M MACs", "parameters", "ms", ""]
     notes = [f"{_WRITTEN}: {file}; costs are those of each network in the form that is written"]
-    notes += latency_sentences(store)
+    notes += [*near_candidates(store, searched), *latency_sentences(store)]
     return ResultTable("The full network and the candidates", heads, rows, notes)
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
+from scipy import stats
 
 from gross_ray.errors import InvalidValueError, MissingStageError
+from gross_ray.report.scores import near_sentence, near_sentences, near_within, score_head, score_sentences, score_text
 from gross_ray.report.searched import Searched
 from gross_ray.run.latencies import unit_in_force
 from gross_ray.run.limits import budget_amounts
+from gross_ray.run.progress import stored_plans
 from gross_ray.run.store import RunStore
-from gross_ray.search.budgets import Budget, RelativeBudget, parse_budgets, readable_amount
+from gross_ray.search.budgets import Budget, RelativeBudget, parse_budgets
 from gross_ray.search.correlation import RankCorrelation, rank_correlation
 from gross_ray.search.options import RUNTIMES
 from gross_ray.search.scores import Score
-from gross_ray.search.selection import NearBest, best_under, near_best
+from gross_ray.search.selection import NearBest, best_under
 from gross_ray.seeds import derived_generator
 from gross_ray.space import Configuration
 from gross_ray.training.sampling import settled_scaling
@@ -28,7 +31,7 @@ LEAST_RANKED = 5
 """Minimum number of configurations for an interval of their rank correlation: fewer allow too few resamples."""
 
 FIXED, SELECTED, NAMED = "fixed", "selected", "also trained"
-"""Why a run trains a configuration: to compare with it, because its search found it, or because the user named it."""
+"""Why a run trains a configuration: to compare with it, because the search found it, or as it was named or drawn."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def main_tables(store: RunStore, searched: Searched) -> list[ResultTable]:
     """Return Tables 2 and 3, the best within each limit, and the named configurations, as far as there are any."""
     by_fixed = [selection_table(store, searched)] if store.experiment.search.budgets else []
     named = named_table(store, searched)
-    others = [named] if named.rows else []
+    others = [named] if named.rows or named.missing else []
     return [network_table(store), *by_fixed, *limit_tables(store, searched), *others]
 
 
@@ -96,7 +99,7 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
         for configuration in [budget, *group["configuration"]]:
             own = validations[validations["configuration"] == configuration]["test_accuracy"]
             chosen = configuration != budget
-            difference = f"{100 * (own.mean() - fixed.mean()):+.2f}" if chosen and len(own) and len(fixed) else "-"
+            difference = difference_text(own, fixed) if chosen and len(own) and len(fixed) else "-"
             rows.append(
                 [
                     str(configuration) if chosen else f"{configuration} (fixed)",
@@ -108,9 +111,9 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
                 ]
             )
     costs = ["M MACs", "ms"] if timed else ["M MACs"]
-    heads = ["configuration", *costs, score_head(supernet), "on its own (test): mean (std, n)", "to fixed"]
+    heads = ["configuration", *costs, score_head(supernet), "on its own (test): mean (std, n)", "to fixed (p)"]
     own = validations[validations["configuration"].isin(shown)]
-    notes = near_sentences(store, searched) + score_sentences(searched)
+    notes = near_sentences(selections, searched) + score_sentences(searched)
     notes += [] if validations.empty else [correlation_sentence(store, supernet["score"], validations)]
     return ResultTable(
         title,
@@ -119,6 +122,19 @@ def selection_table(store: RunStore, searched: Searched | None = None) -> Result
         notes=[*notes, *(latency_sentences(store) if timed else [])],
         missing=_lacking_trainings(own, len(shown), store, "these configurations"),
     )
+
+
+def difference_text(accuracies: pd.Series, others: pd.Series) -> str:
+    """Return how many points the mean of `accuracies` is above that of `others`, with the p-value if there is one.
+
+    The p-value is that of Welch's two-sided t-test, which needs two repeats of each, and a spread.
+    """
+    difference = f"{100 * (accuracies.mean() - others.mean()):+.2f}"
+    if min(len(accuracies), len(others)) < 2 or not (accuracies.std() or others.std()):
+        return difference
+    numbers = [number for each in (accuracies, others) for number in (each.mean(), each.std(), len(each))]
+    p = float(stats.ttest_ind_from_stats(*numbers, equal_var=False).pvalue)
+    return f"{difference} ({'<0.001' if p < 0.001 else f'{p:.3f}'})"
 
 
 def named_table(store: RunStore, searched: Searched) -> ResultTable:
@@ -130,7 +146,22 @@ def named_table(store: RunStore, searched: Searched) -> ResultTable:
         for name, group in others.sort_values("macs", ascending=False).groupby("configuration", sort=False)
     ]
     heads = ["configuration", "M MACs", *(f"on its own ({split}): mean (std, n)" for split in SHOWN)]
-    return ResultTable("Also trained on their own", heads if rows else (), rows)
+    missing = _lacking_drawn(store, kinds) if store.experiment.validation.drawn else []
+    return ResultTable("Also trained on their own", heads if rows else (), rows, missing=missing)
+
+
+def _lacking_drawn(store: RunStore, kinds: dict[str, str]) -> list[str]:
+    """Return how many planned trainings of drawn configurations are missing."""
+    planned = [unit for units in (stored_plans(store) or {}).get("validate") or () for unit in units]
+    fixed = {str(size) for size in (*store.experiment.validation.fixed, *store.experiment.search.budgets)}
+    drawn = []
+    for unit in planned:
+        sizes = {*unit.partition(",")[0].split("-")}
+        is_fixed = len(sizes) == 1 and sizes <= fixed
+        if not is_fixed and kinds.get(unit.partition(",")[0], NAMED) == NAMED:
+            drawn.append(unit)
+    stored = store.finished_units("validations")
+    return _lacking(len({*drawn} - stored), len(drawn), "trainings of drawn configurations (run `gross validate`)")
 
 
 def kinds_of(store: RunStore, searched: Searched) -> dict[str, str]:
@@ -156,48 +187,14 @@ def budget_table(
     return ResultTable(_within(budgets), list(columns), list(zip(*columns.values(), strict=True)), notes)
 
 
-def near_best_of(best: pd.DataFrame, chunks: Iterable[pd.DataFrame], budgets: Sequence[Budget]) -> NearBest | None:
-    """Return the configurations within one standard error of the first of `best`; None if it has no standard error."""
-    return near_best(chunks, budgets, best.iloc[0]) if best["standard_error"].notna().any() else None
-
-
-def near_sentences(store: RunStore, searched: Searched) -> list[str]:
-    """Return, for each budget with a selection, how many configurations are as good as the best, and the cheapest."""
+def near_candidates(store: RunStore, searched: Searched) -> list[str]:
+    """Return, for each of the experiment's limits, how many configurations are as good as the best within it."""
     found = []
-    for name, amount in selected(store)[["budget", "budget_macs"]].drop_duplicates().itertuples(index=False):
-        others = searched.accuracies[searched.accuracies["configuration"] != name]
-        budgets = [Budget("macs", amount)]
-        best = best_under(others, budgets, 1)
-        if (near := near_best_of(best, [others], budgets)) is not None:
-            found.append(f"under {name}, {near_sentence(best.iloc[0], near, 'macs', searched.score)}")
+    for budgets, best in _within_limits(store, searched):
+        if not isinstance(best, str) and (near := near_within(searched, budgets, best)) is not None:
+            sentence = near_sentence(best.iloc[0], near, budgets[0].cost, searched.score)
+            found.append(f"in the supernet, {sentence}")
     return found
-
-
-def near_sentence(best: pd.Series, near: NearBest, cost: str, score: Score) -> str:
-    """Return how many configurations are within one standard error of the best, and the cheapest of them."""
-    error, cheapest = score.text(best["standard_error"]), near.cheapest.iloc[0]
-    return (
-        f"within one standard error ({error}) of the best: {near.count} configuration{'s' * (near.count > 1)}; "
-        f"the cheapest of them: {cheapest['configuration']} ({cost}={readable_amount(cost, cheapest[cost])})"
-    )
-
-
-def score_sentences(searched: Searched) -> list[str]:
-    """Return what a smoothed score is; nothing for other scores, or before the search."""
-    if not searched.score.smoothed or searched.accuracies["standard_error"].isna().all():
-        return []
-    return [f"in supernet: {searched.score.over(searched.num_supernets)}, with its standard error"]
-
-
-def score_head(accuracies: pd.DataFrame) -> str:
-    """Return the head of a column of `score_text`."""
-    return "in supernet (val)" if accuracies["standard_error"].isna().all() else "in supernet (val): score (s.e.)"
-
-
-def score_text(score: Score, row: pd.Series) -> str:
-    """Return a configuration's score, and its standard error if it has one."""
-    error = "" if pd.isna(row["standard_error"]) else f" ({score.text(row['standard_error'])})"
-    return f"{score.text(row['score'])}{error}"
 
 
 def limit_tables(store: RunStore, searched: Searched | None = None) -> list[ResultTable]:
@@ -213,8 +210,7 @@ def limit_tables(store: RunStore, searched: Searched | None = None) -> list[Resu
         if isinstance(best, str):
             tables.append(ResultTable(_within(budgets), missing=[best]))
             continue
-        amount = [budget for budget in budgets if isinstance(budget, Budget)]
-        table = budget_table(best, budgets, searched.score, near_best_of(best, [searched.accuracies], amount))
+        table = budget_table(best, budgets, searched.score, near_within(searched, budgets, best))
         own = [
             _accuracy(validations.loc[validations["configuration"] == name, "test_accuracy"])[1]
             for name in best["configuration"]

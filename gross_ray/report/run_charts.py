@@ -82,7 +82,7 @@ def retrained_chart(store: RunStore, searched: Searched, validations: pd.DataFra
         for name, row in both.sort_values("score", ascending=False).head(MAX_DETAILS).iterrows()
     ]
     details = ResultTable(
-        "In the supernet and on its own, % (val)",
+        "In the supernet and on its own (val)",
         ["configuration", "kind", "in supernet", "on its own: mean (std, n)"],
         rows,
         [f"the {len(rows)} of {len(both)} that are most accurate in the supernet"] if len(rows) < len(both) else [],

@@ -12,7 +12,8 @@ import torch
 
 from gross_ray.errors import MissingStageError
 from gross_ray.report.charts import BLUE, COLOURS, GREEN, GREY, MARKS, MAX_DETAILS, Chart, evenly, layout, padded, shown
-from gross_ray.report.results import ResultTable, kinds_of, runtime_in_use, score_head, score_text
+from gross_ray.report.results import ResultTable, kinds_of, runtime_in_use
+from gross_ray.report.scores import score_head, score_text
 from gross_ray.report.searched import Searched
 from gross_ray.run.limits import full_costs
 from gross_ray.run.store import RunStore

@@ -8,6 +8,7 @@ import pandas as pd
 
 from gross_ray.report import results as stored
 from gross_ray.report.results import ResultTable
+from gross_ray.report.scores import near_sentences, score_sentences
 from gross_ray.report.searched import Searched
 from gross_ray.report.strips import HEADS, frame_text, strip_column
 from gross_ray.run.store import RunStore
@@ -28,7 +29,11 @@ def stage_results(store: RunStore, stage: str) -> str:
     if stage == "validate":
         return "\n\n".join(map(as_text, stored.main_tables(store, Searched.of(store))))
     if stage == "search":
-        selected = [_frame(stored.selected(store))] if store.experiment.search.budgets else []
+        selected = []
+        if store.experiment.search.budgets:
+            searched = Searched.of(store)
+            notes = near_sentences(stored.selected(store), searched) + score_sentences(searched)
+            selected = ["\n".join([_frame(stored.selected(store)), *notes])]
         return "\n\n".join([*selected, *map(as_text, stored.limit_tables(store))])
     if stage == "sweep-alpha":
         return as_text(stored.sweep_table(store))

@@ -57,30 +57,54 @@ def evaluated_parts(
 def evaluated_accuracies(store: RunStore, units: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Yield `scores.scored` of each of `evaluated_parts`, by the experiment's score.
 
-    `units` are rows of `evaluated_units`, all of supernets of one alpha and scaling.
+    `units` are rows of `evaluated_units`, all of supernets of one alpha and scaling. Scores are read if all of them are
+    stored (`score_units`), and computed otherwise. Raises RunFolderError if they are stored for other configurations.
     """
     if units.empty:
         return
+    units = units.sort_values("first", kind="stable")  # the order of `score_units`
     score = Score(store.experiment.search.score)
-    columns: list[str] = ["seed", "configuration", *COSTS, "val_accuracy", score.column]
+    columns = ["seed", "configuration", *COSTS, *dict.fromkeys(["val_accuracy", score.column])]
+    names = score_units(store, units)
+    if set(names) <= store.finished_units("scores"):
+        for name, part in zip(names, evaluated_parts(store, columns, units), strict=True):
+            frame, found = scored(part, Score(score.statistic)), store.read_units("scores", [name])
+            if frame["configuration"].tolist() != found["configuration"].tolist():
+                raise RunFolderError(
+                    f"{store.storage}: the table scores (unit {name}) is of other evaluations: delete its folder, and "
+                    "`gross search` writes it again"
+                )
+            yield frame.assign(score=found["score"], standard_error=found["standard_error"])
+        return
     smoothing = None
     if score.smoothed:
         first = store.read_units(_TABLE, units["unit"].tolist()[:1])
         columns += [name for name in first.columns if name.startswith(LAYER_COLUMN)]
-        smoothing = _smoothing(store, units, score, columns)
-    for part in evaluated_parts(store, list(dict.fromkeys(columns)), units):
+        smoothing = _smoothing(store, units, score, [name for name in columns if name not in COSTS])
+    for part in evaluated_parts(store, columns, units):
         yield scored(part, score, smoothing)
 
 
+def score_units(store: RunStore, units: pd.DataFrame) -> list[str]:
+    """Return the names of the units of the table `scores`, one for each part, in the order of the parts' beginnings."""
+    num = units["first"].nunique()
+    return [f"score={store.experiment.search.score},part={part},of={num}" for part in range(num)]
+
+
 def _smoothing(store: RunStore, units: pd.DataFrame, score: Score, columns: Sequence[str]) -> Smoothing | None:
-    """Fit the smoothing to all evaluated configurations; None if fewer than two were evaluated in all supernets."""
-    wanted = [name for name in columns if name not in COSTS]
+    """Fit the smoothing to all evaluated configurations; None if fewer than two were evaluated.
+
+    During a search, one supernet may be finished before another one has begun. The fit is to those supernets in which
+    the most configurations were evaluated.
+    """
     chosen, values = [], []
     seeds = np.unique(units["seed"])
-    for part in evaluated_parts(store, wanted, units):
+    for part in evaluated_parts(store, columns, units):
         chosen.append(group_sizes(part.drop_duplicates("configuration")).astype(np.int32))
         values.append(by_supernet(part, score, seeds))
     measured = np.concatenate(values)
+    counts = (~np.isnan(measured)).sum(axis=0)
+    measured = measured[:, counts == counts.max()]
     if (~np.isnan(measured).any(axis=1)).sum() < 2:
         return None
     return Smoothing.of(np.concatenate(chosen), measured, score)

@@ -368,9 +368,10 @@ class RunStore:
         if stored == self.experiment:
             return
         if difference := self.experiment.first_difference(stored, paths=self.unpinned()):
+            name = difference.partition(" ")[0]
             raise RunFolderError(
                 f"{self.storage} belongs to another experiment; the first field that differs: {difference}. "
-                "Name another folder with --out, or repeat the folder's settings"
+                f"Name another folder with --out, or repeat the folder's settings (--set {name}={stored.setting(name)})"
             )
 
 

@@ -23,7 +23,7 @@ STRATEGY_NAMES = ("exhaustive", "surrogate", "breadth-first", "evolution", "rand
 """The names in `gross_ray.search.strategies`, which is slower to import than options may be."""
 
 SCORES = ("smoothed-mean", "smoothed-median", "smoothed-loss", "mean", "median", "loss")
-"""By what configurations may be ranked; `gross_ray.search.scores` computes it."""
+"""Allowed values of `search.score`, which `gross_ray.search.scores` computes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from gross_ray.search.strategies import Strategy
 
 MOST_FITTED = 1000
-"""Maximum number of configurations to which a smoothed score is fitted; of more, this many are drawn."""
+"""Maximum number of configurations to which the Gaussian process is fitted; of more, this many are drawn."""
+BLOCK = 10_000
+"""Number of configurations that are predicted at once."""
 NOISES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """The grid of noise variances of a smoothed score, relative to the kernel's variance."""
 DIGITS = 7
@@ -73,7 +75,7 @@ class Score:
 
     @property
     def unit(self) -> str:
-        """What follows a score in a text."""
+        """Unit printed after a score."""
         return " %" if self.of_accuracy else ""
 
     @property
@@ -102,9 +104,10 @@ class Score:
         NaN stands for a supernet in which a configuration was not evaluated.
         """
         statistic = np.nanmedian if self.statistic == "median" else np.nanmean
-        return np.asarray(statistic(self._signed(values), axis=1))
+        return np.asarray(statistic(self.signed(values), axis=1))
 
-    def _signed(self, values: np.ndarray) -> np.ndarray:
+    def signed(self, values: np.ndarray) -> np.ndarray:
+        """Return values of `column` so that a higher one is better."""
         return values if self.of_accuracy else -values
 
 
@@ -124,10 +127,10 @@ def scored(rows: pd.DataFrame, score: Score, smoothing: Smoothing | None = None)
         supernet_accuracy=rows["val_accuracy"].groupby(codes).median(),
         num_supernets=np.bincount(codes, minlength=len(costs)),
     )
+    values = score.of_supernets(by_supernet(rows, score, np.unique(rows["seed"])))
     if smoothing is None:
-        values = score.of_supernets(by_supernet(rows, score, np.unique(rows["seed"])))
         return frame.assign(score=values, standard_error=math.nan)
-    values, errors = smoothing.predict(group_sizes(rows)[first])
+    values, errors = smoothing.predict(group_sizes(rows)[first], values)
     return frame.assign(score=values, standard_error=errors)
 
 
@@ -162,12 +165,12 @@ class Scoreboard:
         return dict(zip(configurations, self._score.of_supernets(values).tolist(), strict=True))
 
     def scores(self) -> dict[Configuration, float]:
-        """Return the scores of all that were added; these of a smoothed score change with each evaluation."""
+        """Return the scores of all that were added; smoothed scores change with each evaluation."""
         configurations, values = list(self._values), np.stack([*self._values.values()])
         if not self._score.smoothed or len(configurations) < 2:
             return dict(zip(configurations, self._score.of_supernets(values).tolist(), strict=True))
         chosen = np.array(configurations)
-        scores, _ = Smoothing.of(chosen, values, self._score).predict(chosen)
+        scores, _ = Smoothing.of(chosen, values, self._score).predict(chosen, self._score.of_supernets(values))
         return dict(zip(configurations, scores.tolist(), strict=True))
 
     def teach(self, strategies: Sequence[Strategy], statistics: dict[Configuration, float]) -> None:
@@ -175,21 +178,23 @@ class Scoreboard:
 
         A strategy that smooths on its own learns the statistics, so that they are not smoothed twice.
         """
-        itself = all(each.smooths for each in strategies) or not self._score.smoothed
-        scores = statistics if itself else self.scores()
+        smoothing = self._score.smoothed and any(each.ranks and not each.smooths for each in strategies)
+        scores = self.scores() if smoothing else statistics
         for each in strategies:
             each.learn(statistics if each.smooths else scores)
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """A Gaussian process fitted to the scores of evaluated configurations in K supernets."""
+    """A Gaussian process fitted to the statistics of evaluated configurations in K supernets."""
 
     sizes: tuple[np.ndarray, ...]
     """The choices of each layer that were evaluated, ascending; the dense convolution (0) is the last one."""
     surrogate: Surrogate
+    fitted: frozenset[bytes]
+    """The configurations to which the process is fitted."""
     between: float
-    """Variance of a smoothed score that comes from the choice of supernets; 0 for a single one."""
+    """Variance of a smoothed score that comes from the choice of supernets; NaN for a single one."""
     flat: bool
     """Whether all fitted configurations have the same statistic: then so have all others, without an error."""
 
@@ -199,31 +204,48 @@ class Smoothing:
 
         Configurations that were not evaluated in all supernets (NaN) are left out; two or more must remain. What one
         supernet adds to all configurations changes no rank, so it counts neither for the scores' differences nor for
-        their standard errors.
+        their standard errors. A single supernet does not tell how much another one would differ, so then standard
+        errors are NaN.
         """
         order = np.lexsort(chosen.T[::-1])
         order = order[~np.isnan(values[order]).any(axis=1)]
         if len(order) > MOST_FITTED:
             order = order[np.sort(np.random.default_rng(0).permutation(len(order))[:MOST_FITTED])]
         sizes = tuple(_ascending(np.unique(column)) for column in chosen.T)
-        fitted = score._signed(values[order])
-        statistics = score.of_supernets(values[order])
-        surrogate = Surrogate.of(_indices(chosen[order], sizes), statistics, noises=NOISES)
-        deviations = fitted - fitted.mean(axis=1, keepdims=True)
-        smooth = surrogate.smooth(deviations - deviations.mean(axis=0))
-        num_supernets = values.shape[1]
-        between = float(smooth.var(axis=1, ddof=1).mean()) / num_supernets if num_supernets > 1 else 0.0
-        return cls(sizes, surrogate, between, bool(np.ptp(statistics) == 0))
+        indices = _indices(chosen[order], sizes)
+        fitted, statistics = score.signed(values[order]), score.of_supernets(values[order])
+        surrogate = Surrogate.of(indices, statistics, noises=NOISES)
+        between, num_supernets = math.nan, values.shape[1]
+        if num_supernets > 1:
+            deviations = fitted - fitted.mean(axis=1, keepdims=True)
+            smooth = surrogate.smooth(deviations - deviations.mean(axis=0))
+            between = float(smooth.var(axis=1, ddof=1).mean()) / num_supernets
+        return cls(sizes, surrogate, frozenset(_keys(indices)), between, bool(np.ptp(statistics) == 0))
 
-    def predict(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, chosen: np.ndarray, statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the scores of N configurations (N, L) and their standard errors, (N,) each.
 
-        A standard error combines what the process does not know with the differences between supernets. It compares
+        `statistics` are those over the supernets, (N,). The process knows those of the fitted configurations; for
+        another one it is combined with the process's prediction, each weighted by the other's variance. A standard
+        error combines what the process does not know with the differences between supernets. It compares
         configurations on these validation images; other images would add an error of their own.
         """
-        mean, deviation = self.surrogate.predict(_indices(chosen, self.sizes), noise=False)
-        deviation = np.zeros_like(deviation) if self.flat else deviation
-        return mean.round(DIGITS), np.sqrt(deviation**2 + self.between)
+        parts = [slice(start, start + BLOCK) for start in range(0, len(chosen), BLOCK)]
+        found = [self._predict(chosen[part], statistics[part]) for part in parts]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([errors for _, errors in found])
+
+    def _predict(self, chosen: np.ndarray, statistics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        indices = _indices(chosen, self.sizes)
+        mean, deviation = self.surrogate.predict(indices, noise=False)
+        variance = np.zeros_like(mean) if self.flat else deviation**2
+        new = np.array([key not in self.fitted for key in _keys(indices)])
+        share = np.where(new, variance / (variance + self.surrogate.noise_variance), 0.0)
+        scores = mean + share * (statistics - mean)
+        return scores.round(DIGITS), np.sqrt(variance * (1 - share) + self.between)
+
+
+def _keys(indices: np.ndarray) -> list[bytes]:
+    return [row.tobytes() for row in indices.astype(np.uint8)]
 
 
 def _ascending(sizes: np.ndarray) -> np.ndarray:

@@ -36,8 +36,10 @@ MOST_ASKED = 32
 class Strategy(ABC):
     """Proposes configurations that fit the budgets, each once, and learns their accuracies."""
 
+    ranks = True
+    """Whether proposals depend on the scores of what was evaluated."""
     smooths = False
-    """Whether the strategy smooths the accuracies on its own."""
+    """Whether the strategy smooths the scores on its own."""
 
     def __init__(self, space: BudgetedSpace, seed: int) -> None:
         self.space = space
@@ -78,6 +80,8 @@ class Strategy(ABC):
 class Exhaustive(Strategy):
     """Proposes all configurations that fit, in the order of the space."""
 
+    ranks = False
+
     def __init__(self, space: BudgetedSpace, seed: int = 0) -> None:
         super().__init__(space, seed)
         self._rest = iter(space)
@@ -88,6 +92,8 @@ class Exhaustive(Strategy):
 
 class Random(Strategy):
     """Draws uniformly from all that fit, without replacement: the baseline of the other strategies."""
+
+    ranks = False
 
     def __init__(self, space: BudgetedSpace, seed: int) -> None:
         super().__init__(space, seed)

@@ -39,6 +39,11 @@ class Surrogate:
     _mean: float
     _scale: float
 
+    @property
+    def noise_variance(self) -> float:
+        """Variance of the noise, in the square of the accuracies' unit."""
+        return self.noise * self._scale**2
+
     @classmethod
     def of(cls, indices: np.ndarray, accuracies: np.ndarray, *, noises: Sequence[float] = NOISES) -> Surrogate:
         """Fit to N (2 or more) configurations: `indices` (N, L), `accuracies` (N,); `noises` is the grid to try."""

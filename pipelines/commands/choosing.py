@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import click
 
 from gross_ray.errors import MissingStageError
-from gross_ray.report.results import budget_table, latency_sentences, near_best_of
+from gross_ray.report.results import budget_table, latency_sentences
+from gross_ray.report.scores import near_best_of
 from gross_ray.report.terminal import as_text, front_table
 from gross_ray.run.limits import budget_amounts
 from gross_ray.run.opened import Run

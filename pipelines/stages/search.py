@@ -18,7 +18,7 @@ from gross_ray.errors import InvalidValueError, MissingStageError
 from gross_ray.nn.batch_norm import calibration_images
 from gross_ray.run.opened import Run
 from gross_ray.run.progress import finished_units
-from gross_ray.run.searched import evaluated_accuracies, evaluated_units
+from gross_ray.run.searched import evaluated_accuracies, evaluated_units, score_units
 from gross_ray.run.store import RunStore
 from gross_ray.search.batch_plan import default_memory_budget
 from gross_ray.search.budgets import Budget
@@ -413,11 +413,12 @@ def choose(run: Run) -> None:
 
 
 def _store_scores(run: Run) -> None:
-    units = _evaluated(run)
-    num = units["first"].nunique()
-    names = [f"part={part},of={num}" for part in range(num)]
-    if set(names) <= run.store.finished_units("scores"):
+    units = _evaluated(run).sort_values("first", kind="stable")
+    names, stored = score_units(run.store, units), run.store.finished_units("scores")
+    if set(names) <= stored:
         return
+    for name in stored:
+        run.store.delete_unit("scores", name)
     for name, part in zip(names, evaluated_accuracies(run.store, units), strict=True):
         rows = part[["configuration", "score", "standard_error"]]
         run.store.write_table("scores", name, rows.astype(object).where(rows.notna(), None).to_dict("records"))

@@ -21,10 +21,10 @@ from gross_ray.run.opened import Run, save_supernet, validation_unit
 from gross_ray.run.progress import finished_units, history_unit
 from gross_ray.search.budgeted import BudgetedSpace
 from gross_ray.search.budgets import Budget
-from gross_ray.search.cost import counted_costs
+from gross_ray.search.cost import LayerCosts, counted_costs
 from gross_ray.search.selection import uniform
 from gross_ray.seeds import derive_seed
-from gross_ray.space import DENSE, Configuration
+from gross_ray.space import DENSE, Configuration, SearchSpace
 from gross_ray.supernet.build import build_supernet
 from gross_ray.training.loop import EpochRecord, accuracy, in_format_of
 from gross_ray.training.rates import STEPS
@@ -84,7 +84,7 @@ def selected_configurations(run: Run) -> list[Configuration]:
 def drawn_configurations(run: Run, others: Collection[Configuration]) -> list[Configuration]:
     """Return `validation.drawn` configurations that are not among `others`, one from each of equal ranges of MACs.
 
-    A range in which no configuration is found has none. The draws depend on the experiment's seed alone.
+    A range without any other configuration has none. The draws depend on the experiment's seed and on `others`.
     """
     num = run.experiment.validation.drawn
     if not num:
@@ -94,11 +94,24 @@ def drawn_configurations(run: Run, others: Collection[Configuration]) -> list[Co
     edges = np.linspace(macs.minimum, macs.maximum, num + 1)
     found: list[Configuration] = []
     for least, most in pairwise(edges):
-        within = BudgetedSpace(run.space, [macs], [Budget("macs", float(most))])
-        drawn = within.configurations(within.draw(DRAWS, generator))
-        fitting = (one for one in drawn if macs.of_one(one) >= least and one not in others and one not in found)
-        found += itertools.islice(fitting, 1)
+        drawn = _between(run.space, macs, float(least), float(most), generator)
+        found += itertools.islice((one for one in drawn if one not in others and one not in found), 1)
     return found
+
+
+def _between(
+    space: SearchSpace, macs: LayerCosts, least: float, most: float, generator: np.random.Generator
+) -> list[Configuration]:
+    """Return configurations with `least` to `most` MACs: those of DRAWS draws from all below, or from all above."""
+    saved = {
+        layer: {size: max(each.values()) - cost for size, cost in each.items()} for layer, each in macs.by_layer.items()
+    }
+    below = BudgetedSpace(space, [macs], [Budget("macs", most)])
+    above = BudgetedSpace(space, [LayerCosts("macs", 0, saved)], [Budget("macs", macs.maximum - least)])
+    fewer = min(below, above, key=lambda each: each.size_bound)
+    drawn = fewer.draw(DRAWS, generator)
+    costs = macs.of_indices(drawn)
+    return fewer.configurations(drawn[(costs >= least) & (costs <= most)])
 
 
 def units_of(run: Run, configurations: Iterable[Configuration]) -> list[Validation]:
@@ -133,6 +146,10 @@ def done(run: Run) -> set[str]:
 
 def do(driver: Driver) -> None:
     """Validate the missing fixed, selected and drawn configurations."""
+    run, wanted = driver.run, driver.run.experiment.validation.drawn
+    num = len({unit.configuration for unit in plan(run) if unit.kind == "drawn"})
+    if num < wanted:
+        driver.note(f"validation.drawn = {wanted}: only {num} of so many ranges of MACs have a further configuration")
     _do(driver, NAME, plan(driver.run))
 
 
@@ -160,6 +177,7 @@ def _do(driver: Driver, shown: str, units: Sequence[Validation]) -> None:
     if missing:
         driver.do(decompose.job(run, list(missing)))
     num_selected = (len(options.search.budgets) + len(options.search.limits)) * options.search.top
+    num_selected += len(options.search.budgets)  # the cheapest within one standard error of the best
     job = Job(
         stage=shown,
         units=units,

@@ -33,6 +33,7 @@ from runs import (
     write_selections,
     write_start,
 )
+from scipy import stats
 
 import gross_ray
 from gross_ray.errors import GrossRayError, InvalidValueError, StorageError
@@ -115,10 +116,12 @@ def test_table_3(store: RunStore, page: ParsedPage, searched: dict[str, Row]) ->
     own, expected = accuracies(store), []
     for budget, chosen in SELECTED.items():
         for one in (budget, *chosen):
-            gain = statistics.mean(own[one]) - statistics.mean(own[budget])
+            gain = f"{statistics.mean(own[one]) - statistics.mean(own[budget]):+.2f}"
+            p = stats.ttest_ind(own[one], own[budget], equal_var=False).pvalue
+            gain += " (<0.001)" if p < 0.001 else f" ({p:.3f})"
             named = f"{one} (fixed)" if one == budget else one
             costs = [f"{searched[one]['macs'] / 1e6:.2f}", f"{100 * searched[one]['accuracy']:.2f}"]
-            expected.append([named, *costs, mean(own[one]), "-" if one == budget else f"{gain:+.2f}"])
+            expected.append([named, *costs, mean(own[one]), "-" if one == budget else gain])
     assert page.tables[TABLE_3].rows == expected
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from gross_ray.presets import preset
 from gross_ray.report import results as tables
@@ -197,19 +198,29 @@ def test_selections_come_under_the_largest_budget_first_and_by_rank(store: RunSt
 
     def row(configuration: str, fixed: str) -> list[str]:
         own, reference = OWN[configuration], OWN[fixed]
-        difference = 100 * (statistics.mean(own) - statistics.mean(reference))
+        difference = f"{100 * (statistics.mean(own) - statistics.mean(reference)):+.2f}"
+        if len(own) > 1:  # 4-1 was trained once
+            difference += f" ({stats.ttest_ind(own, reference, equal_var=False).pvalue:.3f})"
         return [
             f"{configuration} (fixed)" if configuration == fixed else configuration,
             f"{MACS[configuration] / 1e6:.2f}",
             _median(SUPERNETS[configuration]),
             _mean(own),
-            "-" if configuration == fixed else f"{difference:+.2f}",
+            "-" if configuration == fixed else difference,
         ]
 
     wanted = [("16-16", "16-16"), ("2-32", "16-16"), ("4-4", "4-4"), ("4-1", "4-4"), ("1-4", "4-4")]
     assert _cells(selection_table(store, markdown=True)) == [row(*pair) for pair in wanted]
     stage = stage_results(store, "search").splitlines()
     assert [line.split()[0] for line in stage] == ["budget", "16-16", "4-4", "4-4"]
+
+
+def test_differences_without_a_spread_or_a_second_repeat_have_no_p_value() -> None:
+    once, twice, same = pd.Series([0.5]), pd.Series([0.5, 0.75]), pd.Series([0.25, 0.25])
+    assert tables.difference_text(once, twice) == "-12.50" == tables.difference_text(once, twice)
+    assert tables.difference_text(same, pd.Series([0.125, 0.125])) == "+12.50"
+    assert tables.difference_text(twice, same) == "+37.50 (0.205)"
+    assert tables.difference_text(pd.Series([0.75, 0.7501, 0.75]), pd.Series([0.25, 0.2501])) == "+50.00 (<0.001)"
 
 
 def test_the_rank_correlation_is_over_all_validated_configurations(store: RunStore) -> None:

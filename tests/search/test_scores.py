@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -106,6 +107,12 @@ def measured(generator: np.random.Generator, true: np.ndarray, between: float, n
     return 0.7 + np.stack(columns, axis=1) / 100
 
 
+def smoothed(values: np.ndarray, chosen: np.ndarray = SPACE, name: str = "smoothed-mean") -> Any:
+    """Return the scores and standard errors of all configurations, fitted to all of them."""
+    score = Score(name)
+    return Smoothing.of(chosen, values, score).predict(chosen, score.of_supernets(values))
+
+
 def test_smoothing_is_the_mean_of_a_gaussian_process_of_the_greatest_evidence() -> None:
     """Oracle: the formulas of Rasmussen and Williams (2.25, 2.26, 2.30), with the kernel from pairs of indices."""
     generator = np.random.default_rng(0)
@@ -133,7 +140,7 @@ def test_smoothing_is_the_mean_of_a_gaussian_process_of_the_greatest_evidence() 
     variance = scale**2 * np.diag(kernel - kernel @ inverse @ kernel)
     deviations = values - mean[:, None] - (values - mean[:, None]).mean(axis=0)
     between = (kernel @ inverse @ deviations).var(axis=1, ddof=1).mean() / 3
-    ours, errors = smoothing.predict(SPACE)
+    ours, errors = smoothing.predict(SPACE, mean)
     np.testing.assert_allclose(ours, expected, atol=1e-7)
     np.testing.assert_allclose(errors, np.sqrt(variance + between), rtol=1e-6)
     assert smoothing.between == pytest.approx(between) and between > 0
@@ -142,15 +149,13 @@ def test_smoothing_is_the_mean_of_a_gaussian_process_of_the_greatest_evidence() 
 def test_what_a_supernet_adds_to_all_configurations_changes_neither_ranks_nor_errors() -> None:
     generator = np.random.default_rng(1)
     values = measured(generator, truth(generator, 0.3), 0.1, 0.1, 3)
-    ours, errors = Smoothing.of(SPACE, values, Score("smoothed-mean")).predict(SPACE)
-    shifted, same = Smoothing.of(SPACE, values + [0.03, 0, 0], Score("smoothed-mean")).predict(SPACE)
+    ours, errors = smoothed(values)
+    shifted, same = smoothed(values + [0.03, 0, 0])
     np.testing.assert_allclose(shifted, ours + 0.01, atol=2e-7)
     np.testing.assert_allclose(same, errors, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("num", "between", "noise"), [(1, 0.0, 0.1), (3, 0.1, 0.05), (3, 0.0, 0.2), (2, 0.1, 0.1), (5, 0.1, 0.3)]
-)
+@pytest.mark.parametrize(("num", "between", "noise"), [(3, 0.1, 0.05), (3, 0.0, 0.2), (2, 0.1, 0.1), (5, 0.1, 0.3)])
 def test_simulated_truths_lie_within_the_standard_errors_and_are_found_sooner(num, between, noise) -> None:
     """Two thirds of normal errors are within one standard deviation; smoothing must also choose better ones."""
     generator = np.random.default_rng(2)
@@ -158,7 +163,7 @@ def test_simulated_truths_lie_within_the_standard_errors_and_are_found_sooner(nu
     for _ in range(20):
         true = truth(generator, 0.3)
         values = measured(generator, true, between, noise, num)
-        ours, errors = Smoothing.of(SPACE, values, Score("smoothed-mean")).predict(SPACE)
+        ours, errors = smoothed(values)
         wrong = 100 * (ours - ours.mean()) - (true - true.mean())
         within.append(np.mean(np.abs(wrong) < 100 * errors))
         regrets.append(true.max() - true[ours.argmax()])
@@ -167,28 +172,52 @@ def test_simulated_truths_lie_within_the_standard_errors_and_are_found_sooner(nu
     assert np.mean(regrets) < np.mean(of_median)
 
 
-def test_the_order_of_rows_does_not_matter_nor_those_beyond_the_most_that_are_fitted(monkeypatch) -> None:
+def test_one_supernet_does_not_tell_how_sure_its_scores_are() -> None:
+    generator = np.random.default_rng(2)
+    ours, errors = smoothed(measured(generator, truth(generator, 0.3), 0.1, 0.1, 1))
+    assert np.isnan(errors).all() and not np.isnan(ours).any()
+
+
+def test_of_many_configurations_some_are_fitted_and_the_others_count_with_their_own_values(monkeypatch) -> None:
+    """Pairs of layers interact here, which the fitted third does not tell about the others."""
     generator = np.random.default_rng(3)
-    true = truth(generator, 0.3)
-    values = measured(generator, true, 0.05, 0.1, 2)
-    monkeypatch.setattr(scores, "MOST_FITTED", 40)
-    shuffled = generator.permutation(len(SPACE))
+    pairs = generator.normal(size=(4, 4))
+    indices = np.log2(SPACE).astype(int)
+    true = truth(generator, 0.3) + pairs[indices[:, 0], indices[:, 1]]
+    values = measured(generator, true, 0.0, 0.3, 2)
+    mean = values.mean(axis=1)
+    monkeypatch.setattr(scores, "MOST_FITTED", 27)
+    monkeypatch.setattr(scores, "BLOCK", 10)
     one = Smoothing.of(SPACE, values, Score("smoothed-mean"))
+    shuffled = generator.permutation(len(SPACE))
     other = Smoothing.of(SPACE[shuffled], values[shuffled], Score("smoothed-mean"))
-    assert len(one.surrogate.indices) == 40
-    np.testing.assert_array_equal(one.predict(SPACE)[0], other.predict(SPACE)[0])
-    assert np.corrcoef(one.predict(SPACE)[0], true)[0, 1] > 0.95
+    ours, errors = one.predict(SPACE, mean)
+    np.testing.assert_array_equal(ours, other.predict(SPACE, mean)[0])
+    assert len(one.fitted) == len(one.surrogate.indices) == 27
+    predicted, deviations = one.surrogate.predict(indices, noise=False)
+    noise = one.surrogate.noise_variance
+    new = np.array([row.tobytes() not in one.fitted for row in indices.astype(np.uint8)])
+    share = deviations**2 / (deviations**2 + noise)
+    expected = np.where(new, (1 - share) * predicted + share * mean, predicted)
+    np.testing.assert_allclose(ours, expected, atol=1e-7)
+    variances = np.where(new, 1 / (1 / deviations**2 + 1 / noise), deviations**2)  # of two independent measurements
+    np.testing.assert_allclose(errors, np.sqrt(variances + one.between), rtol=1e-6)
+
+    def wrong(found: np.ndarray) -> float:
+        return float(np.std(100 * found[new] - true[new]))
+
+    assert wrong(ours) < wrong(predicted)
 
 
 def test_the_dense_convolution_is_the_neighbour_of_the_largest_group_size() -> None:
     generator = np.random.default_rng(4)
     values = measured(generator, truth(generator, 0.3), 0.1, 0.1, 2)
     dense = np.where(SPACE == 16, 0, SPACE)
-    ours, errors = Smoothing.of(SPACE, values, Score("smoothed-loss")).predict(SPACE)
-    with_dense = Smoothing.of(dense, values, Score("smoothed-loss")).predict(dense)
+    ours, errors = smoothed(values, name="smoothed-loss")
+    with_dense = smoothed(values, dense, "smoothed-loss")
     np.testing.assert_allclose(ours, with_dense[0], atol=2e-7)
     np.testing.assert_allclose(errors, with_dense[1], rtol=1e-6)
-    np.testing.assert_allclose(ours, -Smoothing.of(SPACE, values, Score("smoothed-mean")).predict(SPACE)[0], atol=2e-7)
+    np.testing.assert_allclose(ours, -smoothed(values)[0], atol=2e-7)
 
 
 def test_a_configuration_that_one_supernet_lacks_is_predicted_from_the_others() -> None:
@@ -196,14 +225,14 @@ def test_a_configuration_that_one_supernet_lacks_is_predicted_from_the_others() 
     values = measured(generator, truth(generator, 0.3), 0.1, 0.02, 2)
     lacking = values.copy()
     lacking[7, 1] = math.nan
-    whole, partial = (Smoothing.of(SPACE, each, Score("smoothed-mean")) for each in (values, lacking))
+    whole, partial = smoothed(values), Smoothing.of(SPACE, lacking, Score("smoothed-mean"))
+    ours, errors = partial.predict(SPACE[[7]], values[[7]].mean(axis=1))
     assert len(partial.surrogate.indices) == len(SPACE) - 1
-    assert partial.predict(SPACE[[7]])[0] == pytest.approx(whole.predict(SPACE[[7]])[0], abs=0.002)
-    assert partial.predict(SPACE[[7]])[1] > whole.predict(SPACE[[7]])[1]
+    assert ours == pytest.approx(whole[0][7], abs=0.002) and errors != whole[1][7]
 
 
 def test_equally_accurate_configurations_have_equal_scores_and_no_error() -> None:
-    ours, errors = Smoothing.of(SPACE, np.full((len(SPACE), 3), 0.75), Score("smoothed-mean")).predict(SPACE)
+    ours, errors = smoothed(np.full((len(SPACE), 3), 0.75))
     assert set(ours) == {0.75} and not errors.any()
 
 
@@ -216,10 +245,10 @@ def test_rows_become_values_by_supernet_and_group_sizes() -> None:
 
 
 class Pupil:
-    """A strategy that remembers what it learned last."""
+    """A strategy that keeps what it learned last."""
 
-    def __init__(self, smooths: bool) -> None:
-        self.smooths = smooths
+    def __init__(self, smooths: bool, ranks: bool = True) -> None:
+        self.smooths, self.ranks = smooths, ranks
         self.learned: dict[Configuration, float] = {}
 
     def learn(self, accuracies: dict[Configuration, float]) -> None:
@@ -241,7 +270,15 @@ def test_a_strategy_learns_the_scores_of_all_unless_it_smooths_on_its_own(name: 
             == dict(zip([space[index] for index in part], score.of_supernets(values[part]), strict=True))
         )
     if score.smoothed:
-        ours = Smoothing.of(SPACE, values, score).predict(SPACE)[0]
+        ours = smoothed(values, name=name)[0]
         assert plain.learned == board.scores() == dict(zip(space, ours, strict=True))
     else:
         assert plain.learned == statistics_ and board.scores().keys() == set(space)
+
+
+def test_nothing_is_smoothed_for_a_strategy_that_ranks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    board, pupil = Scoreboard(Score("smoothed-mean")), Pupil(False, ranks=False)
+    monkeypatch.setattr(Smoothing, "of", lambda *_: pytest.fail("it is smoothed"))
+    statistics_ = board.add([Configuration(sizes.tolist()) for sizes in SPACE[:3]], np.array([[0.5], [0.25], [0.75]]))
+    board.teach([pupil, Pupil(True)], statistics_)
+    assert [*pupil.learned.values()] == [0.5, 0.25, 0.75]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -308,7 +309,8 @@ def did(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             "macs_paper": [3_100_000, 1_600_000, 1_500_000],
             "parameters": [30_000, 12_000, 14_000],
             "latency_ms": [3.0, 1.5, 2.0],
-            "supernet_accuracy": [0.9, 0.8, 0.7],
+            "score": [0.9, 0.8, 0.7],
+            "standard_error": [math.nan] * 3,
         }
     )
 
@@ -323,6 +325,7 @@ def did(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(search, "do", lambda driver: done.append(("search", driver.run.store.path)))
     for function in (best, front):
         monkeypatch.setattr(search, function.__name__, function)
+    monkeypatch.setattr(search, "accuracies", lambda run: iter([accuracies]))
     return done
 
 
@@ -474,9 +477,9 @@ def test_a_search_is_finished_when_all_its_shards_are_stored(tmp_path: Path, str
         store.save_checkpoint("search-plan", "plan", {}, {"shards": [], "forms": {}, "memory_budget": 1})
         store.save_checkpoint(rounds.ROUNDS, "round=0", {}, {"configurations": ["1-1-1", "2-2-2"]})
         units = [f"{supernet},round=0,part={part}" for part in range(2)]
-    sizes = {f"layer conv{layer}": 1 for layer in (2, 3, 4)}
     for number, unit in enumerate(units):
-        row = {"supernet": supernet, "alpha": 4.0, "scaling": "normalised", "seed": 0, "latency_ms": None, **sizes}
+        row = {"supernet": supernet, "alpha": 4.0, "scaling": "normalised", "seed": 0, "latency_ms": None}
+        row |= {f"layer conv{layer}": number + 1 for layer in (2, 3, 4)}
         row |= {"configuration": f"{number + 1}-{number + 1}-{number + 1}", "macs": 1000 + number, "macs_paper": 900}
         row |= {"parameters": 10, "val_correct": 5 + number, "val_total": 10, "val_loss": 1.0}
         row |= {"val_accuracy": (5 + number) / 10}
