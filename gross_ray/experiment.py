@@ -262,6 +262,10 @@ def _without_effect(fields: _Fields, defaults: _Fields) -> list[str]:
         weights = fields["weights"]
         found.append(f"{', '.join(of_training)}: the base network has the weights {weights} and is not trained")
     found += _of_supernets(fields, changed)
+    if "validation.drawn_seeds" in changed and not fields["validation.drawn"]:
+        found.append(
+            f"validation.drawn_seeds = {fields['validation.drawn_seeds']}: with validation.drawn = 0 none is drawn"
+        )
     sizes, by_layer = fields["decomposition.group_sizes"], fields["decomposition.layer_group_sizes"]
     if "decomposition.nested" in changed and len(sizes) == 1 and all("," not in text for text in by_layer):
         found.append(

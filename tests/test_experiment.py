@@ -347,6 +347,7 @@ def test_milestones_that_no_epoch_reaches_are_without_effect() -> None:
     ("settings", "started", "but_not"),
     [
         (["finetuning.gamma=0.5", "finetuning.milestones=[]"], ["finetuning.gamma = 0.5"], "finetuning.milestones=[9]"),
+        (["validation.drawn_seeds=3"], ["validation.drawn_seeds = 3"], "validation.drawn=1"),
         (["training.gamma=1"], ["training.milestones = [50, 75]"], "training.gamma=0.5"),
         (["supernet.scaling=index"], ["supernet.scaling = 'index'"], "supernet.alpha=1"),
         (["sweep.scalings=index", "sweep.alphas=0"], ["sweep.scalings = ['index']"], "sweep.alphas=[0, 1]"),

@@ -81,12 +81,11 @@ def selected_configurations(run: Run) -> list[Configuration]:
     return list(dict.fromkeys(map(Configuration.parse, chosen)))
 
 
-def drawn_configurations(run: Run, others: Collection[Configuration]) -> list[Configuration]:
-    """Return `validation.drawn` configurations that are not among `others`, one from each of equal ranges of MACs.
+def drawn_configurations(run: Run, num: int, others: Collection[Configuration]) -> list[Configuration]:
+    """Return `num` configurations that are not among `others`, one from each of equal ranges of MACs.
 
     A range without any other configuration has none. The draws depend on the experiment's seed and on `others`.
     """
-    num = run.experiment.validation.drawn
     if not num:
         return []
     macs = rounds.additive_cost(run, "macs")
@@ -131,7 +130,7 @@ def plan(run: Run) -> Sequence[Validation]:
         others = [*fixed_configurations(run), *selected_configurations(run)]
         drawn = [
             Validation(configuration=configuration, kind="drawn", seed=seed)
-            for configuration in drawn_configurations(run, others)
+            for configuration in drawn_configurations(run, run.experiment.validation.drawn, others)
             for seed in range(run.experiment.validation.drawn_seeds)
         ]
         return [*units_of(run, others), *drawn]

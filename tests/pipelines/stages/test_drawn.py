@@ -30,12 +30,12 @@ def test_one_is_drawn_from_each_of_equal_ranges_of_macs(run: Path, num: int) -> 
     opened = with_drawn(run, num)
     macs = rounds.additive_cost(opened, "macs")
     others = [*validate.fixed_configurations(opened), *validate.selected_configurations(opened)]
-    drawn = validate.drawn_configurations(opened, others)
+    drawn = validate.drawn_configurations(opened, num, others)
     assert len(set(drawn)) == len(drawn) == num and not set(drawn) & set(others)
     width = (macs.maximum - macs.minimum) / num
     assert [min(int((macs.of_one(one) - macs.minimum) / width), num - 1) for one in drawn] == list(range(num))
-    assert drawn == validate.drawn_configurations(opened, others)
-    assert drawn != validate.drawn_configurations(with_drawn(run, num, seed=1), others)
+    assert drawn == validate.drawn_configurations(opened, num, others)
+    assert drawn != validate.drawn_configurations(with_drawn(run, num, seed=1), num, others)
 
 
 def test_the_most_expensive_of_a_deep_network_are_drawn_too() -> None:
@@ -52,9 +52,9 @@ def test_the_most_expensive_of_a_deep_network_are_drawn_too() -> None:
 def test_without_configurations_in_a_range_none_is_drawn_from_it(run: Path) -> None:
     opened = with_drawn(run, 400)  # of 252 configurations
     everything = list(opened.space)
-    drawn = validate.drawn_configurations(opened, [])
+    drawn = validate.drawn_configurations(opened, 400, [])
     assert 100 < len(set(drawn)) == len(drawn) < 252
-    assert validate.drawn_configurations(opened, everything) == []
+    assert validate.drawn_configurations(opened, 400, everything) == []
 
 
 def test_the_drawn_ones_are_trained_and_ranked(run: Path) -> None:
