@@ -16,6 +16,7 @@ from gross_ray.run.latencies import unit_in_force
 from gross_ray.run.store import RunStore
 from gross_ray.search.budgets import COSTS
 from gross_ray.search.scores import LAYER_COLUMN, Score, Smoothing, by_supernet, group_sizes, scored
+from gross_ray.space import Configuration
 
 _TABLE = "configurations"
 _HEAD = ("alpha", "scaling", "seed", "configuration")
@@ -62,7 +63,7 @@ def evaluated_accuracies(store: RunStore, units: pd.DataFrame) -> Iterator[pd.Da
     """
     if units.empty:
         return
-    units = units.sort_values("first", kind="stable")  # the order of `score_units`
+    units = _in_order(units)
     score = Score(store.experiment.search.score)
     columns = ["seed", "configuration", *COSTS, *dict.fromkeys(["val_accuracy", score.column])]
     names = score_units(store, units)
@@ -86,9 +87,18 @@ def evaluated_accuracies(store: RunStore, units: pd.DataFrame) -> Iterator[pd.Da
 
 
 def score_units(store: RunStore, units: pd.DataFrame) -> list[str]:
-    """Return the names of the units of the table `scores`, one for each part, in the order of the parts' beginnings."""
+    """Return the names of the units of the table `scores`, one for each part, in the order of the parts' beginnings.
+
+    For a space that was evaluated whole this is the order of the space, however many parts it has.
+    """
     num = units["first"].nunique()
     return [f"score={store.experiment.search.score},part={part},of={num}" for part in range(num)]
+
+
+def _in_order(units: pd.DataFrame) -> pd.DataFrame:
+    """Return `units` in the order of their first configurations in the space."""
+    firsts = [Configuration.parse(text) for text in units["first"]]
+    return units.iloc[sorted(range(len(units)), key=firsts.__getitem__)]
 
 
 def _smoothing(store: RunStore, units: pd.DataFrame, score: Score, columns: Sequence[str]) -> Smoothing | None:

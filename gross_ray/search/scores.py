@@ -30,7 +30,7 @@ BLOCK = 10_000
 NOISES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """The grid of noise variances of a smoothed score, relative to the kernel's variance."""
 DIGITS = 7
-"""Decimals of a smoothed score: rounding on another CPU must not decide between equal configurations."""
+"""Decimals of a smoothed score and its error: rounding, which depends on what is computed together, must not decide."""
 LAYER_COLUMN = "layer "
 """Start of the name of a layer's column in the table `configurations`."""
 SCORED_COLUMNS = ("configuration", *COSTS, "supernet_accuracy", "num_supernets", "score", "standard_error")
@@ -241,7 +241,7 @@ class Smoothing:
         new = np.array([key not in self.fitted for key in _keys(indices)])
         share = np.where(new, variance / (variance + self.surrogate.noise_variance), 0.0)
         scores = mean + share * (statistics - mean)
-        return scores.round(DIGITS), np.sqrt(variance * (1 - share) + self.between)
+        return scores.round(DIGITS), np.sqrt(variance * (1 - share) + self.between).round(DIGITS)
 
 
 def _keys(indices: np.ndarray) -> list[bytes]:

@@ -413,7 +413,7 @@ def choose(run: Run) -> None:
 
 
 def _store_scores(run: Run) -> None:
-    units = _evaluated(run).sort_values("first", kind="stable")
+    units = _evaluated(run)
     names, stored = score_units(run.store, units), run.store.finished_units("scores")
     if set(names) <= stored:
         return
