@@ -142,7 +142,7 @@ def test_smoothing_is_the_mean_of_a_gaussian_process_of_the_greatest_evidence() 
     between = (kernel @ inverse @ deviations).var(axis=1, ddof=1).mean() / 3
     ours, errors = smoothing.predict(SPACE, mean)
     np.testing.assert_allclose(ours, expected, atol=1e-7)
-    np.testing.assert_allclose(errors, np.sqrt(variance + between), rtol=1e-6)
+    np.testing.assert_allclose(errors, np.sqrt(variance + between), rtol=1e-6, atol=1e-7)
     assert smoothing.between == pytest.approx(between) and between > 0
 
 
@@ -152,7 +152,7 @@ def test_what_a_supernet_adds_to_all_configurations_changes_neither_ranks_nor_er
     ours, errors = smoothed(values)
     shifted, same = smoothed(values + [0.03, 0, 0])
     np.testing.assert_allclose(shifted, ours + 0.01, atol=2e-7)
-    np.testing.assert_allclose(same, errors, rtol=1e-6)
+    np.testing.assert_allclose(same, errors, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("num", "between", "noise"), [(3, 0.1, 0.05), (3, 0.0, 0.2), (2, 0.1, 0.1), (5, 0.1, 0.3)])
@@ -201,7 +201,7 @@ def test_of_many_configurations_some_are_fitted_and_the_others_count_with_their_
     expected = np.where(new, (1 - share) * predicted + share * mean, predicted)
     np.testing.assert_allclose(ours, expected, atol=1e-7)
     variances = np.where(new, 1 / (1 / deviations**2 + 1 / noise), deviations**2)  # of two independent measurements
-    np.testing.assert_allclose(errors, np.sqrt(variances + one.between), rtol=1e-6)
+    np.testing.assert_allclose(errors, np.sqrt(variances + one.between), rtol=1e-6, atol=1e-7)
 
     def wrong(found: np.ndarray) -> float:
         return float(np.std(100 * found[new] - true[new]))
@@ -216,7 +216,7 @@ def test_the_dense_convolution_is_the_neighbour_of_the_largest_group_size() -> N
     ours, errors = smoothed(values, name="smoothed-loss")
     with_dense = smoothed(values, dense, "smoothed-loss")
     np.testing.assert_allclose(ours, with_dense[0], atol=2e-7)
-    np.testing.assert_allclose(errors, with_dense[1], rtol=1e-6)
+    np.testing.assert_allclose(errors, with_dense[1], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(ours, -smoothed(values)[0], atol=2e-7)
 
 
