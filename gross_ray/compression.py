@@ -235,7 +235,7 @@ def _searched(
     board, evaluated = Scoreboard(score), 0
     while proposed := proposing.propose(min(ROUND, most - evaluated)):
         correct, loss = evaluator.evaluate(splits.validation.images, splits.validation.labels, proposed, calibration)
-        totals = loss if score.column == "val_loss" else correct
+        totals = correct if score.of_accuracy else loss
         board.teach([proposing], board.add(proposed, totals.numpy()[:, None] / len(splits.validation)))
         evaluated += len(proposed)
         show("search", evaluated / most)

@@ -109,7 +109,7 @@ class Experiment:
         return dict(_flatten(self.to_dict(), ""))
 
     def setting(self, name: str) -> str:
-        """Return a field's value as `--set` takes it: text as it is, and anything else as JSON."""
+        """Return a field's value as `--set` takes it: text unchanged, other values as JSON."""
         value = self.fields()[name]
         return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 

@@ -133,8 +133,8 @@ def _figure(
                 x=(rows[cost] / unit).tolist(),
                 y=(score.scale * rows["score"]).tolist(),
                 customdata=[_about(row, searched, kinds) for row in rows.to_dict("records")],
-                hovertemplate="<b>%{customdata[0]}</b>%{customdata[1]}<br>%{y:."
-                + f"{score.digits}f}}{score.unit} in the supernet"
+                hovertemplate="<b>%{customdata[0]}</b>%{customdata[1]}"
+                f"<br>%{{y:.{score.digits}f}}{score.unit} in the supernet"
                 "<br>%{customdata[2]}<br>%{customdata[3]}<extra></extra>",
                 **style,
             )

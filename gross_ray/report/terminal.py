@@ -29,12 +29,12 @@ def stage_results(store: RunStore, stage: str) -> str:
     if stage == "validate":
         return "\n\n".join(map(as_text, stored.main_tables(store, Searched.of(store))))
     if stage == "search":
-        selected = []
+        searched, tables = Searched.of(store), []
         if store.experiment.search.budgets:
-            searched = Searched.of(store)
-            notes = near_sentences(stored.selected(store), searched) + score_sentences(searched)
-            selected = ["\n".join([_frame(stored.selected(store)), *notes])]
-        return "\n\n".join([*selected, *map(as_text, stored.limit_tables(store))])
+            selections = stored.selected(store)
+            notes = near_sentences(selections, searched) + score_sentences(searched)
+            tables.append("\n".join([_frame(selections), *notes]))
+        return "\n\n".join([*tables, *map(as_text, stored.limit_tables(store, searched))])
     if stage == "sweep-alpha":
         return as_text(stored.sweep_table(store))
     if stage in ("train", "decompose"):

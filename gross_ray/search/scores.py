@@ -101,7 +101,7 @@ class Score:
     def of_supernets(self, values: np.ndarray) -> np.ndarray:
         """Return the statistic of N configurations, (N,), from the values of `column` in each supernet, (N, K).
 
-        NaN stands for a supernet in which a configuration was not evaluated.
+        NaN marks a supernet in which a configuration was not evaluated.
         """
         statistic = np.nanmedian if self.statistic == "median" else np.nanmean
         return np.asarray(statistic(self.signed(values), axis=1))
@@ -116,7 +116,7 @@ def scored(rows: pd.DataFrame, score: Score, smoothing: Smoothing | None = None)
 
     `rows` are of the table `configurations`, with the rows of all supernets for each configuration; accuracies are on
     the validation split. `supernet_accuracy` is the median over the supernets. A smoothed score needs `smoothing`; the
-    standard error of another score is NaN, as it is where no smoothing could be fitted (`smoothing` is None).
+    standard error of another score is NaN, and so is that of every score if `smoothing` is None.
     """
     codes, _ = pd.factorize(rows["configuration"])
     _, first = np.unique(codes, return_index=True)
@@ -137,7 +137,7 @@ def scored(rows: pd.DataFrame, score: Score, smoothing: Smoothing | None = None)
 def by_supernet(rows: pd.DataFrame, score: Score, seeds: np.ndarray) -> np.ndarray:
     """Return the values of the score's column, (N, K), in the order of the configurations' first rows.
 
-    `seeds` are those of the K supernets, ascending. NaN stands for a supernet in which a configuration was not
+    `seeds` are those of the K supernets, ascending. NaN marks a supernet in which a configuration was not
     evaluated.
     """
     codes, names = pd.factorize(rows["configuration"])
