@@ -18,7 +18,9 @@ from gross_ray.model_names import check_model_name
 from gross_ray.search.options import SearchOptions
 from gross_ray.supernet.options import DecompositionOptions
 from gross_ray.training.options import (
+    CUDNN_BENCHMARK,
     EARLIER_AUGMENT,
+    PRODUCTS,
     EngineOptions,
     FinetuningOptions,
     ReconstructionOptions,
@@ -125,6 +127,8 @@ class Experiment:
         found = []
         if device is not None and fields["engine.capture"] and not device.startswith("cuda"):
             found.append(f"engine.capture = True: trainings run on {device}, and only a GPU has CUDA graphs")
+        if device is not None and CUDNN_BENCHMARK in fields["engine.kernels"] and not device.startswith("cuda"):
+            found.append(f"engine.kernels = {CUDNN_BENCHMARK}: trainings run on {device}, which has no cuDNN")
         if num_images is not None:
             found += [
                 f"{name} = {value}: the training split has only {num_images} images, so an epoch takes all of them"
@@ -211,6 +215,7 @@ _LATER_FIELDS = (
     ("validation", "drawn"),
     ("validation", "drawn_seeds"),
     ("search", "score"),
+    ("engine", "kernels"),
 )
 """Fields that earlier versions did not have: at their defaults, or at BEFORE, they change no fingerprint."""
 BEFORE = {("search", "score"): "median"}
@@ -331,4 +336,10 @@ def _of_supernets(fields: _Fields, changed: _Fields) -> list[str]:
     num_supernets = max(fields["supernet.seeds"], len(kinds_in_sweep) * fields["sweep.seeds"])
     if (together := fields["engine.parallel_seeds"]) > num_supernets:
         found.append(f"engine.parallel_seeds = {together}: no stage trains more than {num_supernets} supernets")
+    stacks = any(name in changed for name in ("engine.parallel_seeds", "engine.compile", "engine.capture"))
+    if PRODUCTS in fields["engine.kernels"] and not stacks:
+        found.append(
+            f"engine.kernels = {PRODUCTS}: no supernets are stacked (engine.parallel_seeds = 1, without engine.compile "
+            "and engine.capture)"
+        )
     return found

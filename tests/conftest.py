@@ -23,6 +23,14 @@ settings.load_profile("gross_ray")
 sys.path.insert(0, str(Path(__file__).parent))  # s3_server.py
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where torch has no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
     """The port of an S3 server on loopback with an empty bucket called runs."""

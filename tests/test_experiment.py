@@ -452,7 +452,7 @@ LATER |= {"data.validation_from": "test", "data.channels": "1", "data.skip_damag
 LATER |= {"data.image_column": "picture", "data.label_column": "kind"}
 LATER |= {"data.image_size": "224", "data.resize": "256", "data.memory": "1000"}
 LATER |= {"validation.trainable": "all", "validation.drawn": "3", "validation.drawn_seeds": "1"}
-LATER |= {"search.score": "mean"}
+LATER |= {"search.score": "mean", "engine.kernels": '["fused-sgd"]'}
 """Fields that the first version did not have, each with a value that is not its default."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, cast
 
@@ -15,6 +15,9 @@ from gross_ray.btd.bottleneck import Bottleneck
 from gross_ray.btd.expansion import sum_of_expansions
 from gross_ray.errors import InvalidValueError
 from gross_ray.space import DENSE, listed, ordered
+
+Conv2d = Callable[..., Tensor]
+"""Takes the arguments of torch.nn.functional.conv2d and returns its result."""
 
 
 class SeriesConv2d(nn.Module):
@@ -48,6 +51,8 @@ class SeriesConv2d(nn.Module):
         self.padding_mode = conv.padding_mode
         self._padding_both_sides = conv._reversed_padding_repeated_twice
         self._active = (self.series_sizes or self.group_sizes)[-1]
+        self.composed = False
+        """Whether `forward` runs a bottleneck as the dense convolution that it equals."""
         channels = conv.in_channels
 
         def zeros(*shape: int) -> nn.Parameter:
@@ -115,19 +120,37 @@ class SeriesConv2d(nn.Module):
         if self._active == DENSE:
             return self.convolve_dense(input, self.dense_weight, self.bias)
         weights = self.bottleneck(self._active)
-        return self.convolve(input, weights.pointwise_in, weights.grouped, weights.pointwise_out)
+        terms = weights.pointwise_in, weights.grouped, weights.pointwise_out
+        return self.convolve(input, *terms, composed=self.composed)
 
-    def convolve(self, images: Tensor, pointwise_in: Tensor, grouped: Tensor, pointwise_out: Tensor) -> Tensor:
-        """Run a bottleneck of any group-size with this layer's stride, padding, dilation and bias."""
-        hidden, padding = self.padded(F.conv2d(images, pointwise_in))
+    def convolve(
+        self,
+        images: Tensor,
+        pointwise_in: Tensor,
+        grouped: Tensor,
+        pointwise_out: Tensor,
+        *,
+        composed: bool = False,
+        conv2d: Conv2d = F.conv2d,
+    ) -> Tensor:
+        """Run a bottleneck of any group-size with this layer's stride, padding, dilation and bias.
+
+        With `composed`, run the dense convolution that it equals. `conv2d` does the convolutions.
+        """
+        if composed:
+            kernel = Bottleneck(pointwise_in, grouped, pointwise_out).dense_kernel()
+            return self.convolve_dense(images, kernel, self.bias, conv2d=conv2d)
+        hidden, padding = self.padded(conv2d(images, pointwise_in))
         groups = self.in_channels // grouped.shape[1]
-        hidden = F.conv2d(hidden, grouped, None, self.stride, padding, self.dilation, groups)
-        return F.conv2d(hidden, pointwise_out, self.bias)
+        hidden = conv2d(hidden, grouped, None, self.stride, padding, self.dilation, groups)
+        return conv2d(hidden, pointwise_out, self.bias)
 
-    def convolve_dense(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Run a dense convolution with this layer's stride, padding and dilation."""
+    def convolve_dense(
+        self, images: Tensor, weight: Tensor, bias: Tensor | None, *, conv2d: Conv2d = F.conv2d
+    ) -> Tensor:
+        """Run a dense convolution with this layer's stride, padding and dilation; `conv2d` does it."""
         images, padding = self.padded(images)
-        return F.conv2d(images, weight, bias, self.stride, padding, self.dilation)
+        return conv2d(images, weight, bias, self.stride, padding, self.dilation)
 
     def dense_kernel(self, choice: int) -> Tensor:
         """Return the kernel (C_out, C_in, kH, kW) of the dense convolution that a choice equals."""

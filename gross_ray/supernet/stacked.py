@@ -5,13 +5,16 @@ S: supernets, K: group-sizes of a layer, G: the largest of them; other shapes ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gross_ray.btd.expansion import expand_grouped_weight
 from gross_ray.errors import InvalidValueError
+from gross_ray.nn.products import conv2d_by_products
 from gross_ray.nn.replace import replace_modules
 from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.series import SeriesConv2d
@@ -35,12 +38,14 @@ class StackedSeries(nn.Module):
     grouped: nn.Parameter
     pointwise_out: nn.Parameter
 
-    def __init__(self, series: SeriesConv2d) -> None:
-        """Take the geometry and the bias of `series`, but not its terms."""
+    def __init__(self, series: SeriesConv2d, kernels: Collection[str] = ()) -> None:
+        """Take the geometry and the bias of `series`, but not its terms; compute as in EngineOptions.kernels."""
         super().__init__()
         self.group_sizes, self.out_channels = series.series_sizes, series.out_channels
         self.in_channels, self.kernel_size = series.in_channels, series.kernel_size
-        self._convolve, self._convolve_dense = series.convolve, series.convolve_dense
+        conv2d = conv2d_by_products if "products" in kernels else F.conv2d
+        self._convolve = partial(series.convolve, composed="composed" in kernels, conv2d=conv2d)
+        self._convolve_dense = partial(series.convolve_dense, conv2d=conv2d)
         self.register_buffer("dense_weight", series.dense_weight, persistent=False)
         like = series.grouped[0]
         for name in TERMS:
@@ -89,11 +94,14 @@ class StackedSeries(nn.Module):
 class SupernetStack:
     """Supernets of one base network that differ only in the terms of their series."""
 
-    def __init__(self, supernets: Sequence[nn.Module]) -> None:
-        """Stack the terms; raises InvalidValueError if the supernets differ in anything else."""
+    def __init__(self, supernets: Sequence[nn.Module], kernels: Collection[str] = ()) -> None:
+        """Stack the terms; raises InvalidValueError if the supernets differ in anything else.
+
+        `kernels` says how the template computes (EngineOptions.kernels).
+        """
         self.supernets = list(supernets)
         _check_alike(self.supernets)
-        stacked = {name: StackedSeries(series) for name, series in series_layers(self.supernets[0]).items()}
+        stacked = {name: StackedSeries(series, kernels) for name, series in series_layers(self.supernets[0]).items()}
         self.template = replace_modules(self.supernets[0], stacked)
         """A supernet with a StackedSeries in each layer; run it by `torch.func.functional_call`."""
         for parameter in self.template.parameters():

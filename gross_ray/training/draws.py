@@ -18,6 +18,10 @@ Keep = Callable[[nn.Dropout, Tensor], Tensor]
 """Returns the factors by which a dropout multiplies its input: 0 or 1 / (1 - p)."""
 
 
+AT_ONCE = 2**28
+"""Bytes of images, with their margins, that are gathered and cropped together for several steps."""
+
+
 class EpochDraws:
     """The random numbers of one epoch of one training, which depend on the epoch's seed alone."""
 
@@ -45,29 +49,42 @@ class EpochDraws:
         self.global_seed = derive_seed(seed, "global")
         """The seed for torch's global generators."""
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the images (B, 3, H, W), uint8, and labels (B,) of each step, cropped and flipped if augmented."""
-        batches = self._images.batches(size, self._order, wider=self._augmentation is not None)
-        for number, (inputs, labels) in enumerate(batches):
-            yield self._augmented(inputs, [self], slice(number * size, (number + 1) * size)), labels
+    def batches(self, size: int, *, at_once: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images (B, 3, H, W), uint8, and labels (B,) of each step, cropped and flipped if augmented.
+
+        With `at_once`, as many images as AT_ONCE allows are gathered and cropped together.
+        """
+        many = size * (self._steps_at_once(size) if at_once else 1)
+        several = self._images.batches(many, self._order, wider=self._augmentation is not None)
+        for number, (inputs, labels) in enumerate(several):
+            augmented = self._augmented(inputs, [self], slice(number * many, (number + 1) * many))
+            yield from zip(augmented.split(size), labels.split(size), strict=True)
+
+    def _steps_at_once(self, images: int) -> int:
+        """Return how many steps of `images` images AT_ONCE allows, at least one."""
+        return max(1, AT_ONCE // (images * self._images.stored[0].numel()))
 
     @staticmethod
-    def batches_of_all(several: Sequence[EpochDraws], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches_of_all(
+        several: Sequence[EpochDraws], size: int, *, at_once: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the `batches` of several trainings, stacked: (S, B, 3, H, W) and (S, B).
 
-        Images on the device are gathered and cropped for all trainings at once.
+        Images on the device are gathered and cropped for all trainings at once, with `at_once` for many steps too.
         """
         first = several[0]
         if first._images.streamed_to is not None or any(each._images is not first._images for each in several):
-            for batches in zip(*(each.batches(size) for each in several), strict=True):
+            for batches in zip(*(each.batches(size, at_once=at_once) for each in several), strict=True):
                 yield torch.stack([inputs for inputs, _ in batches]), torch.stack([labels for _, labels in batches])
             return
         order = torch.stack([each._order for each in several])
         source = first._images.images if first._augmentation is None else first._images.stored
-        for start in range(0, order.shape[1], size):
-            indices = order[:, start : start + size]
-            inputs = first._augmented(source[indices.flatten()], several, slice(start, start + size))
-            yield inputs.unflatten(0, indices.shape), first._images.labels[indices]
+        many = size * (first._steps_at_once(size * len(several)) if at_once else 1)
+        for start in range(0, order.shape[1], many):
+            indices = order[:, start : start + many]
+            inputs = first._augmented(source[indices.flatten()], several, slice(start, start + many))
+            of_steps = inputs.unflatten(0, indices.shape).split(size, dim=1)
+            yield from zip(of_steps, first._images.labels[indices].split(size, dim=1), strict=True)
 
     def _augmented(self, inputs: Tensor, several: Sequence[EpochDraws], part: slice) -> Tensor:
         """Return the images of a step, those of each training in `several` one after another, cropped if augmented."""

@@ -21,6 +21,7 @@ from gross_ray.nn.precision import forward_at, products_at
 from gross_ray.seeds import derive_seed
 from gross_ray.training.capture import CapturedStep, captures
 from gross_ray.training.draws import EpochDraws, dropout_by
+from gross_ray.training.kernels import kernels_of
 from gross_ray.training.options import EngineOptions, Schedule
 from gross_ray.weights import restore_state
 
@@ -143,9 +144,18 @@ class _Steps:
         self._network, self._images, self._schedule = network, images, schedule
         self._parameters, self._engine, self._in_parts = parameters, engine, in_parts
         self._loss: Loss = torch.compile(loss) if engine.compile else loss
+        self._fused = "fused-sgd" in engine.kernels
         self._optimizer = torch.optim.SGD(
-            list(parameters.values()), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+            list(parameters.values()),
+            lr=schedule.lr,
+            momentum=schedule.momentum,
+            weight_decay=schedule.weight_decay,
+            fused=self._fused or None,
         )
+        if (
+            self._fused and schedule.momentum
+        ):  # torch's kernel takes no parameters without a momentum beside others with one
+            momenta = {name: torch.zeros_like(each) for name, each in parameters.items()} | dict(momenta)
         for name, momentum in momenta.items():
             buffer = torch.empty_like(parameters[name])  # its memory format, and so the rounding, is the parameter's
             self._optimizer.state[parameters[name]]["momentum_buffer"] = buffer.copy_(momentum)
@@ -168,8 +178,10 @@ class _Steps:
         with (
             random_numbers_of(draws, self._network, compiled=self._engine.compile),
             products_at(self._engine.precision, self._images.device),
+            kernels_of(self._engine, self._network),
         ):
-            for inputs, labels in draws.batches(self._schedule.batch_size):
+            at_once = "epoch-crops" in self._engine.kernels
+            for inputs, labels in draws.batches(self._schedule.batch_size, at_once=at_once):
                 if before_step is not None:
                     before_step(draws.generator)
                 results.append((self._captured or self._step)(inputs, labels))
@@ -185,6 +197,8 @@ class _Steps:
 
         value, gradients = _gradients(loss, trained, inputs, labels, part, self._engine.precision)
         for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None and self._fused and gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter).copy_(gradient)  # the fused kernel reads memory in its order
             parameter.grad = gradient
         known = [gradient for gradient in gradients if gradient is not None]
         norm = torch.nn.utils.get_total_norm(known) if known else torch.zeros_like(value)
@@ -237,6 +251,11 @@ def run_in_format_of(network: nn.Module, images: ImageSet, run: Callable[[ImageS
         for buffer, values in before:
             buffer.copy_(values)
     return run(other)
+
+
+def in_first_format(images: ImageSet, engine: EngineOptions) -> ImageSet:
+    """Return the images in the memory format in which a training is tried first."""
+    return replace(images, memory_format=torch.contiguous_format) if "contiguous" in engine.kernels else images
 
 
 def in_format_of(network: nn.Module, images: ImageSet, *, trained: bool = False) -> ImageSet:

@@ -12,6 +12,9 @@ SCALINGS = ("index", "normalised")
 """The two readings of Eq. 8."""
 TRAINABLE = ("series", "all")
 """What the fine-tuning of a configuration on its own trains."""
+CUDNN_BENCHMARK, PRODUCTS = "cudnn-benchmark", "products"
+KERNELS = ("fused-sgd", "epoch-crops", "contiguous", CUDNN_BENCHMARK, "composed", PRODUCTS)
+"""Other ways to compute the same steps (`EngineOptions.kernels`)."""
 STARTS = ("new", "weights")
 """What the training of a base network begins from."""
 NONE, CROP, RESIZED_CROP = AUGMENTATIONS = ("none", "crop", "resized-crop")
@@ -191,6 +194,11 @@ class EngineOptions:
     """On a GPU, replay each step as one CUDA graph; the network's control flow must not depend on data or chance."""
     parallel_seeds: int = 1
     """How many supernets are trained in one batched pass, to fill a GPU; equal to separate trainings up to rounding."""
+    kernels: tuple[str, ...] = ()
+    """Other ways to compute the same steps, equal up to rounding; which are faster depends on the device. fused-sgd:
+    SGD in one kernel; epoch-crops: images of many steps cropped at once; contiguous: images and weights not
+    channels-last; cudnn-benchmark: cuDNN chooses its algorithms by timing them; composed: a bottleneck as the dense
+    convolution that it equals; products: convolutions of stacked supernets as products of matrices."""
     recalibrate: bool = True
     """Give each configuration batch-norm statistics of its own, computed from training images."""
 
@@ -198,6 +206,8 @@ class EngineOptions:
         settle(self, "engine.")
         known = self.precision in PRECISIONS
         require(known, "engine.precision", self.precision, f"must be one of {', '.join(PRECISIONS)}")
+        lawful = set(self.kernels) <= set(KERNELS) and len(set(self.kernels)) == len(self.kernels)
+        require(lawful, "engine.kernels", self.kernels, f"must be among {', '.join(KERNELS)}, each named once")
         require(self.parallel_seeds >= 1, "engine.parallel_seeds", self.parallel_seeds, "must be 1 or more")
         stacked = {"parallel_seeds": self.parallel_seeds > 1, "compile": self.compile, "capture": self.capture}
         for name, stacks in stacked.items():

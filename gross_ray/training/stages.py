@@ -14,7 +14,15 @@ from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import InvalidValueError
 from gross_ray.nn.sharing import check_trainable
 from gross_ray.supernet.configure import largest_decomposed, series_layers, set_configuration
-from gross_ray.training.loop import FLOAT32, CheckpointSlot, EpochRecord, accuracy, run_in_format_of, train
+from gross_ray.training.loop import (
+    FLOAT32,
+    CheckpointSlot,
+    EpochRecord,
+    accuracy,
+    in_first_format,
+    run_in_format_of,
+    train,
+)
 from gross_ray.training.options import EngineOptions, Schedule
 from gross_ray.training.sampling import ConfigurationSampler
 
@@ -57,7 +65,7 @@ def train_network(
             on_epoch=on_epoch,
         )
 
-    return run_in_format_of(network, splits.train, run, trained=True)
+    return run_in_format_of(network, in_first_format(splits.train, engine), run, trained=True)
 
 
 def response_error(response: Tensor, target: Tensor) -> Tensor:
@@ -134,7 +142,7 @@ def reconstruct(
                 on_epoch=on_epoch,
             )
 
-    return run_in_format_of(supernet, splits.train, run, trained=True)
+    return run_in_format_of(supernet, in_first_format(splits.train, engine), run, trained=True)
 
 
 def finetune(
@@ -181,7 +189,7 @@ def finetune(
             on_epoch=on_epoch,
         )
 
-    return run_in_format_of(supernet, splits.train, run, trained=True)
+    return run_in_format_of(supernet, in_first_format(splits.train, engine), run, trained=True)
 
 
 def freeze_all_but_series(supernet: nn.Module) -> Mapping[str, nn.Parameter]:

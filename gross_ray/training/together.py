@@ -27,6 +27,7 @@ from gross_ray.supernet.configure import largest_decomposed, series_layers, set_
 from gross_ray.supernet.stacked import SupernetStack
 from gross_ray.training.capture import CapturedStep, captures
 from gross_ray.training.draws import EpochDraws, dropout_by
+from gross_ray.training.kernels import kernels_of
 from gross_ray.training.loop import (
     FLOAT32,
     CheckpointSlot,
@@ -34,6 +35,7 @@ from gross_ray.training.loop import (
     accuracy,
     check_finite,
     images_of_part,
+    in_first_format,
     restore,
     run_in_format_of,
     state,
@@ -108,7 +110,7 @@ def reconstruct_together(
         return _train_all(members, replace(splits, train=images), schedule, engine, stage)
 
     with _naming_options(engine):
-        return run_in_format_of(members[0].supernet, splits.train, run, trained=True)
+        return run_in_format_of(members[0].supernet, in_first_format(splits.train, engine), run, trained=True)
 
 
 def finetune_together(
@@ -126,7 +128,7 @@ def _finetune(members: Sequence[Member], splits: Splits, schedule: Schedule, eng
     def run(images: ImageSet) -> list[Outcome]:
         return _train_all(members, replace(splits, train=images), schedule, engine, _FINETUNING)
 
-    return run_in_format_of(members[0].supernet, splits.train, run, trained=True)
+    return run_in_format_of(members[0].supernet, in_first_format(splits.train, engine), run, trained=True)
 
 
 _FINETUNING = _Stage(
@@ -247,7 +249,7 @@ class _Steps:
         self.members = members
         self._schedule, self._engine, self._stage = schedule, engine, stage
         device = next(members[0].supernet.parameters()).device
-        self.stack = SupernetStack([member.supernet for member in members])
+        self.stack = SupernetStack([member.supernet for member in members], engine.kernels)
         zeros = (
             {name: torch.zeros_like(term) for name, term in member.supernet.named_parameters() if term.requires_grad}
             for member in members
@@ -281,8 +283,11 @@ class _Steps:
         ]
         actives = self.stack.active(list(zip(*drawn, strict=True)))
         steps: list[tuple[Tensor, ...]] = []
-        with dropout_by(template, self._keep), products_at(self._engine.precision, images.device):
-            for active, (inputs, labels) in zip(actives, EpochDraws.batches_of_all(draws, size), strict=True):
+        at_once = "epoch-crops" in self._engine.kernels
+        batches = EpochDraws.batches_of_all(draws, size, at_once=at_once)
+        precision = products_at(self._engine.precision, images.device)
+        with dropout_by(template, self._keep), precision, kernels_of(self._engine, template):
+            for active, (inputs, labels) in zip(actives, batches, strict=True):
                 if self._captured is None:
                     steps.append(self._step(inputs, labels, active, draws))
                 else:

@@ -346,7 +346,7 @@ def cyclic_scheme(weight, group_size):
             return error
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_a_gpu_reaches_the_same_error(trained_like_weight, precision):
     weight = trained_like_weight(16, 16, 3, 3)

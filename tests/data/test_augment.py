@@ -95,7 +95,7 @@ def test_generator_alone_decides(augmentation: Augmentation) -> None:
     assert not torch.equal(augmentation(images, augmentation.draw(100, generator)), first)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("augmentation", EVERY_KIND)
 def test_device_does_not_change_the_result(augmentation: Augmentation) -> None:
     images = random_images(100)

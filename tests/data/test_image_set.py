@@ -35,7 +35,7 @@ def test_batches_are_the_images_in_order(images: ImageSet, place: Callable[[Imag
         assert torch.equal(torch.cat([pixels for pixels, _ in batches]), images.images[expected])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_streamed_batches_reach_the_device(images: ImageSet) -> None:
     streamed = images.stream_to("cuda")
     assert streamed.device.type == "cuda"

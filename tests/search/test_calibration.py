@@ -151,7 +151,7 @@ def test_recalibrate_takes_the_mean_over_batches_and_leaves_all_else(case, calib
     }
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_statistics_are_of_float32_products_on_a_gpu(case, calibration):
     """Torch's own default for convolutions is tf32, which accuracies are not counted in."""
     found = set()

@@ -393,7 +393,7 @@ def test_bfloat16_is_near(random_supernet):
     assert 0 < differences.max() < 0.3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_a_gpu_counts_the_same(name, random_supernet):
     supernet, images, labels = build(*CASES[name], random_supernet)

@@ -326,7 +326,7 @@ def test_threads_are_restored_when_the_timing_fails(supernet: nn.Module, two_thr
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_times_a_supernet_that_lies_elsewhere(supernet: nn.Module) -> None:
     model = measure(supernet, device="cuda", repeats=3)
     assert model.device == torch.cuda.get_device_name()

@@ -27,7 +27,6 @@ from gross_ray.training.together import Member, finetune_together, reconstruct_t
 
 SCHEDULE = Schedule(epochs=5, lr=0.05, milestones=(3,), batch_size=12, weight_decay=1e-2)
 CAPTURE = EngineOptions(capture=True)
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STAGES = ["train", "reconstruct", "finetune"]
 
 
@@ -50,7 +49,7 @@ class StandIn:
         return self._results
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
         monkeypatch.setattr(StandIn, "made", 0)
@@ -157,7 +156,7 @@ def test_captured_steps_train_the_same_networks(training: Training) -> None:
         assert StandIn.made == 4
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("captured", [False, True])
 def test_no_step_waits_for_the_device(stage: str, captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +237,7 @@ def test_a_step_that_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch)
     assert "set engine.capture=false" in str(told.value)
 
 
-@NEEDS_GPU
+@pytest.mark.gpu
 def test_a_step_that_waits_for_the_device_is_told() -> None:
     captured = CapturedStep(lambda value: (value * float(value.sum()),))
     one = torch.ones(1, device="cuda")

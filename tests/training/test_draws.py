@@ -64,7 +64,7 @@ def test_stacked_batches_are_those_of_each_training(images: ImageSet, augment: s
             assert torch.equal(labels[member], own)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_resized_crops_are_the_same_at_every_precision(images: ImageSet) -> None:
     from gross_ray.nn.precision import products_at
 

@@ -82,7 +82,7 @@ def trained(decomposed: Path, folder: Path, device: str, *, capture: bool) -> Ru
 
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+    ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 def test_units_store_the_same(decomposed: Path, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = trained(decomposed, tmp_path / "plain", device, capture=False)
