@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN ?= runs/quickstart
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 
-.PHONY: run setup test test-faults test-cluster lint format benchmarks clean
+.PHONY: run setup test test-faults test-cluster lint format benchmarks gpu-wheels clean
 .DELETE_ON_ERROR:
 
 run: setup
@@ -46,6 +46,13 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What benchmarks/on_gpu.py needs on a machine without a network, besides this folder: CIFAR-10, as Parquet. No wheel: all
+# packages that it imports are there, or are imported only where they are used.
+DATA ?= ../shared/data/cifar10-jpeg
+gpu-wheels:
+	mkdir -p .gpu/cifar10
+	cp $(DATA)/*.parquet .gpu/cifar10/
 
 benchmarks: setup
 	$(BIN)/python benchmarks/search.py

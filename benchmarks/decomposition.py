@@ -110,7 +110,7 @@ def _network(options: argparse.Namespace) -> None:
 
 def _large(options: argparse.Namespace) -> None:
     for channels in options.large:
-        name, weight = f"{channels} x {channels} x 3 x 3", _drawn(channels)
+        name, weight = f"{channels} x {channels} x 3 x 3", drawn(channels, channels)
         for size in options.sizes:
             if options.alone:
                 result = _in_process(_ours, weight, size, BTDOptions(), options)
@@ -167,15 +167,17 @@ def _print_seeds(weight: Tensor, size: int, error: float, options: argparse.Name
     )
 
 
-def _drawn(channels: int) -> Tensor:
+def drawn(out_channels: int, in_channels: int) -> Tensor:
+    """Return a random weight (C_out, C_in, 3, 3) whose channels' spectra decay like those of trained layers."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    fall = torch.arange(1, channels + 1, dtype=torch.float64) ** -0.5
-    turns = [torch.linalg.qr(normal(channels, channels))[0] for _ in range(2)]
-    strong = torch.einsum("xyhw,x,y,ox,iy->oihw", normal(channels, channels, 3, 3), fall, fall, *turns)
+    fall_out, fall_in = (torch.arange(1, size + 1, dtype=torch.float64) ** -0.5 for size in (out_channels, in_channels))
+    turn_out, turn_in = (torch.linalg.qr(normal(size, size))[0] for size in (out_channels, in_channels))
+    rough = normal(out_channels, in_channels, 3, 3)
+    strong = torch.einsum("xyhw,x,y,ox,iy->oihw", rough, fall_out, fall_in, turn_out, turn_in)
     noise = normal(*strong.shape)
     return strong / strong.norm() + 0.5 * noise / noise.norm()
 

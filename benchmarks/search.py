@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    supernet, chosen, images = _four_conv(options) if options.network == "four-conv" else _made_up(options)
+    supernet, chosen, images = four_conv(options) if options.network == "four-conv" else made_up(options)
     supernet, images = supernet.to(options.device), images.to(options.device)
     sample = chosen[:: max(1, len(chosen) // options.sample)]
     budget = options.memory_budget and options.memory_budget * 2**20
@@ -76,7 +76,7 @@ def main() -> None:
         f"{options.network}, {len(chosen)} configurations of {len(SearchSpace.of(supernet))}, {len(images)} images, "
         f"{options.threads} threads, torch {torch.__version__}, {options.device}"
     )
-    alone = _one_by_one(supernet, images, sample, options)
+    alone = one_by_one(supernet, images, sample, options)
     best = min(seconds for seconds, _ in alone.values()) * len(chosen) / len(sample)
     for form, (seconds, _) in alone.items():
         print(f"one by one, {form}: {seconds * len(chosen) / len(sample):.1f} s ({seconds / len(sample):.3f} s each)")
@@ -102,14 +102,14 @@ def main() -> None:
     print({name: dict(form.by_size) | {"stacked": form.stacked} for name, form in evaluator.forms.items()})
 
 
-def _four_conv(options: argparse.Namespace) -> tuple[nn.Module, list[Configuration], ImageSet]:
+def four_conv(options: argparse.Namespace) -> tuple[nn.Module, list[Configuration], ImageSet]:
     images = load_dataset(DataOptions(name=options.dataset)).validation.first(options.images or 10_000)
     network = build_model("four-conv", num_classes=10, generator=torch.Generator().manual_seed(0))
     supernet = decompose_model(network, options=BTDOptions(max_steps=3))
     return supernet, list(SearchSpace.of(supernet)), images
 
 
-def _made_up(options: argparse.Namespace) -> tuple[nn.Module, list[Configuration], ImageSet]:
+def made_up(options: argparse.Namespace) -> tuple[nn.Module, list[Configuration], ImageSet]:
     generator = torch.Generator().manual_seed(0)
     network = build_model(options.network, num_classes=10, generator=generator)
     supernet = empty_supernet(network, {name: DEEP_SIZES for name in decomposable_layers(network)})
@@ -127,7 +127,7 @@ def _made_up(options: argparse.Namespace) -> tuple[nn.Module, list[Configuration
     return supernet.eval(), chosen, ImageSet(pixels, torch.randint(0, 10, (count,), generator=generator))
 
 
-def _one_by_one(
+def one_by_one(
     supernet: nn.Module, images: ImageSet, sample: Sequence[Configuration], options: argparse.Namespace
 ) -> dict[str, tuple[float, dict[Configuration, int]]]:
     """Return seconds and counts of the sample in each form, with its fastest batch size."""

@@ -16,7 +16,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,17 +59,22 @@ def main() -> None:
         _steps(Configuration.parse(text), options.batch, device)
     engine = EngineOptions(precision=options.precision, compile=options.compile, capture=options.capture)
     print(engine)
-    splits = _splits(options.images, device)
+    splits = noise(options.images, device)
     schedule = Schedule(epochs=options.epochs, lr=1e-6, batch_size=options.batch)
     _epochs(splits, schedule, engine, device)
     for members in options.members:
         _together(members, splits, schedule, engine, device)
 
 
-def _supernet(device: torch.device) -> nn.Module:
-    """Return a supernet with random weights and all powers of two as group-sizes."""
+def random_supernet(
+    device: torch.device, network: nn.Module | None = None, sizes: Sequence[int] | None = None
+) -> nn.Module:
+    """Return a supernet of a network, by default four-conv, with random weights and all powers of two as group-sizes.
+
+    `sizes` are the group-sizes of every layer instead.
+    """
     generator = torch.Generator().manual_seed(0)
-    network = build_model("four-conv", num_classes=10, generator=generator)
+    network = network or build_model("four-conv", num_classes=10, generator=generator)
     bottlenecks: Mapping[str, list[Bottleneck]] = {
         layer: [
             Bottleneck(
@@ -77,7 +82,7 @@ def _supernet(device: torch.device) -> nn.Module:
                 torch.randn(channels, size, 3, 3, generator=generator) / size,
                 torch.randn(network.get_submodule(layer).out_channels, channels, 1, 1, generator=generator) / channels,
             )
-            for size in (2**power for power in range(channels.bit_length()))
+            for size in (sizes or [2**power for power in range(channels.bit_length())])
         ]
         for layer, channels in ((one, network.get_submodule(one).in_channels) for one in decomposable_layers(network))
     }
@@ -85,7 +90,7 @@ def _supernet(device: torch.device) -> nn.Module:
 
 
 def _steps(configuration: Configuration, batch: int, device: torch.device) -> None:
-    supernet = _supernet(device)
+    supernet = random_supernet(device)
     set_configuration(supernet, configuration)
     extracted = extract(supernet, configuration).to(device=device, memory_format=torch.channels_last)
     trained = [one for one in extracted.modules() if isinstance(one, nn.Sequential) and one is not extracted]
@@ -122,7 +127,15 @@ def _step(
     return step
 
 
-def _splits(num_images: int, device: torch.device) -> Splits:
+def single(size: int, device: torch.device) -> nn.Module:
+    """Return a network of one group-size, ready to be trained on its own."""
+    layers = series_layers(random_supernet(device))
+    network = build_model("four-conv", num_classes=10, generator=torch.Generator().manual_seed(0))
+    one = build_supernet(network, {name: [layer.bottleneck(size)] for name, layer in layers.items()})
+    return one.to(device=device, memory_format=torch.channels_last)
+
+
+def noise(num_images: int, device: torch.device) -> Splits:
     """Return random training images, and one image for each other split."""
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device)
@@ -132,11 +145,9 @@ def _splits(num_images: int, device: torch.device) -> Splits:
 
 
 def _epochs(splits: Splits, schedule: Schedule, engine: EngineOptions, device: torch.device) -> None:
-    supernet = _supernet(device)
+    supernet = random_supernet(device)
     sampler = ConfigurationSampler(SearchSpace.of(supernet), 0.0)
-    single = {name: [layer.bottleneck(4)] for name, layer in series_layers(supernet).items()}
-    network = build_model("four-conv", num_classes=10, generator=torch.Generator().manual_seed(0))
-    one = build_supernet(network, single).to(device=device, memory_format=torch.channels_last)
+    one = single(4, device)
 
     def drawn() -> None:
         if engine.compile or captures(engine, device):
@@ -156,7 +167,7 @@ def _epochs(splits: Splits, schedule: Schedule, engine: EngineOptions, device: t
 
 
 def _together(members: int, splits: Splits, schedule: Schedule, engine: EngineOptions, device: torch.device) -> None:
-    supernet = _supernet(device)
+    supernet = random_supernet(device)
     sampler = ConfigurationSampler(SearchSpace.of(supernet), 0.0)
 
     def one_by_one() -> None:

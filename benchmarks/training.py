@@ -32,7 +32,9 @@ from gross_ray.training.loop import accuracy
 from gross_ray.training.stages import train_network
 
 
-class _Pictures(Dataset):
+class Pictures(Dataset):
+    """Images of a set as PIL images, transformed by torchvision one by one: what the usual loop reads."""
+
     def __init__(self, images: ImageSet) -> None:
         self.pictures = [transforms.functional.to_pil_image(image) for image in images.images]
         self.labels = images.labels
@@ -76,13 +78,13 @@ def main() -> None:
     if options.accuracy:
         _accuracies(splits, options)
         return
-    pictures, splits = _Pictures(splits.train), _on(splits, options.device)
+    pictures, splits = Pictures(splits.train), _on(splits, options.device)
     engine = EngineOptions(precision=options.precision, compile=options.compile, capture=options.capture)
     one = Schedule(epochs=1, lr=0.01, batch_size=options.batch)
     ours = replace(one, epochs=options.epochs_ours)
     rates: dict[str, list[float]] = {"usual": [], "resident": []}
     for _ in range(3):
-        rates["usual"].append(_usual(pictures, _network().to(options.device), one, options))
+        rates["usual"].append(usual_rate(pictures, _network().to(options.device), one, options))
         rates["resident"].append(_resident(splits, ours, engine))
     usual, resident = (statistics.median(rates[name]) for name in ("usual", "resident"))
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
@@ -102,13 +104,13 @@ def _on(splits: Splits, device: str) -> Splits:
 
 
 def _accuracies(splits: Splits, options: argparse.Namespace) -> None:
-    pictures = _Pictures(splits.train)
+    pictures = Pictures(splits.train)
     found: dict[str, list[float]] = {"usual": [], "resident": []}
     schedule = Schedule(epochs=options.epochs, lr=0.02, batch_size=options.batch)
     for seed in range(options.seeds):
         network = _network(seed)
         torch.manual_seed(seed)
-        _usual(pictures, network, schedule, options)
+        usual_rate(pictures, network, schedule, options)
         found["usual"].append(100 * accuracy(network, splits.validation))
         network = _network(seed)
         train_network(network, splits, schedule, seed=seed)
@@ -125,8 +127,11 @@ def _network(seed: int = 0) -> torch.nn.Module:
     return build_model("four-conv", num_classes=10, generator=torch.Generator().manual_seed(seed))
 
 
-def _usual(pictures: _Pictures, network: torch.nn.Module, schedule: Schedule, options: argparse.Namespace) -> float:
-    """Train with the usual loop; return the images per second."""
+def usual_rate(pictures: Pictures, network: torch.nn.Module, schedule: Schedule, options: argparse.Namespace) -> float:
+    """Train with the usual loop; return the images per second of an epoch, but of the first only if it is the only one.
+
+    Of `options` it reads `device` and `workers`, the DataLoader's processes, which start in the first epoch.
+    """
     network.train()
     optimizer = torch.optim.SGD(
         network.parameters(), lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay
@@ -139,17 +144,19 @@ def _usual(pictures: _Pictures, network: torch.nn.Module, schedule: Schedule, op
         pin_memory=options.device == "cuda",
         persistent_workers=options.workers > 0,
     )
-    started = time.perf_counter()
+    rates = []
     for _ in range(schedule.epochs):
+        started = time.perf_counter()
         for inputs, labels in loader:
             logits = network(inputs.to(options.device, non_blocking=True))
             loss = F.cross_entropy(logits, labels.to(options.device, non_blocking=True))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    if options.device == "cuda":
-        torch.cuda.synchronize()
-    return schedule.epochs * len(pictures) / (time.perf_counter() - started)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        rates.append(len(pictures) / (time.perf_counter() - started))
+    return statistics.median(rates[1:] or rates)
 
 
 def _resident(splits: Splits, schedule: Schedule, engine: EngineOptions) -> float:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from gross_ray import __version__
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.data.names import WITH_FILES
@@ -315,7 +316,7 @@ class Session:
             "started": started.isoformat(timespec="milliseconds"),
             **{package: version(package) for package in ("torch", "torchvision")},
             "ray": "none, in process" if self._in_process else version("ray"),
-            "gross_ray": version("gross-ray"),
+            "gross_ray": __version__,
             "python": platform.python_version(),
             "host": socket.gethostname(),
             "device": capacity.device,
