@@ -346,16 +346,6 @@ def cyclic_scheme(weight, group_size):
             return error
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["float64", "float32"])
-def test_a_gpu_reaches_the_same_error(trained_like_weight, precision):
-    weight = trained_like_weight(16, 16, 3, 3)
-    on_gpu = block_term_decomposition(weight.cuda(), 4, options=BTDOptions(precision=precision))
-    assert on_gpu.core.device.type == "cuda"
-    assert on_gpu.relative_error == pytest.approx(relative_distance(weight, on_gpu.reconstruct().cpu()), abs=1e-9)
-    assert on_gpu.relative_error == pytest.approx(block_term_decomposition(weight, 4).relative_error, abs=2e-3)
-
-
 def power_law_weight(out_channels, in_channels, seed=0):
     """A weight whose channel spectra fall as slowly as those of the four-conv network's trained layers."""
     generator = torch.Generator().manual_seed(seed)

@@ -38,11 +38,16 @@ def in_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageSet, "as_inputs", lambda self, images: inputs_of(self, images).double())
 
 
-@pytest.fixture(scope="module")
-def splits() -> Splits:
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def splits(device: str) -> Splits:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    train = ImageSet(pixels, torch.randint(3, (40,), generator=generator))
+    train = ImageSet(pixels, torch.randint(3, (40,), generator=generator)).to(device)
     return Splits("noise", train, train.first(10), train.first(10), ("a", "b", "c"))
 
 
@@ -65,13 +70,13 @@ def supernets(network: nn.Module) -> list[nn.Module]:
 
 @pytest.fixture(params=[*ALONE, *STACKED])
 def training(
-    request: pytest.FixtureRequest, splits: Splits, network: nn.Module, supernets: list[nn.Module]
+    request: pytest.FixtureRequest, splits: Splits, network: nn.Module, supernets: list[nn.Module], device: str
 ) -> Callable[..., list[nn.Module]]:
     """Do the training from the same start, and return the trained networks."""
 
     def run(*kernels: str) -> list[nn.Module]:
         engine = EngineOptions(kernels=kernels)
-        original, ours = copy.deepcopy(network), copy.deepcopy(supernets)
+        original, *ours = (copy.deepcopy(one).to(device) for one in (network, *supernets))
         samplers = [ConfigurationSampler(SearchSpace.of(one), 0.5) for one in ours]
         members = [Member(one, seed, sampler) for seed, (one, sampler) in enumerate(zip(ours, samplers, strict=True))]
         options: dict[str, Any] = {"engine": engine}
