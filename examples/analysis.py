@@ -10,10 +10,10 @@ run, target = Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) > 2 else "ana
 configurations = pd.read_parquet(run / "tables" / "configurations")
 validations = pd.read_parquet(run / "tables" / "validations")
 
-# One row per configuration: the median accuracy over the supernets trained with the lowest alpha.
+# One row per configuration: the mean accuracy over the supernets trained with the lowest alpha.
 searched = configurations[configurations["alpha"] == configurations["alpha"].min()]
 layers = [name for name in searched if name.startswith("layer ")]
-space = searched.groupby(["configuration", *layers, "macs"], as_index=False)["val_accuracy"].median()
+space = searched.groupby(["configuration", *layers, "macs"], as_index=False)["val_accuracy"].mean()
 space = space.sort_values(["macs", "val_accuracy"], ascending=[True, False])
 space["front"] = space["val_accuracy"] > space["val_accuracy"].cummax().shift(fill_value=0)
 
