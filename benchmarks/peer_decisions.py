@@ -115,8 +115,8 @@ class Bench:
     name: str
     base: nn.Module
     splits: Splits
-    data: Experiment
-    """An experiment of which the field `data` says where the images are."""
+    data: str
+    """The images, as `gross` names them."""
     weights: Path
     """The weights of `base`, as a file."""
     budgets: Sequence[str]
@@ -129,7 +129,9 @@ class Bench:
     repeats: int = 15
     """Rounds of a timing."""
     roundings: Mapping[str, Sequence[int]] = field(default_factory=lambda: ROUNDINGS)
+    """By cost: the multiples of channels or ranks that are tried."""
     steps: Mapping[str, int] = field(default_factory=lambda: STEPS)
+    """By cost: the halvings of the ratio's interval."""
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -228,6 +230,7 @@ class Bench:
         chosen = Configuration.parse(trained[names].idxmax())
         configuration, model = dict(zip(run.space.layers, chosen, strict=True)), latencies.in_force(run)
         assert model is not None  # the command measures it
+        assert list(configuration) == list(self.choice.group_sizes)  # `build` reads configurations in this order
         network, *_ = fold_within(self._decomposed(configuration, []), model, self.shape, [[limit]])
         sizes = group_sizes_of(network)
         return self._measured(
@@ -244,7 +247,7 @@ class Bench:
         """The finished run of `gross compress`, with all budgets in one supernet."""
         limits = list(map(_as_gross_writes, self.budgets))
         planned = self._planned(limits)
-        words = ["--model", self.name, "--weights", str(self.weights), "--data", self.data.data.name]
+        words = ["--model", self.name, "--weights", str(self.weights), "--data", self.data]
         words += ["--budget", limits[0], "--effort", self.effort, "--out", str(self.out), "--in-process"]
         settings = [*self.settings, f"search.limits={json.dumps(limits)}"]
         if planned.search.evaluations:  # the limits take turns: each gets as many as it would have alone

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import peer_plan
 import peers
 import pytest
 import torch
 from hooked import hooked_macs
 from peer_decisions import METHODS, MORE, NARROWER, TAYLOR, Bench, cost_of
+from peer_plan import Plan, Training
 from peer_table import FULL, NETWORKS, ROWS, read
 
 SMALL = peers.MINIATURE
@@ -24,7 +26,7 @@ class Finished:
     """A finished miniature."""
 
     out: Path
-    plan: peers.Plan
+    plan: Plan
     rows: pd.DataFrame
     """The rows of its trainings."""
 
@@ -37,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     asked = peers._parser().parse_args(["run", str(out), "--miniature"])
     vars(asked).update(SMALL)
     rows = read([out], ROWS)
-    yield Finished(out, peers.Plan(out=out, asked=asked), rows[rows["method"] != FULL])
+    yield Finished(out, Plan(out=out, asked=asked), rows[rows["method"] != FULL])
     torch.set_num_threads(threads)
 
 
@@ -89,7 +91,7 @@ def test_a_repeated_command_does_nothing_again(
         raise AssertionError("does again what is stored")
 
     files = {file: file.stat().st_mtime_ns for file in finished.out.rglob("*.parquet")}
-    for module, name in ((peers, "train_network"), (Bench, "decide"), (Bench, "full")):
+    for module, name in ((peer_plan, "train_network"), (Bench, "decide"), (Bench, "full")):
         monkeypatch.setattr(module, name, refuse)
     peers.main(["run", str(finished.out), "--miniature"])
     assert "all trainings are stored" in capsys.readouterr().out
@@ -110,13 +112,32 @@ def test_the_time_ends_before_a_training_and_the_next_command_does_only_that_one
     pd.testing.assert_frame_equal(again.drop(columns="minutes"), before.drop(columns="minutes"))
 
 
+def test_all_seeds_are_those_of_every_rate(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finished.plan.asked, "all_seeds", True)
+    cells = len(SMALL["methods"]) * len(SMALL["budgets"])
+    missing = list(finished.plan.trainings())
+    assert len(missing) == finished.plan.left() == cells
+    assert {one.seed for one in missing} == {1}
+
+
+def test_a_budget_that_no_network_keeps_is_passed_over(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Bench, "decide", lambda *_: None)
+    plan = replace(finished.plan, out=tmp_path, beyond=set())
+    vars(plan)["bench"] = finished.plan.bench  # a cached property
+    monkeypatch.setattr(Bench, "full", lambda *_: finished.plan.decision("tucker", "macs=60%"))
+    assert list(plan.trainings()) == [] and plan.left() == 0
+    assert capsys.readouterr().out.count("no network is within the budget") == len(METHODS) * len(SMALL["budgets"])
+
+
 def test_a_training_that_diverges_is_a_row_without_accuracies(finished: Finished, tmp_path: Path) -> None:
     decision = finished.plan.decision("tucker", "macs=60%")
     assert decision is not None
     longer = argparse.Namespace(**vars(finished.plan.asked) | {"epochs": 2})
     plan = replace(finished.plan, out=tmp_path, asked=longer)
     vars(plan)["bench"] = finished.plan.bench  # a cached property
-    plan.train(peers.Training(decision=decision, lr=1e30, seed=0))
+    plan.train(Training(decision=decision, lr=1e30, seed=0))
     (row,) = read([tmp_path], ROWS).to_dict("records")
     assert math.isnan(row["val_accuracy"]) and math.isnan(row["test_accuracy"]) and row["lr"] == 1e30
 
@@ -161,7 +182,7 @@ def test_a_folder_is_of_one_network_and_its_options(finished: Finished) -> None:
     asked = peers._parser().parse_args(["run", str(finished.out), "--miniature"])
     vars(asked).update(SMALL | {"epochs": 7})
     with pytest.raises(SystemExit, match="was made with epochs = 1, not 7"):
-        peers.Plan(out=finished.out, asked=asked).pin()
+        Plan(out=finished.out, asked=asked).pin()
 
 
 def test_decisions_are_stored_once_for_a_method_and_its_longer_training(finished: Finished) -> None:
