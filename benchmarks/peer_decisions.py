@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from peer_networks import Cut, decomposed, narrower, pruned, tucker, uniform_configurations, with_gradients
+from peer_table import MORE, OURS
 from torch import nn
 
 from gross_ray.data.image_set import Splits
@@ -41,11 +42,9 @@ from gross_ray.training.options import Schedule
 from pipelines.stages import latencies, search
 
 CLI = Path(__file__).parents[1] / "cli.py"
-OURS, UNIFORM, NARROWER = "ours", "ours-uniform", "narrower"
+UNIFORM, NARROWER = "ours-uniform", "narrower"
 MAGNITUDE, TAYLOR, TUCKER = "pruning-magnitude", "pruning-taylor", "tucker"
 METHODS = (OURS, UNIFORM, MAGNITUDE, TAYLOR, TUCKER, NARROWER)
-MORE = "+"
-"""Suffix of a method that trains on as many more images as the decision for ours took."""
 MACS, TIME = "macs", "ort_ms"
 TOLERANCES = {MACS: 0.02, TIME: 0.05}
 """How far from the budget a cost may be, relative to the budget."""
@@ -189,7 +188,7 @@ class Bench:
         return self._measured(self.base, method="full", budget="")
 
     def decide(self, method: str, budget: str) -> Decision | None:
-        """Return what a method cuts for a budget, the most expensive network within it; None if none is found."""
+        """Return the most expensive network within a budget that a method finds; None if it finds no network."""
         if method == OURS:
             return self._ours(budget)
         cost, limit = cost_of(budget)
@@ -205,7 +204,7 @@ class Bench:
         return self._measured(networks[best], method=method, budget=budget, ratio=found[best], round_to=best)
 
     def _uniform(self, budget: str, cost: str, limit: float) -> Decision | None:
-        """Return the largest group-size of all layers that fits, whether or not a smaller one is slower."""
+        """Return the largest group-size within the limit, though a smaller one may be slower."""
         supernet = made_up(empty_supernet(self.base, self.choice.group_sizes), torch.Generator().manual_seed(0))
         sizes = uniform_configurations(self.choice)
         if cost == MACS:

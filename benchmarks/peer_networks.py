@@ -30,17 +30,17 @@ from gross_ray.supernet.configure import extract
 from gross_ray.supernet.layers import LayerChoice
 
 Cut = Callable[[float, int], nn.Module]
-"""Returns a network cut by a ratio, its channels or ranks multiples of a number where that is possible."""
+"""Takes a ratio and a number, and returns a network whose channels or ranks are multiples of the number if possible."""
 TAYLOR_IMAGES = 1024
 """Training images whose gradients the Taylor importance uses."""
 
 
 def pruned(
-    network: nn.Module, shape: Sequence[int], importance: tp.importance.Importance, *, everywhere: bool = False
+    network: nn.Module, shape: Sequence[int], importance: tp.importance.Importance, *, evenly: bool = False
 ) -> Cut:
-    """Return how Torch-Pruning cuts channels of a copy of `network`, by their importance in the whole network.
+    """Return a cut by Torch-Pruning, which removes the channels of the lowest importance in the whole network.
 
-    With `everywhere`, each layer loses the same share of its channels instead. `shape` is (C, H, W). The last layer
+    With `evenly`, each layer loses the same share of its channels instead. `shape` is (C, H, W). The last layer
     keeps its outputs. The importance may use the gradients of `network`.
     """
     source = with_convolved_shortcuts(network)
@@ -55,7 +55,7 @@ def pruned(
             own,
             zero_images(own, 1, shape),
             importance,
-            global_pruning=not everywhere,
+            global_pruning=not evenly,
             pruning_ratio=ratio,
             round_to=round_to,
             ignored_layers=[last],
@@ -96,7 +96,7 @@ def with_gradients(network: nn.Module, images: ImageSet) -> nn.Module:
 
 
 def tucker(network: nn.Module) -> Cut:
-    """Return how Tucker-2 cuts a copy of `network`: each spatial convolution becomes 1x1, core, 1x1.
+    """Return a cut by Tucker-2, which replaces each spatial convolution by a 1x1, a core and a 1x1.
 
     `ratio` is the share of the energy that may be lost in each mode of each kernel: a rank is the smallest that keeps
     the rest of the sum of the squared singular values of the unfolded kernel. A layer that would need no fewer MACs
@@ -159,8 +159,8 @@ def tucker_layer(conv: nn.Conv2d, rank_out: int, rank_in: int) -> nn.Sequential:
 
 
 def narrower(network: nn.Module, shape: Sequence[int], seed: int) -> Cut:
-    """Return how each layer but the last loses the same share of its channels, with new weights drawn by `seed`."""
-    cut_evenly = pruned(network, shape, tp.importance.MagnitudeImportance(), everywhere=True)
+    """Return a cut that removes the same share of each layer but the last, and draws new weights by `seed`."""
+    cut_evenly = pruned(network, shape, tp.importance.MagnitudeImportance(), evenly=True)
 
     def cut(ratio: float, round_to: int) -> nn.Module:
         own = cut_evenly(ratio, round_to)

@@ -14,16 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from peer_decisions import (
-    METHODS,
-    MORE,
-    NARROWER,
-    OURS,
-    UNIFORM,
-    Bench,
-    Decision,
-)
-from peer_table import FULL, NETWORKS, ROWS, chosen_rate, read, write
+from peer_decisions import METHODS, NARROWER, UNIFORM, Bench, Decision
+from peer_table import FULL, MORE, NETWORKS, OURS, ROWS, chosen_rate, read, write
 
 from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.data.images import load_dataset

@@ -15,6 +15,9 @@ from gross_ray.report.results import ResultTable
 from gross_ray.report.terminal import as_text
 
 FULL, OURS = "full", "ours"
+"""Methods of the rows: the network before it is cut, and gross_ray's."""
+MORE = "+"
+"""Suffix of a method that trains on as many more images as the decision of ours needed."""
 ROWS, NETWORKS = "peers", "peer_networks"
 """The tables: one row for each training, and one for each network that was cut."""
 
@@ -46,8 +49,8 @@ def chosen_rate(rows: pd.DataFrame) -> float:
 def compared(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each network, budget and method: its best rate, and how far ours is ahead of it.
 
-    Columns: network, budget, method, lr, n, mean, std (of the test accuracy), macs, ort_ms_1, difference (ours less
-    this method), standard_error (of the difference) and ahead (whether ours is ahead by more than that).
+    Columns: network, budget, method, lr, n, mean and std of the test accuracy, macs, ort_ms_1, difference (the mean of
+    ours minus this mean), its standard_error, and ahead (whether the difference is larger than that).
     """
     found = []
     for (network, budget, method), group in rows[rows["method"] != FULL].groupby(["network", "budget", "method"]):
@@ -125,8 +128,9 @@ def picture(rows: pd.DataFrame) -> go.Figure:
     (network,) = rows["network"].unique()
     figure = go.Figure(layout=layout("ms for one image, ONNX Runtime, 1 thread", f"accuracy of {network}, % (test)"))
     figure.update_layout(showlegend=True)
-    for number, (method, group) in enumerate(table.groupby("method")):
-        points = group.sort_values("ort_ms_1")
+    methods = list(dict.fromkeys(method.removesuffix(MORE) for method in table["method"]))
+    for method, group in table.groupby("method"):
+        points, colour = group.sort_values("ort_ms_1"), methods.index(str(method).removesuffix(MORE))
         figure.add_scatter(
             x=points["ort_ms_1"].tolist(),
             y=(100 * points["mean"]).tolist(),
@@ -134,7 +138,7 @@ def picture(rows: pd.DataFrame) -> go.Figure:
             text=points["budget"].tolist(),
             name=method,
             mode="lines+markers",
-            line={"color": COLOURS[number % len(COLOURS)], "dash": "dot" if str(method).endswith("+") else "solid"},
+            line={"color": COLOURS[colour], "dash": "dot" if str(method).endswith(MORE) else "solid"},
         )
     full = rows[rows["method"] == FULL]
     figure.add_scatter(

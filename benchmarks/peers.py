@@ -5,24 +5,27 @@
     python benchmarks/peers.py picture OUT --to FILE.html    accuracy over milliseconds
     python benchmarks/peers.py --miniature                   all of it in small, in a minute
 
-The baseline is every peer. For each budget, each method decides what to cut; then its whole network is trained, for
-the same number of images in the same batches, with each learning rate of one grid. The rate of the highest accuracy on
-the validation split is repeated with the other seeds (--all-seeds: every rate is). Methods:
+The baselines are the peers. For each budget, each method decides what to cut. Then the whole network is trained with
+each learning rate, on the same number of images in the same batches for all methods. The rate of the highest accuracy
+on the validation split is repeated with the other seeds (--all-seeds repeats every rate). Methods:
 
-    ours               the configuration that `gross compress` selects, with one supernet for all budgets in OUT/ours,
-                       decomposed anew, with the dense layers that the command writes
-    ours-uniform       the largest group-size of all layers that fits; of a budget of time too, where a smaller
-                       group-size may be slower
-    pruning-magnitude  Torch-Pruning, global, group magnitude; channels in multiples of 1, 4 and 8 under a budget of
-    pruning-taylor     time, of which the network with the most MACs counts; the same with the group Taylor importance
-    tucker             Tucker-2 by TensorLy: each layer keeps the same share of the energy; ranks rounded as above
-    narrower           four-conv with fewer channels, from new weights, for as many images as the base network had
-                       (--base-images; known if --weights is a run folder) and those of the others
+    ours               the configuration that `gross compress` selects, decomposed anew, each layer in the form that the
+                       command writes; the command runs in OUT/ours, with one supernet for all budgets
+    ours-uniform       the largest group-size within the budget, the same in all layers
+    pruning-magnitude  Torch-Pruning, global, by group magnitude
+    pruning-taylor     the same by the group Taylor importance, from gradients on 1,024 training images
+    tucker             Tucker-2 by TensorLy; each layer keeps the same share of its energy
+    narrower           four-conv with fewer channels and new weights, trained on as many images as the base network
+                       (--base-images; known if --weights is a run folder that trained it) and then as the others
 
-A method with + trains on as many more images as ours took to decide: its supernet's and the candidates' (column
-decision_images), in whole epochs. Each training is one file in OUT/tables/peers, each decision one in
-OUT/tables/peer_networks, and a repeated command does only what is missing. A budget like macs=60% or ort_ms=60% is a
-share of the full network's MACs, or of its time in ONNX Runtime (one image, one thread).
+Under a budget of time, pruning, tucker and narrower try channels or ranks in multiples of 1, 4 and 8, and the network
+with the most MACs counts. A method with + trains on as many more images as ours needed for its decision, rounded up to
+whole epochs: the images of its supernet and of the candidates (column decision_images).
+
+A budget like macs=60% or ort_ms=60% is a share of the full network's MACs, or of its time in ONNX Runtime (one image,
+one thread). Each training is a file in OUT/tables/peers, each decision one in OUT/tables/peer_networks, and a repeated
+command does only what is missing. --weights takes a file, or a run folder whose base network is compared, for example
+one that `gross train` adapted to the images.
 """
 
 from __future__ import annotations
@@ -37,18 +40,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from peer_decisions import (
-    MACS,
-    METHODS,
-    MORE,
-    ROUNDINGS,
-    STEPS,
-    TAYLOR,
-    TIME,
-    cost_of,
-)
+from peer_decisions import MACS, METHODS, ROUNDINGS, STEPS, TAYLOR, TIME, cost_of
 from peer_plan import SETTINGS, Plan
-from peer_table import ROWS, picture, read, table_text
+from peer_table import MORE, ROWS, picture, read, table_text
 
 from gross_ray.atomic import whole_or_not_at_all
 from gross_ray.errors import GrossRayError
@@ -137,6 +131,8 @@ def draw(folders: Sequence[Path], to: Path | None) -> None:
     """Write the picture of stored rows."""
     if to is None or to.suffix != ".html":
         raise SystemExit(f"--to {to}: name a file that ends in .html")
+    if len(folders) > 1:
+        raise SystemExit(f"{' '.join(map(str, folders))}: a picture shows one network; name its folder alone")
     with whole_or_not_at_all(to) as partial:
         picture(_stored(folders)).write_html(partial)
 
@@ -145,6 +141,8 @@ def _stored(folders: Sequence[Path]) -> pd.DataFrame:
     rows = read(folders, ROWS)
     if rows.empty:
         raise SystemExit(f"{' '.join(map(str, folders))}: no training is stored there; run `peers.py run` first")
+    if rows.duplicated(["network", "budget", "method", "lr", "seed"]).any():
+        raise SystemExit(f"{' '.join(map(str, folders))}: a training is stored twice; name one folder of each network")
     return rows
 
 

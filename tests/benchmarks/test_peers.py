@@ -14,9 +14,9 @@ import peers
 import pytest
 import torch
 from hooked import hooked_macs
-from peer_decisions import METHODS, MORE, NARROWER, TAYLOR, Bench, cost_of
+from peer_decisions import METHODS, NARROWER, TAYLOR, Bench, cost_of
 from peer_plan import Plan, Training
-from peer_table import FULL, NETWORKS, ROWS, read
+from peer_table import FULL, MORE, NETWORKS, ROWS, read
 
 SMALL = peers.MINIATURE
 
@@ -148,6 +148,8 @@ def test_the_table_and_the_picture_are_made_from_the_rows(
     peers.main(["table", str(finished.out)])
     text = capsys.readouterr().out
     assert all(method in text for method in METHODS) and "the full network has" in text
+    with pytest.raises(SystemExit, match="stored twice"):
+        peers.main(["table", str(finished.out), str(finished.out)])
     page = tmp_path / "picture.html"
     peers.main(["picture", str(finished.out), "--to", str(page)])
     assert "pruning-taylor+" in page.read_text(encoding="utf-8")
@@ -169,6 +171,7 @@ def test_the_table_and_the_picture_are_made_from_the_rows(
             "percent",
         ),
         (["table", "OUT"], "no training is stored"),
+        (["picture", "OUT", "OUT", "--to", "a.html"], "one network"),
         (["picture", "OUT", "--to", "a.png"], "ends in .html"),
     ],
 )
