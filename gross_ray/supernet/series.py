@@ -131,12 +131,13 @@ class SeriesConv2d(nn.Module):
         pointwise_out: Tensor,
         *,
         composed: bool = False,
-        conv2d: Conv2d = F.conv2d,
+        conv2d: Conv2d | None = None,
     ) -> Tensor:
         """Run a bottleneck of any group-size with this layer's stride, padding, dilation and bias.
 
-        With `composed`, run the dense convolution that it equals. `conv2d` does the convolutions.
+        With `composed`, run the dense convolution that it equals. `conv2d` does the convolutions in place of torch's.
         """
+        conv2d = conv2d or F.conv2d
         if composed:
             kernel = Bottleneck(pointwise_in, grouped, pointwise_out).dense_kernel()
             return self.convolve_dense(images, kernel, self.bias, conv2d=conv2d)
@@ -146,11 +147,11 @@ class SeriesConv2d(nn.Module):
         return conv2d(hidden, pointwise_out, self.bias)
 
     def convolve_dense(
-        self, images: Tensor, weight: Tensor, bias: Tensor | None, *, conv2d: Conv2d = F.conv2d
+        self, images: Tensor, weight: Tensor, bias: Tensor | None, *, conv2d: Conv2d | None = None
     ) -> Tensor:
-        """Run a dense convolution with this layer's stride, padding and dilation; `conv2d` does it."""
+        """Run a dense convolution with this layer's geometry; `conv2d` does it in place of torch's."""
         images, padding = self.padded(images)
-        return conv2d(images, weight, bias, self.stride, padding, self.dilation)
+        return (conv2d or F.conv2d)(images, weight, bias, self.stride, padding, self.dilation)
 
     def dense_kernel(self, choice: int) -> Tensor:
         """Return the kernel (C_out, C_in, kH, kW) of the dense convolution that a choice equals."""

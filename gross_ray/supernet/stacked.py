@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gross_ray.btd.expansion import expand_grouped_weight
@@ -43,7 +42,7 @@ class StackedSeries(nn.Module):
         super().__init__()
         self.group_sizes, self.out_channels = series.series_sizes, series.out_channels
         self.in_channels, self.kernel_size = series.in_channels, series.kernel_size
-        conv2d = conv2d_by_products if "products" in kernels else F.conv2d
+        conv2d = conv2d_by_products if "products" in kernels else None
         self._convolve = partial(series.convolve, composed="composed" in kernels, conv2d=conv2d)
         self._convolve_dense = partial(series.convolve_dense, conv2d=conv2d)
         self.register_buffer("dense_weight", series.dense_weight, persistent=False)

@@ -152,9 +152,7 @@ class _Steps:
             weight_decay=schedule.weight_decay,
             fused=self._fused or None,
         )
-        if (
-            self._fused and schedule.momentum
-        ):  # torch's kernel takes no parameters without a momentum beside others with one
+        if self._fused and schedule.momentum:  # torch's kernel takes momenta of all parameters or of none
             momenta = {name: torch.zeros_like(each) for name, each in parameters.items()} | dict(momenta)
         for name, momentum in momenta.items():
             buffer = torch.empty_like(parameters[name])  # its memory format, and so the rounding, is the parameter's
