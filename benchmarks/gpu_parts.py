@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +27,7 @@ from gross_ray import BTDOptions, SearchSpace, block_term_decomposition, decompo
 from gross_ray.data.image_set import Splits
 from gross_ray.experiment import DataOptions, EngineOptions, Schedule
 from gross_ray.models import build_model
+from gross_ray.nn.precision import products_at
 from gross_ray.presets import preset
 from gross_ray.run.store import RunStore
 from gross_ray.search.evaluator import Evaluator
@@ -39,7 +42,7 @@ from pipelines.commands.terminal import Reporter
 from pipelines.driver import DataSource, Session
 from pipelines.resources import Resources
 from pipelines.stages.pipeline import STAGES
-from pipelines.stages.reuse import take_over
+from pipelines.stages.reuse import check_reusable, take_over
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS_WANTED = 3140
@@ -48,7 +51,7 @@ STEPS_WANTED = 3140
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured; the defaults are for a GPU."""
+    """How much is measured; the defaults are those of a GPU."""
 
     device: str = "cuda"
     images: int = 10_240
@@ -74,7 +77,9 @@ class Scale:
     """Rounds in which latencies are timed."""
     large_batch: int = 256
     tests: str = ""
-    """The tests whose names have this."""
+    """Part of the names of the tests that are run; empty: all."""
+    tests_limit: float = 50
+    """Seconds after which the tests are stopped, with the results until then."""
     data: str = ""
     """Folder of CIFAR-10 as Parquet; empty: the sample."""
     reuse: str = ""
@@ -100,6 +105,7 @@ MINIATURE = Scale(
     repeats=1,
     large_batch=2,
     tests="resized_crops",
+    tests_limit=300,
 )
 """Everything once, as little as possible of it, on a CPU."""
 
@@ -139,16 +145,23 @@ def tests(scale: Scale) -> Cases:
 
 def _tests(scale: Scale) -> Figure:
     files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()]
-    # The project's filters of warnings name a class of Ray's.
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "-o", "filterwarnings="]
-    command += files
-    command += ["-k", scale.tests] if scale.tests else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    print(done.stdout[-20_000:], done.stderr[-5000:], file=sys.stderr)
-    ends = dict(re.findall(r"^(\S+::.+) (PASSED|FAILED|ERROR|SKIPPED)", done.stdout, re.MULTILINE))
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "-o", "filterwarnings="]  # the project's name a class of Ray's
+    command += [*files, *(["-k", scale.tests] if scale.tests else [])]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=scale.tests_limit
+        )
+        told, status = done.stdout, f"status {done.returncode}"
+    except subprocess.TimeoutExpired as stopped:
+        told, status = stopped.stdout or b"", f"stopped after {scale.tests_limit} s"
+    text = told.decode(errors="replace")
+    print(text, file=sys.stderr)
+    ends = dict(re.findall(r"^(\S+::.+) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE))
+    ends |= dict.fromkeys(re.findall(r"^ERROR (tests\S+)", text, re.MULTILINE), "ERROR")
     counts = {kind: list(ends.values()).count(kind) for kind in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
     bad = [name for name, end in ends.items() if end in ("FAILED", "ERROR")]
-    note = ", ".join([f"{number} {kind.lower()}" for kind, number in counts.items()] + bad)
+    note = ", ".join([*(f"{number} {kind.lower()}" for kind, number in counts.items()), status, *bad])
     return Figure(counts["PASSED"], "passed", note=note)
 
 
@@ -166,6 +179,24 @@ def _schedule(scale: Scale) -> Schedule:
 
 def _four_conv() -> nn.Module:
     return build_model("four-conv", num_classes=10, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def _known(measure: Callable[..., float], *arguments: Any) -> float | None:
+    """Return a measurement that others are compared with; None if it fails, which is logged once."""
+    try:
+        return measure(*arguments)
+    except Exception:  # without a baseline, the figures themselves still count
+        traceback.print_exc()
+        return None
+
+
+def _against(value: float, unit: str, baseline: str, measure: Callable[..., float], *arguments: Any) -> Figure:
+    """Return a figure with its ratio to another measurement, whose name is `baseline`."""
+    known = _known(measure, *arguments)
+    if known is None:
+        return Figure(value, unit, note=f"{baseline} failed, see log.txt")
+    return Figure(value, unit, value / known, baseline)
 
 
 @cache
@@ -187,15 +218,12 @@ def _steps_per_second(scale: Scale, kind: str, engine: EngineOptions, members: i
     else:
         supernet = supernets.random_supernet(device)
         sampler = ConfigurationSampler(SearchSpace.of(supernet), 0.0)
-        if members == 1 and not (engine.capture or engine.compile):
-            history = finetune(supernet, splits, schedule, seed=0, sampler=sampler, engine=engine)
-        else:
-            some = [Member(copy.deepcopy(supernet), seed, sampler) for seed in range(members)]
-            outcome = finetune_together(some, splits, schedule, engine=engine)[0]
-            if isinstance(outcome, Exception):
-                raise outcome
-            history = outcome
-    return -(-scale.images // scale.batch) / min(epoch.seconds for epoch in history[1:])
+        some = [Member(copy.deepcopy(supernet), seed, sampler) for seed in range(members)]
+        outcome = finetune_together(some, splits, schedule, engine=engine)[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        history = outcome
+    return -(-scale.images // scale.batch) / statistics.median(epoch.seconds for epoch in history[1:])
 
 
 def _fast(scale: Scale, *kernels: str, **more: Any) -> EngineOptions:
@@ -245,13 +273,12 @@ def train(scale: Scale) -> Cases:
 
 def _resident(scale: Scale, engine: EngineOptions, loader: str) -> Figure:
     images_per_second = _steps_per_second(scale, "base network", engine) * scale.batch
-    return Figure(images_per_second, "images/s", images_per_second / _usual(scale), loader)
+    return _against(images_per_second, "images/s", loader, _usual, scale)
 
 
 def _steps(scale: Scale, kind: str, engine: EngineOptions) -> Figure:
-    before = _steps_per_second(scale, kind, _fast(scale))
     rate = _steps_per_second(scale, kind, engine)
-    return Figure(rate, "steps/s", rate / before, "captured, tf32")
+    return _against(rate, "steps/s", "captured, tf32", _steps_per_second, scale, kind, _fast(scale))
 
 
 # (c) Several supernets in one pass
@@ -269,9 +296,9 @@ def stacks(scale: Scale) -> Cases:
 
 def _stack(scale: Scale, members: int, *kernels: str) -> Figure:
     engine = _fast(scale, *kernels, parallel_seeds=members)
-    alone = _steps_per_second(scale, "supernet", _fast(scale))
     rate = _steps_per_second(scale, "supernet", engine, members)  # an epoch's seconds are those of one supernet
-    return Figure(rate, "steps/s", rate / alone, "one by one, captured, tf32")
+    baseline = "one by one, captured, tf32"
+    return _against(rate, "steps/s", baseline, _steps_per_second, scale, "supernet", _fast(scale))
 
 
 # (d) Search
@@ -313,22 +340,24 @@ def _search(scale: Scale, network: str) -> Figure:
 
 
 def decompositions(scale: Scale) -> Cases:
-    """Return the cases of the 19 pairs of four-conv, and of two pairs of a large layer."""
+    """Return the cases of two pairs of a large layer, and of the 19 pairs of four-conv."""
     cases: Cases = {}
-    for name, conv in decomposable_layers(_four_conv()).items():
-        shape = (conv.out_channels, conv.in_channels)
-        sizes = default_group_sizes(conv.in_channels)
-        cases[f"{name}, {len(sizes)} pairs"] = Case(lambda shape=shape, sizes=sizes: _decompose(scale, shape, sizes))
     for size in (4, 16):
         shape = (scale.channels, scale.channels)
         name = f"{scale.channels} x {scale.channels} x 3 x 3 at {size}"
         cases[name] = Case(lambda shape=shape, size=size: _decompose(scale, shape, (size,)), "30 s")
+    for name, conv in decomposable_layers(_four_conv()).items():
+        shape = (conv.out_channels, conv.in_channels)
+        sizes = default_group_sizes(conv.in_channels)
+        cases[f"{name}, {len(sizes)} pairs"] = Case(lambda shape=shape, sizes=sizes: _decompose(scale, shape, sizes))
     return cases
 
 
 def _decompose(scale: Scale, shape: tuple[int, int], sizes: tuple[int, ...]) -> Figure:
     weight = decomposition.drawn(*shape).to(scale.device)
     options = BTDOptions() if scale.btd_steps is None else BTDOptions(max_steps=scale.btd_steps)
+    warm_up = decomposition.drawn(8, 8).to(scale.device)
+    block_term_decomposition(warm_up, 2, options=BTDOptions(max_steps=20))
     started = time.perf_counter()
     found = [block_term_decomposition(weight, size, options=options) for size in sizes]
     seconds = time.perf_counter() - started
@@ -374,7 +403,7 @@ def _all_latencies(scale: Scale, network: str, batch: int) -> dict[tuple[str, st
             images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=memory_format)
             works[choice, layout] = lambda ready=ready, images=images: ready(images)
     clock = cuda_clock(device) if device.type == "cuda" else cpu_clock(1)
-    with torch.inference_mode():
+    with torch.inference_mode(), products_at("float32", device):
         return typical_ms(works, scale.repeats, clock)
 
 
@@ -387,34 +416,33 @@ def cifar(scale: Scale) -> Cases:
 
 
 def _stage(scale: Scale, name: str) -> Figure:
-    store = _run_folder(scale)
+    store, taken = _run_folder(scale)
     resources = Resources(device=scale.device, in_process=True)
     started = time.perf_counter()
     with Session.opened(store, resources, DataSource(), Reporter(), in_process=True) as session:
         STAGES[name].do(session)
         units = len(STAGES[name].plan(session.run))
-    return Figure(time.perf_counter() - started, "s", note=f"{units} units")
+    note = f"{units} units" + (f", {taken[name]} of them taken over" if taken.get(name) else "")
+    return Figure(time.perf_counter() - started, "s", note=note)
 
 
 @cache
-def _run_folder(scale: Scale) -> RunStore:
+def _run_folder(scale: Scale) -> tuple[RunStore, Mapping[str, int]]:
+    """Return the run folder, and the number of units that are taken over, by stage."""
     if scale.device == "cpu":
         small = ["data.limit_train=100", "data.limit_validation=50", "data.limit_test=50", "training.epochs=1"]
         small += ["training.milestones=[]", "training.seeds=1", "decomposition.max_steps=1", "finetuning.epochs=1"]
-        small += [
-            "decomposition.restarts=1",
-            "validation.seeds=1",
-            "sweep.alphas=[]",
-            "search.budgets=[4]",
-            "search.form=dense",
-        ]
-        experiment = preset("quickstart").override([*small, "validation.fixed=[4]"])
+        small += ["decomposition.restarts=1", "validation.seeds=1", "sweep.alphas=[]", "search.budgets=[4]"]
+        experiment = preset("quickstart").override([*small, "validation.fixed=[4]", "search.form=dense"])
     else:
         experiment = replace(preset("cifar-short"), data=DataOptions(name=f"parquet:{scale.data}"), engine=_fast(scale))
+    other = RunStore.open(scale.reuse) if scale.reuse else None
+    if other is not None:  # networks of another precision would not be taken over
+        precision = other.experiment.engine.precision
+        experiment = replace(experiment, engine=replace(experiment.engine, precision=precision))
+        check_reusable(experiment, other)
     store = RunStore.create(scale.run, experiment)
-    if scale.reuse:
-        print(take_over(store, RunStore.open(scale.reuse)), file=sys.stderr)
-    return store
+    return store, {} if other is None else take_over(store, other)
 
 
 PARTS: dict[str, tuple[Callable[[Scale], Cases], int]] = {

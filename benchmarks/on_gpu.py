@@ -1,19 +1,22 @@
-"""Every figure that needs a GPU, for a GPU that is there for a quarter of an hour.
+"""Every figure that needs a GPU, in ten minutes: for a GPU that is lent seldom and for a quarter of an hour.
 
     python benchmarks/on_gpu.py --minutes 10 --out FOLDER [--parts training stacks ...] [--data FOLDER] [--reuse RUN]
     python benchmarks/on_gpu.py --cpu --out FOLDER      all of it in miniature, to see that it works
     python benchmarks/on_gpu.py --table FOLDER          write the table of benchmarks/README.md from FOLDER
 
 The parts run one after another, each in a process of its own and under a limit of its own in seconds. Each figure is
-written to FOLDER/results.json and FOLDER/results.md the moment that it is there. When the minutes are over, what is
-still not measured is given up. Two runs into one folder add up: the later figure counts. FOLDER also gets log.txt, and
-cifar.tar with the tables of the run on CIFAR-10. It needs Python 3.12 with torch, pandas, pyarrow, click, rich, scipy,
-safetensors and pytest, and neither Ray nor TensorLy nor a network; `make gpu-wheels` puts the images into .gpu/.
+written to FOLDER/results.json and FOLDER/results.md as soon as it is measured. When the time is over, the figures that
+are missing stay so. A second run into the same folder adds to it: of two figures of one case the later one counts.
+FOLDER also gets log.txt, and cifar.tar with the run on CIFAR-10, which --reuse takes over once it is unpacked. The
+command needs Python 3.11 with torch, torchvision, pandas, pyarrow, click, rich, scipy, safetensors, pillow and onnx,
+for the tests also pytest, hypothesis and filelock, and neither Ray nor TensorLy nor a network. `make gpu-wheels` puts
+the images into .gpu/.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -21,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -32,6 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]  # where gross_ray is not installed
+STARTED = time.monotonic()  # what is imported below takes seconds
 
 import torch  # noqa: E402
 from gpu_parts import MINIATURE, PARTS, Figure, Scale, of_machine  # noqa: E402
@@ -41,9 +46,11 @@ from gross_ray.errors import one_line  # noqa: E402
 
 README = ROOT / "benchmarks" / "README.md"
 START, END = "<!-- on_gpu: python benchmarks/on_gpu.py --table FOLDER -->", "<!-- /on_gpu -->"
-RESERVE = 10.0
-"""Seconds at the end in which nothing is measured, for the files."""
+RESERVE = 25.0
+"""Seconds at the end in which nothing is measured, to end processes and write files."""
 NOT_MEASURED = "not measured"
+PR_SET_PDEATHSIG = 1
+"""Linux's request for a signal when the parent process ends."""
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Results:
 
     @classmethod
     def of(cls, folder: Path) -> Results:
-        """Return what a folder has; it may not exist yet."""
+        """Return the results in a folder, none if it does not exist."""
         file = folder / "results.json"
         return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else cls()
 
@@ -81,9 +88,9 @@ class Results:
 
     def _heading(self) -> str:
         if not self.machine:
-            return "No GPU was lent since this command exists: nothing below is measured yet."
-        about = ", ".join(f"{name} {self.machine[name]}" for name in ("device", "python", "torch", "day"))
-        return f"{about}; commit {self.machine['commit']}."
+            return "This command has not run on a GPU yet."
+        about = [f"{name} {self.machine.get(name, 'unknown')}" for name in ("device", "python", "torch")]
+        return f"{', '.join(about)}. Beside each part stand the day and the commit of its last measurement."
 
 
 def _cells(found: dict[str, Any], wanted: str) -> list[str]:
@@ -119,7 +126,6 @@ def main() -> None:
     if asked.cpu and asked.reuse:
         parser.error("--reuse with --cpu: the miniature takes over nothing; leave one of the two out")
     scale = MINIATURE if asked.cpu else Scale(data=asked.data, reuse=asked.reuse)
-    scale = replace(scale, run=str(asked.out.absolute() / "cifar"))
     run(asked, scale)
 
 
@@ -134,14 +140,15 @@ def with_table(readme: str, results: Results) -> str:
 
 def measure(part: str, scale: Scale, log: Path, out: Connection) -> None:
     """Measure the cases of a part in this process, a new one, and send each figure."""
-    os.setsid()
+    os.setpgid(0, 0)  # its processes end with it; a session of its own would outlive whoever ends this command
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with log.open("a", encoding="utf-8") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     if scale.device == "cpu":
         torch.set_num_threads(1)
         torch._dynamo.config.disable = True  # torch.compile compiles for minutes
-    if scale.device == "cuda" and not torch.cuda.is_available():  # asked only here: who has asked CUDA cannot fork
+    if scale.device == "cuda" and not torch.cuda.is_available():  # only here: with CUDA, a process cannot fork
         out.send({"error": "torch finds no GPU here; --cpu measures everything in miniature"})
         return
     out.send({"machine": of_machine(scale)})
@@ -157,39 +164,50 @@ def measure(part: str, scale: Scale, log: Path, out: Connection) -> None:
 
 
 def run(asked: argparse.Namespace, scale: Scale) -> None:
-    """Run the parts one after another, and write what they print."""
-    ends_at = time.monotonic() + 60 * asked.minutes - RESERVE
+    """Run the parts one after another, and write what they send."""
+    ends_at = STARTED + 60 * asked.minutes - RESERVE
     asked.out.mkdir(parents=True, exist_ok=True)
-    results = Results.of(asked.out)
+    results, when = Results.of(asked.out), f"{time.strftime('%Y-%m-%d')}, commit {_commit()}"
     if results.machine and folder_scale(results).device != scale.device:
         raise SystemExit(f"--out {asked.out}: it has results of {folder_scale(results).device}; name another folder")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    about = {
-        "day": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
-        "scale": asdict(replace(scale, data="", reuse="", run="")),
-    }
-    results.machine |= about
-    for part in asked.parts:
-        limit = min(PARTS[part][1], ends_at - time.monotonic())
-        if limit <= 0:
-            results.ends[part] = "given up: the time was over"
-        else:
-            started = time.monotonic()
-            for message in _messages(part, scale, asked.out, limit, results):
-                if "error" in message:
-                    raise SystemExit(message["error"])
-                results.machine |= message.get("machine", {})
-                if "figure" in message:
-                    results.figures[f"{part}/{message['name']}"] = message["figure"]
-                    print(f"{part}: {message['name']}: {message['figure']}", flush=True)
-                results.write(asked.out)
-            results.ends[part] += f" after {time.monotonic() - started:.0f} s"
-        print(f"{part}: {results.ends[part]}", flush=True)
-        results.write(asked.out)
-    if (tables := Path(scale.run)).is_dir():
-        with tarfile.open(asked.out / "cifar.tar", "w") as archive:
-            archive.add(tables, "cifar", filter=lambda one: None if "/checkpoints" in one.name else one)
+    results.machine["scale"] = asdict(replace(scale, data="", reuse="", run=""))  # no paths of this machine
+    with tempfile.TemporaryDirectory() as temporary:  # not in --out, from which few files may come back
+        scale = replace(scale, run=f"{temporary}/cifar")
+        for part in asked.parts:
+            limit = min(PARTS[part][1], ends_at - time.monotonic())
+            if limit <= 0:
+                results.ends.setdefault(part, "given up: the time was over")
+            else:
+                started = time.monotonic()
+                for message in _messages(part, scale, asked.out, limit, results):
+                    if "error" in message:
+                        raise SystemExit(message["error"])
+                    results.machine |= message.get("machine", {})
+                    if "figure" in message:
+                        results.figures[f"{part}/{message['name']}"] = message["figure"]
+                        print(f"{part}: {message['name']}: {message['figure']}", flush=True)
+                    results.write(asked.out)
+                    _pack(Path(scale.run), asked.out)
+                results.ends[part] += f" after {time.monotonic() - started:.0f} s ({when})"
+            print(f"{part}: {results.ends[part]}", flush=True)
+            results.write(asked.out)
+        _pack(Path(scale.run), asked.out)
+
+
+def _commit() -> str:
+    try:
+        words = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:  # git is not installed
+        return "unknown"
+
+
+def _pack(folder: Path, out: Path) -> None:
+    """Put the run on CIFAR-10, if there is one, into cifar.tar, without trainings that are under way."""
+    if not folder.is_dir():
+        return
+    with whole_or_not_at_all(out / "cifar.tar") as file, tarfile.open(file, "w") as archive:
+        archive.add(folder, "cifar", filter=lambda one: None if one.name.endswith("-under-way") else one)
 
 
 def _messages(part: str, scale: Scale, folder: Path, limit: float, results: Results) -> Iterator[dict[str, Any]]:
@@ -200,6 +218,8 @@ def _messages(part: str, scale: Scale, folder: Path, limit: float, results: Resu
     context = multiprocessing.get_context("fork")
     process = context.Process(target=measure, args=(part, scale, folder / "log.txt", theirs))
     process.start()
+    with suppress(OSError):  # the process does the same; whoever is first
+        os.setpgid(process.pid, process.pid)
     theirs.close()
     results.ends[part] = "stopped by its limit"
     try:

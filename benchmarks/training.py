@@ -143,6 +143,7 @@ def usual_rate(pictures: Pictures, network: torch.nn.Module, schedule: Schedule,
         num_workers=options.workers,
         pin_memory=options.device == "cuda",
         persistent_workers=options.workers > 0,
+        timeout=60 if options.workers else 0,
     )
     rates = []
     for _ in range(schedule.epochs):

@@ -129,6 +129,9 @@ class Experiment:
             found.append(f"engine.capture = True: trainings run on {device}, and only a GPU has CUDA graphs")
         if device is not None and CUDNN_BENCHMARK in fields["engine.kernels"] and not device.startswith("cuda"):
             found.append(f"engine.kernels = {CUDNN_BENCHMARK}: trainings run on {device}, which has no cuDNN")
+        stacks = fields["engine.parallel_seeds"] > 1 or fields["engine.compile"] or not fields["engine.capture"]
+        if device is not None and PRODUCTS in fields["engine.kernels"] and not stacks and not device.startswith("cuda"):
+            found.append(f"engine.kernels = {PRODUCTS}: engine.capture stacks supernets on a GPU only, not on {device}")
         if num_images is not None:
             found += [
                 f"{name} = {value}: the training split has only {num_images} images, so an epoch takes all of them"

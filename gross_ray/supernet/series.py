@@ -140,6 +140,7 @@ class SeriesConv2d(nn.Module):
         conv2d = conv2d or F.conv2d
         if composed:
             kernel = Bottleneck(pointwise_in, grouped, pointwise_out).dense_kernel()
+            kernel = kernel.contiguous() if images.is_contiguous() else kernel  # it is made channels-last
             return self.convolve_dense(images, kernel, self.bias, conv2d=conv2d)
         hidden, padding = self.padded(conv2d(images, pointwise_in))
         groups = self.in_channels // grouped.shape[1]

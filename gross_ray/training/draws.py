@@ -18,8 +18,9 @@ Keep = Callable[[nn.Dropout, Tensor], Tensor]
 """Returns the factors by which a dropout multiplies its input: 0 or 1 / (1 - p)."""
 
 
-AT_ONCE = 2**28
-"""Bytes of images, with their margins, that are gathered and cropped together for several steps."""
+AT_ONCE = 2**26
+"""Bytes of images, with their margins, that are gathered and cropped together for several steps; cropping them takes
+five times as much for a moment."""
 
 
 class EpochDraws:

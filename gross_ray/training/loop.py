@@ -204,7 +204,7 @@ class _Steps:
         return value, norm
 
     def momenta(self) -> dict[str, Tensor]:
-        """Return the momenta by the names of their parameters; parameters without a gradient so far have none."""
+        """Return the momenta by the names of their parameters; those without a gradient so far have none, or zeros."""
         state = self._optimizer.state
         buffers = {name: state.get(term, {}).get("momentum_buffer") for name, term in self._parameters.items()}
         return {name: momentum for name, momentum in buffers.items() if momentum is not None}
@@ -251,9 +251,13 @@ def run_in_format_of(network: nn.Module, images: ImageSet, run: Callable[[ImageS
     return run(other)
 
 
-def in_first_format(images: ImageSet, engine: EngineOptions) -> ImageSet:
-    """Return the images in the memory format in which a training is tried first."""
-    return replace(images, memory_format=torch.contiguous_format) if "contiguous" in engine.kernels else images
+def in_first_format(images: ImageSet, engine: EngineOptions, *networks: nn.Module) -> ImageSet:
+    """Return the images in the memory format in which a training is tried first; `networks` are brought into it too."""
+    if "contiguous" not in engine.kernels:
+        return images
+    for network in networks:
+        network.to(memory_format=torch.contiguous_format)
+    return replace(images, memory_format=torch.contiguous_format)
 
 
 def in_format_of(network: nn.Module, images: ImageSet, *, trained: bool = False) -> ImageSet:

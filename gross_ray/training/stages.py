@@ -65,7 +65,7 @@ def train_network(
             on_epoch=on_epoch,
         )
 
-    return run_in_format_of(network, in_first_format(splits.train, engine), run, trained=True)
+    return run_in_format_of(network, in_first_format(splits.train, engine, network), run, trained=True)
 
 
 def response_error(response: Tensor, target: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def reconstruct(
                 on_epoch=on_epoch,
             )
 
-    return run_in_format_of(supernet, in_first_format(splits.train, engine), run, trained=True)
+    return run_in_format_of(supernet, in_first_format(splits.train, engine, supernet), run, trained=True)
 
 
 def finetune(
@@ -189,7 +189,7 @@ def finetune(
             on_epoch=on_epoch,
         )
 
-    return run_in_format_of(supernet, in_first_format(splits.train, engine), run, trained=True)
+    return run_in_format_of(supernet, in_first_format(splits.train, engine, supernet), run, trained=True)
 
 
 def freeze_all_but_series(supernet: nn.Module) -> Mapping[str, nn.Parameter]:

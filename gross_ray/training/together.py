@@ -110,7 +110,7 @@ def reconstruct_together(
         return _train_all(members, replace(splits, train=images), schedule, engine, stage)
 
     with _naming_options(engine):
-        return run_in_format_of(members[0].supernet, in_first_format(splits.train, engine), run, trained=True)
+        return run_in_format_of(members[0].supernet, _in_first_format(members, splits, engine), run, trained=True)
 
 
 def finetune_together(
@@ -128,7 +128,11 @@ def _finetune(members: Sequence[Member], splits: Splits, schedule: Schedule, eng
     def run(images: ImageSet) -> list[Outcome]:
         return _train_all(members, replace(splits, train=images), schedule, engine, _FINETUNING)
 
-    return run_in_format_of(members[0].supernet, in_first_format(splits.train, engine), run, trained=True)
+    return run_in_format_of(members[0].supernet, _in_first_format(members, splits, engine), run, trained=True)
+
+
+def _in_first_format(members: Sequence[Member], splits: Splits, engine: EngineOptions) -> ImageSet:
+    return in_first_format(splits.train, engine, *(member.supernet for member in members))
 
 
 _FINETUNING = _Stage(

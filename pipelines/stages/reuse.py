@@ -33,7 +33,7 @@ class _Part:
 
 
 _NETWORKS = ("seed", "model", "weights", "weights_key", "data", "training", "engine.precision", "engine.compile")
-"""Without engine.capture and engine.parallel_seeds, which change rounding alone, like devices and threads."""
+"""Without engine.capture, .parallel_seeds and .kernels, which change rounding alone, like devices and threads."""
 _TERMS = (*_NETWORKS, "decomposition")
 _SUPERNETS = (*_TERMS, "supernet", "reconstruction")
 

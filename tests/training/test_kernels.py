@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +15,9 @@ from gross_ray.data.augment import Crop
 from gross_ray.data.image_set import ImageSet, Splits
 from gross_ray.errors import InvalidValueError
 from gross_ray.experiment import EngineOptions, Experiment, Schedule
-from gross_ray.nn import products
+from gross_ray.nn.products import conv2d_by_products
 from gross_ray.space import SearchSpace
+from gross_ray.supernet import stacked
 from gross_ray.supernet.build import decompose_model
 from gross_ray.supernet.configure import series_layers
 from gross_ray.supernet.series import SeriesConv2d
@@ -74,9 +75,10 @@ def training(
 ) -> Callable[..., list[nn.Module]]:
     """Do the training from the same start, and return the trained networks."""
 
-    def run(*kernels: str) -> list[nn.Module]:
-        engine = EngineOptions(kernels=kernels)
-        original, *ours = (copy.deepcopy(one).to(device) for one in (network, *supernets))
+    def run(*kernels: str, capture: bool = False) -> list[nn.Module]:
+        engine = EngineOptions(kernels=kernels, capture=capture)
+        where: dict[str, Any] = {"device": device, "memory_format": torch.channels_last}
+        original, *ours = (copy.deepcopy(one).to(**where) for one in (network, *supernets))
         samplers = [ConfigurationSampler(SearchSpace.of(one), 0.5) for one in ours]
         members = [Member(one, seed, sampler) for seed, (one, sampler) in enumerate(zip(ours, samplers, strict=True))]
         options: dict[str, Any] = {"engine": engine}
@@ -101,17 +103,32 @@ def training(
 
 @pytest.mark.parametrize("kernels", [*((kernel,) for kernel in KERNELS), KERNELS], ids=str)
 def test_networks_are_the_same(training: Callable[..., list[nn.Module]], kernels: tuple[str, ...]) -> None:
-    for ours, theirs in zip(training(*kernels), training(), strict=True):
+    assert_same(training(*kernels), training())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("kernels", [*((kernel,) for kernel in KERNELS), KERNELS], ids=str)
+def test_networks_are_the_same_if_steps_are_captured(
+    training: Callable[..., list[nn.Module]], kernels: tuple[str, ...]
+) -> None:
+    if training.stage in ("reconstruct", "finetune"):  # type: ignore[attr-defined]
+        pytest.skip("steps that draw a configuration are captured as a stack")
+    assert_same(training(*kernels, capture=True), training())
+
+
+def assert_same(some: list[nn.Module], others: list[nn.Module]) -> None:
+    for ours, theirs in zip(some, others, strict=True):
         for name, tensor in ours.state_dict().items():
             torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the steps called, by the name of what shows a kernel."""
     seen: list[Any] = []
     convolution, crop, step = F.conv2d, Crop.__call__, torch.optim.SGD.step
-    inputs_of = ImageSet.as_inputs
+    inputs_of, by_products, run_bottleneck = ImageSet.as_inputs, conv2d_by_products, SeriesConv2d.convolve
 
     def as_inputs(self: ImageSet, images: Tensor) -> Tensor:
         inputs = inputs_of(self, images)
@@ -120,9 +137,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
             seen.append("cudnn-benchmark" if torch.backends.cudnn.benchmark else "no benchmark")
         return inputs
 
-    def unfold(*arguments: Any) -> Tensor:
+    def convolved(images: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+        if torch.is_grad_enabled() and weight.shape[-1] > 1 and images.shape[1] > 1:
+            seen.extend("contiguous" if one.is_contiguous() else "channels-last" for one in (images, weight))
+        return convolution(images, weight, *arguments)
+
+    def multiplied(*arguments: Any) -> Tensor:
         seen.append("products")
-        return convolution_of_patches(*arguments)
+        return by_products(*arguments)
 
     def cropped(self: Crop, images: Tensor, drawn: Tensor) -> Tensor:
         seen.append(("cropped", len(images)))
@@ -136,14 +158,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         seen.append("composed" if composed else "bottleneck")
         return run_bottleneck(self, *arguments, composed=composed, **options)
 
-    convolution_of_patches, run_bottleneck = F.unfold, SeriesConv2d.convolve
-    monkeypatch.setattr(products.F, "unfold", unfold)
+    monkeypatch.setattr(F, "conv2d", convolved)
+    monkeypatch.setattr(stacked, "conv2d_by_products", multiplied)
     monkeypatch.setattr(SeriesConv2d, "convolve", bottleneck)
     monkeypatch.setattr(Crop, "__call__", cropped)
     monkeypatch.setattr(torch.optim.SGD, "step", stepped)
     monkeypatch.setattr(ImageSet, "as_inputs", as_inputs)
-    yield seen
-    assert F.conv2d is convolution
+    return seen
 
 
 def test_kernels_are_used_where_they_apply(training: Callable[..., list[nn.Module]], calls: list[Any]) -> None:
@@ -198,6 +219,9 @@ def test_unknown_kernels_are_refused(wrong: tuple[str, ...]) -> None:
 def test_kernels_that_nothing_uses_are_reported() -> None:
     of_stacks = Experiment().override(['engine.kernels=["products"]'])
     assert any("engine.kernels = products: no supernets are stacked" in line for line in of_stacks.without_effect())
+    assert of_stacks.override(["engine.capture=true"]).without_effect(device="cpu")[1:] == [
+        "engine.kernels = products: engine.capture stacks supernets on a GPU only, not on cpu"
+    ]
     for setting in ("engine.capture=true", "engine.compile=true", "engine.parallel_seeds=2"):
         assert not of_stacks.override([setting]).without_effect()
     of_gpus = dataclasses.replace(Experiment(), engine=EngineOptions(kernels=("cudnn-benchmark",)))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from gross_ray.run.store import RunStore
+
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
 NOT_THERE = ("ray", "tensorly", "optuna", "plotly", "openvino", "moto", "botocore", "jsonschema", "tensorboardX")
 """Packages that the machine with the GPU does not have."""
@@ -44,9 +47,19 @@ def test_everything_is_measured_without_what_the_machine_lacks(on_gpu: Any, tmp_
             figure = found.figures[f"{part}/{name}"]
             assert figure["value"] is not None, (part, name, figure, log[-3000:])
             assert figure["value"] > 0 or part in ("tests", "cifar"), (part, name, figure)
-    assert found.figures["tests/tests that need a GPU"]["note"] == "0 passed, 0 failed, 0 error, 2 skipped"
+    tests = found.figures["tests/tests that need a GPU"]
+    assert tests["note"] == "0 passed, 0 failed, 0 error, 2 skipped, status 0"  # every file of tests was imported
     assert on_gpu.NOT_MEASURED not in (tmp_path / "out" / "results.md").read_text()
-    assert (tmp_path / "out" / "cifar.tar").stat().st_size
+    with tarfile.open(tmp_path / "out" / "cifar.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    kept = RunStore.open(tmp_path / "cifar")
+    assert len(kept.read_table("validations")) and (tmp_path / "cifar" / "checkpoints" / "train").is_dir()
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "cifar.tar",
+        "log.txt",
+        "results.json",
+        "results.md",
+    ]
 
 
 def run(on_gpu: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> dict[str, Any]:
@@ -96,6 +109,7 @@ def test_the_rest_is_given_up_when_the_time_is_over(
     on_gpu: Any, parts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(on_gpu, "RESERVE", 0.0)
+    monkeypatch.setattr(on_gpu, "STARTED", time.monotonic())
     parts(first=(60, {"quick": 1.0, "long": wait}), second=(60, {"one": 3.0}))
     found = run(on_gpu, monkeypatch, tmp_path, "--minutes", "0.05")
     assert set(found["figures"]) == {"first/quick"}
@@ -117,8 +131,36 @@ def test_a_failure_costs_neither_the_other_cases_nor_the_other_parts(
     assert found["figures"]["first/bad"]["note"] == "failed: ValueError: no such kernel"
     assert "ValueError: no such" in (tmp_path / "log.txt").read_text()
     assert set(found["figures"]) == {"first/bad", "first/good", "third/one"}
+    assert found["machine"]["device"] == "CPU"
     assert found["ends"]["second"].startswith("failed, see log.txt")
     assert "| bad | failed |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_part_that_dies_at_once_costs_nothing_else(
+    on_gpu: Any, parts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    parts(first=(60, {"one": 1.0}))
+    monkeypatch.setattr(on_gpu, "of_machine", lambda _: os._exit(3))
+    monkeypatch.setenv("PATH", "")  # nor is git there
+    found = run(on_gpu, monkeypatch, tmp_path)
+    assert found["figures"] == {} and found["ends"]["first"].startswith("failed, see log.txt")
+    assert "commit unknown" in found["ends"]["first"]
+    assert "device unknown" in (tmp_path / "results.md").read_text()
+
+
+def test_a_failing_baseline_costs_the_ratio_alone(on_gpu: Any) -> None:
+    import gpu_parts
+
+    asked = []
+
+    def fail(what: str) -> float:
+        asked.append(what)
+        raise OSError("no memory is left")
+
+    for _ in range(2):
+        figure = gpu_parts._against(3.0, "s", "DataLoader", fail, "loader")
+        assert (figure.value, figure.ratio, figure.note) == (3.0, None, "DataLoader failed, see log.txt")
+    assert asked == ["loader"]
 
 
 def test_a_second_run_adds_to_the_first(
