@@ -80,6 +80,8 @@ class Scale:
     """Part of the names of the tests that are run; empty: all."""
     tests_limit: float = 50
     """Seconds after which the tests are stopped, with the results until then."""
+    patience: int = 1
+    """How many times the limit of its part a part may take."""
     data: str = ""
     """Folder of CIFAR-10 as Parquet; empty: the sample."""
     reuse: str = ""
@@ -106,6 +108,7 @@ MINIATURE = Scale(
     large_batch=2,
     tests="resized_crops",
     tests_limit=300,
+    patience=10,
 )
 """Everything once, as little as possible of it, on a CPU."""
 

@@ -174,7 +174,7 @@ def run(asked: argparse.Namespace, scale: Scale) -> None:
     with tempfile.TemporaryDirectory() as temporary:  # not in --out, from which few files may come back
         scale = replace(scale, run=f"{temporary}/cifar")
         for part in asked.parts:
-            limit = min(PARTS[part][1], ends_at - time.monotonic())
+            limit = min(scale.patience * PARTS[part][1], ends_at - time.monotonic())
             if limit <= 0:
                 results.ends.setdefault(part, "given up: the time was over")
             else:
