@@ -6,6 +6,8 @@ Public names are loaded at their first use (PEP 562): `import gross_ray` alone l
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gross_ray.version import VERSION
+
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` imports the same names
     from gross_ray.btd.block_terms import BlockTerms as BlockTerms
     from gross_ray.btd.block_terms import BTDStatus as BTDStatus
@@ -39,7 +41,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` im
     from gross_ray.training.stages import response_error as response_error
     from gross_ray.weights import load_weights as load_weights
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _MODULES = {
     "BTDOptions": "gross_ray.btd.options",

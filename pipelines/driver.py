@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from gross_ray import __version__
 from gross_ray.data.image_set import Splits
 from gross_ray.data.images import load_dataset
 from gross_ray.data.names import WITH_FILES
@@ -26,6 +25,7 @@ from gross_ray.run.pins import fingerprint, pin
 from gross_ray.run.progress import store_plans
 from gross_ray.run.store import RunStore
 from gross_ray.search.timing import timed_device
+from gross_ray.version import VERSION
 from pipelines.capacity import Capacity, settled_threads
 from pipelines.execution import signals
 from pipelines.execution.base import Executor
@@ -316,7 +316,7 @@ class Session:
             "started": started.isoformat(timespec="milliseconds"),
             **{package: version(package) for package in ("torch", "torchvision")},
             "ray": "none, in process" if self._in_process else version("ray"),
-            "gross_ray": __version__,
+            "gross_ray": VERSION,
             "python": platform.python_version(),
             "host": socket.gethostname(),
             "device": capacity.device,

@@ -16,7 +16,7 @@ run = "runs/quickstart"
 configurations = read_table(run, "configurations").query("alpha == 0")
 layers = [name for name in configurations if name.startswith("layer ")]
 key = ["configuration", *layers, "macs", "parameters"]
-space = configurations.groupby(key, as_index=False)["val_accuracy"].mean()
+space = configurations.groupby(key, as_index=False)["val_accuracy"].median()
 """,
     "1. The best configurations within a budget that also keep a layer's group-size small:": """
 small = space.query("1 <= `layer conv4` <= 16 and macs <= 2.66e6").nlargest(5, "val_accuracy")

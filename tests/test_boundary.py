@@ -24,6 +24,7 @@ LAYERS = (
         "gross_ray.model_names",
         "gross_ray.own_code",
         "gross_ray.seeds",
+        "gross_ray.version",
     ),
     ("gross_ray.storage", "gross_ray.weights_file"),
     ("gross_ray.space", "gross_ray.data", "gross_ray.weights"),

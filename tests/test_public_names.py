@@ -3,6 +3,8 @@ import dataclasses
 import importlib
 import inspect
 import pickle
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import gross_ray
 from gross_ray import BlockTerms, Bottleneck, BTDOptions, Configuration, SearchSpace, SeriesConv2d
+from gross_ray.version import VERSION
 
 NONE, ANY = inspect.Parameter.empty, object()
 """No default, and a default that the design leaves open."""
@@ -195,3 +198,8 @@ def test_series_has_a_group_size_that_can_be_set() -> None:
 def test_an_unconstrained_decomposition_is_allowed() -> None:
     assert BTDOptions(ridge=0.0).ridge == 0.0
     assert BTDOptions(init="random").init == "random"
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert gross_ray.__version__ == VERSION == project["project"]["version"]

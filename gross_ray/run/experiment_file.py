@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gross_ray import __version__
 from gross_ray.errors import InvalidValueError, RunFolderError, one_line
 from gross_ray.experiment import BEFORE, Experiment
 from gross_ray.run.tables import SCHEMA_VERSION
 from gross_ray.storage import Storage
+from gross_ray.version import VERSION
 
 EXPERIMENT = "experiment.json"
 _WRITTEN_BY = "gross_ray"
@@ -19,7 +19,7 @@ _WRITTEN_BY = "gross_ray"
 
 def experiment_content(experiment: Experiment) -> bytes:
     """Return the content of experiment.json: this version of gross_ray, then the experiment's fields."""
-    written_by = {"version": __version__, "schema": SCHEMA_VERSION}
+    written_by = {"version": VERSION, "schema": SCHEMA_VERSION}
     return json.dumps({_WRITTEN_BY: written_by, **experiment.to_dict()}, indent=2).encode()
 
 
@@ -77,4 +77,4 @@ def _versions(written_by: Any) -> str:
     """Return a clause with the version of gross_ray that wrote the run folder and the version that runs now."""
     known = written_by if isinstance(written_by, dict) else {}
     by = f"gross_ray {known.get('version', 'of before 0.1.0')} (schema {known.get('schema', 'not stored')})"
-    return f"it was written by {by}, and this is gross_ray {__version__} (schema {SCHEMA_VERSION})"
+    return f"it was written by {by}, and this is gross_ray {VERSION} (schema {SCHEMA_VERSION})"
