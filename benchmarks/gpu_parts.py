@@ -83,7 +83,7 @@ class Scale:
     patience: int = 1
     """How many times the limit of its part a part may take."""
     data: str = ""
-    """Folder of CIFAR-10 as Parquet; empty: the sample."""
+    """Folder of CIFAR-10 as Parquet; the miniature takes the sample."""
     reuse: str = ""
     """Run folder whose units the run on CIFAR-10 takes over, like base networks."""
     run: str = ""
@@ -239,11 +239,10 @@ def train(scale: Scale) -> Cases:
     """Return the cases of the resident loop against a DataLoader, and of single steps with each kernel."""
     loader = f"DataLoader, {scale.workers} workers"
     cases = {loader: Case(lambda: Figure(_usual(scale), "images/s"))}
-    tf32 = "float32" if scale.device == "cpu" else "tf32"
     loops = {
         "plain": EngineOptions(),
         "captured": EngineOptions(capture=True),
-        "captured, tf32": EngineOptions(capture=True, precision=tf32),
+        "captured, tf32": _fast(scale),
         "bfloat16": EngineOptions(precision="bfloat16"),
     }
     for name, engine in loops.items():
@@ -268,7 +267,7 @@ def train(scale: Scale) -> Cases:
         for kernels in tried:
             case = Case(lambda kind=kind, kernels=kernels: _steps(scale, kind, _fast(scale, *kernels)))
             cases[f"steps, {kind}, {' + '.join(kernels)}"] = case
-    compiled = EngineOptions(capture=True, compile=True, precision=tf32)
+    compiled = _fast(scale, compile=True)
     for kind in every:
         cases[f"steps, {kind}, torch.compile"] = Case(lambda kind=kind: _steps(scale, kind, compiled))
     return cases

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gross_ray.supernet.series import SeriesConv2d
-from gross_ray.training.options import EngineOptions
+from gross_ray.training.options import CUDNN_BENCHMARK, EngineOptions
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def kernels_of(engine: EngineOptions, network: nn.Module) -> Iterator[None]:
     benchmark = torch.backends.cudnn.benchmark
     for layer in layers:
         layer.composed = True
-    torch.backends.cudnn.benchmark = benchmark or "cudnn-benchmark" in engine.kernels
+    torch.backends.cudnn.benchmark = benchmark or CUDNN_BENCHMARK in engine.kernels
     try:
         yield
     finally:

@@ -65,7 +65,7 @@ def train_network(
             on_epoch=on_epoch,
         )
 
-    return run_in_format_of(network, in_first_format(splits.train, engine, network), run, trained=True)
+    return run_in_format_of(network, in_first_format(splits.train, engine), run, trained=True)
 
 
 def response_error(response: Tensor, target: Tensor) -> Tensor:
